@@ -1,0 +1,85 @@
+"""The tables of README and benchmarks/README.md, made from the committed records.
+
+    uv run python benchmarks/tables.py           # write them
+    uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, or the file of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def claims() -> str:
+    """Every claim of every record, newest record of each theme and hardware."""
+    newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
+    rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
+    for path in newest.values():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for claim in record.get("claims", []):
+            unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
+            limit = "" if claim["limit"] is None else f"{claim['limit']:g}{unit}"
+            where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
+            rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
+    return "\n".join(rows) + "\n"
+
+
+def run_record(path: Path) -> str:
+    """The networks of one training run, as `rkd-deploy train` prints them, with its latency where it was measured."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    names = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
+    latency = {row["part"]: row for row in record.get("bench", [])}
+    rows = ["| | top-1, % | MMAC | parameters, M | p50, ms | p90, ms | file, MB |", "| --- " + "| ---: " * 6 + "|"]
+    for part, name in names.items():
+        if (row := record["parts"].get(part)) is None:
+            continue
+        timed = latency.get(part)
+        times = ["", "", ""]
+        if timed:
+            times = [f"{timed['p50_ms']:.3f}", f"{timed['p90_ms']:.3f}", f"{timed['file_bytes'] / 1e6:.2f}"]
+        cells = [f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.3f}", *times]
+        rows.append(f"| {name} {_note(record, part)}| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _note(record: dict[str, Any], part: str) -> str:
+    note = record.get("notes", {}).get(part)
+    return f"({note}) " if note else ""
+
+
+def render(text: str) -> str:
+    """A page with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(2)
+        make: Callable[[], str] = claims if name == "claims" else lambda: run_record(HERE / name)
+        return match.group(1) + make() + match.group(4)
+
+    return _BLOCK.sub(table, text)
+
+
+def main() -> None:
+    """Write or check."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (made := render(text)) != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(made, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        sys.exit(f"Tables differ from the records in {', '.join(stale)}: run uv run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Residual knowledge distillation, from a teacher to a fused, measured, embeddable model.
+
+Names are resolved when they are first used: importing this package imports neither torch nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rkd_deploy.card import ModelCard, Preprocess
+    from rkd_deploy.errors import RkdError
+    from rkd_deploy.export.bundle import export_bundle
+    from rkd_deploy.export.fusion import fuse
+    from rkd_deploy.models.separation import Separation, separate
+    from rkd_deploy.recipe import Recipe, read_recipe
+    from rkd_deploy.serve.backends import Backend, load_backend
+    from rkd_deploy.serve.bench.parity import verify
+    from rkd_deploy.serve.bench.timing import measure
+    from rkd_deploy.serve.classifier import Classifier, Prediction, load
+    from rkd_deploy.train.fitting import fit
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "read_recipe": "recipe",
+    "Recipe": "recipe",
+    "fit": "train.fitting",
+    "separate": "models.separation",
+    "Separation": "models.separation",
+    "fuse": "export.fusion",
+    "export_bundle": "export.bundle",
+    "load": "serve.classifier",
+    "Classifier": "serve.classifier",
+    "Prediction": "serve.classifier",
+    "load_backend": "serve.backends",
+    "Backend": "serve.backends",
+    "measure": "serve.bench.timing",
+    "verify": "serve.bench.parity",
+    "ModelCard": "card",
+    "Preprocess": "card",
+    "RkdError": "errors",
+}
+
+__all__ = [
+    "Recipe",
+    "read_recipe",
+    "fit",
+    "Separation",
+    "separate",
+    "fuse",
+    "export_bundle",
+    "Backend",
+    "Classifier",
+    "Prediction",
+    "load",
+    "load_backend",
+    "measure",
+    "verify",
+    "ModelCard",
+    "Preprocess",
+    "RkdError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,140 @@
+"""What travels with a model: how to feed it, what it answers, where it comes from.
+
+The same card is written to `model.json` beside the ONNX file and into the file's metadata, so that either can be lost.
+Standard library only: an app reads it without torch, and other languages read the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from rkd_deploy.errors import ModelFileError
+
+SCHEMA = 1
+METADATA_KEY = "rkd_deploy.card"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From a photo to the network's input.
+
+    An image is converted to RGB, its shorter side resized to `size / crop_fraction`, the centre cropped to
+    `height` x `width`; then x = (pixel / 255 - mean) / std, per channel.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    """Per channel, in units of [0, 1]."""
+    std: tuple[float, ...]
+    """Per channel, in units of [0, 1]."""
+    interpolation: str = "bilinear"
+    crop_fraction: float = 1.0
+    embedded: bool = True
+    """True: the graph takes uint8 [N, H, W, C] and normalises itself. False: float32 [N, C, H, W], normalised."""
+
+    @property
+    def channels(self) -> int:
+        """Number of colour channels."""
+        return len(self.mean)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one input as the graph takes it, without the batch."""
+        shape = (self.height, self.width)
+        return (*shape, self.channels) if self.embedded else (self.channels, *shape)
+
+    @property
+    def input_dtype(self) -> str:
+        """NumPy name of the graph's input type."""
+        return "uint8" if self.embedded else "float32"
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The same facts under the field names of Hugging Face's preprocessor_config.json."""
+        resized = round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
+        return {
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": min(resized)},
+            "resample": {"nearest": 0, "bilinear": 2, "bicubic": 3}[self.interpolation],
+            "do_center_crop": True,
+            "crop_size": {"height": self.height, "width": self.width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Everything an app, a bench or a person needs to know of an exported model."""
+
+    name: str
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    outputs: tuple[str, ...] = ("logits",)
+    part: str = "fused"
+    """Which network of the run this is: fused (S + A), student (S alone), s0, teacher."""
+    fusion: str = "none"
+    precision: str = "fp32"
+    macs: int = 0
+    """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
+    parameters: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Accuracy as measured in training, on which split, over how many images."""
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    """What the export's gate measured against PyTorch, and its tolerance."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """The run, the recipe and the SHA-256 of the weights."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One JSON object; `from_json` gives the equal card back."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> ModelCard:
+        """Read a card.
+
+        Args:
+            text: What `to_json` wrote.
+            where: The file it comes from, for messages.
+
+        Raises:
+            ModelFileError: No JSON, a newer schema, or fields missing.
+        """
+        try:
+            content = json.loads(text)
+            schema = content.pop("schema")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelFileError(
+                f"{where} holds no model card that can be read ({error}). Export it again with rkd-deploy export."
+            ) from error
+        if schema != SCHEMA:
+            raise ModelFileError(
+                f"{where} is written in card schema {schema}; this version reads schema {SCHEMA}. "
+                "Update with: pip install -U rkd-deploy"
+            )
+        try:
+            preprocess = _known(Preprocess, content.pop("preprocess"))
+            for name in ("mean", "std"):
+                preprocess[name] = tuple(preprocess[name])
+            for name in ("labels", "outputs"):
+                content[name] = tuple(content[name])
+            return cls(preprocess=Preprocess(**preprocess), **_known(cls, content))
+        except (KeyError, TypeError) as error:
+            raise ModelFileError(
+                f"The model card in {where} lacks a field or has a wrong one ({error}). "
+                "Export the model again with rkd-deploy export."
+            ) from error
+
+
+def _known(owner: type[Any], content: dict[str, Any]) -> dict[str, Any]:
+    # Fields added within one schema are optional facts: an older reader may leave them out.
+    names = {item.name for item in fields(owner)}
+    return {key: value for key, value in content.items() if key in names}

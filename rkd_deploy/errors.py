@@ -1,0 +1,119 @@
+"""The exceptions of rkd-deploy, and the exit code each one ends a command with.
+
+    RkdError                      1  could not be done
+    +-- UsageError                2  wrong usage: an unknown name, a value outside its rule
+    |   `-- RecipeError           2  a recipe key or value that cannot be
+    +-- MissingDependencyError    1  an optional package is not installed
+    +-- BackendError              1  a backend cannot run here, or not where it was asked to
+    +-- DataError                 1  images or labels missing, broken, or not fitting the model
+    +-- CheckpointError           1  weights missing, foreign, truncated
+    +-- BudgetError               1  no student and assistant fit the budget
+    +-- ModelFileError            1  a bundle, card or ONNX file is missing, corrupt, or too new
+    +-- StorageError              1  a file could not be written whole (disk full, no permission)
+    +-- DivergenceError           1  the training loss is no longer finite
+    +-- InterruptedTraining     130  stopped by a signal; the checkpoint is written
+    `-- GateError                 3  a gate failed: parity, accuracy
+
+Every message carries three things: the value that was found, the rule it breaks, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class RkdError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(RkdError, ValueError):
+    """A name or value that the user gave and that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe key or value that cannot be; the message names the key and the choices."""
+
+
+class MissingDependencyError(RkdError, ImportError):
+    """An optional package is not installed; the message ends in the exact install line."""
+
+
+class BackendError(RkdError, RuntimeError):
+    """A backend cannot run here, or would run elsewhere than it was asked to."""
+
+
+class DataError(RkdError):
+    """Images or labels are missing, broken, or do not fit the model."""
+
+
+class CheckpointError(RkdError):
+    """Weights are missing, truncated, or belong to another network."""
+
+
+class BudgetError(RkdError, ValueError):
+    """No student and assistant fit the budget."""
+
+
+class ModelFileError(RkdError):
+    """A bundle, card or ONNX file is missing, corrupt, or written by a newer schema."""
+
+
+class StorageError(RkdError, OSError):
+    """A file could not be written whole; what stood there before is intact."""
+
+
+class DivergenceError(RkdError, ArithmeticError):
+    """The training loss is no longer finite."""
+
+
+class InterruptedTraining(RkdError):
+    """Training was stopped by a signal, after its checkpoint was written."""
+
+    exit_code = 130
+
+
+class GateError(RkdError):
+    """A gate failed: the exported file does not do what the trained model does."""
+
+    exit_code = 3
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say how to install it.
+
+    Args:
+        module: Import name, e.g. ``"onnxruntime"``.
+        extra: The extra of this package that brings it, e.g. ``"cpu"``.
+
+    Raises:
+        MissingDependencyError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that exists but fails to import one of its own parts is a broken installation: let that be seen.
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingDependencyError(
+            f"{module} is needed here and is not installed. Install it with: {install_line(extra)}"
+        ) from error
+
+
+def install_line(extra: str) -> str:
+    """The exact pip command that brings an extra."""
+    return f"pip install 'rkd-deploy[{extra}]'"
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Sentence for a name that is none of the choices: the nearest one first, then all of them."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}."

@@ -1,0 +1,213 @@
+"""The bundle: one folder with everything an app needs, proven before it gets its name.
+
+    model.onnx                one file, the card inside
+    model.json                the same card, for readers without ONNX metadata
+    labels.txt                one class name a line
+    preprocessor_config.json  Hugging Face's field names
+    golden.npz                inputs, PyTorch's logits for them, and the tolerance
+    model.pt2                 on request: the same graph as an exported PyTorch program
+
+The folder appears whole or not at all. The same model and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import GateError
+from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
+from rkd_deploy.serve.backends import infer_many, load_backend
+from rkd_deploy.serve.backends.pytorch import PyTorchBackend
+from rkd_deploy.serve.bench.accuracy import top1
+from rkd_deploy.serve.bench.parity import GOLDEN_NAME, Parity, compare, gate, verify
+from rkd_deploy.serve.files import ONNX_NAME
+from rkd_deploy.serve.images import normalise
+from rkd_deploy.storage import new_folder, write_bytes, write_text
+
+TOLERANCE = 1e-4
+"""Largest difference of a float32 logit between PyTorch and the exported graph."""
+
+ALLOWED_PER_10000 = 2
+"""Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the gate saw.
+
+    Attributes:
+        parity: Logits of the exported graph against PyTorch's.
+        images: How many images were classified by both.
+        differing: How many of them otherwise.
+        torch_top1: PyTorch's accuracy on them in percent, where labels were given.
+        onnx_top1: The exported graph's.
+    """
+
+    parity: Parity
+    images: int
+    differing: int
+    torch_top1: float | None
+    onnx_top1: float | None
+
+
+def export_bundle(
+    model: nn.Module,
+    card: ModelCard,
+    folder: Path,
+    *,
+    batches: Iterable[tuple[Array, Array]] | None = None,
+    level: str = "tail",
+    outputs: Sequence[str] = ("logits",),
+    tolerance: float = TOLERANCE,
+    with_pytorch: bool = False,
+) -> Proof:
+    """Fuse, export, prove, and only then let the folder appear.
+
+    Args:
+        model: Normalised float images [N, C, H, W] to logits [N, K]: S with A, S alone, or any classifier.
+        card: What is known of it; its fusion, outputs, parity and versions are filled in here.
+        folder: Where the bundle goes; must not exist.
+        batches: Real images, uint8 [n, H, W, C], with labels [n]: every one is run through both. Without any, random
+            images take their place and nothing is said of accuracy.
+        level: Fusion level (`rkd_deploy.export.fusion`); of a classifier without adapters only batch norm is folded.
+        outputs: Any of logits, probabilities, features.
+        tolerance: Largest allowed difference of a logit.
+        with_pytorch: Write model.pt2 too.
+
+    Raises:
+        GateError: The exported graph does not do what the model does; nothing is left behind.
+        StorageError: The folder exists, or the disk is full; nothing is left behind.
+        UsageError: Unknown level or outputs.
+    """
+    preprocess = card.preprocess
+    fused = fuse(model.cpu(), level)
+    graph = ExportGraph(fused, preprocess, outputs).eval()
+    proto = to_onnx(graph, preprocess)
+    card = dataclasses.replace(
+        card,
+        outputs=tuple(outputs),
+        fusion=level if fused is not model and card.part in ("fused", "student") else "none",
+        versions={name: _version(name) for name in ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")},
+    )
+    with new_folder(folder) as temporary:
+        file = temporary / ONNX_NAME
+        stamp(proto, card)
+        write_bytes(file, proto.SerializeToString(deterministic=True))
+        reference = _reference(model, card)
+        proof, golden = _prove(reference, file, card, batches or [_random_batch(card)], tolerance)
+        card = dataclasses.replace(card, parity=_account(proof))
+        stamp(proto, card)
+        write_bytes(file, proto.SerializeToString(deterministic=True))
+        write_text(temporary / "model.json", card.to_json() + "\n")
+        write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
+        write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
+        write_bytes(temporary / GOLDEN_NAME, golden)
+        if with_pytorch:
+            buffer = io.BytesIO()
+            torch.export.save(to_program(graph, preprocess), buffer)
+            write_bytes(temporary / "model.pt2", buffer.getvalue())
+        gate(verify(temporary), f"{ONNX_NAME} against its golden data")
+    return proof
+
+
+def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:
+    """The unfused model behind the same pre-processing: what the exported graph is held against."""
+    graph = ExportGraph(model, card.preprocess)
+    shape = (None, *card.preprocess.input_shape)
+    return PyTorchBackend(graph, input_shape=shape, input_dtype=card.preprocess.input_dtype)
+
+
+def _prove(
+    reference: PyTorchBackend, file: Path, card: ModelCard, batches: Iterable[tuple[Array, Array]], tolerance: float
+) -> tuple[Proof, bytes]:
+    """Run both over every image; gate on logits and on classes."""
+    labels, expected, found, first = [], [], [], None
+    with load_backend("onnxruntime", file) as candidate:
+        for images_NHWC, labels_n in batches:
+            x = as_input(images_NHWC, card)
+            first = x[:8] if first is None else first
+            expected.append(infer_many(reference, x))
+            found.append(infer_many(candidate, x))
+            labels.append(labels_n)
+    expected_NK, found_NK, labels_N = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)
+    parity = compare(expected_NK, found_NK, tolerance)
+    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
+    proof = Proof(
+        parity=parity,
+        images=parity.n,
+        differing=int((expected_NK.argmax(1) != found_NK.argmax(1)).sum()),
+        torch_top1=_top1(expected_NK, labels_N),
+        onnx_top1=_top1(found_NK, labels_N),
+    )
+    allowed = math.ceil(proof.images * ALLOWED_PER_10000 / 10000)
+    if proof.differing > allowed:
+        raise GateError(
+            f"{ONNX_NAME} classifies {proof.differing} of {proof.images} images otherwise than PyTorch does; "
+            f"allowed are {allowed} ({ALLOWED_PER_10000} in 10,000). Check the weights: float32 should not do that."
+        )
+    assert first is not None
+    return proof, _golden(first, expected_NK[: len(first)], tolerance)
+
+
+def _top1(logits_NK: Array, labels_N: Array) -> float | None:
+    return None if (labels_N < 0).any() else top1(logits_NK.argmax(1), labels_N)
+
+
+def as_input(images_NHWC: Array, card: ModelCard) -> Array:
+    """uint8 images as the exported graph takes them."""
+    if card.preprocess.embedded:
+        return images_NHWC
+    return normalise(images_NHWC, card.preprocess)
+
+
+def _random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
+    """Random images without labels (-1)."""
+    preprocess = card.preprocess
+    shape = (count, preprocess.height, preprocess.width, preprocess.channels)
+    images_NHWC = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return images_NHWC, np.full(count, -1)
+
+
+def _golden(inputs: Array, logits_NK: Array, tolerance: float) -> bytes:
+    """An .npz with fixed time stamps: np.savez would make every bundle differ."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, value in (("inputs", inputs), ("logits", logits_NK), ("tolerance", np.float64(tolerance))):
+            array = io.BytesIO()
+            np.save(array, np.ascontiguousarray(value) if np.ndim(value) else value, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array.getvalue())
+    return buffer.getvalue()
+
+
+def _account(proof: Proof) -> dict[str, Any]:
+    return {
+        **proof.parity.to_dict(),
+        "differing": proof.differing,
+        "torch_top1": proof.torch_top1,
+        "onnx_top1": proof.onnx_top1,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "not installed"

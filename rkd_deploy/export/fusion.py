@@ -1,0 +1,126 @@
+"""S and A as one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
+
+Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
+    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position
+    P_A a = U_A a + c_A     U_A [C_T, C_A]
+    h(v)  = W v + b         W   [K, C_T]
+
+Level `sum` is the paper's picture, maps added, pooled, classified:
+
+    z = W GAP(U_S s + c_S + U_A a + c_A) + b
+
+Level `tail` uses that GAP, adapters and head are all linear and so commute:
+
+    z = W (U_S GAP(s) + c_S + U_A GAP(a) + c_A) + b
+      = [W U_S | W U_A] [GAP(s); GAP(a)]  +  (b + W (c_S + c_A))
+
+One matrix [K, C_S + C_A] on the concatenated pooled maps is left: the adapters cost nothing at run time, and the sum of
+maps no longer exists, so it cannot be an output. Any number of branches is folded alike; with one branch (S alone)
+both levels are the same formulas without A.
+
+Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
+beta its affine parameters and sd its standard deviation), by PyTorch's own fuser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse as fold_batch_norm
+
+from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.staged import Staged, pool
+
+LEVELS = ("sum", "tail")
+
+
+class SummedBranches(nn.Module):
+    """Level `sum`.
+
+    Args:
+        backbones: Images to last maps.
+        adapters: 1x1 convolutions to C_T channels, one for each backbone.
+        head: C_T to K.
+    """
+
+    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.backbones, self.adapters, self.head = nn.ModuleList(backbones), nn.ModuleList(adapters), head
+
+    def summed_map(self, x_NCHW: Tensor) -> Tensor:
+        """P_S f_S + P_A f_A, [N, C_T, H', W']."""
+        maps = [adapter(backbone(x_NCHW)) for backbone, adapter in zip(self.backbones, self.adapters, strict=True)]
+        total = maps[0]
+        for further in maps[1:]:
+            total = total + further
+        return cast(Tensor, total)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return cast(Tensor, self.head(pool(self.summed_map(x_NCHW))))
+
+
+class FoldedTail(nn.Module):
+    """Level `tail`.
+
+    Args:
+        backbones: Images to last maps.
+        adapters: 1x1 convolutions to C_T channels, one for each backbone.
+        head: C_T to K.
+    """
+
+    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Conv2d], head: nn.Linear) -> None:
+        super().__init__()
+        self.backbones = nn.ModuleList(backbones)
+        W, b = head.weight, head.bias
+        U = [adapter.weight.flatten(1) for adapter in adapters]
+        c = torch.stack([cast(Tensor, adapter.bias) for adapter in adapters]).sum(0)
+        folded = torch.cat([W @ U_i for U_i in U], dim=1)
+        self.head = nn.Linear(folded.shape[1], folded.shape[0], dtype=folded.dtype, device=folded.device)
+        with torch.no_grad():
+            self.head.weight.copy_(folded)
+            self.head.bias.copy_(b + W @ c)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        pooled = [pool(backbone(x_NCHW)) for backbone in self.backbones]
+        return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
+
+
+class _LastMap(nn.Module):
+    """A backbone as a function from images to its last stage map."""
+
+    def __init__(self, backbone: Staged) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.backbone.features(x_NCHW)[-1]
+
+
+def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
+    """One network to export, in eval mode, equal in value to the model's up to rounding.
+
+    Args:
+        model: S with A (`ResidualStudent`), S alone (`StudentAlone`), or any classifier, of which only batch norm is
+            folded. Left as it is.
+        level: ``"sum"`` or ``"tail"``.
+
+    Raises:
+        UsageError: Unknown level.
+    """
+    if level not in LEVELS:
+        raise UsageError(unknown_name("fusion level", level, LEVELS))
+    if not isinstance(model, ResidualStudent | StudentAlone):
+        return fold_batch_norm(model.eval())
+    branches = [(model.student, model.student_adapter)]
+    if isinstance(model, ResidualStudent):
+        branches.append((model.assistant, model.assistant_adapter))
+    backbones = [fold_batch_norm(_LastMap(backbone).eval()) for backbone, _ in branches]
+    adapters = [adapter for _, adapter in branches]
+    owner = SummedBranches if level == "sum" else FoldedTail
+    return owner(backbones, adapters, model.head).eval()

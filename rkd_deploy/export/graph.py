@@ -1,0 +1,153 @@
+"""A network as one ONNX file: pre-processing inside, the card in its metadata, dynamic batch, opset 18.
+
+Opset 18 is the newest that every runtime we target has all kernels for. The weights are inside the file: files with
+external data break ONNX Runtime's own tools and cannot be embedded as one artefact.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
+from rkd_deploy.errors import UsageError, require, unknown_name
+from rkd_deploy.export.fusion import SummedBranches
+from rkd_deploy.models.staged import pool
+
+OPSET = 18
+OUTPUTS = ("logits", "probabilities", "features")
+MAX_BATCH = 4096
+
+
+class ExportGraph(nn.Module):
+    """What is exported: (x / 255 - mean) / std, the network, and the outputs asked for.
+
+    Args:
+        network: Normalised float images [N, C, H, W] to logits [N, K]; the result of `fuse`.
+        preprocess: Whether the graph normalises uint8 [N, H, W, C] itself.
+        outputs: Any of `OUTPUTS`, logits among them.
+
+    Raises:
+        UsageError: Unknown outputs, or features of a network that has no summed map.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess, outputs: Sequence[str] = ("logits",)) -> None:
+        super().__init__()
+        for name in outputs:
+            if name not in OUTPUTS:
+                raise UsageError(unknown_name("output", name, OUTPUTS))
+        if "logits" not in outputs or len(set(outputs)) != len(outputs):
+            raise UsageError(f"outputs = {list(outputs)} must hold logits, and each name once.")
+        if "features" in outputs and not isinstance(network, SummedBranches):
+            raise UsageError(
+                "The summed features f_S + f_A do not exist in this graph: fusion level tail folds them away, and a "
+                "network without adapters has none. Export S + A with --fuse sum."
+            )
+        self.network, self.embedded, self.outputs = network, preprocess.embedded, tuple(outputs)
+        mean = torch.tensor(preprocess.mean, dtype=torch.float64)
+        std = torch.tensor(preprocess.std, dtype=torch.float64)
+        self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
+        self.register_buffer("shift", (-mean / std).float().view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs in the order asked for; a single one as a tensor."""
+        if self.embedded:
+            # TensorRT transposes no uint8: cast first.
+            x = x.float().permute(0, 3, 1, 2) * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        found: dict[str, Tensor] = {}
+        if "features" in self.outputs:
+            network = cast(SummedBranches, self.network)
+            found["features"] = network.summed_map(x)
+            found["logits"] = network.head(pool(found["features"]))
+        else:
+            found["logits"] = self.network(x)
+        if "probabilities" in self.outputs:
+            found["probabilities"] = found["logits"].softmax(dim=1)
+        results = tuple(found[name] for name in self.outputs)
+        return results[0] if len(results) == 1 else results
+
+
+def example_input(preprocess: Preprocess, batch: int = 2) -> Tensor:
+    """Zeros of the graph's input type and shape; a batch of 2, because torch.export specialises 0 and 1."""
+    return torch.zeros(batch, *preprocess.input_shape, dtype=getattr(torch, preprocess.input_dtype))
+
+
+def to_program(graph: ExportGraph, preprocess: Preprocess) -> torch.export.ExportedProgram:
+    """The graph as a PyTorch program with a dynamic batch, which torch.export.load reads without this package."""
+    with torch.no_grad():
+        return torch.export.export(graph.eval(), (example_input(preprocess),), dynamic_shapes=_dynamic_batch())
+
+
+def to_onnx(graph: ExportGraph, preprocess: Preprocess) -> Any:
+    """Convert to an ONNX model in memory and check it.
+
+    Args:
+        graph: Pre-processing, network and outputs.
+        preprocess: For the type and shape of the input.
+
+    Returns:
+        An onnx.ModelProto.
+
+    Raises:
+        MissingDependencyError: onnx or onnxscript is not installed.
+    """
+    onnx = require("onnx", "export")
+    require("onnxscript", "export")
+    with _quiet():
+        converted = torch.onnx.export(
+            graph.eval(),
+            (example_input(preprocess),),
+            dynamo=True,
+            dynamic_shapes=_dynamic_batch(),
+            opset_version=OPSET,
+            external_data=False,
+            input_names=["input"],
+            output_names=list(graph.outputs),
+            verbose=False,
+        )
+    assert converted is not None
+    model = converted.model_proto
+    # The exporter notes the source line of every node: paths of the machine it ran on, and bytes for nothing.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
+    del model.graph.metadata_props[:]
+    model.doc_string = ""
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def stamp(model: Any, card: ModelCard) -> None:
+    """Write the card into the model's metadata, in place of what is there."""
+    del model.metadata_props[:]
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, card.to_json()
+
+
+def _dynamic_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and deprecation notes away from people who can do nothing about them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

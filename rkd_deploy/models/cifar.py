@@ -1,0 +1,117 @@
+"""The CIFAR ResNet family of He et al. 2016 (arXiv 1512.03385, section 4.2), depth 6n + 2.
+
+A 3x3 stem, three stages of n basic blocks with stride 2 at the start of the second and third, global average pooling,
+one linear layer. Shortcuts are 1x1 projections wherever the shape changes. Module names are those of the public
+checkpoints (conv1, bn1, layer1..3, downsample, fc), so that their state dicts load as they are. The `x4` variants are
+four times as wide and keep a stem of 32 channels, as in RepDistiller and mdistiller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.models.staged import Staged
+
+_NARROW = (16, 16, 32, 64)
+_WIDE = (32, 64, 128, 256)
+_FAMILY = {
+    **{f"resnet{depth}": (depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": (depth, _WIDE) for depth in (8, 14, 20, 32)},
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every network that `create` knows."""
+    return tuple(_FAMILY)
+
+
+def create(name: str, num_classes: int) -> Staged:
+    """Build a network with fresh weights.
+
+    Args:
+        name: One of `names()`, e.g. ``"resnet20"``.
+        num_classes: K, the number of logits.
+
+    Raises:
+        UsageError: Unknown name.
+    """
+    if name not in _FAMILY:
+        raise UsageError(unknown_name("network", name, _FAMILY))
+    depth, widths = _FAMILY[name]
+    return CifarResNet(depth, widths, num_classes)
+
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3x3 convolutions."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, channels, H / stride, W / stride]."""
+        out = self.relu(self.bn1(self.conv1(x_NCHW)))
+        out = self.bn2(self.conv2(out))
+        out += x_NCHW if self.downsample is None else self.downsample(x_NCHW)
+        return cast(Tensor, self.relu(out))
+
+
+class CifarResNet(Staged):
+    """A 6n + 2 ResNet for small images.
+
+    Args:
+        depth: 6n + 2 layers.
+        widths: Channels of the stem and the three stages.
+        num_classes: K, or None for a feature extractor without a head.
+    """
+
+    def __init__(self, depth: int, widths: Sequence[int], num_classes: int | None) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise UsageError(f"depth = {depth} is not 6n + 2 with n >= 1 (8, 14, 20, 26, 32, ...).")
+        if len(widths) != 4 or min(widths) < 1:
+            raise UsageError(
+                f"widths = {tuple(widths)} must be 4 positive channel counts: the stem's and three stages'."
+            )
+        self.depth = depth
+        self.widths = tuple(widths)
+        stem, *stages = self.widths
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(stem, stages[0], stride=1)
+        self.layer2 = self._stage(stages[0], stages[1], stride=2)
+        self.layer3 = self._stage(stages[1], stages[2], stride=2)
+        self.fc = None if num_classes is None else nn.Linear(self.channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three stage maps, at 1, 1/2 and 1/4 of the input's size."""
+        f1 = self.layer1(self.relu(self.bn1(self.conv1(x_NCHW))))
+        f2 = self.layer2(f1)
+        return f1, f2, self.layer3(f2)
+
+    def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> CifarResNet:
+        """The same depth at other widths."""
+        return CifarResNet(self.depth, widths, num_classes)
+
+    def _stage(self, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        blocks = (self.depth - 2) // 6
+        return nn.Sequential(
+            BasicBlock(in_channels, channels, stride), *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1))
+        )

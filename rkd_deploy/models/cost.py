@@ -1,0 +1,90 @@
+"""What a network costs: multiply-adds and parameters.
+
+Convention: one multiply-add is one MAC, so MACs = FLOPs / 2. Convolutions, linear layers and matrix products count;
+batch norm, activations, pooling, additions, reshapes and data movement count 0, as in the tables of the field.
+PyTorch's own FLOP formulas do the counting (torch.utils.flop_counter), operator by operator as they are dispatched, so
+functional calls count too. Operators that are neither counted nor known to be free are reported, never skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# Normalisation and activations; element by element; pooling and reductions; shapes and data movement.
+_FREE_NAMES = """
+native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm
+native_layer_norm native_group_norm relu relu_ leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_
+hardtanh hardtanh_ silu silu_ gelu sigmoid sigmoid_ tanh elu elu_ mish _softmax _log_softmax clamp clamp_
+
+add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt exp native_dropout dropout fill_
+
+max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean sum amax max
+
+view _unsafe_view reshape flatten squeeze unsqueeze permute transpose t expand cat stack split split_with_sizes chunk
+slice select clone copy_ detach contiguous _to_copy alias constant_pad_nd empty empty_like new_empty new_zeros zeros
+zeros_like ones full arange upsample_nearest2d upsample_bilinear2d channel_shuffle native_channel_shuffle roll
+as_strided unbind lift_fresh
+"""
+_FREE = frozenset(_FREE_NAMES.split())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image.
+
+    Attributes:
+        macs: Multiply-adds.
+        parameters: Trainable numbers.
+        unsupported: Operators that are neither counted nor known to be free: their MACs are missing.
+    """
+
+    macs: int
+    parameters: int
+    unsupported: tuple[str, ...]
+
+
+def count(module: nn.Module, input_size: int | tuple[int, int]) -> Cost:
+    """Cost of a network for one RGB image.
+
+    Args:
+        module: Left as it is; a copy without data is run.
+        input_size: Height and width in pixels, or one number for both.
+    """
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    shadow = copy.deepcopy(module).to("meta").eval()
+    x_NCHW = torch.empty(1, 3, height, width, device="meta", dtype=torch.float32)
+    operators = _Operators()
+    with torch.no_grad(), operators:
+        shadow(x_NCHW)
+    return Cost(
+        macs=operators.flops // 2,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        unsupported=tuple(sorted(operators.unsupported)),
+    )
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up FLOPs operator by operator, and notes the operators that nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.unsupported: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operator and run it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif packet.__name__ not in _FREE:
+            self.unsupported.add(packet.__name__)
+        return out

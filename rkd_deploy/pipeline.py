@@ -1,0 +1,164 @@
+"""From a run folder to a bundle, and the quickstart: what joins training, export and bench.
+
+Everything here is glue; each step is a public function of its own package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.data.sources import load_images
+from rkd_deploy.errors import UsageError
+from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.recipe import Recipe, read_recipe
+from rkd_deploy.serve.bench import Result, bench
+from rkd_deploy.serve.bench.recording import Report, write_report
+from rkd_deploy.train.fitting import fit
+from rkd_deploy.train.loop import Display
+from rkd_deploy.train.networks import PARTS, load_part
+from rkd_deploy.train.runs import Run
+
+PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
+CHUNK = 256
+
+
+def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe inside the package: digits, no download."""
+    return read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle and what the gate saw."""
+
+    folder: Path
+    proof: Proof
+
+
+def export_run(
+    run: Run,
+    *,
+    part: str = "fused",
+    level: str = "tail",
+    outputs: Sequence[str] = ("logits",),
+    embedded: bool = True,
+    tolerance: float = TOLERANCE,
+    with_pytorch: bool = False,
+    test_images: bool = True,
+    folder: Path | None = None,
+) -> Exported:
+    """Export one network of a finished run and prove it on the run's test images.
+
+    Args:
+        run: From `fit`.
+        part: fused (S + A), student, s0 or teacher.
+        level: Fusion level, sum or tail.
+        outputs: Any of logits, probabilities, features.
+        embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
+        tolerance: Largest allowed difference of a logit.
+        with_pytorch: Write model.pt2 too.
+        test_images: Classify every test image with both; else 64 random images stand in, and nothing is said of
+            accuracy.
+        folder: The bundle's. Default: the next free `bundle...` in the run folder.
+
+    Raises:
+        GateError: The exported graph does not do what the trained model does.
+    """
+    model = load_part(run, part)
+    card = _card(run, part, embedded)
+    chosen = folder or _free_folder(run, part)
+    proof = export_bundle(
+        model,
+        card,
+        chosen,
+        batches=_test_batches(run) if test_images else None,
+        level=level,
+        outputs=outputs,
+        tolerance=tolerance,
+        with_pytorch=with_pytorch,
+    )
+    return Exported(chosen, proof)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What the quickstart made."""
+
+    run: Run
+    bundles: dict[str, Path]
+    results: list[Result]
+    report: Report
+
+
+def quickstart(root: Path, display: Display, note: Callable[[str], None], min_seconds: float = 1.0) -> Quickstart:
+    """Train, export, prove, measure, draw.
+
+    Args:
+        root: Folder of runs.
+        display: Shows training.
+        note: Called with a line for every step.
+        min_seconds: Time each model is measured for.
+    """
+    recipe = embedded_recipe()
+    note("Training T, S0, S and A on handwritten digits")
+    run = fit(recipe, root=root, display=display)
+    bundles = {}
+    for part in reversed(PARTS):  # S + A last: it is the newest bundle then, the one that bench takes by itself
+        note(f"Exporting {PART_NAMES[part]} and proving it on the test images")
+        bundles[part] = export_run(run, part=part).folder
+    note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
+    results = bench([bundles[part] for part in reversed(PARTS)], batches=(1,), min_seconds=min_seconds)
+    written = write_report(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
+    return Quickstart(run, bundles, results, written)
+
+
+def _card(run: Run, part: str, embedded: bool) -> ModelCard:
+    facts, metrics = run.read_json("facts.json"), run.read_json("metrics.json")
+    if part not in metrics["parts"]:
+        raise UsageError(f"{run.folder} has no {part}: it has {', '.join(metrics['parts'])}.")
+    own = metrics["parts"][part]
+    height, width = facts["image_size"]
+    recipe = run.recipe
+    weights = run.weights({"fused": "assistant", "student": "assistant"}.get(part, part))
+    if part in ("fused", "student") and recipe.method.head == "trained":
+        weights = run.weights("head")
+    return ModelCard(
+        name=f"{recipe.name} {PART_NAMES[part]}",
+        labels=tuple(facts["classes"]),
+        preprocess=Preprocess(
+            height=height, width=width, mean=tuple(facts["mean"]), std=tuple(facts["std"]), embedded=embedded
+        ),
+        part=part,
+        macs=own["macs"],
+        parameters=own["parameters"],
+        metrics={"accuracy": own["test_top1"], "split": f"{facts['data']} test", "images": own["test_images"]},
+        source={
+            "run": run.folder.name,
+            "recipe": recipe.name,
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def _free_folder(run: Run, part: str) -> Path:
+    name = "bundle" if part == "fused" else f"bundle-{part}"
+    number, folder = 1, run.folder / name
+    while folder.exists():
+        number += 1
+        folder = run.folder / f"{name}-{number}"
+    return folder
+
+
+def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    recipe = run.recipe
+    test = load_images(recipe.data, recipe.train.seed).test
+    for start in range(0, len(test), CHUNK):
+        images_NCHW = test.images_NCHW[start : start + CHUNK]
+        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), test.labels_N[start : start + CHUNK].numpy()

@@ -1,0 +1,296 @@
+"""A recipe: one TOML file that says everything about a training run.
+
+Tables and keys are the dataclasses below. `--set table.key=value` replaces one value; `read_recipe` checks every key,
+type and rule before anything is computed, and `to_toml` writes the whole recipe back, so that a run folder reproduces
+itself. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.errors import RecipeError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Table `[data]`: which images, and what is done to them."""
+
+    name: str = "digits"
+    """digits (in scikit-learn, no download), cifar10 or cifar100."""
+    root: str | None = None
+    """Folder that holds the data set in torchvision's layout; downloaded into when it lacks it. Default: .data"""
+    image_size: int | None = None
+    """Side in pixels that digits are resized to. Default: 16. Other sets keep their own size."""
+    train_limit: int | None = None
+    """Use only so many training images, the same number of each class, drawn by seed."""
+    test_limit: int | None = None
+    """The same for the test images."""
+    val_fraction: float = 0.1
+    """Share of the training images held out by seed; 0 trains on all of them, as the published protocol does."""
+    augment: tuple[str, ...] = ("crop", "flip")
+    """Any of crop (zero padding, random position) and flip (left to right)."""
+    crop_padding: int = 4
+    """Pixels of padding on each side for crop."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean in units of [0, 1]. Default: that of the data set."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation in units of [0, 1]. Default: that of the data set."""
+
+    def __post_init__(self) -> None:
+        _choice("data.name", self.name, ("digits", "cifar10", "cifar100"))
+        _range("data.val_fraction", self.val_fraction, 0, 0.5)
+        for name in self.augment:
+            _choice("data.augment", name, ("crop", "flip"))
+        _range("data.crop_padding", self.crop_padding, 0, 16)
+        for name in ("train_limit", "test_limit", "image_size"):
+            if (value := getattr(self, name)) is not None:
+                _range(f"data.{name}", value, 1)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise RecipeError(f"data.{name} = {list(value)} has {len(value)} values; there are 3 channels (RGB).")
+        if self.std is not None and min(self.std) <= 0:
+            raise RecipeError(f"data.std = {list(self.std)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe:
+    """Table `[teacher]`: the network T that is imitated."""
+
+    name: str = "resnet20"
+    checkpoint: str | None = None
+    """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
+    epochs: int | None = None
+    """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
+    mean: tuple[float, ...] | None = None
+    """The normalisation T was trained with, where it is known: checked against that of the data."""
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None:
+            _range("teacher.epochs", self.epochs, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe:
+    """Table `[student]`: the given network S0, and how S and A are cut from its cost."""
+
+    name: str = "resnet8"
+    checkpoint: str | None = None
+    """Trained weights of S0, for the baseline. Default: S0 is trained here with cross-entropy."""
+    baseline: bool = True
+    """Train (or load) S0 itself as the control: same data, same loop, cross-entropy."""
+    budget: str = "macs"
+    """What must not exceed S0's: macs or params."""
+    assistant_share: float = 0.2
+    """Share of the budget that A and its adapter may take; S gets what is left."""
+    round_to: int = 8
+    """Channel counts are multiples of this. 8 fits SIMD and tensor cores: odd widths run up to 2.6 times slower."""
+
+    def __post_init__(self) -> None:
+        _choice("student.budget", self.budget, ("macs", "params"))
+        _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
+        _range("student.round_to", self.round_to, 1, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRecipe:
+    """Table `[method]`: how S and A learn."""
+
+    name: str = "residual"
+    scheme: str = "sequential"
+    """sequential: S, then A on what S leaves over, then (if trained) the head."""
+    head: str = "teacher"
+    """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features."""
+    feature_weight: float = 1.0
+    """Factor of D in the loss. D is a mean over elements, so its gradient is small beside that of cross-entropy."""
+    base: str = "none"
+    """A further loss for S besides the feature distance; none so far."""
+
+    def __post_init__(self) -> None:
+        _choice("method.name", self.name, ("residual",))
+        _choice("method.scheme", self.scheme, ("sequential",))
+        _range("method.feature_weight", self.feature_weight, 1e-6)
+        _choice("method.head", self.head, ("teacher", "trained"))
+        _choice("method.base", self.base, ("none",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """Table `[train]`: the loop."""
+
+    epochs: int = 10
+    """Epochs of every phase that has no number of its own."""
+    assistant_epochs: int | None = None
+    """Epochs of A. Default: epochs."""
+    head_epochs: int | None = None
+    """Epochs of a trained head. Default: epochs."""
+    batch_size: int = 64
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """Not applied to batch norm or biases."""
+    schedule: str = "cosine"
+    """cosine (to zero), step (times lr_decay at each of milestones) or constant."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs at which the step schedule decays."""
+    lr_decay: float = 0.1
+    seed: int = 0
+    amp: bool = False
+    """bfloat16 autocast of the forward passes."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """CPU threads of PyTorch. Default: its own choice."""
+
+    def __post_init__(self) -> None:
+        _range("train.epochs", self.epochs, 1)
+        for name in ("assistant_epochs", "head_epochs", "threads"):
+            if (value := getattr(self, name)) is not None:
+                _range(f"train.{name}", value, 1)
+        _range("train.batch_size", self.batch_size, 2)
+        _range("train.lr", self.lr, 1e-9)
+        _range("train.momentum", self.momentum, 0, 0.9999)
+        _range("train.weight_decay", self.weight_decay, 0)
+        _range("train.warmup_epochs", self.warmup_epochs, 0)
+        _range("train.seed", self.seed, 0, 2**31 - 1)
+        _choice("train.schedule", self.schedule, ("cosine", "step", "constant"))
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise RecipeError(f"train.milestones = {list(self.milestones)} must rise.")
+        if self.nesterov and self.momentum == 0:
+            raise RecipeError("train.nesterov = true needs train.momentum above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. Every default can be used as it is: `Recipe()` trains on digits."""
+
+    name: str = "recipe"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: StudentRecipe = field(default_factory=StudentRecipe)
+    method: MethodRecipe = field(default_factory=MethodRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def to_toml(self) -> str:
+        """Every value that is set, as TOML; `read_recipe` gives the equal recipe back."""
+        lines = [f"name = {_toml_value(self.name)}"]
+        for table in dataclasses.fields(self)[1:]:
+            lines += ["", f"[{table.name}]"]
+            values = dataclasses.asdict(getattr(self, table.name))
+            lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and replace single values.
+
+    Args:
+        path: A TOML file; None gives the defaults.
+        overrides: `table.key=value` each, the value written as in TOML (a string may go without quotes).
+
+    Raises:
+        RecipeError: The file is missing or no TOML, a key or value is unknown or of the wrong type, or a rule is
+            broken. The message names the key and the choices.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"No recipe can be read at {path}: {error}.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+        content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+    for override in overrides:
+        _apply(content, override)
+    return parse_recipe(content)
+
+
+def parse_recipe(content: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of nested mappings, as tomllib gives them (see `read_recipe`)."""
+    tables = typing.get_type_hints(Recipe)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in tables:
+            raise RecipeError(unknown_name("recipe table", key, tables))
+        values[key] = _parse_table(key, tables[key], value) if key != "name" else _convert("name", str, value)
+    return Recipe(**values)
+
+
+def _parse_table(table: str, owner: type[Any], content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{table} = {content!r} must be a table: write [{table}] and its keys below.")
+    hints = typing.get_type_hints(owner)
+    values = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise RecipeError(unknown_name("recipe key", f"{table}.{key}", [f"{table}.{hint}" for hint in hints]))
+        values[key] = _convert(f"{table}.{key}", hints[key], value)
+    return owner(**values)
+
+
+def _convert(key: str, wanted: Any, value: Any) -> Any:
+    if typing.get_origin(wanted) is types.UnionType:  # "X | None": TOML has no null, a missing key is None
+        wanted = next(item for item in typing.get_args(wanted) if item is not types.NoneType)
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{key} = {value!r} must be a list, e.g. {key.split('.')[-1]} = [...].")
+        return tuple(_convert(key, typing.get_args(wanted)[0], item) for item in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise RecipeError(f"{key} = {value!r} must be of type {wanted.__name__}.")
+    return value
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not separator or (not dot and table != "name"):
+        raise RecipeError(f"--set {override!r} is not of the form table.key=value, e.g. --set train.epochs=5.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: a name or a path
+    if table == "name":
+        content["name"] = str(value)
+        return
+    target = content.setdefault(table, {})
+    if not isinstance(target, dict):
+        raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
+    target[name] = value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # the escapes of JSON are escapes of TOML's basic strings
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(unknown_name(f"value of {key}", value, choices))
+
+
+def _range(key: str, value: float, low: float, high: float | None = None) -> None:
+    if not value >= low or (high is not None and not value <= high):  # also refuses NaN
+        rule = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise RecipeError(f"{key} = {value} must be {rule}.")

@@ -1,0 +1,1 @@
+"""Runs an exported model, and judges it: what an app embeds, needing no training framework."""

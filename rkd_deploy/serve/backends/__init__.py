@@ -1,0 +1,161 @@
+"""Backends: one model file, several runtimes, one small protocol (`Backend`).
+
+No backend imports another, and each is imported by name when it is asked for, so that the rest of `serve` needs none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import cast
+
+from rkd_deploy.errors import (
+    BackendError,
+    MissingDependencyError,
+    UsageError,
+    install_line,
+    require,
+    unknown_name,
+)
+from rkd_deploy.serve.backends.protocol import Array, Backend, infer_many
+from rkd_deploy.serve.files import model_path
+
+__all__ = [
+    "Array",
+    "Backend",
+    "BackendStatus",
+    "available",
+    "check_backend",
+    "infer_many",
+    "load_backend",
+    "model_path",
+]
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    package: str
+    """Import name of the library."""
+    extra: str
+    """Extra of this package that brings it."""
+    driver: str | None
+    """Class of ours that drives it, as "module:class"; None: not in this release."""
+
+
+_HERE = __name__
+_RUNTIMES = {
+    "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend"),
+    "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend"),
+    "openvino": _Runtime("openvino", "openvino", None),
+    "tensorrt": _Runtime("tensorrt", "tensorrt", None),
+    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", None),
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether one backend works on this machine, and what to do where it does not."""
+
+    name: str
+    ok: bool
+    version: str | None
+    """Of the library behind it; None where it is not installed."""
+    devices: tuple[str, ...]
+    """Devices that it would run on here."""
+    reason: str | None
+    """Why it does not work; None where it does."""
+    install: str
+    """The exact command that brings the library."""
+
+
+def load_backend(
+    name: str, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+) -> Backend:
+    """Load a model to run it.
+
+    Args:
+        name: One of onnxruntime, pytorch, openvino, tensorrt, tensorrt-rtx.
+        path: Bundle folder, or an .onnx file.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+
+    Raises:
+        UsageError: Unknown backend or device.
+        MissingDependencyError: The backend's library is not installed.
+        BackendError: The backend cannot run here, or not on the device asked for.
+        ModelFileError: The model file is missing or corrupt.
+    """
+    module, _, driver = check_backend(name).partition(":")
+    return cast(Backend, getattr(importlib.import_module(module), driver).open(path, device=device, threads=threads))
+
+
+def check_backend(name: str) -> str:
+    """Refuse a backend that cannot run here, before anything else is looked at.
+
+    Args:
+        name: As for `load_backend`.
+
+    Returns:
+        The class of ours that drives it, as "module:class".
+
+    Raises:
+        UsageError: Unknown backend.
+        MissingDependencyError: Its library is not installed.
+        BackendError: This release cannot drive it.
+    """
+    if name not in _RUNTIMES:
+        raise UsageError(unknown_name("backend", name, _RUNTIMES))
+    runtime = _RUNTIMES[name]
+    if runtime.driver is None:
+        working = [status.name for status in available() if status.ok]
+        raise BackendError(
+            f"Backend {name!r} cannot run here: {_undriven(name).reason} "
+            f"Backends that work here: {', '.join(working) or 'none'}."
+        )
+    require(runtime.package, runtime.extra)
+    return runtime.driver
+
+
+def available() -> list[BackendStatus]:
+    """Status of every backend. Imports the runtimes that are installed, so the first call can take seconds."""
+    return [_undriven(name) if runtime.driver is None else _driven(name) for name, runtime in _RUNTIMES.items()]
+
+
+def _driven(name: str) -> BackendStatus:
+    runtime = _RUNTIMES[name]
+    install = install_line(runtime.extra)
+    try:
+        library = require(runtime.package, runtime.extra)
+        devices = importlib.import_module(str(runtime.driver).partition(":")[0]).devices()
+    except MissingDependencyError as error:
+        return BackendStatus(name, False, None, (), str(error), install)
+    except (ImportError, OSError) as error:
+        # Installed and broken, a CUDA library missing say: a status has to report that, not to die of it.
+        reason = f"{runtime.package} is installed but cannot be imported ({error}). Install it again with: {install}"
+        return BackendStatus(name, False, _version(runtime.package), (), reason, install)
+    return BackendStatus(name, True, str(library.__version__), devices, None, install)
+
+
+def _undriven(name: str) -> BackendStatus:
+    runtime = _RUNTIMES[name]
+    install = install_line(runtime.extra)
+    ours = f"rkd-deploy {_version('rkd-deploy') or ''}".strip()
+    if importlib.util.find_spec(runtime.package) is None:
+        reason = (
+            f"{runtime.package} is not installed (install it with: {install}), "
+            f"and {ours} cannot drive it yet: a later release will."
+        )
+        return BackendStatus(name, False, None, (), reason, install)
+    version = _version(runtime.package)
+    reason = f"{runtime.package} {version or ''} is installed, but {ours} cannot drive it yet: a later release will."
+    return BackendStatus(name, False, version, (), reason.replace("  ", " "), install)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,243 @@
+"""ONNX Runtime, on the CPU and on CUDA.
+
+ONNX Runtime lists the CUDA provider even where its libraries are missing, and then runs the session on the CPU without
+an error. Here that is one: see `check_provider`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.errors import BackendError, install_line, require
+from rkd_deploy.serve.backends.protocol import (
+    Array,
+    Backend,
+    InputSpec,
+    check_threads,
+    closed_backend,
+    parse_device,
+)
+from rkd_deploy.serve.files import broken_model, model_path
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(uint16)": "uint16",
+    "tensor(int16)": "int16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
+# Raised for what this build or machine cannot run, as opposed to a file that is broken.
+_CANNOT_RUN = {
+    "cpu": ("NotImplemented", "RuntimeException", "EPFail", "EngineError"),
+    "cuda": ("NotImplemented", "RuntimeException", "EPFail", "EngineError", "Fail", "RuntimeError"),
+}
+
+
+class OnnxRuntimeBackend(Backend):
+    """An ONNX file in one ONNX Runtime session."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> None:
+        """Load the file and make sure that it runs on the device asked for.
+
+        Raises:
+            UsageError: Unknown device, or a thread count below 1.
+            MissingDependencyError: ONNX Runtime is not installed.
+            ModelFileError: The file is missing or corrupt.
+            BackendError: The device is not to be had here, or the model has no single numeric input.
+        """
+        file = model_path(path)
+        kind, self._index = parse_device(device)
+        check_threads(threads)
+        self._kind = kind
+        self._session: Any = _open_session(file, kind, self._index, threads)
+        self._binding: Any = None
+        check_provider(self._session.get_providers(), kind)
+        self.device = "cpu" if kind == "cpu" else f"{kind}:{self._index}"
+        try:
+            self._metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+            inputs = self._session.get_inputs()
+            outputs = [output.name for output in self._session.get_outputs()]
+        except UnicodeDecodeError as error:  # a flipped bit in a name gets past ONNX Runtime
+            raise broken_model(file, str(error)) from error
+        self._input = _only_input(file, inputs)
+        self.input_name, self.input_shape = self._input.name, self._input.shape
+        self.input_dtype = self._input.dtype.name
+        self.outputs = _logits_first(file, outputs)
+        self._logits = [self.outputs[0]]
+        card = self._metadata.get(METADATA_KEY)
+        self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+        """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
+        return cls(path, device=device, threads=threads)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        logits: Array = self._run(self._logits, x)[0]
+        return logits
+
+    def infer_all(self, x: Array) -> dict[str, Array]:
+        """Every output of one run, host to host, by name; arguments and errors as for `infer`."""
+        return dict(zip(self.outputs, self._run(list(self.outputs), x), strict=True))
+
+    def _run(self, names: list[str], x: Array) -> list[Array]:
+        session = self._session
+        if session is None:
+            raise closed_backend(self.name)
+        self._input.check(x)
+        try:
+            results: list[Array] = session.run(names, {self.input_name: x})
+        except Exception as error:  # ONNX Runtime's own exceptions have no other base
+            raise _failed_run(error) from error
+        return results
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`. ONNX Runtime ends each run with a synchronisation of its own."""
+        self._live()
+        self._input.check(x)
+        ort = require("onnxruntime", "cpu")
+        binding = self._live().io_binding()
+        # On a CPU the OrtValue borrows the array's memory: our own copy keeps the caller's later writes out.
+        value = ort.OrtValue.ortvalue_from_numpy(np.array(x, order="C"), self._kind, self._index)
+        binding.bind_ortvalue_input(self.input_name, value)
+        for name in self.outputs:
+            binding.bind_output(name, self._kind, self._index)
+        self._binding = binding
+
+        def run() -> None:
+            session = self._live()
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:
+                raise _failed_run(error) from error
+
+        return run
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._live()
+        if self._binding is not None:
+            self._binding.synchronize_outputs()
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: the custom metadata of the ONNX file."""
+        return self._metadata
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._session = self._binding = None
+
+    def _live(self) -> Any:
+        if self._session is None:
+            raise closed_backend(self.name)
+        return self._session
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that ONNX Runtime would run on here."""
+    if _PROVIDERS["cuda"] not in require("onnxruntime", "cpu").get_available_providers():
+        return ("cpu",)
+    try:
+        ctypes.CDLL("libcuda.so.1")  # the provider is listed on machines without a driver too
+    except OSError:
+        return ("cpu",)
+    return ("cpu", "cuda")
+
+
+def check_provider(active: Sequence[str], kind: str) -> None:
+    """Refuse a session that fell back to another device.
+
+    Args:
+        active: The session's providers, the one in charge first.
+        kind: "cpu" or "cuda", as asked for.
+
+    Raises:
+        BackendError: The first provider is not the one asked for.
+    """
+    wanted = _PROVIDERS[kind]
+    if active and active[0] == wanted:
+        return
+    raise BackendError(
+        f"ONNX Runtime was asked for {wanted} and fell back to {active[0] if active else 'none'}: the libraries of "
+        f"{kind} are missing or do not fit the driver. Check with nvidia-smi, install them with: {install_line('gpu')} "
+        "(and CUDA and cuDNN, if they are missing), or run on device='cpu'."
+    )
+
+
+def _open_session(file: Path, kind: str, index: int, threads: int | None) -> Any:
+    ort = require("onnxruntime", "cpu")
+    if _PROVIDERS[kind] not in ort.get_available_providers():
+        raise BackendError(
+            f"Device {kind!r} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without it. "
+            f"The two builds share one folder, so replace it: pip uninstall -y onnxruntime && {install_line('gpu')} "
+            "or run on device='cpu'."
+        )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: warnings about one's own model help nobody who embeds it
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
+    cuda = {"device_id": str(index), "use_tf32": "0"}
+    provider = (_PROVIDERS[kind], cuda if kind == "cuda" else {})
+    try:
+        # With its fallback on, a session that fails to start or to run moves to the CPU and only prints that.
+        return ort.InferenceSession(str(file), options, providers=[provider], enable_fallback=False)
+    except Exception as error:  # ONNX Runtime's own exceptions have no other base
+        if type(error).__name__ in _CANNOT_RUN[kind]:
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} on {kind} cannot run {file}: {_reason(error)}. "
+                "Export the model for this target, or run it on another backend (rkd-deploy backends lists them)."
+            ) from error
+        raise broken_model(file, _reason(error)) from error
+
+
+def _only_input(file: Path, inputs: Sequence[Any]) -> InputSpec:
+    described = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs) or "none"
+    way_out = "rkd-deploy runs models with one numeric input, batch first: export the classifier alone."
+    if len(inputs) != 1:
+        raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
+    only = inputs[0]
+    if only.type not in _DTYPES:
+        raise BackendError(f"The input of {file} is {described}, a type that NumPy has no numbers for. {way_out}")
+    if not only.shape:  # ONNX Runtime gives [] for an unknown rank and for a scalar alike
+        raise BackendError(f"The input of {file} has no known rank ({described}). {way_out}")
+    shape = tuple(size if isinstance(size, int) and size > 0 else None for size in only.shape)
+    return InputSpec(only.name, shape, np.dtype(_DTYPES[only.type]))
+
+
+def _logits_first(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        raise broken_model(file, "it has no outputs")
+    first = "logits" if "logits" in names else names[0]
+    return (first, *(name for name in names if name != first))
+
+
+def _failed_run(error: Exception) -> BackendError:
+    return BackendError(
+        f"ONNX Runtime failed to run the model: {_reason(error)}. "
+        "Try a smaller batch; if it stays, check the file with: rkd-deploy verify"
+    )
+
+
+def _reason(error: Exception) -> str:
+    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x failed:Protobuf parsing failed." -> the last part
+    text = " ".join(str(error).split(" : ", 3)[-1].split())
+    return re.sub(r"^Load model from .*? failed:", "", text).rstrip(".")

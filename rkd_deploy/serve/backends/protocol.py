@@ -1,0 +1,178 @@
+"""What every backend offers: a loaded model that runs. It neither times nor prints; `bench` does.
+
+Letters: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.errors import BackendError, UsageError
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Backend(Protocol):
+    """A loaded model on one device. After `close` every use raises BackendError."""
+
+    name: str
+    """As in `load_backend`."""
+    device: str
+    """Where it runs: "cpu" or "cuda:N"; never where it was merely asked to run."""
+    precision: str
+    """Of the model's arithmetic: fp32, fp16, int8, ...; "unknown" where the file does not say."""
+    input_name: str
+    input_shape: tuple[int | None, ...]
+    """Of the input, batch first; None is a dimension that the caller chooses."""
+    input_dtype: str
+    """NumPy name of the input's type."""
+    outputs: tuple[str, ...]
+    """Names of the outputs, the logits first."""
+
+    def infer(self, x: Array) -> Array:
+        """Run once, host to host.
+
+        Args:
+            x: [N, ...] of `input_shape` and `input_dtype`.
+
+        Returns:
+            Logits [N, K].
+
+        Raises:
+            UsageError: `x` has another type or shape; the message names both.
+            BackendError: The run failed, or the backend is closed.
+        """
+        ...
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """Copy `x` to the device once; each call of what is returned enqueues one run there.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: The backend is closed.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until every enqueued run is done."""
+        ...
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the model file says about itself; empty where the format holds nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory back; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The one input of a model, and the check that an array fits it."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    """Batch first; None is free."""
+    dtype: np.dtype[Any]
+    _tail: tuple[int | None, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tail", self.shape[1:])
+
+    def check(self, x: Array) -> None:
+        """Refuse an array that does not fit.
+
+        Raises:
+            UsageError: Names what was found and what is expected.
+        """
+        # This runs before every prediction: the usual case, free batch and fixed rest, is three comparisons.
+        if isinstance(x, np.ndarray) and x.dtype == self.dtype:
+            shape = x.shape
+            if self.shape[0] is None and shape and shape[0] > 0 and shape[1:] == self._tail:
+                return
+            if len(shape) == len(self.shape) and all(
+                found == wanted or (wanted is None and found > 0)
+                for found, wanted in zip(shape, self.shape, strict=True)
+            ):
+                return
+        found = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        wanted = ", ".join("any" if size is None else str(size) for size in self.shape)
+        raise UsageError(
+            f"Input {self.name!r} was given {found}; the model takes a NumPy array {self.dtype} [{wanted}], "
+            "batch first. Convert the array, or let rkd_deploy.load(...) prepare images for the model."
+        )
+
+
+def infer_many(backend: Backend, x: Array, max_batch: int = 256) -> Array:
+    """Logits of any number of inputs, in chunks that the model and the memory can take.
+
+    A model with a fixed batch gets exactly that: its last chunk is filled up with copies, whose logits are dropped.
+
+    Args:
+        backend: The model.
+        x: [N, ...], N at least 1.
+        max_batch: Largest chunk where the model leaves the batch free.
+
+    Returns:
+        [N, K].
+
+    Raises:
+        UsageError: `x` does not fit the model.
+    """
+    fixed = backend.input_shape[0]
+    count = len(x)
+    if count <= max_batch if fixed is None else count == fixed:
+        return backend.infer(x)
+    size = fixed or max_batch
+    parts = []
+    for start in range(0, count, size):
+        chunk = x[start : start + size]
+        missing = 0 if fixed is None else fixed - len(chunk)
+        if missing:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
+        parts.append(backend.infer(chunk)[: size - missing])
+    if not parts:
+        raise UsageError("A batch of 0 inputs was given; a model takes at least 1.")
+    return np.concatenate(parts)
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """Kind and index of a device name: "cpu" -> ("cpu", 0), "cuda" -> ("cuda", 0), "cuda:1" -> ("cuda", 1).
+
+    Raises:
+        UsageError: Another name.
+    """
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not found:
+        raise UsageError(f"Unknown device {device!r}. Choices: cpu, cuda, cuda:N (N counts from 0).")
+    return device.split(":")[0], int(found[1] or 0)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a thread count below 1; None leaves the choice to the runtime.
+
+    Raises:
+        UsageError: It is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be at least 1, or left out for the runtime's own choice.")
+
+
+def closed_backend(name: str) -> BackendError:
+    """The error for any use after `close`."""
+    return BackendError(f"This {name} backend is closed. Load the model again with load_backend({name!r}, path).")

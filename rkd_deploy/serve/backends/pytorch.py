@@ -1,0 +1,190 @@
+"""PyTorch: a live module as the reference of the parity gate, or a bundle's exported program.
+
+The only file of `serve` that imports torch; it is loaded by name, so nothing else reaches torch through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+
+from rkd_deploy.errors import BackendError
+from rkd_deploy.serve.backends.protocol import (
+    Array,
+    Backend,
+    InputSpec,
+    check_threads,
+    closed_backend,
+    parse_device,
+)
+from rkd_deploy.serve.files import broken_model, model_path
+
+PROGRAM_SUFFIX = ".pt2"
+
+
+class PyTorchBackend(Backend):
+    """An nn.Module in inference mode. Float32 on CUDA follows PyTorch's own TF32 settings."""
+
+    name = "pytorch"
+    input_name = "input"
+    outputs = ("logits",)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        input_shape: Sequence[int | None],
+        input_dtype: str,
+        device: str = "cpu",
+        threads: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
+
+        Args:
+            module: Gives a tensor [N, K], or a tuple that begins with it.
+            input_shape: Batch first; None is free.
+            input_dtype: NumPy name.
+            device: "cpu", "cuda" or "cuda:N".
+            threads: `torch.set_num_threads`, which holds for the whole process.
+            precision: What the module's arithmetic is, for reports.
+
+        Raises:
+            UsageError: Unknown device, or a thread count below 1.
+            BackendError: CUDA was asked for and is not to be had here.
+        """
+        self._place = _place(device)
+        check_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._input = InputSpec(self.input_name, tuple(input_shape), np.dtype(input_dtype))
+        self.input_shape, self.input_dtype = self._input.shape, self._input.dtype.name
+        self.precision = precision
+        self.device = str(self._place)
+        self._module: nn.Module | None = copy.deepcopy(module).to(self._place)
+        with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
+            self._module.eval()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+        """Load the exported program of a bundle, model.pt2. Load only files that you trust.
+
+        Raises:
+            BackendError: The bundle has no exported program, or CUDA was asked for and is not to be had here.
+            ModelFileError: The file is corrupt.
+        """
+        file = _program_path(Path(path))
+        place = _place(device)
+        if not zipfile.is_zipfile(file):  # torch logs a page of traceback before it raises
+            raise broken_model(file, "it is no PyTorch archive")
+        try:
+            program = move_to_device_pass(torch.export.load(file), place)
+            name = program.graph_signature.user_inputs[0]
+            value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+            module = program.module()
+        except Exception as error:  # zipfile, JSON and torch errors of every kind, none with a common base
+            raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
+        shape = [size if isinstance(size, int) else None for size in value.shape]
+        dtype = str(value.dtype).removeprefix("torch.")
+        return cls(module, input_shape=shape, input_dtype=dtype, device=device, threads=threads)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        module = self._live()
+        self._input.check(x)
+        logits = _run(module, self._tensor(x))
+        if logits.dtype is torch.bfloat16:
+            logits = logits.float()  # NumPy has no bfloat16
+        array: Array = logits.cpu().numpy()
+        return array
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`."""
+        self._live()
+        self._input.check(x)
+        resident = self._tensor(x).clone()
+
+        def run() -> None:
+            _run(self._live(), resident)
+
+        return run
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._live()
+        if self._place.type == "cuda":
+            torch.cuda.synchronize(self._place)
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: an exported program holds none."""
+        return {}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._module = None
+
+    def _live(self) -> nn.Module:
+        if self._module is None:
+            raise closed_backend(self.name)
+        return self._module
+
+    def _tensor(self, x: Array) -> Tensor:
+        # from_numpy warns about read-only memory and refuses negative strides; such arrays are copied.
+        return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self._place)
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that PyTorch would run on here."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        with torch.inference_mode():
+            result: Any = module(x)
+    except (RuntimeError, AssertionError) as error:  # out of memory, a shape that the program was not exported for
+        raise BackendError(
+            f"PyTorch failed to run the model on a batch of {len(x)}: {' '.join(str(error).split())}. "
+            "Try a smaller batch, or check that the module takes this input."
+        ) from error
+    logits = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(logits, Tensor):
+        raise BackendError(
+            f"The module gave a {type(result).__name__}; a backend needs a tensor of logits [N, K], "
+            "or a tuple that begins with one. Wrap the module so that it returns that."
+        )
+    return logits
+
+
+def _place(device: str) -> torch.device:
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise BackendError(
+            f"Device {device!r} was asked for, and PyTorch {torch.__version__} sees {count} CUDA devices here. "
+            "Check with nvidia-smi, install a CUDA build of PyTorch (https://pytorch.org/get-started), "
+            "or run on device='cpu'."
+        )
+    return torch.device(kind, index)
+
+
+def _program_path(path: Path) -> Path:
+    file = path / f"model{PROGRAM_SUFFIX}" if path.is_dir() else model_path(path).with_suffix(PROGRAM_SUFFIX)
+    if not file.is_file():
+        raise BackendError(
+            f"The pytorch backend runs a bundle's exported program, and there is no {file}. "
+            "Export it with: rkd-deploy export --with-pytorch"
+        )
+    return file

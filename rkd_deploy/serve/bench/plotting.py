@@ -1,0 +1,260 @@
+"""Accuracy against latency, as a PNG: up and to the left is better."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from rkd_deploy.errors import DataError, require
+from rkd_deploy.storage import write_bytes
+
+if TYPE_CHECKING:
+    from rkd_deploy.serve.bench.report import Result
+
+# Okabe and Ito's palette, which people with a colour vision deficiency can tell apart.
+_COLOURS = {"teacher": "#555555", "s0": "#0072B2", "student": "#009E73", "fused": "#D55E00"}
+_LEGEND = {
+    "teacher": "teacher",
+    "s0": "S0, the given model",
+    "student": "student alone",
+    "fused": "student + assistant",
+}
+_OTHER = "#CC79A7"
+_INK, _QUIET, _LINE = "#1f1f1f", "#6b6b6b", "#9a9a9a"
+_Spot: TypeAlias = tuple[float, float]
+
+_LOG_FROM = 5
+"""Ratio of the slowest to the fastest from which the time axis is logarithmic."""
+_FAR = 9
+"""Printer's points between a point and its name from which a line joins them."""
+
+
+def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> None:
+    """Write accuracy against median latency, the 95 % confidence interval of the median as a bar.
+
+    Args:
+        results: Those without an accuracy are left out.
+        path: PNG file to write.
+        batch: Which batch size; None takes the smallest.
+
+    Raises:
+        DataError: No result at this batch size has an accuracy.
+        MissingDependencyError: matplotlib is not installed.
+        StorageError: The file could not be written.
+    """
+    content = io.BytesIO()
+    draw(results, batch).savefig(content, format="png")
+    write_bytes(path, content.getvalue())
+
+
+def draw(results: Sequence[Result], batch: int | None = None) -> Any:
+    """The matplotlib Figure of `plot`."""
+    points = _points(results, batch)
+    require("matplotlib", "train")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    canvas: Any = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _scatter(axes, points)
+    _frame(axes, points)
+    _title(figure, axes, points)
+    canvas.draw()  # settles the layout, so that the names are placed where they will stand
+    _label(axes, points)
+    return figure
+
+
+def _points(results: Sequence[Result], batch: int | None) -> list[Result]:
+    known = [result for result in results if result.accuracy is not None]
+    wanted = min((result.batch for result in known), default=None) if batch is None else batch
+    points = [result for result in known if result.batch == wanted]
+    if not points:
+        raise DataError(
+            f"Nothing to plot: of {len(results)} results, {len(known)} have an accuracy"
+            + (f" and none of these is at batch {batch}. " if batch is not None else ". ")
+            + "The plot takes the accuracy from the model card: export the models from runs that were evaluated."
+        )
+    return sorted(points, key=lambda result: result.p50_ms)
+
+
+def _scatter(axes: Any, points: Sequence[Result]) -> None:
+    for part in (*_COLOURS, None):
+        group = [result for result in points if (result.part if result.part in _COLOURS else None) == part]
+        if not group:
+            continue
+        times, ends = np.array([result.p50_ms for result in group]), np.array([_ends(result) for result in group])
+        colour = _COLOURS.get(part or "", _OTHER)
+        axes.errorbar(
+            times,
+            [result.accuracy for result in group],
+            xerr=[times - ends[:, 0], ends[:, 1] - times],
+            fmt="o",
+            markersize=6,
+            color=colour,
+            elinewidth=1.2,
+            capsize=4.5,
+            capthick=1.2,
+            zorder=3,
+            label=_LEGEND.get(part or "", "other"),
+        )
+
+
+def _frame(axes: Any, points: Sequence[Result]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    lows, highs = zip(*map(_ends, points), strict=True)
+    fast, slow = min(lows), max(highs)
+    accuracies = [result.accuracy for result in points if result.accuracy is not None]
+    spread = max(accuracies) - min(accuracies) or 1.0
+    axes.set_ylim(min(accuracies) - 0.25 * spread, max(accuracies) + 0.25 * spread)
+    if slow / fast >= _LOG_FROM:
+        axes.set_xscale("log")
+        room = (slow / fast) ** 0.22
+        axes.set_xlim(fast / room, slow * room)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        room = 0.22 * max(slow - fast, 0.1 * slow)
+        axes.set_xlim(max(0, fast - room), slow + room)
+    axes.set_xlabel("Median latency of one call, ms (bar: 95 % confidence interval)", color=_INK)
+    axes.set_ylabel("Top-1 accuracy, %", color=_INK)
+    axes.grid(True, color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_LINE)
+    axes.tick_params(which="both", color=_LINE, labelcolor=_QUIET)
+
+
+def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
+    where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
+    title = f"Accuracy against latency, batch {points[0].batch}, {where}"
+    parts = len({result.part for result in points})
+    axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=26 if parts > 1 else 8)
+    if parts > 1:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.012, 1.0),
+            ncols=parts,
+            frameon=False,
+            fontsize=9,
+            labelcolor=_QUIET,
+            handletextpad=0.3,
+            columnspacing=1.4,
+            borderaxespad=0.1,
+        )
+
+
+def _names(points: Sequence[Result]) -> list[str]:
+    """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
+    names = [result.model for result in points]
+    for fact in ("part", "fusion", "precision", "backend", "device", "threads"):
+        values = [getattr(result, fact) for result in points]
+        groups = {name: {v for n, v in zip(names, values, strict=True) if n == name} for name in names}
+        names = [
+            f"{name}, {value}" if len(groups[name]) > 1 and value is not None else name
+            for name, value in zip(names, values, strict=True)
+        ]
+    return names
+
+
+def _label(axes: Any, points: Sequence[Result]) -> None:
+    """Name every point where its text touches no other text, no point, no line and no edge.
+
+    The nearest free place around the point is taken; a line leads to a name that had to go far.
+    """
+    renderer = axes.figure.canvas.get_renderer()
+    bars = [_bar_box(axes, result) for result in points]
+    texts: list[Any] = []
+    lines: list[_Spot] = []
+    for result, name, bar in zip(points, _names(points), bars, strict=True):
+        text = axes.annotate(
+            f"{name}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
+            (result.p50_ms, result.accuracy),
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            linespacing=1.25,
+            color=_INK,
+            zorder=4,
+        )
+        spot = tuple(axes.transData.transform((result.p50_ms, result.accuracy)))
+        text.set_position(_free_place(axes, text, spot, bars, texts, lines))
+        box = text.get_window_extent(renderer)
+        texts.append(box)
+        end = _nearest(box, spot)
+        if math.dist(_nearest(bar, end), end) > _FAR * axes.figure.dpi / 72:
+            style = {"arrowstyle": "-", "color": _LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
+            axes.annotate("", spot, end, "figure pixels", "figure pixels", arrowprops=style, zorder=2)
+            lines += _along(spot, end)
+
+
+def _free_place(
+    axes: Any, text: Any, spot: _Spot, bars: Sequence[Any], texts: Sequence[Any], lines: Sequence[_Spot]
+) -> _Spot:
+    """Offset of a text from its point, in printer's points, that covers the fewest pixels of other things."""
+    renderer = axes.figure.canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    size = text.get_window_extent(renderer)
+    scale = 72 / axes.figure.dpi
+    best = (math.inf, (0.0, 0.0))
+    for place in _places(size.width * scale, size.height * scale):
+        text.set_position(place)
+        box = text.get_window_extent(renderer).padded(3)
+        covered = sum(_overlap(box, other) for other in (*bars, *texts)) + 50 * sum(box.contains(*at) for at in lines)
+        outside = box.width * box.height - _overlap(box, inside)
+        crossed = sum(other.contains(*at) for at in _along(spot, _nearest(box, spot)) for other in texts)
+        cost = covered + 4 * outside + 50 * crossed
+        if cost < 1:
+            return place
+        best = min(best, (cost, place))
+    return best[1]
+
+
+def _places(width: float, height: float) -> list[_Spot]:
+    """Offsets of a name's centre from its point, in printer's points, nearest first."""
+    places: list[_Spot] = []
+    for ring in range(8):
+        away = 9.0 + 9 * ring
+        sideways, upright = width / 2 + away, height / 2 + away
+        places += [(0.0, upright), (0.0, -upright), (sideways, 0.0), (-sideways, 0.0)]
+        for slide in (0.5, 1.0):
+            places += [(x * slide * sideways, y * upright) for x in (1, -1) for y in (1, -1)]
+    return places
+
+
+def _bar_box(axes: Any, result: Result) -> Any:
+    """The pixels that a point and its interval cover."""
+    from matplotlib.transforms import Bbox
+
+    low, high = _ends(result)
+    (left, y), (right, _) = axes.transData.transform([(low, result.accuracy), (high, result.accuracy)])
+    pad = 5 * axes.figure.dpi / 72
+    return Bbox.from_extents(left - pad, y - pad, right + pad, y + pad)
+
+
+def _along(start: _Spot, end: _Spot) -> list[_Spot]:
+    return [(x, y) for x, y in np.linspace(start, end, 25).tolist()]
+
+
+def _nearest(box: Any, point: _Spot) -> _Spot:
+    return min(max(point[0], box.x0), box.x1), min(max(point[1], box.y0), box.y1)
+
+
+def _ends(result: Result) -> tuple[float, float]:
+    low, high = result.p50_low_ms, result.p50_high_ms
+    return (result.p50_ms if low is None else low, result.p50_ms if high is None else high)
+
+
+def _overlap(one: Any, other: Any) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0

@@ -1,0 +1,185 @@
+"""What a bench found, for machines (JSON), for people (table, Markdown) and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from rkd_deploy.serve.bench.plotting import plot
+from rkd_deploy.serve.bench.timing import Timing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["RECORD_SCHEMA", "Result", "markdown", "plot", "print_table", "to_record"]
+
+RECORD_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model at one batch size on one backend; None where a fact is not known."""
+
+    model: str
+    part: str | None
+    """Which network of the run: fused (S + A), student, s0, teacher."""
+    fusion: str | None
+    backend: str
+    device: str
+    batch: int
+    threads: int | None
+    """As asked for; None left it to the runtime."""
+    precision: str
+    transfers: bool
+    """True: host to host. False: input and output stayed on the device."""
+    p50_ms: float
+    p50_low_ms: float | None
+    """Ends of the 95 % confidence interval; None where there are too few samples for one."""
+    p50_high_ms: float | None
+    p90_ms: float
+    p90_low_ms: float | None
+    p90_high_ms: float | None
+    p95_ms: float
+    p99_ms: float
+    mean_ms: float
+    cv: float
+    """Standard deviation over mean."""
+    throughput_per_s: float
+    """Images per second of one caller."""
+    first_run_ms: float
+    runs: int
+    warmup_runs: int
+    warmup_seconds: float
+    accuracy: float | None
+    """Top-1 on the test split, in %."""
+    parameters: int | None
+    macs: int | None
+    """Multiply-adds of one image."""
+    file_bytes: int
+    samples_ms: list[float] = field(repr=False)
+
+    @classmethod
+    def from_timing(cls, timing: Timing, **facts: Any) -> Self:
+        """Join the samples with the other fields."""
+        (p50_low, p50_high), (p90_low, p90_high) = (
+            tuple(end if math.isfinite(end) else None for end in timing.interval(q)) for q in (50, 90)
+        )
+        return cls(
+            **facts,
+            batch=timing.batch,
+            transfers=timing.transfers,
+            p50_ms=timing.p50,
+            p50_low_ms=p50_low,
+            p50_high_ms=p50_high,
+            p90_ms=timing.p90,
+            p90_low_ms=p90_low,
+            p90_high_ms=p90_high,
+            p95_ms=timing.p95,
+            p99_ms=timing.p99,
+            mean_ms=timing.mean,
+            cv=timing.cv,
+            throughput_per_s=timing.throughput_per_s,
+            first_run_ms=timing.first_run_ms,
+            runs=len(timing.samples_ms),
+            warmup_runs=timing.warmup_runs,
+            warmup_seconds=timing.warmup_seconds,
+            samples_ms=list(timing.samples_ms),
+        )
+
+
+def to_record(results: Sequence[Result], provenance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark record for JSON.
+
+    Args:
+        results: What `bench` gave.
+        provenance: What `provenance.provenance` gave.
+        settings: How it was measured: seconds, runs, warm-up, seed.
+    """
+    return {
+        "schema": RECORD_SCHEMA,
+        "kind": "bench",
+        "provenance": dict(provenance),
+        "settings": dict(settings),
+        "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics)",
+        "results": [asdict(result) for result in results],
+    }
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    text: Callable[[Result], str | None]
+    """None where the result has no such fact; a column of nothing but None is left out."""
+    numeric: bool = True
+    setting: bool = False
+    """A condition of the measurement rather than something found."""
+
+
+_COLUMNS = (
+    _Column("Model", lambda r: r.model, numeric=False),
+    _Column("Part", lambda r: r.part, numeric=False),
+    _Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False),
+    _Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
+    _Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
+    _Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    _Column("Batch", lambda r: str(r.batch), setting=True),
+    _Column("p50, ms (95 % CI)", lambda r: _milliseconds(r.p50_ms) + _interval(r.p50_low_ms, r.p50_high_ms)),
+    _Column("p90, ms", lambda r: _milliseconds(r.p90_ms)),
+    _Column("p99, ms", lambda r: _milliseconds(r.p99_ms)),
+    _Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
+    _Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
+    _Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
+    _Column("Parameters, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    _Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
+)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A Markdown table, units in its head; columns of which nothing is known are left out."""
+    columns, rows = _cells(results)
+    lines = [
+        [column.title for column in columns],
+        ["---:" if column.numeric else "---" for column in columns],
+        *[[cell.replace("|", "\\|") for cell in row] for row in rows],
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def print_table(results: Sequence[Result], console: Console) -> None:
+    """The same table for a terminal; what is equal in all rows stands once, above it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns, rows = _cells(results)
+    shared = [
+        index
+        for index, column in enumerate(columns)
+        if column.setting and len(rows) > 1 and len({row[index] for row in rows}) == 1
+    ]
+    title = ", ".join(f"{columns[index].title.lower()} {rows[0][index]}" for index in shared)
+    table = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+    kept = [index for index in range(len(columns)) if index not in shared]
+    for index in kept:
+        table.add_column(columns[index].title, justify="right" if columns[index].numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[escape(row[index]) for index in kept])
+    console.print(table)
+
+
+def _cells(results: Sequence[Result]) -> tuple[list[_Column], list[list[str]]]:
+    texts = {column: [column.text(result) for result in results] for column in _COLUMNS}
+    columns = [column for column in _COLUMNS if any(text is not None for text in texts[column])]
+    return columns, [[texts[column][row] or "-" for column in columns] for row in range(len(results))]
+
+
+def _milliseconds(value: float) -> str:
+    # Three significant digits and no exponent, down to 1 ns.
+    digits = 2 if value <= 0 else min(6, max(0, 2 - math.floor(math.log10(value))))
+    return f"{value:,.{digits}f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({_milliseconds(low)} to {_milliseconds(high)})"

@@ -1,0 +1,238 @@
+"""What an app embeds: images in, labels and probabilities out.
+
+    classifier = load("bundle/")
+    classifier.predict("photo.jpg", top=3)
+
+Letters: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import NamedTuple, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
+from rkd_deploy.serve.backends import Backend, infer_many, load_backend
+from rkd_deploy.serve.files import model_path, read_card
+from rkd_deploy.serve.images import ImageLike, Pixels, normalise, to_array
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+_FLOAT32 = np.dtype(np.float32)
+_SAFE_EXPONENT = 60
+"""exp(+-60) is about 1e+-26: a float32 holds that, and the sum of a billion of them, at full accuracy."""
+_LONG_ROW = 256
+"""Classes from which selecting the largest before sorting them is faster than sorting all; measured at 100 and 1000."""
+
+
+class Prediction(NamedTuple):
+    """One class that an image may be of."""
+
+    label: str
+    probability: float
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on this
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    device: str = "cpu",
+    threads: int | None = None,
+    max_batch: int = 256,
+) -> Classifier:
+    """Load an exported classifier.
+
+    Args:
+        path: Bundle folder, or an ONNX file with a model card inside or beside it.
+        backend: As for `load_backend`.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        max_batch: Largest number of images run at once; more are run in chunks.
+
+    Raises:
+        ModelFileError: The model or its card is missing or corrupt, or the card does not fit the model.
+        UsageError: Unknown backend or device.
+        MissingDependencyError: The backend's library is not installed.
+        BackendError: The backend cannot run here, or not on the device asked for.
+    """
+    loaded = load_backend(backend, path, device=device, threads=threads)
+    try:
+        card = read_card(path, loaded.metadata())
+        if card is None:
+            raise ModelFileError(
+                f"{model_path(path)} has no model card, neither in its metadata nor in a .json file beside it, so its "
+                "labels and pre-processing are unknown. Export it with rkd-deploy export, or run it with load_backend."
+            )
+        return Classifier(loaded, card, max_batch=max_batch)
+    except BaseException:
+        loaded.close()
+        raise
+
+
+class Classifier:
+    """A loaded model with its labels and its pre-processing. Closing it closes the backend."""
+
+    def __init__(self, backend: Backend, card: ModelCard, *, max_batch: int = 256) -> None:
+        """Join a backend and a card, after one run that shows that they belong together.
+
+        Raises:
+            ModelFileError: The card describes another input or another number of classes.
+            UsageError: `max_batch` is below 1.
+        """
+        if max_batch < 1:
+            raise UsageError(f"max_batch is {max_batch}; it must be at least 1.")
+        self.card = card
+        self.labels: tuple[str, ...] = card.labels
+        self._backend = backend
+        self._preprocess = card.preprocess
+        self._embedded = card.preprocess.embedded
+        self._image_shape = (card.preprocess.height, card.preprocess.width, card.preprocess.channels)
+        self._max_batch = max_batch
+        self._ones_K = np.ones(len(card.labels), np.float32)
+        self._one = backend.input_shape[0] in (None, 1)
+        _check_fit(backend, card)
+
+    def __call__(self, image: ImageLike, top: int = 1) -> list[Prediction]:
+        """The same as `predict`."""
+        return self.predict(image, top)
+
+    def predict(self, image: ImageLike, top: int = 1) -> list[Prediction]:
+        """The most probable classes of one image, best first.
+
+        Args:
+            image: Path, PIL image, or uint8 array (see `images.to_array`).
+            top: How many; at most all of them.
+
+        Raises:
+            DataError: The image cannot be read.
+            UsageError: `top` is below 1.
+            BackendError: The run failed or gave numbers that are not finite.
+        """
+        x = to_array(image, self._preprocess)[np.newaxis]
+        return self._best(self._run(x)[0], top)
+
+    def predict_batch(self, images: Iterable[ImageLike] | Pixels, top: int = 5) -> list[list[Prediction]]:
+        """The same for many images, decoded and run `max_batch` at a time.
+
+        Args:
+            images: Images of any kind that `predict` takes, or one uint8 array [N, H, W, C].
+            top: How many classes per image; at most all of them.
+        """
+        return [self._best(logits_K, top) for logits_NK in self._runs(images) for logits_K in logits_NK]
+
+    def logits(self, images: Iterable[ImageLike] | Pixels) -> Floats:
+        """The model's raw answers, float32 [N, K]; images as for `predict_batch`."""
+        parts = list(self._runs(images))
+        return np.concatenate(parts) if parts else np.empty((0, len(self.labels)), np.float32)
+
+    def probabilities(self, images: Iterable[ImageLike] | Pixels) -> Floats:
+        """The softmax of the logits, float32 [N, K], each row summing to 1; images as for `predict_batch`."""
+        logits_NK = self.logits(images)
+        peaks_N1 = logits_NK.max(axis=1, keepdims=True)
+        broken = peaks_N1[~np.isfinite(peaks_N1)]
+        if broken.size:
+            raise _not_finite(float(broken[0]))
+        exponentials_NK = np.exp(logits_NK - peaks_N1)
+        probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
+        return probabilities_NK
+
+    def close(self) -> None:
+        """Give the model's memory back; a second call does nothing, a later prediction raises BackendError."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, pixels_NHWC: Pixels) -> Floats:
+        x = pixels_NHWC if self._embedded else normalise(pixels_NHWC, self._preprocess)
+        logits = self._backend.infer(x) if self._one and len(x) == 1 else infer_many(self._backend, x, self._max_batch)
+        return logits if logits.dtype == _FLOAT32 else logits.astype(np.float32)
+
+    def _runs(self, images: Iterable[ImageLike] | Pixels) -> Iterator[Floats]:
+        if isinstance(images, str | os.PathLike):
+            raise UsageError(f"A batch was given as one path, {os.fspath(images)!r}; give a list of images.")
+        if isinstance(images, np.ndarray):
+            if images.ndim != 4:  # a single image would be taken for a batch of its rows
+                raise DataError(
+                    f"A batch was given as an array of shape {list(images.shape)}; it must be [N, H, W, C]. "
+                    "Give one image to predict, or image[None] here."
+                )
+            if images.dtype == np.uint8 and images.shape[1:] == self._image_shape:
+                for start in range(0, len(images), self._max_batch):
+                    yield self._run(images[start : start + self._max_batch])
+                return
+        waiting = iter(images)
+        while chunk := [to_array(image, self._preprocess) for image in islice(waiting, self._max_batch)]:
+            yield self._run(np.stack(chunk))
+
+    def _best(self, logits_K: Floats, top: int) -> list[Prediction]:
+        # The softmax of a row without its array of quotients: p_i = exp(z_i) / sum_j exp(z_j). A run leaves cold caches
+        # behind, where each NumPy call takes some us, 1 % of a small model's run: so the usual shift by the largest
+        # logit is made only where float32 needs it, and the sum is a dot product, the cheapest of NumPy's sums.
+        best = int(logits_K.argmax())
+        peak = logits_K.item(best)
+        if abs(peak) < _SAFE_EXPONENT:
+            exponentials_K = np.exp(logits_K)
+        elif math.isfinite(peak):
+            exponentials_K = np.exp(logits_K - peak)
+        else:  # argmax finds a NaN wherever it stands
+            raise _not_finite(peak)
+        total = exponentials_K.dot(self._ones_K).item()
+        if top == 1:
+            return [Prediction(self.labels[best], exponentials_K.item(best) / total, best)]
+        if top < 1:
+            raise UsageError(f"top is {top}; it must be at least 1.")
+        indices = _largest(logits_K, min(top, len(logits_K)))
+        return [Prediction(self.labels[index], exponentials_K.item(index) / total, index) for index in indices]
+
+
+def _largest(values_K: Floats, count: int) -> list[int]:
+    """Indices of the largest values, largest first; of equal values the first comes first."""
+    if len(values_K) <= _LONG_ROW or count == len(values_K):
+        order = (-values_K).argsort(kind="stable")
+    else:
+        place = len(values_K) - count
+        candidates = np.flatnonzero(values_K >= np.partition(values_K, place)[place])
+        order = candidates[(-values_K[candidates]).argsort(kind="stable")]
+    indices: list[int] = order[:count].tolist()
+    return indices
+
+
+def _not_finite(peak: float) -> BackendError:
+    return BackendError(
+        f"The model's largest logit is {peak}; it must be finite. A reduced precision has probably overflowed: "
+        "check the model with rkd-deploy verify, and export it in fp32 or bf16."
+    )
+
+
+def _check_fit(backend: Backend, card: ModelCard) -> None:
+    wanted = card.preprocess.input_shape
+    found: Sequence[int | None] = backend.input_shape[1:]
+    fits = len(found) == len(wanted) and all(size in (None, want) for size, want in zip(found, wanted, strict=True))
+    if not fits or backend.input_dtype != card.preprocess.input_dtype:
+        sizes = ["any" if size is None else size for size in found]
+        raise ModelFileError(
+            f"The card of {card.name!r} describes an input {card.preprocess.input_dtype} {list(wanted)}, and the model "
+            f"takes {backend.input_dtype} {sizes}: they do not belong together. Export with rkd-deploy export."
+        )
+    probe = np.zeros((backend.input_shape[0] or 1, *wanted), backend.input_dtype)
+    logits = backend.infer(probe)
+    if logits.ndim != 2 or logits.shape[1] != len(card.labels):
+        raise ModelFileError(
+            f"The card of {card.name!r} has {len(card.labels)} labels, and the model gives logits of shape "
+            f"{list(logits.shape)} for {len(probe)} images: they do not belong together. Export with rkd-deploy export."
+        )

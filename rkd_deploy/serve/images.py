@@ -1,0 +1,172 @@
+"""From a file, a PIL image or an array to what a model takes, by the rule of `card.Preprocess`.
+
+Letters: N batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.card import Preprocess
+from rkd_deploy.errors import DataError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+ImageLike: TypeAlias = "str | os.PathLike[str] | Pixels | PilImage"
+
+_WAY_OUT = "Give a JPEG, PNG, BMP or WebP file with 8 bits per channel that an image viewer opens."
+_UINT8 = np.dtype(np.uint8)
+_DEEP_MODES = ("I", "F")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+def to_array(image: ImageLike, preprocess: Preprocess) -> Pixels:
+    """One image as pixels of the model's size.
+
+    The image is turned upright (EXIF), converted to RGB (to grey where the model has one channel; transparency is
+    dropped), resized with anti-aliasing until its crop fits, shorter side first, and cropped at the centre.
+    An array of the right type and size is taken for one that is cropped already: it is given back as it is, uncopied.
+
+    Args:
+        image: Path, PIL image, or uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        preprocess: The model's rule.
+
+    Returns:
+        uint8 [H, W, C] of the model's height, width and channels.
+
+    Raises:
+        DataError: The image is missing, broken, no image, too large, or not 8 bits per channel.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image, preprocess)
+    if isinstance(image, str | os.PathLike):
+        return _from_file(image, preprocess)
+    # A PIL image can only exist where PIL is imported: an app that feeds arrays never loads it.
+    pil = sys.modules.get("PIL.Image")
+    if pil is None or not isinstance(image, pil.Image):
+        raise DataError(
+            f"An image was given as {type(image).__name__}; it must be a path, a PIL image, "
+            "or a uint8 NumPy array [H, W, 3]."
+        )
+    try:
+        return _fit(image, preprocess)
+    except _decoding_errors() as error:
+        raise DataError(f"The PIL image given cannot be read: {_reason(error)}. {_WAY_OUT}") from error
+
+
+def normalise(batch_NHWC: Pixels, preprocess: Preprocess) -> npt.NDArray[np.float32]:
+    """Pixels as the input of a model whose graph does not normalise by itself.
+
+    Args:
+        batch_NHWC: uint8 [N, H, W, C].
+        preprocess: Gives mean and standard deviation per channel, in units of [0, 1].
+
+    Returns:
+        float32 [N, C, H, W], (pixel / 255 - mean) / std.
+    """
+    mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
+    scaled = (batch_NHWC.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixels:
+    shape = (preprocess.height, preprocess.width, len(preprocess.mean))
+    if array.dtype != _UINT8:
+        raise DataError(
+            f"An image array is {array.dtype}; it must be uint8, pixels from 0 to 255. "
+            "Scale it first: a float image in [0, 1] by 255, a 16-bit image by 1/257."
+        )
+    if array.shape == shape:
+        return array  # type: ignore[return-value]  # uint8, as was just seen
+    pixels = array[:, :, np.newaxis] if array.ndim == 2 else array
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
+        raise DataError(
+            f"An image array has shape {list(array.shape)}; it must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. "
+            "Move the channels last with array.transpose(1, 2, 0); give a batch to predict_batch."
+        )
+    if pixels.shape[2] == 4:
+        pixels = pixels[:, :, :3]
+    if pixels.shape[2] == 1 and shape[2] == 3:
+        pixels = pixels.repeat(3, axis=2)
+    if pixels.shape == shape:
+        return np.ascontiguousarray(pixels)
+    from PIL import Image
+
+    grey = pixels.shape[2] == 1
+    return _fit(Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels)), preprocess)
+
+
+def _from_file(path: str | os.PathLike[str], preprocess: Preprocess) -> Pixels:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return _fit(image, preprocess)
+    except DataError as error:
+        raise DataError(f"{os.fspath(path)}: {error}") from error
+    except _decoding_errors() as error:
+        raise DataError(f"{os.fspath(path)} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
+
+
+def _fit(image: PilImage, preprocess: Preprocess) -> Pixels:
+    from PIL import Image, ImageOps
+
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DataError(
+            f"The image has {image.width} x {image.height} pixels, more than the {limit:,} that are decoded "
+            "(a decompression bomb would fill the memory). Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS."
+        )
+    if image.mode.split(";")[0] in _DEEP_MODES:
+        raise DataError(
+            f"The image has mode {image.mode!r}, more than 8 bits per channel, and pixels must be uint8. "
+            "Convert it first, for example with: convert IN -depth 8 OUT.png"
+        )
+    if preprocess.interpolation not in _INTERPOLATIONS:
+        raise UsageError(unknown_name("interpolation", preprocess.interpolation, _INTERPOLATIONS))
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")  # PIL warns where a palette's transparency is dropped in one step
+    colour = upright.convert("L" if preprocess.channels == 1 else "RGB")
+    size = _resized(colour.size, preprocess)
+    if size != colour.size:
+        colour = colour.resize(size, Image.Resampling[preprocess.interpolation.upper()])
+    left = round((colour.width - preprocess.width) / 2)
+    top = round((colour.height - preprocess.height) / 2)
+    box = (left, top, left + preprocess.width, top + preprocess.height)
+    pixels = np.asarray(colour.crop(box))
+    return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
+
+
+def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height after resizing: one side exact, the other rounded down, as torchvision's Resize does."""
+    width, height = size
+    wide = round(preprocess.width / preprocess.crop_fraction)
+    high = round(preprocess.height / preprocess.crop_fraction)
+    if width * high <= height * wide:
+        return wide, max(high, int(wide * height / width))
+    return max(wide, int(high * width / height)), high
+
+
+def _decoding_errors() -> tuple[type[BaseException], ...]:
+    # What PIL's decoders raise on broken files, beside its own errors (which are OSError).
+    from PIL import Image
+
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    return (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error, *bombs)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "its content is in no image format"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

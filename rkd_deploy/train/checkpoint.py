@@ -1,0 +1,137 @@
+"""Weights and training states on disk, written whole or not at all, and read without unpickling anything.
+
+Our own files are safetensors with facts in the header. Foreign ones may be .safetensors, or PyTorch files that
+torch.load reads with weights_only=True: a file that holds anything but tensors and plain containers is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.errors import CheckpointError
+from rkd_deploy.storage import write_bytes
+
+_FACTS = "rkd_deploy"
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON facts into one safetensors file.
+
+    Raises:
+        StorageError: It could not be written whole; a file that was there before is intact.
+    """
+    plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(plain, {_FACTS: json.dumps(facts, allow_nan=False)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote; a foreign safetensors file has no facts.
+
+    Raises:
+        CheckpointError: Missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            facts = json.loads((stream.metadata() or {}).get(_FACTS, "{}"))
+            return {key: stream.get_tensor(key) for key in stream.keys()}, facts  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}): the file is missing or damaged."
+        ) from error
+
+
+def load_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict of any checkpoint, unwrapped and without the prefixes of parallel or compiled training, and its facts.
+
+    Raises:
+        CheckpointError: Missing, damaged, or holding more than weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}. Name a .safetensors, .pth or .pt file.")
+    if path.suffix == ".safetensors":
+        content, facts = load_tensors(path)
+    else:
+        content, facts = _load_pytorch(path), {}
+    while (inner := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)) is not None:
+        content = dict(cast(Mapping[str, Any], content[inner]))
+    for prefix in _PREFIXES:
+        if content and all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if other or not content:
+        raise CheckpointError(
+            f"{path} holds no state dict: expected tensors by name, found {other[:3] or 'nothing'}. "
+            "Save it with torch.save(model.state_dict(), path)."
+        )
+    return content, facts
+
+
+def _load_pytorch(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds Python objects that would have to be executed to be read, which is refused. "
+            f"Save only the weights: torch.save(model.state_dict(), path). ({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a whole PyTorch file ({error}). Copy or download it again.") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a state dict. Save torch.save(model.state_dict(), path)."
+        )
+    return dict(content)
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, what: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Args:
+        module: Receives the weights.
+        state: Tensors by name.
+        where: The file, for messages.
+        what: The network, for messages, e.g. ``"teacher resnet56"``.
+
+    Raises:
+        CheckpointError: Names the first keys that differ, or the numbers of classes.
+    """
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in found if key not in wanted]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{where} is not a checkpoint of {what}: {len(missing)} of its {len(wanted)} weights are missing"
+            f"{_first(missing)}, {len(unknown)} are foreign{_first(unknown)}. Name the network the file was saved from."
+        )
+    differing = [key for key in found if found[key] != wanted[key]]
+    if differing and all(key.startswith(("fc.", "head.")) for key in differing):
+        raise CheckpointError(
+            f"{where} was trained on {found[differing[0]][0]} classes; the data have {wanted[differing[0]][0]}. "
+            f"Use a {what} trained on these classes, or the data it was trained on."
+        )
+    if differing:
+        shapes = "; ".join(f"{key} is {found[key]}, not {wanted[key]}" for key in differing[:3])
+        raise CheckpointError(
+            f"{where} does not fit {what}: {len(differing)} weights have other shapes ({shapes}). "
+            "Name the network the file was saved from."
+        )
+    broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"{where} holds NaN or infinite weights{_first(broken)}: it was saved after diverging.")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def _first(keys: list[str]) -> str:
+    return f" (first: {', '.join(keys[:3])})" if keys else ""

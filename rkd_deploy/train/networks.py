@@ -1,0 +1,173 @@
+"""The networks of a run: T, S0, and S with A, built from its recipe and its facts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rkd_deploy.data.sources import ImageSet
+from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
+from rkd_deploy.models import cifar
+from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.separation import separate
+from rkd_deploy.models.staged import Staged
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
+from rkd_deploy.train.runs import Run
+
+PARTS = ("fused", "student", "s0", "teacher")
+"""fused: S + A. student: S alone, same head. s0: the baseline at S0's full cost. teacher: T."""
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that skipping one (on resume) does not shift another."""
+    return zlib.crc32(f"{seed}/{purpose}".encode())
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Fresh weights drawn inside depend on nothing but the seed and the purpose."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, purpose))
+        yield
+
+
+def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
+    """What building the networks needs and the recipe does not say; written to facts.json.
+
+    Raises:
+        BudgetError: No S and A fit.
+        UsageError: Unknown network.
+    """
+    classes = len(images.classes)
+    channels = cifar.create(recipe.teacher.name, classes).channels
+    separation = separate(
+        recipe.student.name,
+        num_classes=classes,
+        input_size=images.image_size,
+        budget=recipe.student.budget,
+        assistant_share=recipe.student.assistant_share,
+        round_to=recipe.student.round_to,
+        channels=channels,
+    )
+    return {
+        "data": images.name,
+        "classes": list(images.classes),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        "image_size": list(images.image_size),
+        "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
+        "student_widths": list(separation.student.widths),
+        "assistant_widths": list(separation.assistant.widths),
+        "channels": channels,
+        "separation": {
+            "unit": separation.unit,
+            "budget": separation.budget,
+            "cost": separation.cost,
+            "parts": separation.parts,
+        },
+    }
+
+
+def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
+    """T with fresh weights."""
+    with seeded(recipe.train.seed, "init/teacher"):
+        return cifar.create(recipe.teacher.name, len(facts["classes"]))
+
+
+def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
+    """S0 with fresh weights."""
+    with seeded(recipe.train.seed, "init/s0"):
+        return cifar.create(recipe.student.name, len(facts["classes"]))
+
+
+def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
+    """S and A with fresh weights, at the widths of the facts."""
+    with seeded(recipe.train.seed, "init/residual"):
+        given = cifar.create(recipe.student.name, 1)
+        return ResidualStudent(
+            given.rebuilt(facts["student_widths"], None),
+            given.rebuilt(facts["assistant_widths"], None),
+            facts["channels"],
+            len(facts["classes"]),
+        )
+
+
+def load_given_weights(module: Staged, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
+    """Load the checkpoint that a recipe names for T or S0.
+
+    Args:
+        module: Receives the weights.
+        table: ``"teacher"`` or ``"student"``.
+        checkpoint: Path of the file.
+        recipe: For the normalisation it states.
+        facts: Classes and normalisation of the data.
+
+    Returns:
+        Whether the normalisation the weights expect is known, from the file or the recipe.
+
+    Raises:
+        CheckpointError: Missing, damaged or foreign; other classes than the data.
+        RecipeError: Another normalisation than that of the data.
+    """
+    name = getattr(recipe, table).name
+    state, own = load_foreign(Path(checkpoint))
+    load_weights(module, state, checkpoint, f"{table} {name}")
+    if own.get("classes") not in (None, facts["classes"]):
+        theirs, ours = own["classes"], facts["classes"]
+        index = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+        raise CheckpointError(
+            f"{checkpoint} was trained on other classes than the data: class {index} is {theirs[index]!r} there and "
+            f"{ours[index]!r} here. Use the data it was trained on."
+        )
+    stated = {key: getattr(recipe.teacher, key) if table == "teacher" else None for key in ("mean", "std")}
+    known = {key: own.get(key) or stated[key] for key in ("mean", "std")}
+    for key, value in known.items():
+        if value is not None and max(abs(a - b) for a, b in zip(value, facts[key], strict=True)) > 1e-3:
+            raise RecipeError(
+                f"{table} {name} expects images normalised with {key} {list(value)}; the data use {facts[key]}. "
+                f"Use the {table}'s: --set 'data.{key}={list(value)}'"
+            )
+    return all(value is not None for value in known.values())
+
+
+def load_part(run: Run, part: str) -> nn.Module:
+    """One network of a run, trained, in eval mode: images to logits.
+
+    Args:
+        run: A run that has got far enough.
+        part: One of `PARTS`.
+
+    Raises:
+        UsageError: Unknown part.
+        CheckpointError: This run has no such part, or its weights are damaged.
+    """
+    if part not in PARTS:
+        raise UsageError(unknown_name("part", part, PARTS))
+    facts = run.read_json("facts.json")
+    recipe = run.recipe
+    if part in ("teacher", "s0"):
+        module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)
+        return _restored(run, part, module)
+    last = "head" if recipe.method.head == "trained" else "assistant"
+    model = _restored(run, last, build_residual(recipe, facts))
+    assert isinstance(model, ResidualStudent)
+    return model if part == "fused" else StudentAlone(model).eval()
+
+
+def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
+    path = run.weights(phase)
+    if not path.exists():
+        raise CheckpointError(
+            f"{run.folder} has no weights of phase {phase!r}. It was left out by the recipe, or the run is not "
+            f"finished: rkd-deploy train {run.folder} --resume"
+        )
+    state, _ = load_tensors(path)
+    load_weights(module, state, str(path), phase)
+    return module.eval()

@@ -1,0 +1,136 @@
+"""Run folders: where a training run keeps everything that is known of it.
+
+recipe.toml              as resolved: it reproduces the run
+environment.json         versions and hardware
+facts.json               classes, normalisation, image size, widths of S and A, the account of the budget
+log.jsonl                one line per epoch and event
+checkpoint.safetensors   state of the phase in progress; gone when the run is finished
+weights/NAME.safetensors what each finished phase gave
+metrics.json             written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.recipe import Recipe, read_recipe
+from rkd_deploy.storage import storage_error, write_text
+from rkd_deploy.train.runlog import RunLog
+
+DEFAULT_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: Its path.
+    """
+
+    folder: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return read_recipe(self.folder / "recipe.toml")
+
+    @property
+    def log(self) -> RunLog:
+        """The log of this run."""
+        return RunLog(self.folder / "log.jsonl")
+
+    @property
+    def checkpoint(self) -> Path:
+        """State of the phase in progress."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Results; there when the run is finished."""
+        return self.folder / "metrics.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether every phase and the final evaluation are done."""
+        return self.metrics_path.exists()
+
+    def weights(self, phase: str) -> Path:
+        """What a phase gave, or will give."""
+        return self.folder / "weights" / f"{phase}.safetensors"
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the run's JSON files.
+
+        Raises:
+            ModelFileError: Missing or damaged.
+        """
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            hint = "" if self.finished else f" The run is not finished: rkd-deploy train {self.folder} --resume"
+            raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
+        assert isinstance(content, dict)
+        return content
+
+
+def create_run(root: Path, recipe: Recipe) -> Run:
+    """Make the next free folder `root/NAME-001`, and write the recipe into it."""
+    number = 1 + max((int(path.name[-3:]) for path in root.glob(f"{recipe.name}-[0-9][0-9][0-9]")), default=0)
+    while True:
+        folder = root / f"{recipe.name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another process took it in between
+            number += 1
+        except OSError as error:
+            raise storage_error(folder, error) from error
+    write_text(folder / "recipe.toml", recipe.to_toml())
+    return Run(folder)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        UsageError: The folder is no run.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UsageError(
+            f"{folder} is no run folder: it holds no recipe.toml. Name a folder that rkd-deploy train made."
+        )
+    return Run(folder)
+
+
+def newest_run(root: Path, *, finished: bool) -> Run:
+    """The run that was begun last.
+
+    Args:
+        root: Folder of runs.
+        finished: Look for finished runs, or for unfinished ones.
+
+    Raises:
+        ModelFileError: There is none; the message says how to get one.
+    """
+    runs = [Run(path.parent) for path in root.glob("*/recipe.toml")]
+    chosen = [run for run in runs if run.finished == finished]
+    if not chosen:
+        kind = "finished run" if finished else "unfinished run to resume"
+        unfinished = [run for run in runs if not run.finished]
+        hint = "Make one with: rkd-deploy train"
+        if finished and unfinished:
+            newest = max(unfinished, key=_begun)
+            hint = f"{newest.folder} was begun: finish it with rkd-deploy train {newest.folder} --resume"
+        raise ModelFileError(f"There is no {kind} in {root}/. {hint}")
+    return max(chosen, key=_begun)
+
+
+def _begun(run: Run) -> tuple[float, str]:
+    return (run.folder / "recipe.toml").stat().st_mtime, run.folder.name

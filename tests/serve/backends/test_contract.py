@@ -1,0 +1,105 @@
+"""One contract for every backend that runs here: the zoo's answers are exact, misuse is refused."""
+
+import numpy as np
+import pytest
+
+from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.serve.backends import load_backend
+
+
+@pytest.fixture(params=["onnxruntime", "pytorch"])
+def backend(request, bundle):
+    with load_backend(request.param, bundle) as loaded:
+        yield loaded
+
+
+def test_says_what_it_is(backend, request):
+    assert backend.name == request.node.callspec.params["backend"]
+    assert backend.device == "cpu"
+    assert backend.precision == "fp32"
+    assert backend.input_shape == (None, 4, 4, 3)
+    assert backend.input_dtype == "uint8"
+    assert backend.outputs == ("logits",)
+
+
+def test_answers_are_exact_at_batch_1_and_7(backend, zoo):
+    x = zoo.pixels(7)
+    logits = backend.infer(x)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, zoo.answer(x))
+    for row in range(7):
+        np.testing.assert_array_equal(backend.infer(x[row : row + 1])[0], logits[row])
+
+
+def test_takes_read_only_and_strided_arrays(backend, zoo):
+    x = zoo.pixels(6)
+    frozen = x.copy()
+    frozen.setflags(write=False)
+    for variant in (frozen, x[::-1], x[:, :, ::-1], np.asfortranarray(x)):
+        np.testing.assert_array_equal(backend.infer(variant), zoo.answer(variant))
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (np.zeros((1, 4, 4, 3), np.float32), "float32 [1, 4, 4, 3]"),
+        (np.zeros((1, 3, 4, 4), np.uint8), "uint8 [1, 3, 4, 4]"),
+        (np.zeros((4, 4, 3), np.uint8), "uint8 [4, 4, 3]"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "uint8 [0, 4, 4, 3]"),
+        (np.uint8(3), "uint8"),
+        ([[1, 2, 3]], "a list"),
+    ],
+)
+def test_refuses_what_does_not_fit_and_names_both(backend, x, found):
+    for use in (backend.infer, backend.prepare):
+        with pytest.raises(UsageError) as caught:
+            use(x)
+        assert found in str(caught.value)
+        assert "uint8 [any, 4, 4, 3]" in str(caught.value)
+
+
+def test_prepared_runs_repeat_and_other_batches_stay_right(backend, zoo):
+    run = backend.prepare(zoo.pixels(3))
+    for _ in range(3):
+        assert run() is None
+    backend.synchronize()
+    np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+
+
+def test_closes_twice_and_refuses_use_afterwards(backend, zoo):
+    run = backend.prepare(zoo.pixels(1))
+    backend.close()
+    backend.close()
+    uses = (lambda: backend.infer(zoo.pixels(1)), lambda: backend.prepare(zoo.pixels(1)), run, backend.synchronize)
+    for use in uses:
+        with pytest.raises(BackendError, match="closed"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])
+def test_the_context_manager_closes(name, bundle, zoo):
+    with load_backend(name, bundle) as loaded:
+        pass
+    with pytest.raises(BackendError, match="closed"):
+        loaded.infer(zoo.pixels(1))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"device": "gpu"}, "cpu, cuda, cuda:N"),
+        ({"device": "cuda:x"}, "cpu, cuda, cuda:N"),
+        ({"threads": 0}, "at least 1"),
+    ],
+)
+def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
+    with pytest.raises(UsageError, match=rule):
+        load_backend(name, bundle, **options)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])
+def test_never_falls_back_from_cuda(name, bundle):
+    # An index that no machine has: with CUDA or without, the answer has to be an error and not the CPU.
+    with pytest.raises(BackendError, match="cpu"):
+        load_backend(name, bundle, device="cuda:99")

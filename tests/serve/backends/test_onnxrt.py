@@ -1,0 +1,145 @@
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.serve.backends import load_backend
+from rkd_deploy.serve.backends.onnxrt import OnnxRuntimeBackend, check_provider
+
+CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+
+
+def test_the_guard_refuses_a_session_that_fell_back(bundle):
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    check_provider(session.get_providers(), "cpu")
+    with pytest.raises(BackendError, match=r"CUDAExecutionProvider and fell back to CPUExecutionProvider.*\[gpu\]"):
+        check_provider(session.get_providers(), "cuda")
+
+
+@pytest.mark.skipif(not CPU_BUILD, reason="this build has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_the_cpu_build_names_the_gpu_build(bundle, device):
+    with pytest.raises(BackendError, match=r"built without it.*pip install 'rkd-deploy\[gpu\]'"):
+        load_backend("onnxruntime", bundle, device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CPU_BUILD, reason="this build has no CUDA")
+def test_cuda_runs_on_cuda(bundle, zoo):
+    with load_backend("onnxruntime", bundle, device="cuda") as backend:
+        assert backend.device == "cuda:0"
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(3)), zoo.answer(zoo.pixels(3)))
+
+
+def test_threads_reach_the_session(bundle):
+    with OnnxRuntimeBackend(bundle, threads=1) as backend:
+        options = backend._session.get_session_options()
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+
+
+def test_prepared_input_and_output_stay_bound_and_apart_from_the_callers_array(bundle, zoo):
+    x = zoo.pixels(2)
+    with OnnxRuntimeBackend(bundle) as backend:
+        run = backend.prepare(x)
+        expected = zoo.answer(x)
+        x[:] = 0
+        run()
+        backend.synchronize()
+        np.testing.assert_array_equal(backend._binding.copy_outputs_to_cpu()[0], expected)
+
+
+def test_logits_are_found_by_name_and_all_outputs_are_given(zoo, tmp_path):
+    x = zoo.pixels(2)
+    with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", extra=True)) as backend:
+        assert backend.outputs == ("logits", "sums")
+        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+        outputs = backend.infer_all(x)
+    np.testing.assert_array_equal(outputs["logits"], zoo.answer(x))
+    np.testing.assert_array_equal(outputs["sums"], x.astype(np.float32).sum((1, 2)))
+
+
+def test_without_that_name_the_first_output_is_the_logits(zoo, tmp_path):
+    with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", output="scores")) as backend:
+        assert backend.outputs == ("scores",)
+        assert backend.precision == "unknown"
+        assert backend.metadata() == {}
+
+
+def test_metadata_gives_the_card_and_the_precision(zoo, tmp_path):
+    card = zoo.card(precision="int8")
+    with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", card=card)) as backend:
+        assert backend.metadata() == {"rkd_deploy.card": card.to_json()}
+        assert backend.precision == "int8"
+
+
+def test_a_fixed_batch_is_known_and_kept(zoo, tmp_path):
+    with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", batch=4)) as backend:
+        assert backend.input_shape == (4, 4, 4, 3)
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(4)), zoo.answer(zoo.pixels(4)))
+        with pytest.raises(ValueError, match=r"\[3, 4, 4, 3\].*\[4, 4, 4, 3\]"):
+            backend.infer(zoo.pixels(3))
+
+
+def identity(kind, shape, inputs=("input",)):
+    nodes = [helper.make_node("Identity", [inputs[0]], ["logits"])]
+    infos = [helper.make_tensor_value_info(name, kind, shape) for name in inputs]
+    return helper.make_graph(nodes, "identity", infos, [helper.make_tensor_value_info("logits", kind, shape)])
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        (identity(TensorProto.FLOAT, ["n", 2], ("image", "mask")), r"has 2 inputs \(image tensor\(float\)"),
+        (identity(TensorProto.STRING, ["n", 2]), r"tensor\(string\)"),
+        (identity(TensorProto.BFLOAT16, ["n", 2]), r"tensor\(bfloat16\)"),
+        (identity(TensorProto.FLOAT, None), "no known rank"),
+    ],
+)
+def test_models_that_are_no_classifier_of_one_array_are_refused(zoo, tmp_path, graph, found):
+    zoo.save(tmp_path / "m.onnx", graph)
+    with pytest.raises(BackendError, match=found):
+        OnnxRuntimeBackend(tmp_path / "m.onnx")
+
+
+def test_an_operator_that_this_build_lacks_is_no_broken_file(zoo, tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["input"], ["half"], to=TensorProto.BFLOAT16),
+        helper.make_node("Conv", ["half", "weight"], ["out"]),
+        helper.make_node("Cast", ["out"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    shape = ["n", 1, 2, 2]
+    graph = helper.make_graph(
+        nodes,
+        "bf16",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("weight", TensorProto.BFLOAT16, [1, 1, 1, 1], [1.0])],
+    )
+    zoo.save(tmp_path / "m.onnx", graph, opset=22)
+    with pytest.raises(BackendError, match=r"cannot run .*m\.onnx"):
+        OnnxRuntimeBackend(tmp_path / "m.onnx")
+
+
+def test_a_run_that_fails_says_so(zoo, tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["input", "shape"], ["logits"])],
+        "one_row",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [helper.make_tensor("shape", TensorProto.INT64, [2], [1, 2])],
+    )
+    zoo.save(tmp_path / "m.onnx", graph)
+    with OnnxRuntimeBackend(tmp_path / "m.onnx") as backend:
+        assert backend.infer(np.zeros((1, 2), np.float32)).shape == (1, 2)
+        for use in (backend.infer, lambda x: backend.prepare(x)()):
+            with pytest.raises(BackendError, match="failed to run"):
+                use(np.zeros((3, 2), np.float32))
+
+
+def test_a_card_in_a_newer_schema_is_refused_at_load(zoo, tmp_path):
+    card = zoo.card()
+    file = zoo.build(tmp_path / "m.onnx", card=card)
+    file.write_bytes(file.read_bytes().replace(b'"schema": 1,', b'"schema": 9,'))
+    with pytest.raises(ModelFileError, match="schema 9"):
+        OnnxRuntimeBackend(file)

@@ -1,0 +1,90 @@
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rkd_deploy.serve.bench import provenance as module
+from rkd_deploy.serve.bench.provenance import command_line, parse_gpus, provenance
+
+
+def test_it_is_json_and_says_what_ran_where():
+    found = json.loads(json.dumps(provenance(), allow_nan=False))
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["versions"]["onnxruntime"]
+    assert found["python"] == platform.python_version()
+    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert found["memory_bytes"] > 2**28
+    assert found["cpu"]
+    assert found["time_utc"].endswith("+00:00")
+
+
+def test_it_names_no_host_and_no_folder(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "rkd-deploy"), "bench", str(Path.home() / "m.onnx")])
+    text = json.dumps(provenance())
+    assert platform.node() not in text
+    assert str(Path.cwd()) not in text
+    assert getpass.getuser() not in provenance()["command"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/home/me/.venv/bin/rkd-deploy", "bench", "--batch", "8"], "rkd-deploy bench --batch 8"),
+        (["x", "/data/me/run", "--out=/home/me/a.json", "~/b"], "x run --out=a.json b"),
+        (["x", "--set", "data.root=/home/me/cifar", "a/b"], "x --set data.root=cifar a/b"),
+        (["x", "train:/home/me/a,/home/me/b"], "x train:a,b"),
+        ([], ""),
+    ],
+)
+def test_commands_lose_their_folders(argv, expected):
+    assert command_line(argv) == expected
+
+
+def test_gpus_are_read_from_nvidia_smis_answer():
+    answer = "NVIDIA H200, 575.57.08, 143771 MiB, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W, 31\n" * 2
+    first, second = parse_gpus(answer)
+    assert first == second
+    assert first["name"] == "NVIDIA H200"
+    assert first["clocks.sm"] == "1980 MHz"
+    assert first["power.limit"] == "700.00 W"
+    assert first["temperature.gpu"] == "31"
+
+
+def test_what_is_absent_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["gpus"] is None
+    assert provenance()["git"] is None
+
+
+@pytest.mark.parametrize(("change", "dirty"), [(False, False), (True, True)])
+def test_the_commit_of_a_checkout_that_tracks_the_package(tmp_path, change, dirty):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "provenance.py").write_text("")
+    assert module._git(tmp_path) is None  # there, but not tracked
+    git("add", "provenance.py")
+    assert module._git(tmp_path) is None  # tracked, but never committed
+    git("commit", "-q", "-m", "first")
+    if change:
+        (tmp_path / "provenance.py").write_text("changed")
+    assert module._git(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys\n"
+        "from rkd_deploy.serve.bench.provenance import provenance\n"
+        "provenance()\n"
+        "assert not {'torch', 'onnx', 'onnxruntime', 'torchvision'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,139 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rkd_deploy.errors import DataError
+from rkd_deploy.serve.bench.plotting import draw
+from rkd_deploy.serve.bench.report import Result, markdown, plot, print_table, to_record
+from rkd_deploy.serve.bench.timing import Timing
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def result(model="resnet20", p50=1.0, accuracy=70.0, spread=0.01, runs=41, **facts):
+    """A result whose median is `p50` exactly: samples evenly around it."""
+    samples = tuple(p50 * (1 + spread * (place - runs // 2) / runs) for place in range(runs))
+    batch = facts.pop("batch", 1)
+    timing = Timing(
+        samples_ms=samples, batch=batch, transfers=True, first_run_ms=9.0, warmup_runs=10, warmup_seconds=0.5
+    )
+    known = {
+        "part": "fused",
+        "fusion": "tail",
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "threads": 1,
+        "precision": "fp32",
+        "parameters": 272_474,
+        "macs": 40_800_000,
+        "file_bytes": 1_100_000,
+    }
+    return Result.from_timing(timing, model=model, accuracy=accuracy, **(known | facts))
+
+
+def test_a_record_is_json_with_the_fixed_names():
+    record = json.loads(json.dumps(to_record([result(runs=3)], {"python": "3"}, {"seed": 0}), allow_nan=False))
+    assert record["provenance"] == {"python": "3"}
+    assert record["settings"] == {"seed": 0}
+    (found,) = record["results"]
+    assert {"backend", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "throughput_per_s"} <= found.keys()
+    assert found["p50_ms"] == 1.0
+    assert len(found["samples_ms"]) == found["runs"] == 3
+    assert found["p50_low_ms"] is None  # three samples bound nothing
+
+
+def test_a_result_holds_the_ends_of_the_intervals():
+    found = result(p50=2.0, runs=101, spread=0.1)
+    assert found.p50_low_ms < found.p50_ms < found.p50_high_ms
+    assert found.p90_low_ms < found.p90_ms < found.p90_high_ms
+    assert found.throughput_per_s == pytest.approx(500)
+
+
+def test_markdown_has_units_and_leaves_unknown_columns_out():
+    text = markdown([result(), result("a|b", p50=123.456, accuracy=None)])
+    head, rule, first, second = text.strip().splitlines()
+    assert head.count("|") == rule.count("|") == first.count("|")
+    for title in ("Model", "Part", "Fusion", "p50, ms (95 % CI)", "p99, ms", "Images/s", "Top-1, %", "File, MB"):
+        assert f" {title} |" in head
+    assert "| 70.00 | 40.8 | 0.272 | 1.10 |" in first
+    assert "| a\\|b |" in second
+    assert "123 (" in second
+    assert "| - |" in second
+    bare = markdown([result(part=None, fusion="none", accuracy=None, threads=None, macs=None, precision="unknown")])
+    for title in ("Part", "Fusion", "Top-1", "Threads", "MACs", "Precision"):
+        assert title not in bare
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "0.0123"), (0.5, "0.500"), (9.876, "9.88"), (12.34, "12.3"), (1234.5, "1,234")]
+)
+def test_milliseconds_have_three_digits(value, text):
+    assert f"| {text} |" in markdown([result(p50=value, spread=0, runs=3)])
+
+
+def test_the_terminal_table_says_once_what_is_equal_in_all_rows():
+    stream = io.StringIO()
+    print_table([result("[one]"), result("two", p50=3.0)], Console(file=stream, width=160))
+    text = stream.getvalue()
+    assert "backend onnxruntime cpu, precision fp32, threads 1, batch 1" in text
+    assert text.count("onnxruntime") == 1
+    assert "[one]" in text
+    assert "3.00 (" in text
+
+
+def test_the_plot_is_a_png_written_whole(tmp_path):
+    plot([result(), result("teacher", 4.0, 75.0, part="teacher")], tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(PNG)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["plot.png"]
+
+
+CROWDS = {
+    "one": [result()],
+    "spread": [result("t", 40.0, 80.2), result("s0", 24.0, 69.7), result("s", 3.1, 67.2), result("f", 6.1, 69.9)],
+    "same place": [result(fusion=fusion) for fusion in ("sum", "tail", "wide")],
+    "row": [result(f"cifar100-resnet20-{place}", 1 + 0.04 * place, 70 + 0.1 * (place % 3)) for place in range(8)],
+    "noisy": [result(f"model-{place}", 1 + 0.1 * place, 70 + place, spread=1.5) for place in range(5)],
+}
+
+
+@pytest.mark.parametrize("name", CROWDS)
+def test_labels_collide_with_nothing_and_stay_in_the_frame(name):
+    figure = draw(CROWDS[name])
+    (axes,) = figure.axes
+    renderer = figure.canvas.get_renderer()
+    texts = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+    assert len(texts) == len(CROWDS[name])
+    frame = axes.get_window_extent(renderer)
+    spots = axes.transData.transform([(point.p50_ms, point.accuracy) for point in CROWDS[name]])
+    for number, box in enumerate(texts):
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        assert not any(box.contains(*spot) for spot in spots)
+        assert not any(box.overlaps(other) for other in texts[number + 1 :])
+    lines = np.concatenate([line.get_segments() for line in axes.collections])
+    ends = axes.transData.transform(lines.reshape(-1, 2))
+    assert (ends[:, 0] >= frame.x0).all()
+    assert (ends[:, 0] <= frame.x1).all()
+
+
+def test_points_of_one_model_are_told_apart_by_what_differs():
+    points = [result(), result(precision="int8", p50=0.5), result(part="student", p50=0.7), result("other", 2.0)]
+    names = {text.get_text().splitlines()[0] for text in draw(points).axes[0].texts if text.get_text()}
+    assert names == {"resnet20, fused, fp32", "resnet20, fused, int8", "resnet20, student", "other"}
+
+
+def test_the_plot_takes_one_batch_size_and_says_which():
+    points = [result(), result(batch=8, p50=5.0)]
+    assert "batch 1," in draw(points).axes[0].get_title(loc="left")
+    assert "batch 8," in draw(points, batch=8).axes[0].get_title(loc="left")
+    assert len(draw(points).axes[0].texts) == 1
+
+
+@pytest.mark.parametrize(("results", "batch"), [([], None), ([result(accuracy=None)], None), ([result()], 8)])
+def test_nothing_to_plot_is_an_error_that_says_why(tmp_path, results, batch):
+    with pytest.raises(DataError, match="Nothing to plot"):
+        plot(results, tmp_path / "plot.png", batch=batch)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,186 @@
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rkd_deploy.card import Preprocess
+from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.serve.images import normalise, to_array
+
+STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
+
+
+def rule(height=8, width=8, **options):
+    return Preprocess(height=height, width=width, **(STATS | options))
+
+
+def noise(height, width, *channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+def test_an_array_of_the_right_size_is_passed_through_uncopied():
+    for x in (noise(8, 8, 3), noise(8, 16, 3)[:, ::2], noise(8, 8, 3)[::-1]):
+        assert to_array(x, rule()) is x
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (31, 17), (7, 5), (100, 3)])
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
+def test_resizing_and_cropping_equal_torchvisions(interpolation, size, crop_fraction):
+    from torchvision.transforms import v2
+
+    image = Image.fromarray(noise(*size, 3))
+    resize = v2.Resize(round(8 / crop_fraction), v2.InterpolationMode(interpolation), antialias=True)
+    expected = np.asarray(v2.CenterCrop(8)(resize(image)))
+    found = to_array(image, rule(interpolation=interpolation, crop_fraction=crop_fraction))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_oblong_input_is_covered_and_never_padded():
+    white = np.full((10, 10, 3), 255, np.uint8)
+    for height, width in ((4, 9), (9, 4)):
+        assert to_array(white, rule(height, width)).shape == (height, width, 3)
+        assert to_array(white, rule(height, width)).min() == 255
+
+
+def test_a_file_a_path_and_an_image_are_one(tmp_path):
+    x = noise(8, 8, 3)
+    Image.fromarray(x).save(tmp_path / "x.png")
+    for image in (tmp_path / "x.png", str(tmp_path / "x.png"), Image.fromarray(x)):
+        np.testing.assert_array_equal(to_array(image, rule()), x)
+
+
+def test_grey_and_transparent_arrays_become_rgb():
+    grey, rgba = noise(8, 8), noise(8, 8, 4)
+    for x in (grey, grey[:, :, None]):
+        np.testing.assert_array_equal(to_array(x, rule()), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(to_array(rgba, rule()), rgba[:, :, :3])
+
+
+def test_a_one_channel_model_gets_grey():
+    one = rule(mean=(0.5,), std=(0.5,))
+    grey = noise(8, 8)
+    np.testing.assert_array_equal(to_array(grey, one), grey[:, :, None])
+    luma = (noise(8, 8, 3).astype(float) @ [0.299, 0.587, 0.114])[:, :, None]  # ITU-R BT.601
+    assert np.abs(to_array(noise(8, 8, 3), one) - luma).max() <= 1
+    assert to_array(noise(20, 30), one).shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_8_bit_mode_becomes_rgb(mode):
+    image = Image.fromarray(noise(12, 9, 3)).convert(mode)
+    assert to_array(image, rule()).shape == (8, 8, 3)
+
+
+def test_a_palette_with_transparency_does_not_warn(tmp_path):
+    image = Image.fromarray(noise(8, 8, 3)).quantize(16)
+    image.save(tmp_path / "x.png", transparency=bytes([0, 128, 255]))
+    assert to_array(tmp_path / "x.png", rule()).shape == (8, 8, 3)
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    x = noise(8, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer turns the picture by 90 degrees clockwise
+    Image.fromarray(x).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(to_array(tmp_path / "x.png", rule()), np.rot90(x, k=-1))
+
+
+def test_broken_files_name_the_path_the_reason_and_the_way_out(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    stream = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(stream, "PNG")
+    png = stream.getvalue()
+    broken = bytearray(png)
+    broken[60:70] = b"\0" * 10
+    contents = {
+        "empty.png": b"",
+        "text.jpg": b"this is no image" * 10,
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[: len(png) // 2],
+        "broken.png": bytes(broken),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot be read as an image: .+Give a JPEG") as caught:
+            to_array(tmp_path / name, rule())
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no\.png cannot be read as an image: No such file"):
+        to_array(tmp_path / "no.png", rule())
+    with pytest.raises(DataError, match="directory"):
+        to_array(str(tmp_path), rule())
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "x.png")
+    for limit in (64 * 64 - 1, 100):  # PIL itself warns from the limit on, and raises from twice the limit on
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=r"x\.png.*(decompression bomb|exceeds limit)"):
+            to_array(tmp_path / "x.png", rule())
+    with pytest.raises(DataError, match="64 x 64 pixels"):
+        to_array(Image.fromarray(noise(64, 64)), rule())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert to_array(tmp_path / "x.png", rule()).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "float64", "int64", "bool"])
+def test_arrays_of_other_types_are_named(dtype):
+    with pytest.raises(DataError, match=f"is {dtype}; it must be uint8"):
+        to_array(np.zeros((8, 8, 3), dtype), rule())
+
+
+def test_16_bit_and_float_images_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "deep.tif")
+    for name in ("deep.png", "deep.tif"):
+        with pytest.raises(DataError, match=f"{name}: .*more than 8 bits"):
+            to_array(tmp_path / name, rule())
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (8,), (1, 8, 8, 3), (8, 8, 2), (0, 8, 3)])
+def test_arrays_of_other_shapes_are_named(shape):
+    with pytest.raises(DataError, match=r"has shape \[.*it must be \[H, W\]"):
+        to_array(np.zeros(shape, np.uint8), rule())
+
+
+def test_other_types_are_named():
+    for image in (3, [1, 2], None, b"bytes"):
+        with pytest.raises(DataError, match=f"given as {type(image).__name__}"):
+            to_array(image, rule())
+
+
+def test_an_unknown_interpolation_is_named():
+    with pytest.raises(UsageError, match="Unknown interpolation 'lanczos'"):
+        to_array(noise(9, 9, 3), rule(interpolation="lanczos"))
+
+
+def test_normalise_is_the_cards_formula():
+    x = noise(2, 5, 4, 3)
+    expected = np.empty((2, 3, 5, 4))
+    for channel in range(3):
+        expected[:, channel] = (x[..., channel] / 255 - STATS["mean"][channel]) / STATS["std"][channel]
+    found = normalise(x, rule(5, 4))
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_arrays_of_the_right_size_need_no_pillow():
+    code = (
+        "import sys; sys.modules['PIL'] = None\n"
+        "import numpy as np\n"
+        "from rkd_deploy.card import Preprocess\n"
+        "from rkd_deploy.serve.images import to_array\n"
+        "p = Preprocess(height=2, width=2, mean=(0.,) * 3, std=(1.,) * 3)\n"
+        "for shape in ((2, 2, 3), (2, 2), (2, 2, 1), (2, 2, 4)):\n"
+        "    assert to_array(np.zeros(shape, np.uint8), p).shape == (2, 2, 3)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
