@@ -43,6 +43,8 @@ _HOMES = {
     "RkdError": "errors",
 }
 
+_EXTRAS = {"train": "train", "models": "train", "export": "export"}
+
 __all__ = [
     "Recipe",
     "read_recipe",
@@ -67,7 +69,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        from rkd_deploy.errors import MissingDependencyError, install_line
+
+        stage = home.split(".")[0]
+        if isinstance(error, MissingDependencyError) or stage not in _EXTRAS:
+            raise
+        raise MissingDependencyError(
+            f"{error.name} is needed for {name} and is not installed. Install it with: {install_line(_EXTRAS[stage])}"
+        ) from error
     globals()[name] = value
     return value
 

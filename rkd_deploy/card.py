@@ -127,7 +127,7 @@ class ModelCard:
             for name in ("labels", "outputs"):
                 content[name] = tuple(content[name])
             return cls(preprocess=Preprocess(**preprocess), **_known(cls, content))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(
                 f"The model card in {where} lacks a field or has a wrong one ({error}). "
                 "Export the model again with rkd-deploy export."

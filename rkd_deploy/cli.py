@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rkd_deploy.errors import RkdError, UsageError, unknown_name
+from rkd_deploy.errors import RkdError, UsageError, require, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,8 @@ def _version(
 @app.command()
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     """Train, export and bench the embedded example."""
+    _need("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
+    _need("export", "onnx", "onnxscript")
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.serve.bench.report import print_table
     from rkd_deploy.train.progress import Progress
@@ -100,6 +103,7 @@ def train(
 
     Without one: the embedded example.
     """
+    _need("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.fitting import fit
@@ -161,6 +165,7 @@ def export(
     """
     _choose("format", output_format, ("onnx",))
     _choose("input", layout, ("uint8", "float32"))
+    _need("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.train.runs import newest_run, open_run
@@ -346,6 +351,13 @@ def _newest_bundle(root: Path) -> Path:
     from rkd_deploy.serve.bundles import newest_bundle
 
     return newest_bundle(root)
+
+
+def _need(extra: str, *modules: str) -> None:
+    """Say at once, with the install line, what a command lacks."""
+    for module in modules:
+        if find_spec(module) is None:
+            require(module, extra)
 
 
 def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:

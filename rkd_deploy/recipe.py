@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -54,12 +55,7 @@ class DataRecipe:
         for name in ("train_limit", "test_limit", "image_size"):
             if (value := getattr(self, name)) is not None:
                 _range(f"data.{name}", value, 1)
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != 3:
-                raise RecipeError(f"data.{name} = {list(value)} has {len(value)} values; there are 3 channels (RGB).")
-        if self.std is not None and min(self.std) <= 0:
-            raise RecipeError(f"data.std = {list(self.std)} must be positive.")
+        _normalisation("data", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +74,7 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _range("teacher.epochs", self.epochs, 1)
+        _normalisation("teacher", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +163,7 @@ class TrainRecipe:
         _range("train.momentum", self.momentum, 0, 0.9999)
         _range("train.weight_decay", self.weight_decay, 0)
         _range("train.warmup_epochs", self.warmup_epochs, 0)
+        _range("train.lr_decay", self.lr_decay, 0, 1)
         _range("train.seed", self.seed, 0, 2**31 - 1)
         _choice("train.schedule", self.schedule, ("cosine", "step", "constant"))
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -184,6 +182,10 @@ class Recipe:
     student: StudentRecipe = field(default_factory=StudentRecipe)
     method: MethodRecipe = field(default_factory=MethodRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set("/\\\0"):
+            raise RecipeError(f"name = {self.name!r} names the run folders: it must not be empty or hold a slash.")
 
     def to_toml(self) -> str:
         """Every value that is set, as TOML; `read_recipe` gives the equal recipe back."""
@@ -279,7 +281,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # the escapes of JSON are escapes of TOML's basic strings
+        # The escapes of JSON are escapes of TOML's basic strings; only TOML wants one for DEL too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)
@@ -291,6 +294,17 @@ def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _range(key: str, value: float, low: float, high: float | None = None) -> None:
-    if not value >= low or (high is not None and not value <= high):  # also refuses NaN
-        rule = f"at least {low}" if high is None else f"between {low} and {high}"
+    finite = value < math.inf
+    if not value >= low or not finite or (high is not None and not value <= high):  # also refuses NaN
+        rule = f"between {low} and {high}" if high is not None else f"at least {low}" if finite else "finite"
         raise RecipeError(f"{key} = {value} must be {rule}.")
+
+
+def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise RecipeError(f"{table}.{key} = {list(values)} has {len(values)} values; there are 3 channels (RGB).")
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise RecipeError(f"{table}.{key} = {list(values)} must be finite.")
+    if std is not None and min(std) <= 0:
+        raise RecipeError(f"{table}.std = {list(std)} must be positive.")

@@ -65,8 +65,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise StorageError(f"{path} exists already and is never overwritten. Name another folder, or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise storage_error(path, error) from error
     try:
         yield temporary
         for file in temporary.rglob("*"):

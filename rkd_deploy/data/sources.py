@@ -7,6 +7,7 @@ Letters: N images, C = 3 channels (RGB), H height, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _cifar(recipe: DataRecipe) -> tuple[Split, Split, tuple[str, ...]]:
     root = DEFAULT_ROOT if recipe.root is None else Path(recipe.root)
     try:
         train, test = (_open_cifar(owner, root, train=train) for train in (True, False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(
             f"{recipe.name} is not whole in {root / owner.base_folder} and could not be downloaded from {owner.url} "
             f"({error}). Unpack it yourself and name the folder that holds {owner.base_folder}/: --set data.root=FOLDER"

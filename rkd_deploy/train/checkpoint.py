@@ -65,15 +65,14 @@ def load_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content, facts = _load_pytorch(path), {}
     while (inner := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)) is not None:
         content = dict(cast(Mapping[str, Any], content[inner]))
-    for prefix in _PREFIXES:
-        if content and all(key.startswith(prefix) for key in content):
-            content = {key.removeprefix(prefix): value for key, value in content.items()}
-    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    other = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if other or not content:
         raise CheckpointError(
             f"{path} holds no state dict: expected tensors by name, found {other[:3] or 'nothing'}. "
             "Save it with torch.save(model.state_dict(), path)."
         )
+    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in content)), ""):
+        content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content, facts
 
 

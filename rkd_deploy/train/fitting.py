@@ -76,6 +76,7 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     recipe = run.recipe
     images = load_images(recipe.data, recipe.train.seed)
     if not (run.folder / "facts.json").exists():  # killed in its first moments
+        write_json(run.folder / "environment.json", provenance())
         write_json(run.folder / "facts.json", networks.gather_facts(recipe, images))
     facts = run.read_json("facts.json")
     return _Trainer(recipe, facts, images, _device(recipe.train.device)).run(run, display or Silent())

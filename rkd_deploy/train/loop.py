@@ -172,11 +172,11 @@ def _save(phase: Phase, optimizer: torch.optim.Optimizer, run: Run, epoch: int, 
 
 def _restore(phase: Phase, optimizer: torch.optim.Optimizer, run: Run) -> tuple[int, int, EpochSums]:
     """Take up the checkpoint of this phase, if there is one: epoch, batch and sums to go on from."""
-    if not run.checkpoint.exists():
-        return 0, 0, EpochSums()
-    tensors, facts = load_tensors(run.checkpoint)
+    tensors, facts = load_tensors(run.checkpoint) if run.checkpoint.exists() else ({}, {"phase": None})
     if facts["phase"] != phase.name:
+        run.log.forget(phase.name)  # killed after its first epoch was logged and before that was saved
         return 0, 0, EpochSums()
+    run.log.rewind(facts["log"])
     product = {key.removeprefix("product/"): value for key, value in tensors.items() if key.startswith("product/")}
     phase.product.load_state_dict(product)
     state = optimizer.state_dict()
@@ -187,7 +187,6 @@ def _restore(phase: Phase, optimizer: torch.optim.Optimizer, run: Run) -> tuple[
     }
     optimizer.load_state_dict(state)
     torch.set_rng_state(tensors["random"])
-    run.log.rewind(facts["log"])
     device = next(phase.product.parameters()).device
     sums = EpochSums(images=facts["images"])
     sums.parts = {key.removeprefix("sum/"): v.to(device) for key, v in tensors.items() if key.startswith("sum/")}

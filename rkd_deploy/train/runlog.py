@@ -42,6 +42,15 @@ class RunLog:
         if self.size() > size:
             os.truncate(self.path, size)
 
+    def forget(self, phase: str) -> None:
+        """Forget the last phase of the log, if that is its name, and a line that a kill cut off."""
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            if not line.endswith(b"\n") or json.loads(line)["phase"] == phase:
+                break
+            kept += len(line)
+        self.rewind(kept)
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a log; a last line cut off by a kill is left out."""

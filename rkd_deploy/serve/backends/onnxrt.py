@@ -70,14 +70,12 @@ class OnnxRuntimeBackend(Backend):
         self.device = "cpu" if kind == "cpu" else f"{kind}:{self._index}"
         try:
             self._metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-            inputs = self._session.get_inputs()
-            outputs = [output.name for output in self._session.get_outputs()]
+            self._input = _only_input(file, self._session.get_inputs())
+            self.outputs = _logits_first(file, [output.name for output in self._session.get_outputs()])
         except UnicodeDecodeError as error:  # a flipped bit in a name gets past ONNX Runtime
             raise broken_model(file, str(error)) from error
-        self._input = _only_input(file, inputs)
         self.input_name, self.input_shape = self._input.name, self._input.shape
         self.input_dtype = self._input.dtype.name
-        self.outputs = _logits_first(file, outputs)
         self._logits = [self.outputs[0]]
         card = self._metadata.get(METADATA_KEY)
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"

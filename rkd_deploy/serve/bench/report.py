@@ -115,23 +115,26 @@ class _Column:
     numeric: bool = True
     setting: bool = False
     """A condition of the measurement rather than something found."""
+    detail: bool = False
+    """Left out of a terminal that is too narrow for it."""
 
 
 _COLUMNS = (
     _Column("Model", lambda r: r.model, numeric=False),
-    _Column("Part", lambda r: r.part, numeric=False),
-    _Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False),
+    _Column("Part", lambda r: r.part, numeric=False, detail=True),
+    _Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
     _Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
     _Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
     _Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
     _Column("Batch", lambda r: str(r.batch), setting=True),
-    _Column("p50, ms (95 % CI)", lambda r: _milliseconds(r.p50_ms) + _interval(r.p50_low_ms, r.p50_high_ms)),
+    _Column("p50, ms", lambda r: _milliseconds(r.p50_ms)),
+    _Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
     _Column("p90, ms", lambda r: _milliseconds(r.p90_ms)),
-    _Column("p99, ms", lambda r: _milliseconds(r.p99_ms)),
+    _Column("p99, ms", lambda r: _milliseconds(r.p99_ms), detail=True),
     _Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
     _Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
     _Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
-    _Column("Parameters, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    _Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
     _Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
 )
 
@@ -148,7 +151,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
-    """The same table for a terminal; what is equal in all rows stands once, above it."""
+    """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -160,13 +163,21 @@ def print_table(results: Sequence[Result], console: Console) -> None:
         if column.setting and len(rows) > 1 and len({row[index] for row in rows}) == 1
     ]
     title = ", ".join(f"{columns[index].title.lower()} {rows[0][index]}" for index in shared)
-    table = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+
+    def table(kept: list[int]) -> Table:
+        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+        for index in kept:
+            head = columns[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
+            made.add_column(head, justify="right" if columns[index].numeric else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*[escape(row[index]) for index in kept])
+        return made
+
     kept = [index for index in range(len(columns)) if index not in shared]
-    for index in kept:
-        table.add_column(columns[index].title, justify="right" if columns[index].numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*[escape(row[index]) for index in kept])
-    console.print(table)
+    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
+    if console.measure(table(kept), options=unbounded).maximum > console.width:
+        kept = [index for index in kept if not columns[index].detail]
+    console.print(table(kept))
 
 
 def _cells(results: Sequence[Result]) -> tuple[list[_Column], list[list[str]]]:
@@ -181,5 +192,5 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f" ({_milliseconds(low)} to {_milliseconds(high)})"
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{_milliseconds(low)} to {_milliseconds(high)}"

@@ -137,6 +137,24 @@ def test_a_run_that_fails_says_so(zoo, tmp_path):
                 use(np.zeros((3, 2), np.float32))
 
 
+@pytest.mark.parametrize("name", [b"input", b"logits", b"rkd_deploy.card"])
+def test_a_flipped_bit_in_a_name_is_a_broken_file_and_prints_nothing(zoo, tmp_path, capfd, name):
+    file = zoo.build(tmp_path / "m.onnx", card=zoo.card())
+    file.write_bytes(file.read_bytes().replace(name, b"\xff" + name[1:]))
+    with pytest.raises(ModelFileError, match=r"m\.onnx"):
+        OnnxRuntimeBackend(file)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_without_outputs_is_a_broken_file(zoo, tmp_path):
+    shape = ["n", 2]
+    graph = identity(TensorProto.FLOAT, shape)
+    del graph.output[:]
+    zoo.save(tmp_path / "m.onnx", graph)
+    with pytest.raises(ModelFileError, match=r"m\.onnx"):
+        OnnxRuntimeBackend(tmp_path / "m.onnx")
+
+
 def test_a_card_in_a_newer_schema_is_refused_at_load(zoo, tmp_path):
     card = zoo.card()
     file = zoo.build(tmp_path / "m.onnx", card=card)

@@ -1,0 +1,109 @@
+"""What every test shares: one thread, fixed seeds, the real images, one finished run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from rkd_deploy.recipe import Recipe
+    from rkd_deploy.train.runs import Run
+
+REPO = Path(__file__).parents[1]
+DATA = Path(os.environ.get("RKD_TEST_DATA", REPO.parent / "shared" / "data"))
+
+hypothesis.settings.register_profile("rkd", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("rkd")
+
+# The least that is still the whole way: T, S0, S and A on 8x8 digits.
+TINY = (
+    "name=tiny",
+    "data.image_size=8",
+    "data.train_limit=100",
+    "data.test_limit=50",
+    "data.augment=['crop']",
+    "data.crop_padding=1",
+    "teacher.name=resnet8",
+    "student.name=resnet8",
+    "train.epochs=2",
+    "train.batch_size=16",
+    "train.lr=0.05",
+    "train.device=cpu",
+    "train.threads=1",
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers and one thread for every test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:  # not imported here: what runs a model is tested without it too
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights (its README says what is in it)."""
+    if not DATA.is_dir():
+        absent(f"{DATA} is not there: name the folder with RKD_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def cifar_root(shared_data: Path) -> Path:
+    """The folder that holds cifar-100-python/, unpacked once and kept between test runs."""
+    archive, root = shared_data / "cifar-100-python.tar.xz", REPO / ".data"
+    if not archive.is_file():
+        absent(f"{archive} is not there")
+    root.mkdir(exist_ok=True)
+    with (root / ".unpacking").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once unpack once
+        if not (root / "cifar-100-python").is_dir():
+            for left_over in root.glob(".cifar-*.tmp"):  # by a run that was killed here
+                shutil.rmtree(left_over)
+            temporary = Path(tempfile.mkdtemp(prefix=".cifar-", suffix=".tmp", dir=root))
+            with tarfile.open(archive) as content:
+                content.extractall(temporary, filter="data")
+            (temporary / "cifar-100-python").rename(root / "cifar-100-python")
+            temporary.rmdir()
+    return root
+
+
+def absent(reason: str) -> None:
+    """Skip what needs the real data where they are not, but never in CI, where a skip would pass unseen."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Callable[..., Recipe]:
+    """Makes the recipe of a run that takes a second; arguments replace values as --set does."""
+    from rkd_deploy.recipe import read_recipe
+
+    return lambda *overrides: read_recipe(None, (*TINY, *overrides))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., Recipe]) -> Run:
+    """A finished run, its T and S0 well above chance. It is shared: copy its folder before writing into it."""
+    from rkd_deploy.train.fitting import fit
+
+    recipe = tiny_recipe("data.train_limit=300", "data.test_limit=100", "teacher.epochs=4")
+    return fit(recipe, root=tmp_path_factory.mktemp("runs"))

@@ -1,0 +1,103 @@
+"""The bundle appears whole and proven, or not at all."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import rkd_deploy.export.bundle as bundle_module
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import GateError, StorageError
+from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.fusion import fuse
+from rkd_deploy.serve.bench.parity import verify
+
+
+def batches(model, card, count=40):
+    """Random images whose labels are what PyTorch says of all but the first four of them."""
+    x = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    scaled = (x / 255 - np.array(card.preprocess.mean)) / np.array(card.preprocess.std)
+    with torch.no_grad():
+        labels = model(torch.from_numpy(scaled.transpose(0, 3, 1, 2)).float()).argmax(1).numpy()
+    labels[:4] = (labels[:4] + 1) % 5
+    return [(x[:16], labels[:16]), (x[16:], labels[16:])]
+
+
+def test_everything_an_app_needs_is_there(model, card, tmp_path):
+    proof = export_bundle(model, card, tmp_path / "bundle", batches=batches(model, card), with_pytorch=True)
+    files = {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert files == {
+        "model.onnx", "model.json", "labels.txt", "preprocessor_config.json", "golden.npz", "model.pt2",
+    }  # fmt: skip
+    assert (proof.images, proof.differing) == (40, 0)
+    assert proof.torch_top1 == proof.onnx_top1 == 90.0  # 4 of 40 were mislabelled
+    written = ModelCard.from_json((tmp_path / "bundle/model.json").read_text(), "model.json")
+    session = onnxruntime.InferenceSession(tmp_path / "bundle/model.onnx")
+    assert written.to_json() in session.get_modelmeta().custom_metadata_map.values()
+    assert written.fusion == "tail"
+    assert written.parity["onnx_top1"] == 90.0
+    assert (tmp_path / "bundle/labels.txt").read_text() == "a\nb\nc\nd\ne\n"
+    assert json.loads((tmp_path / "bundle/preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
+def test_it_proves_itself_on_every_backend(model, card, tmp_path, backend):
+    export_bundle(model, card, tmp_path / "bundle", with_pytorch=True)
+    parity = verify(tmp_path / "bundle", backend)
+    assert parity.passed
+    assert parity.n == 8
+
+
+def test_same_model_same_bytes(model, card, tmp_path):
+    for name in ("one", "two"):
+        export_bundle(model, card, tmp_path / name, batches=batches(model, card))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("level", ["sum", "tail"])
+def test_one_perturbed_weight_fails_the_gate_and_leaves_nothing(model, card, tmp_path, monkeypatch, level):
+    def perturbed(network, chosen):
+        fused = fuse(network, chosen)
+        with torch.no_grad():
+            next(parameter for parameter in fused.parameters() if parameter.ndim == 4)[0, 0, 0, 0] += 0.01
+        return fused
+
+    monkeypatch.setattr(bundle_module, "fuse", perturbed)
+    with pytest.raises(GateError, match="tolerance is 0.0001") as caught:
+        export_bundle(model, card, tmp_path / "bundle", level=level)
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_class_fails_the_gate_however_wide_the_tolerance(model, card, tmp_path, monkeypatch):
+    def swapped(network, chosen):
+        fused = fuse(network, chosen)
+        with torch.no_grad():
+            fused.head.weight.copy_(fused.head.weight.roll(1, 0))
+            fused.head.bias.copy_(fused.head.bias.roll(1, 0))
+        return fused
+
+    monkeypatch.setattr(bundle_module, "fuse", swapped)
+    with pytest.raises(GateError, match=r"classifies \d+ of 64 images otherwise"):
+        export_bundle(model, card, tmp_path / "bundle", tolerance=1e6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_never_touched(model, card, tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/mine.txt").write_text("mine")
+    with pytest.raises(StorageError, match="never overwritten"):
+        export_bundle(model, card, tmp_path / "bundle")
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["mine.txt"]
+
+
+def test_float32_bundles_prove_themselves_too(model, card, tmp_path):
+    from dataclasses import replace
+
+    card = replace(card, preprocess=replace(card.preprocess, embedded=False))
+    proof = export_bundle(model, card, tmp_path / "bundle", batches=batches(model, card))
+    assert proof.onnx_top1 == 90.0
+    assert np.load(tmp_path / "bundle/golden.npz")["inputs"].shape == (8, 3, 8, 8)

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rkd_deploy.errors import BudgetError, UsageError
+from rkd_deploy.models import cifar
+from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.separation import Separation, separate, widest
+
+Widths = tuple[int, ...]
+NARROW = (16, 16, 32, 64)
+
+
+def wider(widths: Widths, full: Widths, round_to: int) -> list[Widths]:
+    """Every way to widen one stage, by any number of steps."""
+    return [
+        (*widths[:stage], width, *widths[stage + 1 :])
+        for stage in range(len(full))
+        for width in steps(full[stage], round_to)
+        if width > widths[stage]
+    ]
+
+
+def steps(full: int, round_to: int) -> list[int]:
+    """The widths a stage may have: multiples of the step, and the given network's own width."""
+    return [*range(round_to, full, round_to), full]
+
+
+# The rows of the method notes' table that hold no width which one step more would still fit.
+@pytest.mark.parametrize(
+    ("name", "share", "assistant", "student", "of_budget"),
+    [("resnet20", 0.1, (5, 5, 10, 19), (15, 15, 30, 61), 0.994)],
+)
+def test_the_row_of_the_method_notes(
+    name: str, share: float, assistant: Widths, student: Widths, of_budget: float
+) -> None:
+    made = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
+    assert (made.assistant.widths, made.student.widths) == (assistant, student)
+    assert made.budget == 40_818_944
+    assert made.cost / made.budget == pytest.approx(of_budget, abs=5e-4)
+
+
+# The other rows: a plain multiplier stops there, a step more in some stage fits.
+@pytest.mark.parametrize(
+    ("name", "share", "assistant", "of_budget"),
+    [("resnet20", 0.3, (8, 8, 17, 34), 0.976), ("resnet8x4", 0.2, (14, 28, 55, 111), 0.995)],
+)
+def test_never_narrower_than_a_plain_multiplier(name: str, share: float, assistant: Widths, of_budget: float) -> None:
+    made = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
+    assert all(ours >= theirs for ours, theirs in zip(made.assistant.widths, assistant, strict=True))
+    assert of_budget - 5e-4 <= made.cost / made.budget <= 1
+
+
+def check(made: Separation, closed_form: Any, *, full: Widths, share: float, round_to: int, **how: Any) -> None:
+    """Everything that is promised of a separation, with the costs in closed form."""
+    depth, unit, classes, size, channels = (how[key] for key in ("depth", "unit", "classes", "size", "channels"))
+    s, a = made.student.widths, made.assistant.widths
+
+    def branch(widths: Widths) -> int:
+        network = closed_form.network(unit, depth, widths, None, size)
+        return int(network + closed_form.adapter(unit, widths[-1], channels, size))
+
+    head = channels * classes + (classes if unit == "params" else 0)
+    assert made.unit == unit
+    assert made.budget == closed_form.network(unit, depth, full, classes, size)
+    assert made.parts == {
+        "student": closed_form.network(unit, depth, s, None, size),
+        "assistant": closed_form.network(unit, depth, a, None, size),
+        "student_adapter": closed_form.adapter(unit, s[-1], channels, size),
+        "assistant_adapter": closed_form.adapter(unit, a[-1], channels, size),
+        "head": head,
+    }
+    assert made.cost == branch(s) + branch(a) + head <= made.budget
+    assert branch(a) <= share * made.budget
+    for widths in (s, a):
+        assert all(width in steps(own, round_to) for width, own in zip(widths, full, strict=True))
+    assert all(branch(widths) > share * made.budget for widths in wider(a, full, round_to))
+    assert all(branch(a) + branch(widths) + head > made.budget for widths in wider(s, full, round_to))
+
+
+@settings(max_examples=8)
+@given(
+    depth=st.sampled_from([8, 14]),
+    full=st.sampled_from([NARROW, (32, 64, 64, 96), (8, 16, 16, 24)]),
+    unit=st.sampled_from(["macs", "params"]),
+    share=st.floats(0.05, 0.6),
+    round_to=st.sampled_from([3, 4, 8, 10]),
+    classes=st.integers(2, 100),
+    size=st.sampled_from([(32, 32), (8, 8), (12, 20)]),
+    channels=st.none() | st.sampled_from([16, 64, 256]),
+)
+def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
+    closed_form: Any,
+    depth: int,
+    full: Widths,
+    unit: str,
+    share: float,
+    round_to: int,
+    classes: int,
+    size: tuple[int, int],
+    channels: int | None,
+) -> None:
+    how: dict[str, Any] = {"num_classes": classes, "input_size": size, "budget": unit, "channels": channels}
+    given_network = CifarResNet(depth, full, classes)
+    try:
+        made = separate(given_network, assistant_share=share, round_to=round_to, **how)
+    except BudgetError:  # right only if the narrowest of one or the other are too dear
+        narrowest = tuple(min(width, round_to) for width in full)
+        c = channels or full[-1]
+        branch = closed_form.network(unit, depth, narrowest, None, size)
+        branch += closed_form.adapter(unit, narrowest[-1], c, size)
+        budget = closed_form.network(unit, depth, full, classes, size)
+        head = c * classes + (classes if unit == "params" else 0)
+        assert branch > share * budget or branch + head > (1 - share) * budget
+        return
+    check(
+        made,
+        closed_form,
+        full=full,
+        share=share,
+        round_to=round_to,
+        depth=depth,
+        unit=unit,
+        classes=classes,
+        size=size,
+        channels=channels or full[-1],
+    )
+
+
+def test_the_check_says_no_to_a_student_that_is_one_step_narrower(closed_form: Any) -> None:
+    made = separate("resnet8", num_classes=10, input_size=32, round_to=4)
+    how = {"depth": 8, "unit": "macs", "classes": 10, "size": (32, 32), "channels": 64}
+    check(made, closed_form, full=NARROW, share=0.2, round_to=4, **how)
+    widths = (*made.student.widths[:-1], made.student.widths[-1] - 4)
+    with pytest.raises(AssertionError):
+        check(separate_as(made, widths, closed_form), closed_form, full=NARROW, share=0.2, round_to=4, **how)
+
+
+def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separation:
+    """The same with another student, its account kept right: only its being the widest is lost."""
+    parts = made.parts | {
+        "student": closed_form.macs(8, widths, None),
+        "student_adapter": closed_form.adapter("macs", widths[-1], 64),
+    }
+    return Separation(
+        student=made.student.rebuilt(widths, None),
+        assistant=made.assistant,
+        cost=sum(parts.values()),
+        budget=made.budget,
+        unit=made.unit,
+        parts=parts,
+    )
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_the_account_is_that_of_the_network_that_ships(unit: str) -> None:
+    """What the parts add up to is what counting the whole of S + A gives."""
+    from rkd_deploy.models.cost import count
+
+    made = separate("resnet14", num_classes=10, input_size=32, budget=unit, channels=128)
+    cost = count(ResidualStudent(made.student, made.assistant, 128, 10), 32)
+    assert (cost.macs if unit == "macs" else cost.parameters) == made.cost
+
+
+def test_a_network_and_its_name_are_the_same() -> None:
+    by_name = separate("resnet8", num_classes=10, input_size=16)
+    by_network = separate(cifar.create("resnet8", 10), num_classes=10, input_size=(16, 16))
+    assert (by_name.parts, by_name.budget) == (by_network.parts, by_network.budget)
+    assert by_name.student.fc is by_name.assistant.fc is None
+
+
+def test_the_networks_are_ready_to_run_and_not_alike() -> None:
+    made = separate("resnet8", num_classes=10, input_size=16)
+    with torch.no_grad():
+        shapes = [network(torch.randn(2, 3, 16, 16)).shape for network in (made.student, made.assistant)]
+    assert shapes == [(2, made.student.channels), (2, made.assistant.channels)]
+    assert made.assistant.channels < made.student.channels
+
+
+# The search alone, on prices that are cheap to compute.
+
+
+def price_of(weights: tuple[int, ...]) -> Callable[[Widths], int]:
+    """Rises with every width, as chains of convolutions do."""
+
+    def price(widths: Widths) -> int:
+        pairs = zip((3, *widths), (*widths, widths[-1]), weights, strict=True)
+        return sum(before * after * weight for before, after, weight in pairs)
+
+    return price
+
+
+@given(
+    full=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12)),
+    weights=st.tuples(*[st.integers(1, 20)] * 4),
+    part=st.floats(0, 1.2),
+    round_to=st.integers(1, 5),
+)
+@settings(max_examples=200)
+def test_widest_is_maximal_among_all_that_fit(
+    full: Widths, weights: tuple[int, ...], part: float, round_to: int
+) -> None:
+    price = price_of(weights)
+    limit = int(part * price(full))
+    everything = list(itertools.product(*(steps(width, round_to) for width in full)))
+    fitting = [widths for widths in everything if price(widths) <= limit]
+    found = widest(price, full, limit, round_to)
+    if found is None:
+        assert fitting == []
+        return
+    assert found in fitting
+    larger = [widths for widths in fitting if widths != found and all(map(int.__ge__, widths, found))]
+    assert larger == []
+    # At least as wide, stage by stage, as the plain multiplier m in 1/1024 that is the largest to fit.
+    multiples = [tuple(min(w, max(round_to, m * w // (1024 * round_to) * round_to)) for w in full) for m in range(1025)]
+    plain = [widths for widths in multiples if price(widths) <= limit][-1]
+    assert all(map(int.__ge__, found, plain))
+
+
+def test_the_whole_budget_gives_the_whole_network() -> None:
+    price = price_of((1, 1, 1, 1, 1))
+    assert widest(price, NARROW, price(NARROW), 8) == NARROW
+    assert widest(price, NARROW, price(NARROW) - 1, 8) != NARROW
+
+
+def test_the_relatively_narrowest_stage_is_widened_first() -> None:
+    # A step costs 1. The multiplier 2/3 gives (2, 1, 1), which are 2/3, 1/2 and 1/2 of (3, 2, 2); one step is left.
+    assert widest(sum, (3, 2, 2), 5, 1) == (2, 2, 1)
+
+
+# Budgets that are too small
+
+
+def test_a_budget_too_small_for_the_assistant_is_stated_in_numbers(closed_form: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        separate("resnet8", num_classes=10, input_size=32, assistant_share=0.02, round_to=8)
+    limit = closed_form.macs(8, NARROW, 10)
+    branch = closed_form.macs(8, (8, 8, 8, 8), None) + closed_form.adapter("macs", 8, 64)
+    message = str(caught.value)
+    assert message.startswith("The budget is too small for the assistant alone")
+    assert re.findall(r"[\d,]{4,}\d", message) == [f"{n:,}" for n in (limit, limit // 50, branch, branch + 640)]
+    assert "(8, 8, 8, 8)" in message
+    assert "Lower student.round_to" in message
+
+
+def test_a_budget_too_small_for_what_is_left_is_stated(closed_form: Any) -> None:
+    with pytest.raises(BudgetError, match=r"^The budget is too small for the student with what the assistant left"):
+        separate("resnet8", num_classes=10, input_size=32, assistant_share=0.9, round_to=16)
+
+
+def test_adapters_to_a_wide_teacher_can_be_too_dear() -> None:
+    with pytest.raises(BudgetError):
+        separate("resnet8", num_classes=10, input_size=32, channels=100_000)
+    assert separate("resnet8", num_classes=10, input_size=32, channels=256).cost > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "message"),
+    [
+        ("resnet9", "macs", r"Unknown network 'resnet9'\. Did you mean"),
+        ("resnet8", "latency", r"Unknown budget 'latency'\..*Choices: macs, params"),
+    ],
+)
+def test_unknown_names_are_refused(model: str, budget: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        separate(model, num_classes=10, input_size=32, budget=budget)

@@ -1,0 +1,212 @@
+"""The command line as a person and as a script use it: output, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from rkd_deploy import cli
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def rkd(tmp_path, monkeypatch, capfd):
+    """Run a command in this process, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rkd-deploy", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def runs(tiny_run, tmp_path):
+    """A copy of a finished run under runs/ of the working folder."""
+    shutil.copytree(tiny_run.folder, tmp_path / "runs" / tiny_run.folder.name)
+    return tmp_path / "runs" / tiny_run.folder.name
+
+
+TINY = ["data.image_size=8", "data.train_limit=100", "data.test_limit=50", "teacher.name=resnet8", "teacher.epochs=1"]
+TINY += ["train.epochs=1", "train.assistant_epochs=1", "train.device=cpu"]
+
+
+def test_train_export_bench_without_an_argument_take_the_newest(rkd, tmp_path):
+    made = rkd("train", "--json", *(word for value in TINY for word in ("--set", value)))
+    assert made.code == 0, made.err
+    assert set(made.json["parts"]) == {"teacher", "s0", "student", "fused"}
+    assert made.json["separation"]["cost"] <= made.json["separation"]["budget"]
+    assert "S + A" in made.err  # text for people leaves standard output to the JSON
+
+    exported = rkd("export", "--format", "onnx", "--json")
+    assert exported.code == 0, exported.err
+    assert exported.json["bundle"] == str(Path("runs/digits-001/bundle"))
+    assert exported.json["onnx_top1"] == pytest.approx(made.json["parts"]["fused"]["test_top1"])
+    assert exported.json["differing"] == 0
+
+    timed = rkd("bench", "--backend", "onnxruntime", "--batch", "1,4", "--seconds", "0.01", "--count", "5", "--json")
+    assert timed.code == 0, timed.err
+    assert [row["batch"] for row in timed.json["results"]] == [1, 4]
+    wanted = {"backend", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "throughput_per_s"}
+    assert wanted <= set(timed.json["results"][0])
+    record = json.loads(Path(timed.json["record"]).read_text())
+    assert len(record["results"][0]["samples_ms"]) == record["results"][0]["runs"] >= 5
+
+    assert rkd("verify").code == 0
+    assert rkd("info", "--json").json["labels"] == [str(digit) for digit in range(10)]
+
+
+def test_predict_names_the_class_of_an_image_file(rkd, runs, tmp_path):
+    assert rkd("export").code == 0
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "black.png")
+    found = rkd("predict", runs / "bundle", "black.png", "--top", 2, "--json")
+    best = found.json["predictions"]["black.png"]
+    assert len(best) == 2
+    assert best[0]["probability"] >= best[1]["probability"] > 0
+    assert "black.png" in found.err
+
+
+def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, runs):
+    assert rkd("export").code == 0
+    path = runs / "bundle/model.onnx"
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    changed = numpy_helper.to_array(weight).copy()
+    changed.flat[0] += 1.0
+    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+    onnx.save(model, path)
+    outcome = rkd("verify", "--json")
+    assert outcome.code == 3
+    assert "Parity failed" in outcome.err
+    assert outcome.json["exit_code"] == 3
+
+
+def test_an_impossible_tolerance_stops_the_export_with_3_and_leaves_nothing(rkd, runs):
+    before = sorted(runs.rglob("*"))
+    outcome = rkd("export", "--tolerance", "0")
+    assert outcome.code == 3
+    assert "the tolerance is 0" in outcome.err
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_every_part_and_option_of_export(rkd, runs):
+    for arguments in (
+        ["--part", "teacher", "--random-images"],
+        ["--part", "student", "--fuse", "sum"],
+        ["--fuse", "sum", "--outputs", "logits,probabilities,features"],
+        ["--input", "float32", "--with-pytorch"],
+    ):
+        outcome = rkd("export", *arguments)
+        assert outcome.code == 0, outcome.err
+    assert {path.name for path in runs.glob("bundle*")} == {"bundle-teacher", "bundle-student", "bundle", "bundle-2"}
+    assert rkd("verify", runs / "bundle-2", "--backend", "pytorch").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["export"], 1, ["no finished run in runs/", "rkd-deploy train"]),
+        (["bench"], 1, ["no bundle in runs/", "rkd-deploy export"]),
+        (["verify"], 1, ["no bundle in runs/"]),
+        (["train", "--resume"], 1, ["no unfinished run to resume"]),
+        (["bench", "--backend", "tensorrt"], 1, ["pip install 'rkd-deploy[tensorrt]'", "onnxruntime, pytorch"]),
+        (["bench", "--backend", "onnxrutime"], 2, ["Did you mean 'onnxruntime'"]),
+        (["bench", "--batch", "1,x"], 2, ["--batch '1,x'"]),
+        (["export", "--format", "onxn"], 2, ["Did you mean 'onnx'"]),
+        (["train", "--set", "train.epoch=3"], 2, ["train.epoch", "Did you mean 'train.epochs'"]),
+        (["train", "--set", "student.assistant_share=0.05"], 1, ["budget is too small", "student.round_to"]),
+        (["train", "nothing.toml"], 2, ["nothing.toml"]),
+        (["predict", "nothing.onnx", "x.png"], 1, ["nothing.onnx"]),
+        (["trian"], 2, ["No such command 'trian'"]),
+        (["train", "--resume", "--set", "train.epochs=2"], 2, ["--set cannot change it"]),
+    ],
+)
+def test_what_cannot_be_is_said_with_its_exit_code(rkd, tmp_path, arguments, code, words):
+    outcome = rkd(*arguments)
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert word in outcome.err
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_tells_of_errors_too(rkd):
+    outcome = rkd("export", "--json")
+    assert outcome.json["exit_code"] == outcome.code == 1
+    assert outcome.json["error"] in outcome.err
+
+
+def test_debug_shows_the_traceback(rkd):
+    from rkd_deploy.errors import ModelFileError
+
+    with pytest.raises(ModelFileError):
+        rkd("export", "--debug")
+
+
+def test_an_unfinished_run_is_pointed_at(rkd, runs):
+    (runs / "metrics.json").unlink()
+    outcome = rkd("export")
+    assert outcome.code == 1
+    assert f"rkd-deploy train runs/{runs.name} --resume" in outcome.err
+    assert rkd("train", "--resume").code == 0  # every phase is there: only the evaluation is made again
+    assert rkd("export").code == 0
+
+
+def test_backends_lists_all_with_the_reason(rkd):
+    found = {row["name"]: row for row in rkd("backends", "--json").json["backends"]}
+    assert set(found) >= {"pytorch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
+    assert found["onnxruntime"]["ok"]
+    assert all(row["ok"] or row["reason"] for row in found.values())
+
+
+def test_every_command_has_help(rkd):
+    shown = rkd("--help").out
+    for command in cli.app.registered_commands:
+        name = command.callback.__name__
+        assert name in shown
+        assert rkd(name, "--help").code == 0
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
+    """The README's first command, whole, as a process of its own."""
+    environment = {**os.environ, "COLUMNS": "80"}
+    command = [sys.executable, "-m", "rkd_deploy.cli", "quickstart", "--json"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    made = json.loads(result.stdout.splitlines()[-1])
+    parts = {row["part"]: row for row in made["results"]}
+    assert set(parts) == {"teacher", "s0", "student", "fused"}
+    assert all(row["accuracy"] > 80 for row in parts.values())  # chance is 10
+    assert parts["fused"]["macs"] <= parts["s0"]["macs"]
+    with Image.open(tmp_path / made["plot"]) as picture:
+        assert picture.format == "PNG"
+        assert len(set(picture.convert("L").get_flattened_data())) > 10  # not an empty canvas
+    assert all(len(line) <= 80 for line in result.stderr.splitlines() if "│" in line or "─" in line)

@@ -1,0 +1,93 @@
+"""The README is true: its tree, its commands, its links, its Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer.main
+from PIL import Image
+
+from rkd_deploy import cli
+from rkd_deploy.pipeline import export_run
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = [path for path in REPO.rglob("*.md") if not {".venv", ".data", "runs"} & set(path.relative_to(REPO).parts)]
+
+
+def tree() -> dict[str, str]:
+    """Path to comment, from the README's tree: two spaces of indentation a level, folders end in a slash."""
+    block = README.split("## The tree")[1].split("```")[1]
+    entries, parents = {}, []
+    for line in block.strip("\n").splitlines():
+        indented, comment = re.fullmatch(r"( *\S+)(?: +(.*))?", line).groups()
+        depth = (len(indented) - len(indented.lstrip())) // 2
+        parents = [*parents[:depth], indented.strip()]
+        entries["".join(parents)] = comment or ""
+    return entries
+
+
+def test_the_tree_is_the_tree():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO, capture_output=True, text=True)
+    files = {
+        name
+        for name in listed.stdout.splitlines()
+        if (REPO / name).exists()
+        and not name.endswith("__init__.py")
+        and not re.match(r"tests/.|benchmarks/.*json", name)
+    }
+    found = {path for path in tree() if not path.endswith("/")}
+    assert found == files
+
+
+def test_every_file_in_it_is_described_in_a_line():
+    for path, comment in tree().items():
+        assert path.endswith("/") or 3 < len(comment) <= 60, path
+
+
+def test_every_command_and_option_named_in_a_page_exists():
+    commands = typer.main.get_command(cli.app).commands
+    seen = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, rest in re.findall(r"rkd-deploy ([a-z]+)([^`#\n|;)]*)", text):
+            if name in ("in", "as", "trains", "does"):
+                continue
+            assert name in commands, f"{page.name}: rkd-deploy {name}"
+            options = {option for parameter in commands[name].params for option in parameter.opts}
+            assert set(re.findall(r"--[a-z-]+", rest)) <= options | {"--help", "--debug"}, f"{page.name}: {name}{rest}"
+            seen.add(name)
+    assert seen == set(commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_link_between_pages_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_python_of_the_readme_runs(tiny_run, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shutil.copytree(tiny_run.folder, tmp_path / "runs/digits-001")
+    export_run(tiny_run, folder=tmp_path / "runs/digits-001/bundle")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "photo.png")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    label, probability = result.stdout.split()
+    assert label in "0123456789"
+    assert 0 < float(probability) <= 1
+
+
+def test_the_two_commands_are_the_ones_that_ci_runs():
+    assert "pip install uv && uv run rkd-deploy quickstart" in README
+    assert "uv run pytest" in README
+    assert "uv run pytest" in (REPO / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_tables_are_made_from_the_records():
+    subprocess.run([sys.executable, REPO / "benchmarks/tables.py", "--check"], check=True)

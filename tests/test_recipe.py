@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import dataclasses
+import string
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkd_deploy.errors import RecipeError
+from rkd_deploy.recipe import (
+    DataRecipe,
+    Recipe,
+    TeacherRecipe,
+    TrainRecipe,
+    parse_recipe,
+    read_recipe,
+)
+
+REPO = Path(__file__).parents[1]
+TOMLS = [REPO / "rkd_deploy" / "train" / "digits.toml", *sorted((REPO / "train").glob("**/*.toml"))]
+TABLES = ("data", "teacher", "student", "method", "train")
+KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]
+
+# Every field with every value its rule allows.
+
+texts = st.text(max_size=12)
+channels = st.none() | st.tuples(*[st.floats(-10, 10)] * 3)
+deviations = st.none() | st.tuples(*[st.floats(1e-6, 10)] * 3)
+small = st.integers(1, 500)
+optional = st.none() | small
+FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "data": {
+        "name": st.sampled_from(["digits", "cifar10", "cifar100"]),
+        "root": st.none() | texts,
+        "image_size": optional,
+        "train_limit": optional,
+        "test_limit": optional,
+        "val_fraction": st.floats(0, 0.5),
+        "augment": st.sampled_from([(), ("crop",), ("flip",), ("crop", "flip"), ("flip", "crop")]),
+        "crop_padding": st.integers(0, 16),
+        "mean": channels,
+        "std": deviations,
+    },
+    "teacher": {
+        "name": texts,
+        "checkpoint": st.none() | texts,
+        "epochs": optional,
+        "mean": channels,
+        "std": deviations,
+    },
+    "student": {
+        "name": texts,
+        "checkpoint": st.none() | texts,
+        "baseline": st.booleans(),
+        "budget": st.sampled_from(["macs", "params"]),
+        "assistant_share": st.floats(0.01, 0.9),
+        "round_to": st.integers(1, 256),
+    },
+    "method": {
+        "name": st.just("residual"),
+        "scheme": st.just("sequential"),
+        "head": st.sampled_from(["teacher", "trained"]),
+        "feature_weight": st.floats(1e-6, 1e300),
+        "base": st.just("none"),
+    },
+    "train": {
+        "epochs": small,
+        "assistant_epochs": optional,
+        "head_epochs": optional,
+        "batch_size": st.integers(2, 10_000),
+        "lr": st.floats(1e-9, 1e9),
+        "momentum": st.floats(0.01, 0.9999),
+        "nesterov": st.booleans(),
+        "weight_decay": st.floats(0, 1e300),
+        "schedule": st.sampled_from(["cosine", "step", "constant"]),
+        "warmup_epochs": st.floats(0, 1e300),
+        "milestones": st.sets(st.integers(-5, 500)).map(lambda values: tuple(sorted(values))),
+        "lr_decay": st.floats(0, 1),
+        "seed": st.integers(0, 2**31 - 1),
+        "amp": st.booleans(),
+        "device": texts,
+        "threads": optional,
+    },
+}
+names = st.text(min_size=1, max_size=12).filter(lambda name: not set(name) & set("/\\\0"))
+recipes = st.builds(
+    Recipe,
+    name=names,
+    **{table: st.builds(typing.get_type_hints(Recipe)[table], **fields) for table, fields in FIELDS.items()},
+)
+
+
+def test_every_key_is_drawn_here() -> None:
+    """A key that is added and not written would pass the round trip at its default."""
+    assert [f"{table}.{key}" for table, fields in FIELDS.items() for key in fields] == KEYS
+
+
+@given(recipes)
+def test_toml_gives_the_equal_recipe_back(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(path) == recipe
+
+
+@pytest.mark.parametrize(
+    "character", [chr(code) for code in (*range(0x20), 0x7F, 0x85, 0x2028, 0xFEFF, 0x1F600, 34, 92)]
+)
+def test_characters_that_toml_wants_escaped_come_back(tmp_path: Path, character: str) -> None:
+    recipe = Recipe(data=DataRecipe(root=f"a{character}b"))
+    (tmp_path / "r.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    assert read_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_the_empty_recipe_is_the_defaults() -> None:
+    assert parse_recipe({}) == Recipe() == read_recipe()
+    assert Recipe().data.name == "digits"
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
+def test_every_recipe_that_ships_can_be_read(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe != Recipe(name=path.stem)  # something in it was understood
+
+
+def test_there_are_recipes_that_ship() -> None:
+    assert all(path.is_file() for path in TOMLS)
+    assert len(TOMLS) >= 2
+
+
+def test_values_are_taken_from_the_file(tmp_path: Path) -> None:
+    text = """
+        [data]
+        augment = ["flip"]
+        mean = [0, 0.5, 1]
+        [teacher]
+        checkpoint = "t.pth"
+        [train]
+        lr = 1
+        amp = true
+        milestones = [1, 2]
+    """
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_recipe(tmp_path / "mine.toml") == Recipe(
+        name="mine",
+        data=DataRecipe(augment=("flip",), mean=(0.0, 0.5, 1.0)),
+        teacher=TeacherRecipe(checkpoint="t.pth"),
+        train=TrainRecipe(lr=1.0, amp=True, milestones=(1, 2)),
+    )
+
+
+def test_a_recipe_in_a_run_folder_is_named_after_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "recipe.toml").write_text("")
+    assert read_recipe(tmp_path / "exp" / "recipe.toml").name == "exp"
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("override", "table", "key", "value"),
+    [
+        ("train.epochs=5", "train", "epochs", 5),
+        (" train.epochs =5", "train", "epochs", 5),
+        ("train.lr=1e-3", "train", "lr", 0.001),
+        ("train.lr=1", "train", "lr", 1.0),
+        ("train.amp=true", "train", "amp", True),
+        ("teacher.name=resnet56", "teacher", "name", "resnet56"),
+        ("teacher.name='resnet56'", "teacher", "name", "resnet56"),
+        ('teacher.name="resnet56"', "teacher", "name", "resnet56"),
+        ("data.root=/some/where=odd dir", "data", "root", "/some/where=odd dir"),
+        ("data.augment=[]", "data", "augment", ()),
+        ("data.augment=['flip']", "data", "augment", ("flip",)),
+        ("data.mean=[0.5, 0.5, 0.5]", "data", "mean", (0.5, 0.5, 0.5)),
+        ("train.milestones=[3, 4]", "train", "milestones", (3, 4)),
+    ],
+)
+def test_set_replaces_one_value(override: str, table: str, key: str, value: object) -> None:
+    recipe = read_recipe(None, [override])
+    changed = dataclasses.replace(getattr(Recipe(), table), **{key: value})
+    assert recipe == dataclasses.replace(Recipe(), **{table: changed})
+    assert type(getattr(getattr(recipe, table), key)) is type(value)
+
+
+def test_set_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[train]\nepochs = 3\nlr = 0.5\n")
+    train = read_recipe(tmp_path / "r.toml", ["train.epochs=4", "train.epochs=5"]).train
+    assert (train.epochs, train.lr) == (5, 0.5)
+
+
+def test_set_replaces_the_name() -> None:
+    assert read_recipe(None, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "epochs=5", "=5", "", "train", "train=5"])
+def test_set_of_another_form_is_refused_with_an_example(override: str) -> None:
+    with pytest.raises(RecipeError, match=r"is not of the form table\.key=value, e\.g\. --set train\.epochs=5"):
+        read_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.epochs=5", "Unknown recipe table 'trian'. Did you mean 'train'? Choices: data, method, name, "),
+        ("train.epoch=5", "Unknown recipe key 'train.epoch'. Did you mean 'train.epochs'? Choices: train.amp, "),
+        ("train.lr.deep=5", "Unknown recipe key 'train.lr.deep'"),
+        ("train.epochs=five", "train.epochs = 'five' must be of type int."),
+    ],
+)
+def test_set_of_a_wrong_name_or_value_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(None, [override])
+    assert str(caught.value).startswith(message)
+
+
+def test_set_into_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("train = 5\n")
+    with pytest.raises(RecipeError, match=r"train is not a table, so --set 'train\.lr=1' cannot be applied"):
+        read_recipe(tmp_path / "r.toml", ["train.lr=1"])
+
+
+# Errors: each names the key, the value and the rule.
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelt_key_is_answered_with_the_right_one(key: str) -> None:
+    table, name = key.split(".")
+    for wrong in (name[:-1] + "_x", name + "s"):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({table: {wrong: 1}})
+        assert f"Unknown recipe key '{table}.{wrong}'. Did you mean '{key}'?" in str(caught.value)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_misspelt_table_is_answered_with_the_right_one(table: str) -> None:
+    with pytest.raises(RecipeError, match=rf"Unknown recipe table '{table}s'\. Did you mean '{table}'\?"):
+        parse_recipe({table + "s": {}})
+    with pytest.raises(RecipeError, match=rf"{table} = 3 must be a table: write \[{table}\]"):
+        parse_recipe({table: 3})
+
+
+OF_EACH_TYPE: dict[str, Any] = {
+    "bool": True,
+    "int": 1,
+    "float": 1.5,
+    "str": "text",
+    "table": {"a": 1},
+    "bools": [True],
+    "ints": [1],
+    "floats": [1.5],
+    "strs": ["text"],
+}
+FITTING = {
+    bool: {"bool"},
+    int: {"int"},
+    float: {"int", "float"},
+    str: {"str"},
+    tuple[str, ...]: {"strs"},
+    tuple[int, ...]: {"ints"},
+    tuple[float, ...]: {"ints", "floats"},
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_the_wrong_type_is_refused(key: str) -> None:
+    table, name = key.split(".")
+    hint = typing.get_type_hints(typing.get_type_hints(Recipe)[table])[name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = (item for item in typing.get_args(hint) if item is not types.NoneType)
+    for kind in OF_EACH_TYPE.keys() - FITTING[hint]:
+        with pytest.raises(RecipeError, match=rf"^{key} = .* must be (of type \w+\.|a list, e\.g\. {name} = )"):
+            parse_recipe({table: {name: OF_EACH_TYPE[kind]}})
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.lr", "train.seed", "data.val_fraction", "student.round_to"])
+def test_true_is_not_one(key: str) -> None:
+    table, name = key.split(".")
+    with pytest.raises(RecipeError, match=rf"{key} = True must be of type (int|float)"):
+        parse_recipe({table: {name: True}})
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "rule"),
+    [
+        ("data.name", ["mnist", ""], "Unknown value of data.name .*Choices: cifar10, cifar100, digits"),
+        ("data.augment", [["crop", "rotate"]], "Unknown value of data.augment 'rotate'.*Choices: crop, flip"),
+        ("data.val_fraction", [-0.1, 0.51, float("nan")], "must be between 0 and 0.5"),
+        ("data.crop_padding", [-1, 17], "must be between 0 and 16"),
+        ("data.train_limit", [0, -5], "must be at least 1"),
+        ("data.test_limit", [0], "must be at least 1"),
+        ("data.image_size", [0], "must be at least 1"),
+        ("data.mean", [[0.5], [0.5] * 4, []], r"has \d values; there are 3 channels \(RGB\)"),
+        ("data.mean", [[0.5, 0.5, float("nan")], [0.5, 0.5, float("inf")]], "must be finite"),
+        ("data.std", [[0.5]], "has 1 values; there are 3 channels"),
+        ("data.std", [[0.5, 0.0, 0.5], [0.5, 0.5, -1.0]], "must be positive"),
+        ("data.std", [[0.5, float("nan"), 0.5]], "must be finite"),
+        ("teacher.epochs", [0], "must be at least 1"),
+        ("teacher.mean", [[0.5, 0.5]], "has 2 values; there are 3 channels"),
+        ("teacher.std", [[0.0, 0.5, 0.5]], "must be positive"),
+        ("student.budget", ["latency"], "Unknown value of student.budget 'latency'.*Choices: macs, params"),
+        ("student.assistant_share", [0.0, 0.91, float("nan")], "must be between 0.01 and 0.9"),
+        ("student.round_to", [0, 257], "must be between 1 and 256"),
+        ("method.name", ["kd"], "Choices: residual"),
+        ("method.scheme", ["progressive"], "Choices: sequential"),
+        ("method.head", ["student"], "Choices: teacher, trained"),
+        ("method.base", ["kd"], "Choices: none"),
+        ("method.feature_weight", [0.0, -1.0], "must be at least 1e-06"),
+        ("method.feature_weight", [float("inf"), float("nan")], "must be finite"),
+        ("train.epochs", [0, -1], "must be at least 1"),
+        ("train.assistant_epochs", [0], "must be at least 1"),
+        ("train.head_epochs", [0], "must be at least 1"),
+        ("train.threads", [0], "must be at least 1"),
+        ("train.batch_size", [0, 1], "must be at least 2"),
+        ("train.lr", [0.0, -0.1], "must be at least 1e-09"),
+        ("train.lr", [float("inf"), float("nan")], "must be finite"),
+        ("train.momentum", [-0.1, 1.0], "must be between 0 and 0.9999"),
+        ("train.weight_decay", [-1e-4], "must be at least 0"),
+        ("train.warmup_epochs", [-1.0], "must be at least 0"),
+        ("train.lr_decay", [-0.1, 1.1, float("nan")], "must be between 0 and 1"),
+        ("train.schedule", ["linear"], "Choices: constant, cosine, step"),
+        ("train.seed", [-1, 2**31], "must be between 0 and 2147483647"),
+        ("train.milestones", [[2, 1], [1, 1]], "must rise"),
+    ],
+)
+def test_a_value_outside_its_rule_is_refused(key: str, values: list[Any], rule: str) -> None:
+    table, name = key.split(".")
+    for value in values:
+        with pytest.raises(RecipeError, match=rule) as caught:
+            parse_recipe({table: {name: value}})
+        assert key in str(caught.value)
+
+
+def test_the_ends_of_a_range_belong_to_it() -> None:
+    recipe = parse_recipe({"data": {"val_fraction": 0.5, "crop_padding": 16}, "train": {"batch_size": 2, "seed": 0}})
+    assert (recipe.data.val_fraction, recipe.data.crop_padding, recipe.train.batch_size) == (0.5, 16, 2)
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(RecipeError, match=r"train\.nesterov = true needs train\.momentum above 0"):
+        parse_recipe({"train": {"nesterov": True, "momentum": 0.0}})
+
+
+@pytest.mark.parametrize("name", ["", "../up", "/etc/x", "a/b", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"must not be empty or hold a slash"):
+        parse_recipe({"name": name})
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"name = 3 must be of type str"):
+        parse_recipe({"name": 3})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(RecipeError, match=rf"No recipe can be read at {path}: "):
+            read_recipe(path)
+
+
+def test_what_is_no_toml_is_refused_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[train]\nlr = = 1\n")
+    with pytest.raises(RecipeError, match=r"r\.toml is not valid TOML: .*line 2"):
+        read_recipe(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_bytes(b"name = '\xff\xfe'")
+    with pytest.raises(RecipeError, match=r"No recipe can be read at .*utf-8"):
+        read_recipe(tmp_path / "r.toml")
+
+
+values = st.text(alphabet=string.printable, max_size=30) | st.floats().map(repr) | st.integers().map(str)
+
+
+@given(st.sampled_from([*KEYS, "name", "train.other", "other.lr"]), values)
+def test_anything_after_set_gives_a_recipe_or_an_error_of_recipes(key: str, value: str) -> None:
+    try:
+        recipe = read_recipe(None, [f"{key}={value}"])
+    except RecipeError:
+        return  # a refusal is an answer; any other exception is none
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rkd_deploy.errors import StorageError
+from rkd_deploy.storage import new_folder, storage_error, write_bytes, write_json, write_text
+
+SIZE = 48_000_000  # large enough that most of a write's time is spent inside write and fsync
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bytes_text_and_json_are_written_as_given(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "new" / "deeper" / "b", b"\x00\xff")
+    write_text(tmp_path / "t", "déjà\n")
+    write_json(tmp_path / "j", {"a": [1, None], "b": "ß"})
+    assert contents(tmp_path) == {
+        "new/deeper/b": b"\x00\xff",
+        "t": "déjà\n".encode(),
+        "j": b'{\n  "a": [\n    1,\n    null\n  ],\n  "b": "\\u00df"\n}\n',
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"deep": [-float("inf")]}])
+def test_json_refuses_what_json_has_not(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "j", value)
+    assert contents(tmp_path) == {}
+
+
+def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_bytes(tmp_path / "ours", b"")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_an_earlier_file_is_replaced(tmp_path: Path) -> None:
+    for content in (b"long first content", b"", b"second"):
+        write_bytes(tmp_path / "f", content)
+        assert contents(tmp_path) == {"f": content}
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_failure_before_the_rename_leaves_the_earlier_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    write_bytes(tmp_path / "f", b"earlier")
+
+    def fail(descriptor: int) -> None:
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((StorageError, KeyboardInterrupt)) as caught:
+        write_bytes(tmp_path / "f", b"later")
+    assert isinstance(caught.value, StorageError) == isinstance(failure, OSError)
+    assert contents(tmp_path) == {"f": b"earlier"}
+
+
+def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    with pytest.raises(StorageError, match=rf"Could not write {re.escape(str(tmp_path))}/f: Is a directory"):
+        write_bytes(tmp_path / "f", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"earlier")
+    for write in (lambda: write_bytes(tmp_path / "f" / "g", b"x"), new_folder(tmp_path / "f" / "g").__enter__):
+        with pytest.raises(StorageError, match=r"Could not write .*/f/g: (File exists|Not a directory)"):
+            write()
+    assert contents(tmp_path) == {"f": b"earlier"}
+
+
+def test_the_message_states_the_room_that_there_is(tmp_path: Path) -> None:
+    error = storage_error(tmp_path / "absent" / "f", OSError(28, "No space left on device"), needed=1_234_567)
+    match = re.search(
+        r"/absent/f: No space left on device\. Free there: ([\d,]+) bytes, needed: 1,234,567\.", str(error)
+    )
+    assert match
+    free = int(match[1].replace(",", ""))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)  # others write to this disk too
+
+
+# Killed in the middle of a write. The writer alternates two contents until it is killed; whatever the moment, the file
+# must hold one of them whole.
+
+WRITER = """
+import sys
+from pathlib import Path
+from rkd_deploy.storage import write_bytes
+path, size, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+write = write_bytes if way == "whole" else Path.write_bytes
+contents = [letter * size for letter in (b"a", b"b")]
+print("ready", flush=True)
+while True:
+    for content in contents:
+        write(path, content)
+"""
+
+
+def kill_writer(path: Path, way: str, delay: float) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(SIZE), way], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+    assert writer.returncode == -signal.SIGKILL
+
+
+def is_whole(path: Path) -> bool:
+    content = path.read_bytes()
+    return content == b"earlier" or (len(content) == SIZE and content == content[:1] * SIZE)
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    chance, path, in_the_middle = random.Random(1), tmp_path / "f", 0
+    for _ in range(8):
+        path.write_bytes(b"earlier")
+        kill_writer(path, "whole", chance.uniform(0, 0.15))
+        assert is_whole(path)
+        temporary = [other for other in tmp_path.iterdir() if other != path]
+        in_the_middle += len(temporary)
+        for other in temporary:  # a killed process cannot tidy up; what it leaves is hidden and under no name of ours
+            assert re.fullmatch(r"\.f\..+\.tmp", other.name)
+            other.unlink()
+    assert in_the_middle >= 2  # else no kill came between the first byte and the rename, and nothing was shown
+
+
+def test_kill_9_is_seen_to_spoil_a_file_that_is_written_in_place(tmp_path: Path) -> None:
+    """The judge above can say no."""
+    chance, path = random.Random(2), tmp_path / "f"
+    for _ in range(20):
+        kill_writer(path, "in place", chance.uniform(0.005, 0.05))
+        if not is_whole(path):
+            return
+    pytest.fail("20 files written in place were all whole: the kills come at the wrong moments")
+
+
+# No room, for real. Each script prints what it saw as JSON.
+
+OVERFULL = """
+import json, resource, signal, sys
+from pathlib import Path
+from rkd_deploy.errors import StorageError
+from rkd_deploy.storage import new_folder, write_bytes
+folder = Path(sys.argv[1])
+write_bytes(folder / "f", b"earlier")
+if sys.argv[2] == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+messages = []
+def overfill():
+    write_bytes(folder / "f", b"x" * 100_000)
+def overfill_folder():
+    with new_folder(folder / "bundle") as temporary:
+        (temporary / "small").write_bytes(b"x")
+        (temporary / "large").write_bytes(b"x" * 100_000)
+for action in (overfill, overfill_folder):
+    try:
+        action()
+        messages.append("nothing was raised")
+    except StorageError as error:
+        messages.append(str(error))
+left = {str(path.relative_to(folder)): path.read_bytes()[:20].decode() for path in folder.rglob("*") if path.is_file()}
+print(json.dumps({"messages": messages, "left": left, "names": sorted(path.name for path in folder.iterdir())}))
+"""
+
+
+def overfill(folder: Path, way: str, *before: str) -> dict[str, object]:
+    command = [*before, sys.executable, "-c", OVERFULL, str(folder), way]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    assert isinstance(seen, dict)
+    return seen
+
+
+def check_overfull(seen: dict[str, object], folder: Path, reason: str) -> None:
+    file, bundle = seen["messages"]  # type: ignore[misc]
+    assert f"Could not write {folder}/f: {reason}. Free there: " in file
+    assert "bytes, needed: 100,000. What stood there before is intact" in file
+    assert f"Could not write {folder}/bundle: {reason}. Free there: " in bundle
+    assert seen["left"] == {"f": "earlier"}
+    assert seen["names"] == ["f"]
+
+
+def test_a_file_size_limit_leaves_the_earlier_file(tmp_path: Path) -> None:
+    check_overfull(overfill(tmp_path, "limit"), tmp_path, "File too large")
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
+    # A disk of 64 KiB in a mount namespace of its own: it vanishes with the process, however that ends.
+    space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    mounted = [*space, "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@"', str(tmp_path)]
+    if shutil.which("unshare") and subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode == 0:
+        seen = overfill(tmp_path, "disk", *mounted)
+    else:  # no right to mount: the same answer of the kernel from the device that is always full
+        full = OVERFULL.replace(
+            "messages = []",
+            "messages = []; import os, tempfile; name = str(folder / '.full.tmp'); tempfile.mkstemp = lambda **_: "
+            "(os.symlink('/dev/full', name), (os.open(name, os.O_WRONLY), name))[1]; "
+            "Path.write_bytes = lambda path, content: open('/dev/full', 'wb').write(content)",
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", full, str(tmp_path), "disk"], capture_output=True, text=True, check=True
+        )
+        seen = json.loads(done.stdout)
+    check_overfull(seen, tmp_path, "No space left on device")
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "runs" / "bundle") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "f").write_bytes(b"1")
+        assert not (tmp_path / "runs" / "bundle").exists()
+    assert contents(tmp_path) == {"runs/bundle/sub/f": b"1"}
+    (tmp_path / "plain").mkdir()
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("runs/bundle", "plain")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("in the block"), KeyboardInterrupt(), OSError(28, "No space")])
+def test_a_new_folder_vanishes_on_an_exception(tmp_path: Path, failure: BaseException) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "bundle") as temporary:
+            (temporary / "f").write_bytes(b"1")
+            raise failure
+
+    wanted = StorageError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(wanted):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_new_folder_overwrites_nothing(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bundle"
+    if kind == "folder":
+        path.mkdir()
+        path = path / "kept"
+    path.write_bytes(b"kept")
+    with pytest.raises(StorageError, match=r"bundle exists already and is never overwritten\. Name another folder"):
+        new_folder(tmp_path / "bundle").__enter__()
+    assert path.read_bytes() == b"kept"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_error_of_storage_inside_the_block_keeps_its_own_message(tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "bundle") as temporary:
+            (temporary / "f").mkdir()
+            write_bytes(temporary / "f", b"1")
+
+    with pytest.raises(StorageError, match=r"/f: Is a directory"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
