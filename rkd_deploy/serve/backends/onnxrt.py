@@ -24,6 +24,7 @@ from rkd_deploy.serve.backends.protocol import (
     InputSpec,
     check_threads,
     closed_backend,
+    logits_first,
     parse_device,
 )
 from rkd_deploy.serve.files import broken_model, model_path
@@ -77,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             self._metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
             self._input = _only_input(file, self._session.get_inputs())
-            self.outputs = _logits_first(file, [output.name for output in self._session.get_outputs()])
+            self.outputs = logits_first(file, [output.name for output in self._session.get_outputs()])
         except UnicodeDecodeError as error:  # a flipped bit in a name gets past ONNX Runtime
             raise broken_model(file, str(error)) from error
         self.input_name, self.input_shape = self._input.name, self._input.shape
@@ -260,13 +261,6 @@ def _only_input(file: Path, inputs: Sequence[Any]) -> InputSpec:
         raise BackendError(f"The input of {file} has no known rank ({described}). {way_out}")
     shape = tuple(size if isinstance(size, int) and size > 0 else None for size in only.shape)
     return InputSpec(only.name, shape, np.dtype(_DTYPES[only.type]))
-
-
-def _logits_first(file: Path, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        raise broken_model(file, "it has no outputs")
-    first = "logits" if "logits" in names else names[0]
-    return (first, *(name for name in names if name != first))
 
 
 def _failed_run(error: Exception) -> BackendError:
