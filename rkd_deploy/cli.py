@@ -108,7 +108,7 @@ def train(
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
-    from rkd_deploy.train.progress import Progress
+    from rkd_deploy.train.progress import Progress, print_parts
     from rkd_deploy.train.runs import newest_run, open_run
 
     if resume and overrides:
@@ -124,7 +124,7 @@ def train(
             run = fit(chosen, root=root, display=progress)
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = _console(as_json)
-    _print_parts(metrics, facts, console)
+    print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
         _emit({"run": str(run.folder), **metrics, "separation": facts["separation"]})
@@ -394,23 +394,6 @@ def _console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
-
-
-def _print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
-
-    names = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
-    images = next(iter(metrics["parts"].values()))["test_images"]
-    table = Table(title=f"{facts['data']}, {images:,} test images")
-    table.add_column("")
-    for title in ("Top-1, %", "MACs, M", "Parameters, M"):
-        table.add_column(title, justify="right")
-    for part, name in names.items():
-        if (row := metrics["parts"].get(part)) is not None:
-            table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
-    console.print(table)
-    budget = facts["separation"]
-    console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")
 
 
 if __name__ == "__main__":

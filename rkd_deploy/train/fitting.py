@@ -117,8 +117,8 @@ class _Trainer:
         with StopRequest() as stop:
             for plan in self._plans():
                 self._phase(plan, run, display, stop)
+        run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
         write_json(run.metrics_path, self._metrics(run))
-        run.checkpoint.unlink(missing_ok=True)
         return run
 
     def _plans(self) -> Iterator[_Plan]:

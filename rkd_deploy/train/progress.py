@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Silent:
@@ -73,3 +76,21 @@ class Progress:
             shown.append(f"val {row['val_top1']:.2f} %")
         shown.append(f"{row['images_per_s']:,.0f} images/s")
         self.console.print("  ".join(shown), highlight=False)
+
+
+def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
+    """The table that ends a training run: every network of metrics.json, and the account of the budget."""
+    from rich.table import Table
+
+    names = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
+    images = next(iter(metrics["parts"].values()))["test_images"]
+    table = Table(title=f"{facts['data']}, {images:,} test images")
+    table.add_column("")
+    for title in ("Top-1, %", "MACs, M", "Parameters, M"):
+        table.add_column(title, justify="right")
+    for part, name in names.items():
+        if (row := metrics["parts"].get(part)) is not None:
+            table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
+    console.print(table)
+    budget = facts["separation"]
+    console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")

@@ -87,7 +87,7 @@ def check(made: Separation, closed_form: Any, *, full: Widths, share: float, rou
     assert all(branch(a) + branch(widths) + head > made.budget for widths in wider(s, full, round_to))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     depth=st.sampled_from([8, 14]),
     full=st.sampled_from([NARROW, (32, 64, 64, 96), (8, 16, 16, 24)]),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import MissingDependencyError
+from rkd_deploy.serve.bench.plotting import plot
 from rkd_deploy.serve.bench.provenance import provenance
-from rkd_deploy.serve.bench.report import Result, markdown, plot, to_record
+from rkd_deploy.serve.bench.report import Result, markdown, to_record
 from rkd_deploy.storage import write_json, write_text
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from rkd_deploy.serve.bench.plotting import plot
 from rkd_deploy.serve.bench.timing import Timing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["RECORD_SCHEMA", "Result", "markdown", "plot", "print_table", "to_record"]
+__all__ = ["RECORD_SCHEMA", "Result", "markdown", "print_table", "to_record"]
 
 RECORD_SCHEMA = 1
 

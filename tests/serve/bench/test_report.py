@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.bench.plotting import draw
-from rkd_deploy.serve.bench.report import Result, markdown, plot, print_table, to_record
+from rkd_deploy.serve.bench.plotting import draw, plot
+from rkd_deploy.serve.bench.report import Result, markdown, print_table, to_record
 from rkd_deploy.serve.bench.timing import Timing
 
 PNG = b"\x89PNG\r\n\x1a\n"

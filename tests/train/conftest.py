@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+
+from rkd_deploy.data.sources import load_images
+from rkd_deploy.models.separation import separate
+from rkd_deploy.train import fitting, networks
+
+separate_once, load_once = functools.cache(separate), functools.cache(load_images)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_the_same_each_time_is_remembered() -> Iterator[None]:
+    """The tests here train the same few recipes over and over: widths are searched for and images read only once.
+
+    Of a separation only the widths are used in training; that search and that reading have tests of their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "separate", separate_once)
+        patch.setattr(fitting, "load_images", load_once)
+        yield

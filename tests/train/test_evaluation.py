@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import transforms
+
+from rkd_deploy.data.loader import Normaliser
+from rkd_deploy.data.sources import ImageSet, Split
+from rkd_deploy.models import cifar
+from rkd_deploy.train.checkpoint import load_foreign, load_weights
+from rkd_deploy.train.evaluation import BATCH, predictions
+
+MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
+PIXELS = Normaliser((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
+
+
+class Brightest(nn.Module):
+    """Logits that are the values of one row of pixels; in training mode it says something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        self.largest = max(self.largest, len(x_NCHW))
+        return -x_NCHW[:, 0, 0] if self.training else x_NCHW[:, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, BATCH - 1, BATCH, BATCH + 1, 2 * BATCH + 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_largest_logit_of_every_image_in_order(count: int, training: bool) -> None:
+    labels_N = torch.randint(0, 7, (count,))
+    images_NCHW = torch.zeros(count, 3, 2, 7, dtype=torch.uint8)
+    images_NCHW[torch.arange(count), 0, 0, labels_N] = 200
+    module = Brightest().train(training)
+    found = predictions(module, Split(images_NCHW=images_NCHW, labels_N=labels_N), PIXELS)
+    assert torch.equal(found, labels_N)
+    assert module.training == training  # left as it was, and evaluated in eval mode
+    assert module.largest == min(count, BATCH)
+
+
+def test_batch_norm_is_not_moved() -> None:
+    model = cifar.create("resnet8", 10).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images_NCHW = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    predictions(model, Split(images_NCHW=images_NCHW, labels_N=torch.zeros(20).long()), PIXELS)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def pretrained(shared_data: Path, name: str) -> nn.Module:
+    path = shared_data / "weights" / f"cifar100_{name}.pth"
+    model = cifar.create(name, 100)
+    load_weights(model, load_foreign(path)[0], str(path), name)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_predictions_are_those_of_torchvisions_pipeline(shared_data: Path, cifar100: ImageSet) -> None:
+    """A real network on 250 real images, each of them prepared alone by torchvision."""
+    model, split = pretrained(shared_data, "resnet20"), cifar100.test.take(torch.arange(0, 10_000, 40))
+    theirs = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    wanted = torch.cat([model(theirs(image)[None]).argmax(1) for image in split.images_NCHW])
+    found = predictions(model, split, Normaliser(MEAN, STD, torch.device("cpu")))
+    assert torch.equal(found, wanted)
+    assert 59 < 100 * (found == split.labels_N).float().mean() < 79  # 68.83 % of all 10,000
+
+
+@pytest.mark.slow
+def test_the_pretrained_resnet56_has_its_published_accuracy(shared_data: Path, cifar100: ImageSet) -> None:
+    """72.63 % of the 10,000 test images: 1.26 million million multiply-adds."""
+    model = pretrained(shared_data, "resnet56").to(memory_format=torch.channels_last)  # twice as fast, same result
+    found = predictions(model, cifar100.test, Normaliser(MEAN, STD, torch.device("cpu")))
+    right = int((found == cifar100.test.labels_N).sum())
+    assert right == pytest.approx(7263, abs=2)  # an image whose two largest logits are equal to rounding may turn
