@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation import separate
 from rkd_deploy.recipe import TrainRecipe
@@ -39,8 +39,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     separation = separate("resnet20", num_classes=CLASSES, input_size=32)
-    T = cifar.create("resnet56", CLASSES).to(device).eval()
-    S0 = cifar.create("resnet20", CLASSES).to(device)
+    T = zoo.create("resnet56", CLASSES).to(device).eval()
+    S0 = zoo.create("resnet20", CLASSES).to(device)
     model = ResidualStudent(separation.student, separation.assistant, 64, CLASSES).to(device)
     x = torch.randn(BATCH, 3, 32, 32, device=device)
 

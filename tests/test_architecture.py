@@ -39,7 +39,7 @@ def test_everything_that_runs_a_model_imports_without_torch():
 
 def test_a_torch_import_would_be_noticed():
     with pytest.raises(subprocess.CalledProcessError):
-        loaded("import rkd_deploy.models.cifar")
+        loaded("import rkd_deploy.models.zoo")
 
 
 @pytest.mark.parametrize("name", rkd_deploy.__all__)

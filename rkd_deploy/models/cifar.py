@@ -9,40 +9,13 @@ four times as wide and keep a stem of 32 channels, as in RepDistiller and mdisti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
 
-from rkd_deploy.errors import UsageError, unknown_name
-from rkd_deploy.models.staged import Staged
-
-_NARROW = (16, 16, 32, 64)
-_WIDE = (32, 64, 128, 256)
-_FAMILY = {
-    **{f"resnet{depth}": (depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": (depth, _WIDE) for depth in (8, 14, 20, 32)},
-}
-
-
-def names() -> tuple[str, ...]:
-    """Every network that `create` knows."""
-    return tuple(_FAMILY)
-
-
-def create(name: str, num_classes: int) -> Staged:
-    """Build a network with fresh weights.
-
-    Args:
-        name: One of `names()`, e.g. ``"resnet20"``.
-        num_classes: K, the number of logits.
-
-    Raises:
-        UsageError: Unknown name.
-    """
-    if name not in _FAMILY:
-        raise UsageError(unknown_name("network", name, _FAMILY))
-    depth, widths = _FAMILY[name]
-    return CifarResNet(depth, widths, num_classes)
+from rkd_deploy.errors import UsageError
+from rkd_deploy.models.staged import Staged, checked_widths, he_initialised
 
 
 class BasicBlock(nn.Module):
@@ -78,16 +51,14 @@ class CifarResNet(Staged):
         num_classes: K, or None for a feature extractor without a head.
     """
 
+    fc: nn.Linear | None
+
     def __init__(self, depth: int, widths: Sequence[int], num_classes: int | None) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise UsageError(f"depth = {depth} is not 6n + 2 with n >= 1 (8, 14, 20, 26, 32, ...).")
-        if len(widths) != 4 or min(widths) < 1:
-            raise UsageError(
-                f"widths = {tuple(widths)} must be 4 positive channel counts: the stem's and three stages'."
-            )
         self.depth = depth
-        self.widths = tuple(widths)
+        self.widths = checked_widths(widths, 4, "the stem's and three stages'")
         stem, *stages = self.widths
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
@@ -96,9 +67,7 @@ class CifarResNet(Staged):
         self.layer2 = self._stage(stages[0], stages[1], stride=2)
         self.layer3 = self._stage(stages[1], stages[2], stride=2)
         self.fc = None if num_classes is None else nn.Linear(self.channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_initialised(self)
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three stage maps, at 1, 1/2 and 1/4 of the input's size."""
@@ -115,3 +84,9 @@ class CifarResNet(Staged):
         return nn.Sequential(
             BasicBlock(in_channels, channels, stride), *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1))
         )
+
+
+FAMILY = {
+    **{f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(CifarResNet, depth, (32, 64, 128, 256)) for depth in (8, 14, 20, 32)},
+}

@@ -6,21 +6,23 @@ and rho the assistant's share:
     w_A:  the widest with  F(A) + F(P_A)        <= rho F(S0)
     w_S:  the widest with  F(S) + F(P_S) + F(h) <= F(S0) - F(A) - F(P_A)
 
-"Widest" is a search over multiples of `round_to`, in two steps: the largest multiplier m whose widths
-max(r, floor(m w_0 / r) r) fit, then stage by stage one more step where it still fits, the relatively narrowest stage
-first. So no stage of the result can be widened any further, and no width exceeds S0's. Depth is kept.
+"Widest" is a search over multiples of r, the least common multiple of `round_to` and what the family's widths must be
+multiples of (`Staged.multiple_of`), in two steps: the largest multiplier m whose widths max(r, floor(m w_0 / r) r) fit,
+then stage by stage one more step where it still fits, the relatively narrowest stage first. So no stage of the result
+can be widened any further, and no width exceeds S0's. Depth is kept.
 The paper's own separation formula is not public; this is the project's (method.md 1.4).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from rkd_deploy.errors import BudgetError, UsageError, unknown_name
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.staged import Staged
 
@@ -61,41 +63,43 @@ def separate(
     """Cut S and A from the cost of S0.
 
     Args:
-        model: S0, or its name (`rkd_deploy.models.cifar.names`).
+        model: S0, or its name (`rkd_deploy.models.zoo.names`).
         num_classes: K, of the head.
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"`` or ``"params"``.
         assistant_share: rho, the share of the budget that A and its adapter may take.
-        round_to: Every width is a multiple of this (or S0's own width, where that is smaller).
+        round_to: Every width is a multiple of this (or S0's own width, where that is smaller), and of what the family
+            asks for: `Staged.multiple_of`.
         channels: C_T, the channels that the adapters lead to. Default: those of S0's last map.
 
     Raises:
         BudgetError: Even the narrowest S and A cost more than S0; the message has the numbers.
         UsageError: Unknown name or unit.
     """
-    given = cifar.create(model, num_classes) if isinstance(model, str) else model
+    given = zoo.create(model, num_classes) if isinstance(model, str) else model
     if budget not in ("macs", "params"):
         raise UsageError(unknown_name("budget", budget, ("macs", "params")))
     prices = _Prices(given, num_classes, input_size, budget, given.channels if channels is None else channels)
     limit = prices.network(given.widths, num_classes)
+    step = math.lcm(round_to, given.multiple_of)
 
     assistant_widths = widest(
         lambda widths: prices.network(widths, None) + prices.adapter(widths),
         given.widths,
         int(assistant_share * limit),
-        round_to,
+        step,
     )
     if assistant_widths is None:
-        raise _too_small(prices, given, limit, assistant_share, round_to, "the assistant alone")
+        raise _too_small(prices, given, limit, assistant_share, step, "the assistant alone")
     rest = limit - prices.network(assistant_widths, None) - prices.adapter(assistant_widths)
     student_widths = widest(
         lambda widths: prices.network(widths, None) + prices.adapter(widths) + prices.head,
         given.widths,
         rest,
-        round_to,
+        step,
     )
     if student_widths is None:
-        raise _too_small(prices, given, limit, assistant_share, round_to, "the student with what the assistant left")
+        raise _too_small(prices, given, limit, assistant_share, step, "the student with what the assistant left")
 
     parts = {
         "student": prices.network(student_widths, None),
@@ -138,14 +142,16 @@ def widest(price: Callable[[Widths], int], full: Widths, limit: int, round_to: i
         low, high = (middle, high) if price(scaled(middle)) <= limit else (low, middle)
     widths = scaled(low)
     while True:
-        order = sorted(range(len(full)), key=lambda index: (widths[index] / full[index], index))
-        for index in order:
-            step = min(full[index], widths[index] + round_to)
-            wider = (*widths[:index], step, *widths[index + 1 :])
-            if step > widths[index] and price(wider) <= limit:
+        before, stages = widths, set(range(len(full)))
+        while stages:
+            stage = min(stages, key=lambda index: (widths[index] / full[index], index))
+            step = min(full[stage], widths[stage] + round_to)
+            wider = (*widths[:stage], step, *widths[stage + 1 :])
+            if step > widths[stage] and price(wider) <= limit:
                 widths = wider
-                break
-        else:
+            else:
+                stages.remove(stage)  # what does not fit now will not fit among wider stages
+        if widths == before:  # every stage has been tried beside the final widths of the others
             return widths
 
 
@@ -156,7 +162,7 @@ class _Prices:
         self, given: Staged, num_classes: int, input_size: int | tuple[int, int], unit: str, channels: int
     ) -> None:
         self._given, self._input_size, self._unit, self._channels = given, input_size, unit, channels
-        self._known: dict[tuple[Widths, int | None], int] = {}
+        self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         with torch.device("meta"), torch.no_grad():
             last = given.rebuilt(given.widths, None).eval().features(torch.empty(1, 3, height, width))[-1]
@@ -164,26 +170,29 @@ class _Prices:
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
 
     def network(self, widths: Widths, num_classes: int | None) -> int:
+        return self._counted(widths, num_classes)[0]
+
+    def adapter(self, widths: Widths) -> int:
+        weights = self._counted(widths, None)[1] * self._channels
+        return weights * self._positions if self._unit == "macs" else weights + self._channels
+
+    def _counted(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
+        """The network's cost, and the channels of its last map."""
         key = (widths, num_classes)
         if key not in self._known:
             with torch.device("meta"):
-                cost = count(self._given.rebuilt(widths, num_classes), self._input_size)
-            self._known[key] = cost.macs if self._unit == "macs" else cost.parameters
+                network = self._given.rebuilt(widths, num_classes)
+            cost = count(network, self._input_size)
+            self._known[key] = (cost.macs if self._unit == "macs" else cost.parameters, network.channels)
         return self._known[key]
 
-    def adapter(self, widths: Widths) -> int:
-        weights = widths[-1] * self._channels
-        return weights * self._positions if self._unit == "macs" else weights + self._channels
 
-
-def _too_small(
-    prices: _Prices, given: Staged, limit: int, assistant_share: float, round_to: int, what: str
-) -> BudgetError:
-    narrowest = tuple(min(width, round_to) for width in given.widths)
+def _too_small(prices: _Prices, given: Staged, limit: int, assistant_share: float, step: int, what: str) -> BudgetError:
+    narrowest = tuple(min(width, step) for width in given.widths)
     branch = prices.network(narrowest, None) + prices.adapter(narrowest)
     return BudgetError(
         f"The budget is too small for {what}: S0 costs {limit:,}, of which assistant_share = {assistant_share} "
         f"gives the assistant {int(assistant_share * limit):,}; at the narrowest widths {narrowest} "
-        f"(round_to = {round_to}) an assistant costs {branch:,} and a student with the head {branch + prices.head:,}. "
+        f"(steps of {step}) an assistant costs {branch:,} and a student with the head {branch + prices.head:,}. "
         "Lower student.round_to, change student.assistant_share, or give a larger S0."
     )

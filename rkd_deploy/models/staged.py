@@ -8,24 +8,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
+
+from rkd_deploy.errors import UsageError
 
 
 class Staged(nn.Module, ABC):
     """A network that shows its stage maps and can be built again at other widths.
 
     Attributes:
-        widths: Channels of the stem and of every stage, in order.
+        widths: What may be narrowed, from the stem on: enough numbers to build the network again. Each may shrink on
+            its own, and the cost rises with each (by steps of 8, at least). In a plain chain of stages they are the
+            channels of the stem and of every stage; where channels are tied to each other they are the free numbers
+            behind them, and the family's docstring says which.
+        multiple_of: Every width is a multiple of this, e.g. because convolutions are grouped.
         fc: The linear classifier on the pooled last map, or None for a bare feature extractor.
     """
 
     widths: tuple[int, ...]
-    fc: nn.Linear | None
+    multiple_of: ClassVar[int] = 1
+
+    if TYPE_CHECKING:
+        # Not a property when run: most families have a layer of this name. The others keep the name that the public
+        # checkpoints give the layer, and make `fc` a property that leads to it.
+        @property
+        def fc(self) -> nn.Linear | None: ...  # noqa: D102
 
     @abstractmethod
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """The map after each stage, [N, widths[i + 1], H_i, W_i], deepest last."""
+        """The map after each stage, [N, C_i, H_i, W_i], deepest last. The last one is what the head pools."""
 
     @abstractmethod
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Staged:
@@ -46,3 +59,30 @@ def pool(map_NCHW: Tensor) -> Tensor:
     """Global average pooling (GAP): [N, C, H, W] to [N, C]."""
     # Not adaptive_avg_pool2d: the ONNX exporter turns that into a dozen shape computations around one mean.
     return map_NCHW.mean((2, 3))
+
+
+def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> tuple[int, ...]:
+    """The widths, if a network can be built of them.
+
+    Args:
+        widths: What was asked for.
+        count: How many there must be.
+        meaning: What they are the channels of, for the message.
+        multiple_of: What each must be a multiple of.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if len(widths) != count or min(widths) < 1 or any(width % multiple_of for width in widths):
+        rule = f", multiples of {multiple_of}" if multiple_of > 1 else ""
+        raise UsageError(f"widths = {tuple(widths)} must be {count} positive channel counts{rule}: {meaning}.")
+    return tuple(widths)
+
+
+def he_initialised(network: nn.Module) -> None:
+    """Fresh convolutions after He et al. 2015: normal, variance 2 / (kernel area x output channels), biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -24,6 +24,7 @@ from rkd_deploy.storage import write_bytes
 _FACTS = "rkd_deploy"
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.")
+_HEADS = ("fc.", "head.", "classifier.", "linear.")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -117,7 +118,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, wha
             f"{_first(missing)}, {len(unknown)} are foreign{_first(unknown)}. Name the network the file was saved from."
         )
     differing = [key for key in found if found[key] != wanted[key]]
-    if differing and all(key.startswith(("fc.", "head.")) for key in differing):
+    if differing and all(key.startswith(_HEADS) for key in differing):
         raise CheckpointError(
             f"{where} was trained on {found[differing[0]][0]} classes; the data have {wanted[differing[0]][0]}. "
             f"Use a {what} trained on these classes, or the data it was trained on."

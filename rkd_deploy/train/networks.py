@@ -13,7 +13,7 @@ from torch import nn
 
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.separation import separate
 from rkd_deploy.models.staged import Staged
@@ -46,7 +46,7 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
         UsageError: Unknown network.
     """
     classes = len(images.classes)
-    channels = cifar.create(recipe.teacher.name, classes).channels
+    channels = zoo.create(recipe.teacher.name, classes).channels
     separation = separate(
         recipe.student.name,
         num_classes=classes,
@@ -78,19 +78,19 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
 def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
     """T with fresh weights."""
     with seeded(recipe.train.seed, "init/teacher"):
-        return cifar.create(recipe.teacher.name, len(facts["classes"]))
+        return zoo.create(recipe.teacher.name, len(facts["classes"]))
 
 
 def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
     """S0 with fresh weights."""
     with seeded(recipe.train.seed, "init/s0"):
-        return cifar.create(recipe.student.name, len(facts["classes"]))
+        return zoo.create(recipe.student.name, len(facts["classes"]))
 
 
 def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
     """S and A with fresh weights, at the widths of the facts."""
     with seeded(recipe.train.seed, "init/residual"):
-        given = cifar.create(recipe.student.name, 1)
+        given = zoo.create(recipe.student.name, 1)
         return ResidualStudent(
             given.rebuilt(facts["student_widths"], None),
             given.rebuilt(facts["assistant_widths"], None),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rkd_deploy.models import cifar
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models import zoo
+from rkd_deploy.models.cifar import FAMILY, CifarResNet
 from rkd_deploy.models.cost import count
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
@@ -32,17 +32,17 @@ class Does(nn.Module):
     [("resnet56", 125.75), ("resnet110", 253.16), ("resnet8x4", 177.07), ("resnet32x4", 1083.04), ("resnet20", 40.82)],
 )
 def test_published_macs(name: str, millions: float) -> None:
-    assert count(cifar.create(name, 100), 32).macs / 1e6 == pytest.approx(millions, abs=0.005)
+    assert count(zoo.create(name, 100), 32).macs / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_resnet20_to_the_last_multiply_add() -> None:
-    assert count(cifar.create("resnet20", 100), 32).macs == 40_818_944
+    assert count(zoo.create("resnet20", 100), 32).macs == 40_818_944
 
 
-@pytest.mark.parametrize("name", cifar.names())
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_network_equals_the_closed_form_and_leaves_nothing_out(name: str, closed_form: Any) -> None:
     depth, widths = int(name.removeprefix("resnet").removesuffix("x4")), WIDE if name.endswith("x4") else NARROW
-    cost = count(cifar.create(name, 100), 32)
+    cost = count(zoo.create(name, 100), 32)
     assert cost.macs == closed_form.macs(depth, widths, 100)
     assert cost.parameters == closed_form.parameters(depth, widths, 100)
     assert cost.unsupported == ()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rkd_deploy.errors import BudgetError, UsageError
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation import Separation, separate, widest
@@ -173,7 +173,7 @@ def test_the_account_is_that_of_the_network_that_ships(unit: str) -> None:
 
 def test_a_network_and_its_name_are_the_same() -> None:
     by_name = separate("resnet8", num_classes=10, input_size=16)
-    by_network = separate(cifar.create("resnet8", 10), num_classes=10, input_size=(16, 16))
+    by_network = separate(zoo.create("resnet8", 10), num_classes=10, input_size=(16, 16))
     assert (by_name.parts, by_name.budget) == (by_network.parts, by_network.budget)
     assert by_name.student.fc is by_name.assistant.fc is None
 

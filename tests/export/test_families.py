@@ -1,0 +1,82 @@
+"""Every family through the whole export: fused in float64, and as an ONNX file run by ONNX Runtime."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from rkd_deploy.export.fusion import LEVELS, fuse
+from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.models.mobilenet import MobileNetV2
+from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.resnet50 import ResNet50
+from rkd_deploy.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from rkd_deploy.models.vgg import VGG
+from rkd_deploy.models.wide_resnet import WideResNet
+
+NARROW = {
+    "wrn": (WideResNet(10, (8, 8, 8, 16), None), WideResNet(10, (4, 6, 8, 8), None)),
+    "vgg": (VGG((1, 2, 1, 1, 1), (8, 8, 8, 16, 16), None), VGG((1, 1, 1, 1, 1), (4, 5, 6, 7, 8), None)),
+    "mobilenetv2": (MobileNetV2((8,) * 9, None), MobileNetV2((4, 5, 6, 7, 8, 8, 8, 8, 16), None)),
+    "shufflenetv1": (ShuffleNetV1((12, 12, 24, 24), None), ShuffleNetV1((12, 12, 12, 12), None)),
+    "shufflenetv2": (ShuffleNetV2((4, 8, 8, 16, 16), None), ShuffleNetV2((4, 6, 8, 10, 12), None)),
+    "resnet50": (ResNet50((8, 8, 8, 8, 8), None), ResNet50((4, 4, 4, 4, 4), None)),
+}
+# A batch norm after an addition or a concatenation has no convolution to go into: in a Wide ResNet that of the first
+# block where the shortcut takes the stem's output too, those of later blocks, and the last.
+LEFT = {"wrn": (3 + 1) + (2 + 1)}
+
+
+@pytest.fixture(params=NARROW)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def residual(family):
+    """S + A of the family, as after training: statistics are those of random images, the rest is random."""
+    student, assistant = (branch.rebuilt(branch.widths, None) for branch in NARROW[family])
+    model = ResidualStudent(student, assistant, channels=12, num_classes=5).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the average of all batches: nothing of the initial 1 is left
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    nn.init.normal_(model.assistant_adapter.weight)
+    nn.init.normal_(model.assistant_adapter.bias)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@torch.no_grad()
+def test_fused_equals_the_formula_in_float64(residual, family, level):
+    model = residual.double()
+    x_NCHW = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x_NCHW[1] = x_NCHW[1] / 3 + 1  # pooled, two images of the same noise would be almost equal
+    total = 0
+    for branch, P in ((model.student, model.student_adapter), (model.assistant, model.assistant_adapter)):
+        f = branch.features(x_NCHW)[-1]
+        total = total + torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None]
+    expected = torch.einsum("kt,nt->nk", model.head.weight, total.mean((2, 3))) + model.head.bias
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # it does depend on the image
+    fused = fuse(model, level)
+    torch.testing.assert_close(fused(x_NCHW), expected, rtol=0, atol=1e-10)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == LEFT.get(family, 0)
+
+
+def test_the_file_answers_as_pytorch_does(residual, card):
+    alone = StudentAlone(residual).eval()  # one branch has every operator of the family, and exports in half the time
+    proto = to_onnx(ExportGraph(fuse(alone, "tail"), card.preprocess), card.preprocess)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = np.random.default_rng(batch).integers(0, 256, (batch, 8, 8, 3), dtype=np.uint8)
+        normalised = (x / 255 - np.array(card.preprocess.mean)) / np.array(card.preprocess.std)
+        with torch.no_grad():
+            expected = alone.double()(torch.from_numpy(normalised.transpose(0, 3, 1, 2))).numpy()
+        assert np.ptp(expected) > 0.01
+        np.testing.assert_allclose(session.run(["logits"], {"input": x})[0], expected, rtol=0, atol=1e-4)
