@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rkd_deploy.errors import CheckpointError, StorageError
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights, save_tensors
 
@@ -258,7 +258,7 @@ def test_checkpoints_from_before_batch_counters_are_loaded(state: dict[str, Tens
 
 
 def test_another_architecture_is_answered_with_the_first_keys() -> None:
-    given, wanted = cifar.create("resnet14", 5), cifar.create("resnet8", 5)
+    given, wanted = zoo.create("resnet14", 5), zoo.create("resnet8", 5)
     with pytest.raises(CheckpointError) as caught:
         load_weights(wanted, given.state_dict(), "f.pth", "teacher resnet8")
     extra = [key for key in given.state_dict() if key not in wanted.state_dict()]

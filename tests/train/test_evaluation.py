@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.sources import ImageSet, Split
-from rkd_deploy.models import cifar
+from rkd_deploy.models import zoo
 from rkd_deploy.train.checkpoint import load_foreign, load_weights
 from rkd_deploy.train.evaluation import BATCH, predictions
 
@@ -44,7 +44,7 @@ def test_the_largest_logit_of_every_image_in_order(count: int, training: bool) -
 
 
 def test_batch_norm_is_not_moved() -> None:
-    model = cifar.create("resnet8", 10).train()
+    model = zoo.create("resnet8", 10).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images_NCHW = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
     predictions(model, Split(images_NCHW=images_NCHW, labels_N=torch.zeros(20).long()), PIXELS)
@@ -53,7 +53,7 @@ def test_batch_norm_is_not_moved() -> None:
 
 def pretrained(shared_data: Path, name: str) -> nn.Module:
     path = shared_data / "weights" / f"cifar100_{name}.pth"
-    model = cifar.create(name, 100)
+    model = zoo.create(name, 100)
     load_weights(model, load_foreign(path)[0], str(path), name)
     return model.eval()
 
