@@ -25,6 +25,7 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.loop import EpochSums, train_step
 from rkd_deploy.train.methods.base import Method
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
+from rkd_deploy.train.methods.distance import mse
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.schedule import sgd
@@ -41,7 +42,7 @@ def main() -> None:
     separation = separate("resnet20", num_classes=CLASSES, input_size=32)
     T = cifar.create("resnet56", CLASSES).to(device).eval()
     S0 = cifar.create("resnet20", CLASSES).to(device)
-    model = ResidualStudent(separation.student, separation.assistant, 64, CLASSES).to(device)
+    model = ResidualStudent(separation.student, separation.assistants, 64, CLASSES).to(device)
     x = torch.randn(BATCH, 3, 32, 32, device=device)
 
     def teacher() -> None:
@@ -68,8 +69,8 @@ def main() -> None:
     claims: list[Claim] = []
     methods: list[tuple[str, Method, Callable[[], None]]] = [
         ("cross-entropy step, S0", CrossEntropy(S0), lambda: both(S0)),
-        ("student step", StudentStep(T, model, 1.0), student_bare),
-        ("assistant step", AssistantStep(T, model, 1.0), assistant_bare),
+        ("student step", StudentStep(T, model, mse, 1.0), student_bare),
+        ("assistant step", AssistantStep(T, model, mse, 1.0), assistant_bare),
     ]
     for name, method, bare in methods:
         _unfreeze(method, model)
