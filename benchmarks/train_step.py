@@ -25,7 +25,6 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.loop import EpochSums, train_step
 from rkd_deploy.train.methods.base import Method
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
-from rkd_deploy.train.methods.distance import mse
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.schedule import sgd
@@ -69,8 +68,8 @@ def main() -> None:
     claims: list[Claim] = []
     methods: list[tuple[str, Method, Callable[[], None]]] = [
         ("cross-entropy step, S0", CrossEntropy(S0), lambda: both(S0)),
-        ("student step", StudentStep(T, model, mse, 1.0), student_bare),
-        ("assistant step", AssistantStep(T, model, mse, 1.0), assistant_bare),
+        ("student step", StudentStep(T, model, 1.0), student_bare),
+        ("assistant step", AssistantStep(T, model, 1.0), assistant_bare),
     ]
     for name, method, bare in methods:
         _unfreeze(method, model)

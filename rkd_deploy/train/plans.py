@@ -107,13 +107,13 @@ class Planner:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
         model.head.load_state_dict(self._teacher_head().state_dict())
         method = self.recipe.method
-        return StudentStep(
-            self._teacher(), model, DISTANCES[method.distance], method.feature_weight, self._base_of(model)
-        )
+        distance, base = DISTANCES[method.distance], self._base_of(model)
+        return StudentStep(self._teacher(), model, method.feature_weight, distance=distance, base=base)
 
     def _assistant(self, model: ResidualStudent, number: int) -> Method:
         method = self.recipe.method
-        return AssistantStep(self._teacher(), model, DISTANCES[method.distance], method.feature_weight, number)
+        distance = DISTANCES[method.distance]
+        return AssistantStep(self._teacher(), model, method.feature_weight, distance=distance, number=number)
 
     def _head(self, model: ResidualStudent) -> Method:
         if self.recipe.method.head == "trained":

@@ -21,7 +21,7 @@ from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import Staged, pool
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, sized, view_teacher
-from rkd_deploy.train.methods.distance import Distance
+from rkd_deploy.train.methods.distance import Distance, mse
 
 
 def sized_like(target_NCHW: Tensor, map_NCHW: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ class StudentStep(Method):
     Args:
         teacher: T, frozen.
         model: S, its assistants and head; only S and its adapter are trained.
-        distance: D.
         weight: w, of D in the loss.
+        distance: D.
         base: b X, or None.
     """
 
@@ -51,8 +51,9 @@ class StudentStep(Method):
         self,
         teacher: Staged,
         model: ResidualStudent,
-        distance: Distance,
         weight: float,
+        *,
+        distance: Distance = mse,
         base: WeightedLoss | None = None,
     ) -> None:
         super().__init__()
@@ -95,13 +96,13 @@ class AssistantStep(Method):
     Args:
         teacher: T, frozen.
         model: S, its assistants and head; only A_i and its adapter are trained.
-        distance: D.
         weight: w, of D in the loss.
+        distance: D.
         number: i, from 1.
     """
 
     def __init__(
-        self, teacher: Staged, model: ResidualStudent, distance: Distance, weight: float, number: int = 1
+        self, teacher: Staged, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
     ) -> None:
         super().__init__()
         self.teacher, self.model, self.number = teacher, model.requires_grad_(True), number
