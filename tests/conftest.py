@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from rkd_deploy.data.sources import ImageSet
     from rkd_deploy.recipe import Recipe
     from rkd_deploy.train.runs import Run
 
@@ -83,6 +84,15 @@ def cifar_root(shared_data: Path) -> Path:
             (temporary / "cifar-100-python").rename(root / "cifar-100-python")
             temporary.rmdir()
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar100(cifar_root: Path) -> ImageSet:
+    """CIFAR-100 as the package reads it, all training images in the order of the file."""
+    from rkd_deploy.data.sources import load_images
+    from rkd_deploy.recipe import DataRecipe
+
+    return load_images(DataRecipe(name="cifar100", root=str(cifar_root), val_fraction=0), 0)
 
 
 def absent(reason: str) -> None:

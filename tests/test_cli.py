@@ -136,7 +136,11 @@ def test_every_part_and_option_of_export(rkd, runs):
         (["bench"], 1, ["no bundle in runs/", "rkd-deploy export"]),
         (["verify"], 1, ["no bundle in runs/"]),
         (["train", "--resume"], 1, ["no unfinished run to resume"]),
-        (["bench", "--backend", "tensorrt"], 1, ["pip install 'rkd-deploy[tensorrt]'", "onnxruntime, pytorch"]),
+        (
+            ["bench", "--backend", "tensorrt"],
+            1,
+            ["pip install 'rkd-deploy[tensorrt]'", "onnxruntime, pytorch, openvino"],
+        ),
         (["bench", "--backend", "onnxrutime"], 2, ["Did you mean 'onnxruntime'"]),
         (["bench", "--batch", "1,x"], 2, ["--batch '1,x'"]),
         (["export", "--format", "onxn"], 2, ["Did you mean 'onnx'"]),

@@ -66,7 +66,7 @@ def test_one_perturbed_weight_fails_the_gate_and_leaves_nothing(model, card, tmp
         return fused
 
     monkeypatch.setattr(bundle_module, "fuse", perturbed)
-    with pytest.raises(GateError, match="tolerance is 0.0001") as caught:
+    with pytest.raises(GateError, match=r"tolerance is 0\.0001") as caught:
         export_bundle(model, card, tmp_path / "bundle", level=level)
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,7 @@ _HERE = __name__
 _RUNTIMES = {
     "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend"),
     "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend"),
-    "openvino": _Runtime("openvino", "openvino", None),
+    "openvino": _Runtime("openvino", "openvino", f"{_HERE}.ov:OpenVinoBackend"),
     "tensorrt": _Runtime("tensorrt", "tensorrt", None),
     "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", None),
 }

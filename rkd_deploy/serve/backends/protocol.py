@@ -6,8 +6,9 @@ Letters: N batch, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.serve.files import broken_model
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -171,6 +173,18 @@ def check_threads(threads: int | None) -> None:
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; it must be at least 1, or left out for the runtime's own choice.")
+
+
+def logits_first(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Names of a model's outputs, the logits in front: the one of that name, else the first.
+
+    Raises:
+        ModelFileError: There are none.
+    """
+    if not names:
+        raise broken_model(file, "it has no outputs")
+    first = "logits" if "logits" in names else names[0]
+    return (first, *(name for name in names if name != first))
 
 
 def closed_backend(name: str) -> BackendError:

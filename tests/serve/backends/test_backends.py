@@ -9,7 +9,7 @@ from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileErr
 from rkd_deploy.serve.backends import available, infer_many, load_backend, model_path
 from rkd_deploy.serve.files import model_name, read_card
 
-UNDRIVEN = {"openvino": "openvino", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+UNDRIVEN = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def absent(name):
@@ -20,7 +20,7 @@ def absent(name):
 def test_every_backend_has_a_status():
     statuses = {status.name: status for status in available()}
     assert list(statuses) == ["onnxruntime", "pytorch", "openvino", "tensorrt", "tensorrt-rtx"]
-    for name in ("onnxruntime", "pytorch"):
+    for name in ("onnxruntime", "pytorch", "openvino"):
         assert statuses[name].ok
         assert statuses[name].reason is None
         assert statuses[name].devices[0] == "cpu"
@@ -38,7 +38,7 @@ def test_an_absent_backend_says_what_is_missing_how_to_get_it_and_what_works(nam
     assert f"{UNDRIVEN[name]} is not installed" in message
     assert f"pip install 'rkd-deploy[{name}]'" in message
     assert "cannot drive it yet" in message
-    assert message.endswith("Backends that work here: onnxruntime, pytorch.")
+    assert message.endswith("Backends that work here: onnxruntime, pytorch, openvino.")
 
 
 @pytest.mark.parametrize("name", [absent("tensorrt")])
@@ -96,7 +96,8 @@ def test_missing_files_name_themselves(tmp_path):
         assert str(path) in str(caught.value)
 
 
-def test_corrupt_files_name_themselves_the_reason_and_the_way_out(bundle, tmp_path):
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_corrupt_files_name_themselves_the_reason_and_the_way_out(bundle, tmp_path, backend):
     whole = (bundle / "model.onnx").read_bytes()
     contents = {
         "empty": b"",
@@ -108,7 +109,7 @@ def test_corrupt_files_name_themselves_the_reason_and_the_way_out(bundle, tmp_pa
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(content)
         with pytest.raises(ModelFileError, match=r"cannot be loaded as a model: .+ rkd-deploy export") as caught:
-            load_backend("onnxruntime", path)
+            load_backend(backend, path)
         assert str(path) in str(caught.value)
 
 

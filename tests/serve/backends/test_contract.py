@@ -7,7 +7,7 @@ from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.backends import load_backend
 
 
-@pytest.fixture(params=["onnxruntime", "pytorch"])
+@pytest.fixture(params=["onnxruntime", "pytorch", "openvino"])
 def backend(request, bundle):
     with load_backend(request.param, bundle) as loaded:
         yield loaded

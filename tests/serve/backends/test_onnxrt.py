@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -161,3 +163,22 @@ def test_a_card_in_a_newer_schema_is_refused_at_load(zoo, tmp_path):
     file.write_bytes(file.read_bytes().replace(b'"schema": 1,', b'"schema": 9,'))
     with pytest.raises(ModelFileError, match="schema 9"):
         OnnxRuntimeBackend(file)
+
+
+def test_bound_memory_never_leaks_from_one_run_into_another(bundle, zoo):
+    """The second run of a shape goes through memory that is kept: answers must be arrays of their own."""
+    with OnnxRuntimeBackend(bundle) as backend:
+        inputs = [zoo.pixels(2, seed=seed) for seed in range(4)]
+        answers = [backend.infer(x) for x in inputs]
+        inputs[-1][...] = 0
+        for seed, answer in enumerate(answers):
+            np.testing.assert_array_equal(answer, zoo.answer(zoo.pixels(2, seed=seed)))
+        backend.infer(zoo.pixels(3))  # another shape in between
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+
+
+def test_threads_share_a_backend(bundle, zoo):
+    with OnnxRuntimeBackend(bundle, threads=1) as backend, ThreadPoolExecutor(8) as pool:
+        inputs = [zoo.pixels(1, seed=seed) for seed in range(400)]
+        for x, answer in zip(inputs, pool.map(backend.infer, inputs), strict=True):
+            np.testing.assert_array_equal(answer, zoo.answer(x))

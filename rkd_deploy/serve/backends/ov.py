@@ -1,0 +1,168 @@
+"""OpenVINO on the CPU; it reads the ONNX file as it is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.errors import BackendError, require
+from rkd_deploy.serve.backends.protocol import (
+    Array,
+    Backend,
+    InputSpec,
+    check_threads,
+    closed_backend,
+    logits_first,
+    parse_device,
+)
+from rkd_deploy.serve.files import broken_model, model_path
+
+
+class OpenVinoBackend(Backend):
+    """An ONNX file compiled by OpenVINO; threads may share it."""
+
+    name = "openvino"
+
+    def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> None:
+        """Compile the file for the CPU, in the precision that it is written in.
+
+        Raises:
+            UsageError: Unknown device, or a thread count below 1.
+            ModelFileError: The file is missing or corrupt.
+            BackendError: Another device than the CPU, or the model has no single numeric input.
+        """
+        file = model_path(path)
+        if parse_device(device)[0] != "cpu":
+            raise BackendError(f"Device {device!r} was asked for; the openvino backend runs on device='cpu' only.")
+        check_threads(threads)
+        model = _read(file)
+        self.device = "cpu"
+        self._input = _only_input(file, model.inputs)
+        self.input_name, self.input_shape = self._input.name, self._input.shape
+        self.input_dtype = self._input.dtype.name
+        names = [output.get_any_name() for output in model.outputs]
+        self.outputs = logits_first(file, names)
+        self._logits_index = names.index(self.outputs[0])
+        self._metadata = _onnx_metadata(model)
+        card = self._metadata.get(METADATA_KEY)
+        self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
+        self._compiled: Any = _compile(file, model, threads)
+        self._local = threading.local()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+        """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
+        return cls(path, device=device, threads=threads)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        request = self._request()
+        self._input.check(x)
+        # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
+        _run(request, np.ascontiguousarray(x))
+        logits: Array = request.get_output_tensor(self._logits_index).data.copy()
+        return logits
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`."""
+        self._input.check(x)
+        resident = np.array(x, order="C")
+        request = self._live().create_infer_request()
+
+        def run() -> None:
+            self._live()
+            _run(request, resident)
+
+        return run
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`: every run has ended when its call returns."""
+        self._live()
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: the custom metadata of the ONNX file."""
+        return self._metadata
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._compiled = None
+        self._local = threading.local()
+
+    def _live(self) -> Any:
+        if self._compiled is None:
+            raise closed_backend(self.name)
+        return self._compiled
+
+    def _request(self) -> Any:
+        """This thread's own request: one request runs one batch at a time."""
+        compiled = self._live()
+        if getattr(self._local, "request", None) is None:
+            self._local.request = compiled.create_infer_request()
+        return self._local.request
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that this backend would run on here."""
+    require("openvino", "openvino")
+    return ("cpu",)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return require("openvino", "openvino").Core().read_model(str(file))
+    except RuntimeError as error:
+        raise broken_model(file, _reason(error)) from error
+
+
+def _onnx_metadata(model: Any) -> dict[str, str]:
+    info = model.get_rt_info()
+    return {key: str(value.value) for key, value in info["framework"].items()} if "framework" in info else {}
+
+
+def _compile(file: Path, model: Any, threads: int | None) -> Any:
+    # On CPUs with bfloat16 units OpenVINO would compute in that by itself; a file that says fp32 must mean it.
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    try:
+        return require("openvino", "openvino").Core().compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO cannot run {file}: {_reason(error)}. Run it on another backend (rkd-deploy backends lists them)."
+        ) from error
+
+
+def _run(request: Any, x: Array) -> None:
+    try:
+        request.infer({0: x}, share_inputs=True)
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO failed to run the model: {_reason(error)}. "
+            "Try a smaller batch; if it stays, check the file with: rkd-deploy verify"
+        ) from error
+
+
+def _only_input(file: Path, inputs: list[Any]) -> InputSpec:
+    way_out = "rkd-deploy runs models with one numeric input, batch first: export the classifier alone."
+    if len(inputs) != 1 or inputs[0].partial_shape.rank.is_dynamic:
+        described = ", ".join(f"{item.get_any_name()} {item.partial_shape}" for item in inputs) or "none"
+        raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
+    only = inputs[0]
+    try:
+        dtype = np.dtype(only.element_type.to_dtype())
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"The input of {file} is of type {only.element_type}, no number. {way_out}") from error
+    shape = tuple(size.get_length() if size.is_static else None for size in only.partial_shape)
+    return InputSpec(only.get_any_name(), shape, dtype)
+
+
+def _reason(error: Exception) -> str:
+    # Traces of OpenVINO's own source files come first, the reason last.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

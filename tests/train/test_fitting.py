@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.data.sources import ImageSet, Split, load_images
+from rkd_deploy.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    DivergenceError,
+    RecipeError,
+    RkdError,
+    StorageError,
+    UsageError,
+)
+from rkd_deploy.models.cost import count
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train import fitting
+from rkd_deploy.train.checkpoint import load_tensors, save_tensors
+from rkd_deploy.train.fitting import fit, resume
+from rkd_deploy.train.networks import PARTS, load_part
+from rkd_deploy.train.progress import Silent
+from rkd_deploy.train.runlog import read_log
+from rkd_deploy.train.runs import Run, newest_run
+
+MakeRecipe = Callable[..., Recipe]
+QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1")
+
+
+def weights(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run.folder / "weights").iterdir())}
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    timeless = [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in read_log(run.log.path)
+    ]
+    assert timeless
+    return timeless
+
+
+# What a run leaves
+
+
+def test_a_run_folder_holds_everything_and_nothing_else(tiny_run: Run) -> None:
+    files = {str(path.relative_to(tiny_run.folder)) for path in tiny_run.folder.rglob("*") if path.is_file()}
+    assert files == {"recipe.toml", "environment.json", "facts.json", "log.jsonl", "metrics.json"} | {
+        f"weights/{name}.safetensors" for name in ("teacher", "s0", "student", "assistant")
+    }
+    assert tiny_run.finished
+
+
+def test_every_phase_is_logged_epoch_by_epoch(tiny_run: Run) -> None:
+    seen = [(row["phase"], row["epoch"]) for row in rows(tiny_run)]
+    epochs = {"teacher": 4, "s0": 2, "student": 2, "assistant": 2}
+    assert seen == [(phase, epoch + 1) for phase, number in epochs.items() for epoch in range(number)]
+
+
+def test_networks_learn(tiny_run: Run) -> None:
+    """Chance is 10 %; more than that cannot be asked of two epochs."""
+    parts = tiny_run.read_json("metrics.json")["parts"]
+    assert parts["teacher"]["test_top1"] > 50
+    assert parts["s0"]["test_top1"] > 30
+    explained = [row["explained"] for row in rows(tiny_run) if row["phase"] in ("student", "assistant")]
+    assert explained[1] > explained[0]  # S comes nearer to T ...
+    assert explained[3] > explained[1]  # ... and with A nearer still
+
+
+def test_accuracies_are_those_of_the_weights_on_the_test_images(tiny_run: Run) -> None:
+    """Again, image by image, from the files."""
+    images = load_images(tiny_run.recipe.data, tiny_run.recipe.train.seed)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.mean, images.std))
+    parts = tiny_run.read_json("metrics.json")["parts"]
+    assert list(parts) == list(PARTS)
+    for name, part in parts.items():
+        module = load_part(tiny_run, name)
+        assert not module.training
+        with torch.no_grad():
+            right = sum(
+                module(((image / 255 - mean) / std)[None]).argmax().item() == label
+                for image, label in zip(images.test.images_NCHW, images.test.labels_N.tolist(), strict=True)
+            )
+        assert part["test_images"] == len(images.test) == 100
+        assert part["test_top1"] == pytest.approx(100 * right / 100)
+
+
+def test_costs_are_those_of_the_networks_and_keep_the_budget(tiny_run: Run) -> None:
+    parts, facts = tiny_run.read_json("metrics.json")["parts"], tiny_run.read_json("facts.json")
+    for name, part in parts.items():
+        cost = count(load_part(tiny_run, name), 8)
+        assert (part["macs"], part["parameters"], part["unsupported_operators"]) == (cost.macs, cost.parameters, [])
+    assert parts["student"]["macs"] < parts["fused"]["macs"] == facts["separation"]["cost"]
+    assert parts["fused"]["macs"] <= parts["s0"]["macs"] == facts["separation"]["budget"]
+
+
+def test_the_best_and_the_last_epoch_are_those_of_the_log(tiny_run: Run) -> None:
+    phases = tiny_run.read_json("metrics.json")["phases"]
+    for name, phase in phases.items():
+        accuracies = [row["val_top1"] for row in rows(tiny_run) if row["phase"] == name]
+        assert phase["epochs"] == len(accuracies)
+        assert phase["val_top1_last"] == accuracies[-1]
+        assert phase["val_top1_best"] == max(accuracies)
+        assert phase["best_epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+def state_of(run: Run, phase: str) -> dict[str, Tensor]:
+    return load_tensors(run.weights(phase))[0]
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+
+
+def test_each_phase_changed_its_own_part_only(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """Between the files: weights and batch-norm statistics of everything else are the same bits."""
+    run = fit(tiny_recipe(*QUICK, "method.head=trained"), root=tmp_path)
+    student, assistant, head = (state_of(run, phase) for phase in ("student", "assistant", "head"))
+    assert changed(student, assistant) == {"assistant", "assistant_adapter"}
+    assert changed(assistant, head) == {"head"}
+    teacher = state_of(run, "teacher")
+    assert torch.equal(student["head.weight"], teacher["fc.weight"])
+    assert not torch.equal(head["head.weight"], teacher["fc.weight"])
+    assert not student["assistant_adapter.weight"].any()  # until A learns it adds nothing
+    assert [row["phase"] for row in rows(run)] == ["teacher", "s0", "student", "assistant", "head"]
+    assert type(load_part(run, "fused").get_submodule("head")) is nn.Linear
+
+
+def test_the_head_is_the_teachers_where_the_recipe_says_so(tiny_run: Run) -> None:
+    teacher, assistant = state_of(tiny_run, "teacher"), state_of(tiny_run, "assistant")
+    assert torch.equal(assistant["head.weight"], teacher["fc.weight"])
+    assert torch.equal(assistant["head.bias"], teacher["fc.bias"])
+    assert changed(state_of(tiny_run, "student"), assistant) == {"assistant", "assistant_adapter"}
+
+
+def test_weights_say_what_they_were_trained_on(tiny_run: Run) -> None:
+    for phase in ("teacher", "s0", "student", "assistant"):
+        _, facts = load_tensors(tiny_run.weights(phase))
+        assert facts == {
+            "network": phase,
+            "classes": [str(n) for n in range(10)],
+            "mean": [0.305] * 3,
+            "std": [0.318] * 3,
+        }
+
+
+def test_the_baseline_can_be_left_out(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    run = fit(tiny_recipe(*QUICK, "student.baseline=false", "data.val_fraction=0"), root=tmp_path)
+    assert list(run.read_json("metrics.json")["parts"]) == ["fused", "student", "teacher"]
+    assert {row["val_top1"] for row in rows(run)} == {None}
+    assert all("val_top1_best" not in phase for phase in run.read_json("metrics.json")["phases"].values())
+    with pytest.raises(CheckpointError, match=r"has no weights of phase 's0'. It was left out by the recipe"):
+        load_part(run, "s0")
+
+
+def test_an_unknown_part_is_refused(tiny_run: Run) -> None:
+    with pytest.raises(UsageError, match=r"Unknown part 'fusd'\. Did you mean 'fused'\?"):
+        load_part(tiny_run, "fusd")
+
+
+def test_a_finished_run_is_given_back_as_it_is(tiny_run: Run) -> None:
+    before = weights(tiny_run), tiny_run.metrics_path.stat().st_mtime_ns
+    assert resume(tiny_run) is tiny_run
+    assert (weights(tiny_run), tiny_run.metrics_path.stat().st_mtime_ns) == before
+
+
+# Seeds
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    runs = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)  # what was drawn before does not matter
+        runs.append(fit(tiny_recipe(*QUICK, f"train.seed={seed}"), root=tmp_path / str(number)))
+    assert weights(runs[0]) == weights(runs[1])
+    assert rows(runs[0]) == rows(runs[1])
+    others = weights(runs[2])
+    assert all(content != others[name] for name, content in weights(runs[0]).items())
+
+
+# The test images
+
+
+def with_other_test_images(images: ImageSet) -> ImageSet:
+    noise = torch.randint(0, 256, images.test.images_NCHW.shape, dtype=torch.uint8)
+    return dataclasses.replace(images, test=Split(images_NCHW=noise, labels_N=images.test.labels_N.flip(0)))
+
+
+def test_nothing_that_is_learnt_or_logged_depends_on_the_test_images(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poisoned: with noise and wrong labels in their place every weight and every line of the log is the same."""
+    recipe = tiny_recipe(*QUICK, "method.head=trained")
+    clean = fit(recipe, root=tmp_path / "clean")
+    monkeypatch.setattr(fitting, "load_images", lambda *how: with_other_test_images(load_images(*how)))
+    poisoned = fit(recipe, root=tmp_path / "poisoned")
+    assert weights(poisoned) == weights(clean)
+    assert rows(poisoned) == rows(clean)
+
+
+def test_the_test_images_are_read_once_for_each_part_at_the_end(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(*QUICK, "train.epochs=2")
+    test = load_images(recipe.data, recipe.train.seed).test
+    reads: list[tuple[bool, int]] = []
+    predictions = fitting.predictions
+
+    def noting(module: nn.Module, split: Split, normalise: Any) -> Tensor:
+        is_test = torch.equal(split.images_NCHW, test.images_NCHW) if len(split) == len(test) else False
+        reads.append((is_test, len(list(tmp_path.glob("*/weights/*.safetensors")))))
+        return predictions(module, split, normalise)
+
+    monkeypatch.setattr(fitting, "predictions", noting)
+    fit(recipe, root=tmp_path)
+    assert [number for is_test, number in reads if is_test] == [4, 4, 4, 4]  # every phase was done
+    assert reads[-4:] == [(True, 4)] * 4
+    assert len(reads) == 4 + 2 * 4  # and the held-out images after every epoch
+
+
+# Given weights
+
+
+@pytest.fixture
+def pth(tmp_path: Path, tiny_run: Run) -> Path:
+    """The teacher of the shared run as a foreign file: nothing is recorded in it."""
+    torch.save(state_of(tiny_run, "teacher"), tmp_path / "teacher.pth")
+    return tmp_path / "teacher.pth"
+
+
+def no_run_was_begun(tmp_path: Path) -> bool:
+    return not list(tmp_path.glob("**/recipe.toml"))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_given_teacher_is_used_as_it_is(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run, pth: Path, kind: str
+) -> None:
+    path = pth if kind == "pth" else tiny_run.weights("teacher")
+    run = fit(tiny_recipe(*QUICK, f"teacher.checkpoint={path}", f"student.checkpoint={path}"), root=tmp_path / "runs")
+    given = state_of(tiny_run, "teacher")
+    for phase in ("teacher", "s0"):
+        assert changed(given, state_of(run, phase)) == set()
+    assert [row["phase"] for row in rows(run)] == ["student", "assistant"]
+    parts = run.read_json("metrics.json")["parts"]
+    assert parts["teacher"]["test_top1"] == parts["s0"]["test_top1"] > 50
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run) -> None:
+    classes = ["0", "1", "2", "three", "4", "5", "6", "7", "8", "9"]
+    save_tensors(tmp_path / "t.safetensors", state_of(tiny_run, "teacher"), {"classes": classes})
+    with pytest.raises(CheckpointError, match=r"other classes than the data: class 3 is 'three' there and '3' here"):
+        fit(tiny_recipe(*QUICK, f"teacher.checkpoint={tmp_path / 't.safetensors'}"), root=tmp_path / "runs")
+    assert no_run_was_begun(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_a_teacher_of_another_normalisation_is_refused_with_the_right_one(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run, pth: Path, key: str
+) -> None:
+    """Whether the file says so or the recipe; what is advised is then accepted."""
+    other = {"mean": [0.305] * 3, "std": [0.318] * 3} | {key: [0.31, 0.31, 0.3]}
+    save_tensors(tmp_path / "t.safetensors", state_of(tiny_run, "teacher"), other)
+    recorded = (f"teacher.checkpoint={tmp_path / 't.safetensors'}",)
+    stated = (f"teacher.checkpoint={pth}", f"teacher.{key}=[0.31, 0.31, 0.3]")
+    for how in (recorded, stated):
+        with pytest.raises(RecipeError) as caught:
+            fit(tiny_recipe(*QUICK, *how), root=tmp_path / "runs")
+        assert f"expects images normalised with {key} [0.31, 0.31, 0.3]" in str(caught.value)
+        advice = f"data.{key}=[0.31, 0.31, 0.3]"
+        assert str(caught.value).endswith(f"--set '{advice}'")
+        assert no_run_was_begun(tmp_path)
+    assert fit(tiny_recipe(*QUICK, *recorded, advice), root=tmp_path / "runs").finished
+
+
+def test_the_same_normalisation_to_three_digits_is_the_same(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
+    how = (f"teacher.checkpoint={pth}", "teacher.mean=[0.3055, 0.305, 0.305]", "teacher.std=[0.318, 0.3175, 0.318]")
+    assert fit(tiny_recipe(*QUICK, *how), root=tmp_path / "runs").finished
+
+
+def test_a_teacher_that_guesses_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
+    """An absurd normalisation, which neither the file nor the recipe states: only its accuracy gives it away."""
+    absurd = ("data.mean=[5, 5, 5]", "data.std=[0.01, 0.01, 0.01]")
+    with pytest.raises(DataError) as caught:
+        fit(tiny_recipe(*QUICK, f"teacher.checkpoint={pth}", *absurd), root=tmp_path / "runs")
+    message = str(caught.value)
+    assert message.startswith(f"teacher {pth} classifies ")
+    assert "chance is 10.0 %" in message
+    assert "its normalisation is not recorded, the data's is mean [5.0, 5.0, 5.0]" in message
+    assert no_run_was_begun(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (("teacher.checkpoint=absent.pth",), CheckpointError, r"There is no checkpoint at absent\.pth"),
+        (
+            ("teacher.name=resnet14", "teacher.checkpoint=PTH"),
+            CheckpointError,
+            r"is not a checkpoint of teacher resnet14",
+        ),
+        (("teacher.name=resnet9",), UsageError, r"Unknown network 'resnet9'"),
+        (("student.name=resnet9",), UsageError, r"Unknown network 'resnet9'"),
+        (("student.baseline=false", "student.checkpoint=PTH"), RecipeError, r"student\.checkpoint is set and "),
+        (("student.assistant_share=0.01", "student.round_to=16"), BudgetError, r"The budget is too small"),
+        (("train.device=tpu7",), RecipeError, r"train\.device = 'tpu7' is no PyTorch device"),
+        (("train.device=cuda",), RecipeError, r"PyTorch sees no CUDA device here\. Write auto or cpu"),
+        (("data.train_limit=5",), DataError, r"data\.train_limit = 5 must be between 10"),
+    ],
+)
+def test_what_cannot_be_is_found_before_a_run_is_begun(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    pth: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    error: type[RkdError],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = tiny_recipe(*QUICK, *(override.replace("PTH", str(pth)) for override in overrides))
+    with pytest.raises(error, match=message):
+        fit(recipe, root=tmp_path / "runs")
+    assert no_run_was_begun(tmp_path)
+
+
+# What goes wrong on the way
+
+
+def test_divergence_names_its_phase(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(DivergenceError, match=r"ce is not finite in epoch \d of phase 'teacher'; .*Lower train\.lr"):
+        fit(tiny_recipe("train.lr=1e9"), root=tmp_path)
+    run = newest_run(tmp_path, finished=False)
+    assert not run.weights("teacher").exists()
+
+
+def test_divergence_of_the_student_names_the_student(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
+    how = (f"teacher.checkpoint={pth}", "student.baseline=false", "method.feature_weight=1e20")
+    with pytest.raises(DivergenceError, match=r"student, explained is not finite in epoch \d of phase 'student'"):
+        fit(tiny_recipe(*how), root=tmp_path / "runs")
+
+
+class FullFrom(Silent):
+    """The disk is full from the end of an epoch on: no file may grow beyond a thousand bytes."""
+
+    def __init__(self, epoch: int) -> None:
+        self.left = epoch
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_full_disk_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, tiny_recipe: MakeRecipe, epoch: int) -> None:
+    recipe = tiny_recipe("data.train_limit=40", "data.test_limit=20", "student.baseline=false")
+    whole = fit(recipe, root=tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match=r"Could not write .*safetensors: File too large\. Free there: "):
+            fit(recipe, root=tmp_path / "full", display=FullFrom(epoch))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run = newest_run(tmp_path / "full", finished=False)
+    assert not [path for path in run.folder.rglob("*") if path.suffix == ".tmp"]
+    if epoch > 1:
+        _, facts = load_tensors(run.checkpoint)
+        assert (facts["phase"], facts["epoch"]) == ("teacher", min(2, epoch - 1))
+    resume(run)
+    assert weights(run) == weights(whole)
+    assert rows(run) == rows(whole)
+
+
+def test_a_run_whose_facts_were_never_written_can_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(*QUICK)
+    whole = fit(recipe, root=tmp_path / "a")
+    begun = tmp_path / "b" / "tiny-001"
+    begun.mkdir(parents=True)
+    (begun / "recipe.toml").write_text(recipe.to_toml())
+    run = resume(Run(begun))
+    assert weights(run) == weights(whole)
+    assert json.loads((begun / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    assert sorted(os.listdir(begun)) == sorted(os.listdir(whole.folder))
