@@ -207,14 +207,17 @@ def load_part(run: Run, part: str) -> nn.Module:
         part: One of `PARTS`.
 
     Raises:
-        UsageError: Unknown part, or one that this run does not have.
-        CheckpointError: Its weights are missing or damaged.
+        UsageError: Unknown part.
+        CheckpointError: This run has no such part, or its weights are damaged.
     """
     recipe = run.recipe
     if part not in PARTS:
         raise UsageError(unknown_name("part", part, PARTS))
     if part not in parts_of(recipe):
-        raise UsageError(f"{run.folder} has no {part}: its recipe asks for {', '.join(parts_of(recipe))}.")
+        raise CheckpointError(
+            f"{run.folder} has no weights of phase {part!r}. It was left out by the recipe, which asks for "
+            f"{', '.join(parts_of(recipe))}."
+        )
     facts = run.read_json("facts.json")
     if part in ("teacher", "s0"):
         module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)

@@ -84,8 +84,8 @@ def view_teacher(teacher: Staged, x_NCHW: Tensor) -> View:
 @torch.no_grad()
 def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[int, int, int]]:
     """(C, H, W) of every stage map for images of this height and width, found by running one."""
-    was_training, device = network.training, next(network.parameters()).device
-    maps = network.eval().features(torch.zeros(1, 3, *image_size, device=device))  # type: ignore[operator]
+    was_training, like = network.training, next(network.parameters())
+    maps = network.eval().features(like.new_zeros(1, 3, *image_size))  # type: ignore[operator]
     network.train(was_training)
     return [tuple(one.shape[1:]) for one in maps]
 

@@ -38,7 +38,7 @@ class FitNet(BaseLoss):
         stages = min(len(teacher), len(student))
         if stage > stages:
             raise RecipeError(
-                f"method.hint_stage = {stage}, and T and S have {stages} stages: set it to 1 .. {stages}."
+                f"method.hint_stage = {stage}; T and S both have stages 1 to {stages}: choose one of these."
             )
         self.index = stage - 1
         C_T, C_S = teacher[self.index][0], student[self.index][0]
