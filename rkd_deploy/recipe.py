@@ -1,14 +1,13 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are the dataclasses below. `--set table.key=value` replaces one value; `read_recipe` checks every key,
-type and rule before anything is computed, and `to_toml` writes the whole recipe back, so that a run folder reproduces
-itself. Standard library only.
+Tables and keys are the dataclasses below, and `[method]` in `recipe_method.py`. `--set table.key=value` replaces one
+value; `read_recipe` checks every key, type and rule before anything is computed, and `to_toml` writes the whole recipe
+back, so that a run folder reproduces itself. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import tomllib
 import types
@@ -19,6 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import RecipeError, unknown_name
+from rkd_deploy.recipe_method import MethodRecipe
+from rkd_deploy.recipe_rules import choice as _choice
+from rkd_deploy.recipe_rules import in_range as _range
+from rkd_deploy.recipe_rules import toml_value as _toml_value
+
+__all__ = [
+    "DataRecipe",
+    "MethodRecipe",
+    "Recipe",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TrainRecipe",
+    "parse_recipe",
+    "read_recipe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,153 +114,6 @@ class StudentRecipe:
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         _range("student.assistants", self.assistants, 1, 16)
         _range("student.round_to", self.round_to, 1, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodRecipe:
-    """Table `[method]`: what is trained, and how. A key that the method has no use for must keep its default."""
-
-    name: str = "residual"
-    """residual: S and A within S0's cost. cross_entropy, kd, fitnet, at, dkd, reviewkd, simkd: a baseline, S0 itself
-    trained with that loss (simkd ships a projector on top of S0)."""
-    scheme: str = "sequential"
-    """sequential: S, then A on what S leaves over, then (if it learns) the head. end_to_end: all losses at once."""
-    head: str = "teacher"
-    """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features.
-    finetuned: the same, starting from T's. Under end_to_end it learns along with the rest."""
-    distance: str = "mse"
-    """D: mse, normalised_mse, smooth_l1 or cosine (directions only: lengths are not learnt)."""
-    feature_weight: float = 1.0
-    """w, factor of D in the loss. D is a mean over elements, so its gradient is small beside that of cross-entropy."""
-    base: str = "none"
-    """A further loss for S, and with cross-entropy for the control S0: none, kd, fitnet, at, dkd, reviewkd, simkd."""
-    base_weight: float | None = None
-    """Factor of the base loss, or of the baseline's. Default: the published one."""
-    base_warmup_epochs: int | None = None
-    """Epochs over which that factor rises linearly. Default: the published ones (20 for dkd and reviewkd, else 0)."""
-    ce_weight: float | None = None
-    """Factor of cross-entropy in end_to_end (default: 1) or in a baseline (default: the published one)."""
-    kl_weight: float = 1.0
-    """gamma, factor of KL from T's logits to those of the sum, in end_to_end."""
-    assistant_weight: float = 1.0
-    """alpha, factor of the assistants' D beside S's, in end_to_end."""
-    step_decay: float = 0.5
-    """d: the D of assistant i in a chain counts d^(i - 1), in end_to_end."""
-    detach: bool = True
-    """Stop the gradient at the residual, in end_to_end: then S does not learn from what A cannot."""
-    temperature: float = 4.0
-    """tau, of kd, dkd and the KL of end_to_end."""
-    standardise: bool = False
-    """Standardise logits in kd and dkd; published with temperature = 2 and base_weight = 9."""
-    dkd_alpha: float = 1.0
-    """Weight of the target class in dkd."""
-    dkd_beta: float = 8.0
-    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20."""
-    hint_stage: int = 2
-    """Stage that fitnet compares, from 1."""
-    simkd_factor: int = 2
-    """f, by which simkd's projector is narrower in its middle."""
-
-    def __post_init__(self) -> None:
-        _choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
-        _choice("method.scheme", self.scheme, ("sequential", "end_to_end"))
-        _choice("method.head", self.head, ("teacher", "trained", "finetuned"))
-        _choice("method.distance", self.distance, ("mse", "normalised_mse", "smooth_l1", "cosine"))
-        _choice("method.base", self.base, ("none", *BASE_LOSSES))
-        for name, low in (("feature_weight", 1e-6), ("base_weight", 1e-9), ("base_warmup_epochs", 0), ("ce_weight", 0)):
-            if (value := getattr(self, name)) is not None:
-                _range(f"method.{name}", value, low)
-        for name in ("kl_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
-            _range(f"method.{name}", getattr(self, name), 0)
-        _range("method.step_decay", self.step_decay, 0, 1)
-        _range("method.temperature", self.temperature, 1e-3)
-        _range("method.hint_stage", self.hint_stage, 1)
-        _range("method.simkd_factor", self.simkd_factor, 1)
-        self._check_use()
-        self._check_that_heads_learn()
-
-    @property
-    def residual(self) -> bool:
-        """Whether S and A are trained; else S0 alone."""
-        return self.name == "residual"
-
-    @property
-    def loss(self) -> str:
-        """The borrowed loss, be it a base or a baseline's: a name of `BASE_LOSSES`, or none."""
-        if self.residual:
-            return self.base
-        return "none" if self.name == "cross_entropy" else self.name
-
-    def _check_use(self) -> None:
-        """A setting that nothing reads is a misunderstanding: say so before hours of training."""
-        end_to_end = self.residual and self.scheme == "end_to_end"
-        borrowed = self.loss != "none"
-        read = {
-            "name": True,
-            "scheme": self.residual,
-            "head": self.residual,
-            "distance": self.residual,
-            "feature_weight": self.residual,
-            "base": self.residual,
-            "base_weight": borrowed,
-            "base_warmup_epochs": borrowed,
-            "ce_weight": end_to_end or (borrowed and not self.residual),
-            "kl_weight": end_to_end,
-            "assistant_weight": end_to_end,
-            "step_decay": end_to_end,
-            "detach": end_to_end,
-            "temperature": end_to_end or self.loss in ("kd", "dkd"),
-            "standardise": self.loss in ("kd", "dkd"),
-            "dkd_alpha": self.loss == "dkd",
-            "dkd_beta": self.loss == "dkd",
-            "hint_stage": self.loss == "fitnet",
-            "simkd_factor": self.loss == "simkd",
-        }
-        for key in dataclasses.fields(self):
-            value = getattr(self, key.name)
-            if value == key.default or read[key.name]:
-                continue
-            what = f'method.name = "{self.name}"'
-            if self.residual:
-                what += f', scheme = "{self.scheme}", base = "{self.base}"'
-            default = "" if key.default is None else f", or --set method.{key.name}={_toml_value(key.default)}"
-            raise RecipeError(
-                f"method.{key.name} = {_toml_value(value)} has no effect with {what}: it is read only "
-                f"{_READ_WHERE[key.name]}. Leave it out{default}."
-            )
-
-    def _check_that_heads_learn(self) -> None:
-        if self.ce_weight != 0:
-            return
-        if self.residual and self.head != "teacher" and self.kl_weight == 0:
-            raise RecipeError(
-                f"method.ce_weight = 0 and method.kl_weight = 0 leave nothing that trains a {self.head} head. "
-                'Set one of them above 0, or method.head = "teacher".'
-            )
-        if self.name in ("fitnet", "at", "reviewkd"):
-            raise RecipeError(
-                f'method.ce_weight = 0 leaves nothing that trains the classifier: "{self.name}" compares feature maps. '
-                "Set it above 0."
-            )
-
-
-BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
-"""Losses of other papers: beside the residual ones for S, or alone for S0."""
-
-_WITH_RESIDUAL = 'with method.name = "residual"'
-_WITH_END_TO_END = f'{_WITH_RESIDUAL} and method.scheme = "end_to_end"'
-_WITH_LOSS = "with a base loss (method.base) or a baseline's (method.name)"
-_READ_WHERE = {
-    **dict.fromkeys(("scheme", "head", "distance", "feature_weight", "base"), _WITH_RESIDUAL),
-    **dict.fromkeys(("base_weight", "base_warmup_epochs"), _WITH_LOSS),
-    "ce_weight": f"{_WITH_END_TO_END}, or by a baseline with a loss of its own",
-    **dict.fromkeys(("kl_weight", "assistant_weight", "step_decay", "detach"), _WITH_END_TO_END),
-    "temperature": f'by "kd" and "dkd", and {_WITH_END_TO_END}',
-    "standardise": 'by "kd" and "dkd"',
-    **dict.fromkeys(("dkd_alpha", "dkd_beta"), 'by "dkd"'),
-    "hint_stage": 'by "fitnet"',
-    "simkd_factor": 'by "simkd"',
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,29 +292,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # The escapes of JSON are escapes of TOML's basic strings; only TOML wants one for DEL too.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)
-
-
-def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(unknown_name(f"value of {key}", value, choices))
-
-
-def _range(key: str, value: float, low: float, high: float | None = None) -> None:
-    finite = value < math.inf
-    if not value >= low or not finite or (high is not None and not value <= high):  # also refuses NaN
-        rule = f"between {low} and {high}" if high is not None else f"at least {low}" if finite else "finite"
-        raise RecipeError(f"{key} = {value} must be {rule}.")
 
 
 def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:

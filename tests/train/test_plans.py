@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
-from rkd_deploy.models.cost import count
+from rkd_deploy.models.cost import Cost, count
 from rkd_deploy.models.separation import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import networks
+from rkd_deploy.train import fitting, networks
 from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -41,10 +42,18 @@ BUDGET = ("student.round_to=1", "student.assistant_share=0.3")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def separation_is_remembered() -> Iterator[None]:
-    """The same widths over and over: they are searched for once."""
+def costs_are_remembered() -> Iterator[None]:
+    """The same few networks over and over: their widths are searched for, and their costs counted, once."""
+    known: dict[tuple[Any, ...], Cost] = {}
+
+    def counted(module: nn.Module, size: tuple[int, int]) -> Cost:
+        key = (size, *((name, tuple(value.shape)) for name, value in module.named_parameters()))
+        known[key] = known.get(key) or count(module, size)
+        return known[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "separate", functools.cache(separate))
+        patch.setattr(fitting, "count", counted)
         yield
 
 
