@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike, paired
+from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike, paired, promoted
 
 
 def attention(f_NCHW: Tensor) -> Tensor:
     """Q(f), [N, H W] of norm 1."""
-    return normalize(f_NCHW.square().mean(1).flatten(1))
+    return normalize(promoted(f_NCHW).square().mean(1).flatten(1))
 
 
 def attention_loss(maps_T: Sequence[Tensor], maps_S: Sequence[Tensor]) -> Tensor:

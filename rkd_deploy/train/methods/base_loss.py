@@ -69,6 +69,7 @@ class WeightedLoss(nn.Module):
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted loss b X, and X itself for the log."""
+        teacher, student = (View(view.maps, promoted(view.logits_NK)) for view in (teacher, student))
         value: Tensor = self.loss(teacher, student, y_N)
         return self.weight * value, value.detach()
 
@@ -88,6 +89,11 @@ def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[in
     maps = network.eval().features(like.new_zeros(1, 3, *image_size))  # type: ignore[operator]
     network.train(was_training)
     return [tuple(one.shape[1:]) for one in maps]
+
+
+def promoted(x: Tensor) -> Tensor:
+    """In float32 at least: under autocast maps and logits come as bfloat16, too coarse for their small differences."""
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def paired(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

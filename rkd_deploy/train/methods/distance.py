@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, smooth_l1_loss
 
+from rkd_deploy.train.methods.base_loss import promoted
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 _TINY = 1e-12  # |t|^2 of a target that is nothing but zeros
@@ -31,6 +33,7 @@ def mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
 
 def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
     """Squared error of each image over its target's square."""
+    t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
     error_N = (t_NCHW - m_NCHW).square().flatten(1).sum(1)
     return (error_N / t_NCHW.square().flatten(1).sum(1).clamp_min(_TINY)).mean()
 
@@ -42,7 +45,7 @@ def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
 
 def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
     """One minus the cosine of the angle between the maps of each image."""
-    t, m = t_NCHW.flatten(1), m_NCHW.flatten(1)
+    t, m = promoted(t_NCHW).flatten(1), promoted(m_NCHW).flatten(1)
     t_norm_N = t.norm(dim=1).clamp_min(_TINY**0.5)
     m_norm_N = torch.maximum(m.norm(dim=1), t_norm_N / 10)
     cosine_N: Tensor = (t * m).sum(1) / (t_norm_N * m_norm_N)

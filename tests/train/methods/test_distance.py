@@ -73,3 +73,12 @@ def test_gradients_at_zero_are_finite_and_lead_to_the_target(name: str, start: s
         cosine = -(gradient * t).sum() / gradient.norm() / t.norm()
         assert cosine > 0.8
         assert gradient.norm() < 100
+
+
+def test_half_precision_maps_are_compared_in_full_precision() -> None:
+    t = torch.randn(4, 8, 5, 5).bfloat16()
+    m = (t.float() + 0.1 * torch.randn(4, 8, 5, 5)).bfloat16()
+    for name in ("normalised_mse", "cosine"):
+        found = DISTANCES[name](t, m)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(second(name, t.double(), m.double()), rel=1e-4)
