@@ -41,7 +41,7 @@ def main() -> None:
     separation = separate("resnet20", num_classes=CLASSES, input_size=32)
     T = zoo.create("resnet56", CLASSES).to(device).eval()
     S0 = zoo.create("resnet20", CLASSES).to(device)
-    model = ResidualStudent(separation.student, separation.assistant, 64, CLASSES).to(device)
+    model = ResidualStudent(separation.student, separation.assistants, 64, CLASSES).to(device)
     x = torch.randn(BATCH, 3, 32, 32, device=device)
 
     def teacher() -> None:

@@ -127,14 +127,17 @@ def train(
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        _emit({"run": str(run.folder), **metrics, "separation": facts["separation"]})
+        _emit({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
 
 
 @app.command()
 def export(
     run: Newest = None,
     output_format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
-    part: Annotated[str, typer.Option("--part", help="fused (S + A), student (S alone), s0 or teacher.")] = "fused",
+    part: Annotated[
+        str | None,
+        typer.Option("--part", help="fused (S + A; default), student (S alone), s0 (default of a baseline), teacher."),
+    ] = None,
     level: Annotated[
         str, typer.Option("--fuse", help="tail (adapters and head folded into one matrix) or sum.")
     ] = "tail",
@@ -171,7 +174,7 @@ def export(
     from rkd_deploy.train.runs import newest_run, open_run
 
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
-    with status(f"Exporting {part} of {chosen.folder}"):
+    with status(f"Exporting {part or 'the network'} of {chosen.folder}"):
         made = export_run(
             chosen,
             part=part,

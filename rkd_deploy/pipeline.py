@@ -22,7 +22,7 @@ from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
-from rkd_deploy.train.networks import PARTS, load_part
+from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
 PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
@@ -45,7 +45,7 @@ class Exported:
 def export_run(
     run: Run,
     *,
-    part: str = "fused",
+    part: str | None = None,
     level: str = "tail",
     outputs: Sequence[str] = ("logits",),
     embedded: bool = True,
@@ -58,7 +58,7 @@ def export_run(
 
     Args:
         run: From `fit`.
-        part: fused (S + A), student, s0 or teacher.
+        part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
         level: Fusion level, sum or tail.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
@@ -71,6 +71,7 @@ def export_run(
     Raises:
         GateError: The exported graph does not do what the trained model does.
     """
+    part = part or parts_of(run.recipe)[0]
     model = load_part(run, part)
     card = _card(run, part, embedded)
     chosen = folder or _free_folder(run, part)
@@ -126,9 +127,7 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
     own = metrics["parts"][part]
     height, width = facts["image_size"]
     recipe = run.recipe
-    weights = run.weights({"fused": "assistant", "student": "assistant"}.get(part, part))
-    if part in ("fused", "student") and recipe.method.head == "trained":
-        weights = run.weights("head")
+    weights = run.weights(phase_of(recipe, part))
     return ModelCard(
         name=f"{recipe.name} {PART_NAMES[part]}",
         labels=tuple(facts["classes"]),

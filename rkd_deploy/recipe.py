@@ -1,14 +1,13 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are the dataclasses below. `--set table.key=value` replaces one value; `read_recipe` checks every key,
-type and rule before anything is computed, and `to_toml` writes the whole recipe back, so that a run folder reproduces
-itself. Standard library only.
+Tables and keys are the dataclasses below, and `[method]` in `recipe_method.py`. `--set table.key=value` replaces one
+value; `read_recipe` checks every key, type and rule before anything is computed, and `to_toml` writes the whole recipe
+back, so that a run folder reproduces itself. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import tomllib
 import types
@@ -19,6 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import RecipeError, unknown_name
+from rkd_deploy.recipe_method import MethodRecipe
+from rkd_deploy.recipe_rules import choice as _choice
+from rkd_deploy.recipe_rules import in_range as _range
+from rkd_deploy.recipe_rules import toml_value as _toml_value
+
+__all__ = [
+    "DataRecipe",
+    "MethodRecipe",
+    "Recipe",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TrainRecipe",
+    "parse_recipe",
+    "read_recipe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,42 +97,23 @@ class StudentRecipe:
 
     name: str = "resnet8"
     checkpoint: str | None = None
-    """Trained weights of S0, for the baseline. Default: S0 is trained here with cross-entropy."""
+    """Trained weights of S0, for the baseline. Default: S0 is trained here."""
     baseline: bool = True
-    """Train (or load) S0 itself as the control: same data, same loop, cross-entropy."""
+    """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
     budget: str = "macs"
     """What must not exceed S0's: macs or params."""
     assistant_share: float = 0.2
-    """Share of the budget that A and its adapter may take; S gets what is left."""
+    """Share of the budget that all assistants and their adapters may take; S gets what is left."""
+    assistants: int = 1
+    """Length k of the chain A_1 .. A_k, each learning what the sum before it leaves over; they share equally."""
     round_to: int = 8
     """Channel counts are multiples of this. 8 fits SIMD and tensor cores: odd widths run up to 2.6 times slower."""
 
     def __post_init__(self) -> None:
         _choice("student.budget", self.budget, ("macs", "params"))
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
+        _range("student.assistants", self.assistants, 1, 16)
         _range("student.round_to", self.round_to, 1, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodRecipe:
-    """Table `[method]`: how S and A learn."""
-
-    name: str = "residual"
-    scheme: str = "sequential"
-    """sequential: S, then A on what S leaves over, then (if trained) the head."""
-    head: str = "teacher"
-    """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features."""
-    feature_weight: float = 1.0
-    """Factor of D in the loss. D is a mean over elements, so its gradient is small beside that of cross-entropy."""
-    base: str = "none"
-    """A further loss for S besides the feature distance; none so far."""
-
-    def __post_init__(self) -> None:
-        _choice("method.name", self.name, ("residual",))
-        _choice("method.scheme", self.scheme, ("sequential",))
-        _range("method.feature_weight", self.feature_weight, 1e-6)
-        _choice("method.head", self.head, ("teacher", "trained"))
-        _choice("method.base", self.base, ("none",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +181,28 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("/\\\0"):
             raise RecipeError(f"name = {self.name!r} names the run folders: it must not be empty or hold a slash.")
+        if self.student.assistants == 1 and self.method.step_decay != MethodRecipe.step_decay:
+            raise RecipeError(
+                f"method.step_decay = {self.method.step_decay} weighs the steps of a chain, and student.assistants "
+                "= 1. Leave it out, or set student.assistants above 1."
+            )
+        if not self.method.residual:
+            self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """S0 is what a baseline trains: settings that take S0 away, or cut assistants from it, make no sense."""
+        name = f'method.name = "{self.method.name}" trains S0 itself'
+        if self.student.checkpoint is not None:
+            raise RecipeError(
+                f"{name}, and student.checkpoint = {self.student.checkpoint!r} gives it trained. Leave one of them out."
+            )
+        if not self.student.baseline:
+            raise RecipeError(f"{name}, and student.baseline = false leaves it out. Leave that key out.")
+        if self.student.assistants > 1:
+            raise RecipeError(
+                f"{name}, without assistants, and student.assistants = {self.student.assistants}. Leave that key out, "
+                'or set method.name = "residual".'
+            )
 
     def to_toml(self) -> str:
         """Every value that is set, as TOML; `read_recipe` gives the equal recipe back."""
@@ -275,29 +292,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # The escapes of JSON are escapes of TOML's basic strings; only TOML wants one for DEL too.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)
-
-
-def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(unknown_name(f"value of {key}", value, choices))
-
-
-def _range(key: str, value: float, low: float, high: float | None = None) -> None:
-    finite = value < math.inf
-    if not value >= low or not finite or (high is not None and not value <= high):  # also refuses NaN
-        rule = f"between {low} and {high}" if high is not None else f"at least {low}" if finite else "finite"
-        raise RecipeError(f"{key} = {value} must be {rule}.")
 
 
 def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:

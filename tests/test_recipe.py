@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
 import tomllib
 import types
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.recipe import (
     DataRecipe,
+    MethodRecipe,
     Recipe,
     TeacherRecipe,
     TrainRecipe,
@@ -27,7 +29,9 @@ TOMLS = [REPO / "rkd_deploy" / "train" / "digits.toml", *sorted((REPO / "train")
 TABLES = ("data", "teacher", "student", "method", "train")
 KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]
 
-# Every field with every value its rule allows.
+LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
+
+# Every field with every value its rule allows; values of [method] may be of no use to each other.
 
 texts = st.text(max_size=12)
 channels = st.none() | st.tuples(*[st.floats(-10, 10)] * 3)
@@ -60,14 +64,29 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "baseline": st.booleans(),
         "budget": st.sampled_from(["macs", "params"]),
         "assistant_share": st.floats(0.01, 0.9),
+        "assistants": st.integers(1, 16),
         "round_to": st.integers(1, 256),
     },
     "method": {
-        "name": st.just("residual"),
-        "scheme": st.just("sequential"),
-        "head": st.sampled_from(["teacher", "trained"]),
+        "name": st.sampled_from(["residual", "cross_entropy", *LOSSES]),
+        "scheme": st.sampled_from(["sequential", "end_to_end"]),
+        "head": st.sampled_from(["teacher", "trained", "finetuned"]),
+        "distance": st.sampled_from(["mse", "normalised_mse", "smooth_l1", "cosine"]),
         "feature_weight": st.floats(1e-6, 1e300),
-        "base": st.just("none"),
+        "base": st.sampled_from(["none", *LOSSES]),
+        "base_weight": st.none() | st.floats(1e-6, 1e300),
+        "base_warmup_epochs": st.none() | st.integers(0, 500),
+        "ce_weight": st.none() | st.floats(0, 1e300),
+        "kl_weight": st.floats(0, 1e300),
+        "assistant_weight": st.floats(0, 1e300),
+        "step_decay": st.floats(0, 1),
+        "detach": st.booleans(),
+        "temperature": st.floats(0.01, 100),
+        "standardise": st.booleans(),
+        "dkd_alpha": st.floats(0, 100),
+        "dkd_beta": st.floats(0, 100),
+        "hint_stage": st.integers(1, 9),
+        "simkd_factor": st.integers(1, 64),
     },
     "train": {
         "epochs": small,
@@ -88,12 +107,63 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "threads": optional,
     },
 }
+METHODS = [
+    {"name": "residual"},
+    {"name": "residual", "base": "fitnet"},
+    {"name": "residual", "scheme": "end_to_end", "base": "dkd"},
+    {"name": "residual", "scheme": "end_to_end", "base": "simkd"},
+    {"name": "cross_entropy"},
+    *({"name": name} for name in LOSSES),
+]
+USES = {
+    "residual": {"scheme", "head", "distance", "feature_weight", "base"},
+    "end_to_end": {"ce_weight", "kl_weight", "assistant_weight", "detach", "temperature"},
+    "loss": {"base_weight", "base_warmup_epochs"},
+    "baseline": {"ce_weight"},
+    "kd": {"temperature", "standardise"},
+    "dkd": {"temperature", "standardise", "dkd_alpha", "dkd_beta"},
+    "fitnet": {"hint_stage"},
+    "simkd": {"simkd_factor"},
+}
+
+
+def uses(method: dict[str, str]) -> set[str]:
+    """The keys that a method reads, other than those that name it."""
+    kinds = {method["name"], method.get("scheme"), method.get("base")}
+    if method["name"] in LOSSES:
+        kinds |= {"loss", "baseline"}
+    if "base" in method:
+        kinds |= {"loss"}
+    return {key for kind in kinds for key in USES.get(str(kind), ())} - method.keys()
+
+
+@st.composite
+def methods(draw: st.DrawFn) -> MethodRecipe:
+    chosen = draw(st.sampled_from(METHODS))
+    keys = sorted(uses(chosen) - ({"scheme", "base"} & uses({"name": "residual"})))
+    values = {key: draw(FIELDS["method"][key]) for key in keys}
+    if values.get("ce_weight") == 0:
+        values["ce_weight"] = 1.0
+    return MethodRecipe(**{**values, **chosen})
+
+
 names = st.text(min_size=1, max_size=12).filter(lambda name: not set(name) & set("/\\\0"))
-recipes = st.builds(
-    Recipe,
-    name=names,
-    **{table: st.builds(typing.get_type_hints(Recipe)[table], **fields) for table, fields in FIELDS.items()},
-)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    tables: dict[str, Any] = {
+        table: draw(st.builds(typing.get_type_hints(Recipe)[table], **fields))
+        for table, fields in FIELDS.items()
+        if table != "method"
+    }
+    method = draw(methods())
+    if not method.residual:
+        changes: dict[str, Any] = {"checkpoint": None, "baseline": True, "assistants": 1}
+        tables["student"] = dataclasses.replace(tables["student"], **changes)
+    elif method.scheme == "end_to_end" and tables["student"].assistants > 1:
+        method = dataclasses.replace(method, step_decay=draw(FIELDS["method"]["step_decay"]))
+    return Recipe(name=draw(names), method=method, **tables)
 
 
 def test_every_key_is_drawn_here() -> None:
@@ -101,7 +171,7 @@ def test_every_key_is_drawn_here() -> None:
     assert [f"{table}.{key}" for table, fields in FIELDS.items() for key in fields] == KEYS
 
 
-@given(recipes)
+@given(recipes())
 def test_toml_gives_the_equal_recipe_back(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.getbasetemp() / "written.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
@@ -307,10 +377,23 @@ def test_true_is_not_one(key: str) -> None:
         ("student.budget", ["latency"], "Unknown value of student.budget 'latency'.*Choices: macs, params"),
         ("student.assistant_share", [0.0, 0.91, float("nan")], "must be between 0.01 and 0.9"),
         ("student.round_to", [0, 257], "must be between 1 and 256"),
-        ("method.name", ["kd"], "Choices: residual"),
-        ("method.scheme", ["progressive"], "Choices: sequential"),
-        ("method.head", ["student"], "Choices: teacher, trained"),
-        ("method.base", ["kd"], "Choices: none"),
+        ("student.assistants", [0, 17], "must be between 1 and 16"),
+        ("method.name", ["rkd"], "Choices: at, cross_entropy, dkd, fitnet, kd, residual, reviewkd, simkd"),
+        ("method.scheme", ["progressive"], "Choices: end_to_end, sequential"),
+        ("method.head", ["student"], "Choices: finetuned, teacher, trained"),
+        ("method.distance", ["l2"], "Choices: cosine, mse, normalised_mse, smooth_l1"),
+        ("method.base", ["crd"], "Choices: at, dkd, fitnet, kd, none, reviewkd, simkd"),
+        ("method.base_weight", [0.0, -1.0, float("inf")], "must be (at least 1e-09|finite)"),
+        ("method.base_warmup_epochs", [-1], "must be at least 0"),
+        ("method.ce_weight", [-0.1, float("nan")], "must be (at least 0|finite)"),
+        ("method.kl_weight", [-0.1], "must be at least 0"),
+        ("method.assistant_weight", [-0.1], "must be at least 0"),
+        ("method.step_decay", [-0.1, 1.1], "must be between 0 and 1"),
+        ("method.temperature", [0.0, -1.0], "must be at least 0.001"),
+        ("method.dkd_alpha", [-0.1], "must be at least 0"),
+        ("method.dkd_beta", [-0.1], "must be at least 0"),
+        ("method.hint_stage", [0], "must be at least 1"),
+        ("method.simkd_factor", [0], "must be at least 1"),
         ("method.feature_weight", [0.0, -1.0], "must be at least 1e-06"),
         ("method.feature_weight", [float("inf"), float("nan")], "must be finite"),
         ("train.epochs", [0, -1], "must be at least 1"),
@@ -345,6 +428,78 @@ def test_the_ends_of_a_range_belong_to_it() -> None:
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(RecipeError, match=r"train\.nesterov = true needs train\.momentum above 0"):
         parse_recipe({"train": {"nesterov": True, "momentum": 0.0}})
+
+
+# Settings that nothing reads
+
+
+OTHERS = {
+    "scheme": "end_to_end",
+    "head": "trained",
+    "distance": "cosine",
+    "feature_weight": 5.0,
+    "base": "kd",
+    "base_weight": 2.0,
+    "base_warmup_epochs": 3,
+    "ce_weight": 0.5,
+    "kl_weight": 2.0,
+    "assistant_weight": 2.0,
+    "detach": False,
+    "temperature": 2.0,
+    "standardise": True,
+    "dkd_alpha": 2.0,
+    "dkd_beta": 2.0,
+    "hint_stage": 1,
+    "simkd_factor": 4,
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(method.values()))
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_setting_is_read_or_refused(method: dict[str, str], key: str) -> None:
+    """The table of what reads what, written a second time."""
+    if key in method:
+        return
+    if key in uses(method):
+        assert getattr(parse_recipe({"method": {**method, key: OTHERS[key]}}).method, key) == OTHERS[key]
+        return
+    default = getattr(MethodRecipe(), key)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"method": {**method, key: OTHERS[key]}})
+    message = str(caught.value)
+    assert message.startswith(f"method.{key} = ")
+    assert f'has no effect with method.name = "{method["name"]}"' in message
+    assert "it is read only " in message
+    assert "Leave it out" in message
+    if default is not None:  # the way out for a key that stands in a file
+        word = json.dumps(default)
+        assert f"--set method.{key}={word}" in message
+        assert read_recipe(None, [f"method.{key}={word}"]).method == MethodRecipe()
+
+
+def test_steps_are_weighed_in_chains_only() -> None:
+    chain = ["method.scheme=end_to_end", "method.step_decay=0.9"]
+    assert read_recipe(None, [*chain, "student.assistants=2"]).method.step_decay == 0.9
+    with pytest.raises(RecipeError, match=r"method\.step_decay = 0\.9 .*set student\.assistants above 1"):
+        read_recipe(None, chain)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.name=kd", "student.checkpoint=s.pth"], r"student\.checkpoint = 's\.pth' gives it trained"),
+        (["method.name=kd", "student.baseline=false"], r"student\.baseline = false leaves it out"),
+        (["method.name=at", "student.assistants=2"], r"student\.assistants = 2.*method\.name = \"residual\""),
+        (["method.name=at", "method.ce_weight=0"], r"method\.ce_weight = 0 leaves nothing that trains the classifier"),
+        (
+            ["method.scheme=end_to_end", "method.head=trained", "method.ce_weight=0", "method.kl_weight=0"],
+            r"leave nothing that trains a trained head.*method\.head = \"teacher\"",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(None, overrides)
 
 
 @pytest.mark.parametrize("name", ["", "../up", "/etc/x", "a/b", "a\\b", "a\0b"])

@@ -15,8 +15,8 @@ Level `tail` uses that GAP, adapters and head are all linear and so commute:
       = [W U_S | W U_A] [GAP(s); GAP(a)]  +  (b + W (c_S + c_A))
 
 One matrix [K, C_S + C_A] on the concatenated pooled maps is left: the adapters cost nothing at run time, and the sum of
-maps no longer exists, so it cannot be an output. Any number of branches is folded alike; with one branch (S alone)
-both levels are the same formulas without A.
+maps no longer exists, so it cannot be an output. Any number of branches is folded alike: a chain of k assistants adds
+columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A.
 
 Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
 beta its affine parameters and sd its standard deviation), by PyTorch's own fuser.
@@ -52,7 +52,7 @@ class SummedBranches(nn.Module):
         self.backbones, self.adapters, self.head = nn.ModuleList(backbones), nn.ModuleList(adapters), head
 
     def summed_map(self, x_NCHW: Tensor) -> Tensor:
-        """P_S f_S + P_A f_A, [N, C_T, H', W']."""
+        """P_S f_S + P_1 f_1 + .., [N, C_T, H', W']."""
         maps = [adapter(backbone(x_NCHW)) for backbone, adapter in zip(self.backbones, self.adapters, strict=True)]
         total = maps[0]
         for further in maps[1:]:
@@ -106,8 +106,8 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     """One network to export, in eval mode, equal in value to the model's up to rounding.
 
     Args:
-        model: S with A (`ResidualStudent`), S alone (`StudentAlone`), or any classifier, of which only batch norm is
-            folded. Left as it is.
+        model: S with its assistants (`ResidualStudent`), S alone (`StudentAlone`), or any classifier, of which only
+            batch norm is folded. Left as it is.
         level: ``"sum"`` or ``"tail"``.
 
     Raises:
@@ -117,10 +117,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         raise UsageError(unknown_name("fusion level", level, LEVELS))
     if not isinstance(model, ResidualStudent | StudentAlone):
         return fold_batch_norm(model.eval())
-    branches = [(model.student, model.student_adapter)]
-    if isinstance(model, ResidualStudent):
-        branches.append((model.assistant, model.assistant_adapter))
-    backbones = [fold_batch_norm(_LastMap(backbone).eval()) for backbone, _ in branches]
-    adapters = [adapter for _, adapter in branches]
+    backbones = [fold_batch_norm(_LastMap(backbone).eval()) for backbone, _ in model.branches()]
+    adapters = [adapter for _, adapter in model.branches()]
     owner = SummedBranches if level == "sum" else FoldedTail
     return owner(backbones, adapters, model.head).eval()

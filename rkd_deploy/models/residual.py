@@ -1,13 +1,15 @@
-"""S and A as one classifier: z = h(GAP(P_S f_S + P_A f_A)).
+"""S and its assistants as one classifier: z = h(GAP(P_S f_S + P_1 f_1 + ... + P_k f_k)).
 
 After "Residual Knowledge Distillation" (Gao, Shen, Li, Loy, arXiv 2002.09168): the student S imitates the teacher's
-feature map, the assistant A learns what S leaves over, and their maps are summed. P_S and P_A are 1x1 convolutions to
-the teacher's channels. They are linear on purpose: the residual is signed, so A must not end in a ReLU, and a linear
-tail folds into one matrix at export (`rkd_deploy.export.fusion`).
+feature map, the assistant A learns what S leaves over, and their maps are summed. A chain A_1 .. A_k, each learning
+what the sum before it leaves over, is the same with k > 1 (after ResKD, Li et al., arXiv 2006.04719, which chains whole
+networks). P are 1x1 convolutions to the teacher's channels. They are linear on purpose: the residual is signed, so an
+assistant must not end in a ReLU, and a linear tail folds into one matrix at export (`rkd_deploy.export.fusion`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -16,37 +18,52 @@ from rkd_deploy.models.staged import Staged, pool
 
 
 class ResidualStudent(nn.Module):
-    """The network that ships: student, assistant, their adapters and one head.
+    """The network that ships: student, assistants, their adapters and one head.
 
     Args:
         student: S, without a head.
-        assistant: A, without a head; its last map has the size of S's.
+        assistants: A_1 .. A_k, k >= 1, without a head; their last maps have the size of S's.
         channels: C_T, channels of the teacher's last stage map.
         num_classes: K.
     """
 
-    def __init__(self, student: Staged, assistant: Staged, channels: int, num_classes: int) -> None:
+    def __init__(self, student: Staged, assistants: Sequence[Staged], channels: int, num_classes: int) -> None:
         super().__init__()
+        assert assistants
         self.student = student
-        self.assistant = assistant
+        self.assistants = nn.ModuleList(assistants)
         self.student_adapter = nn.Conv2d(student.channels, channels, 1)
-        self.assistant_adapter = nn.Conv2d(assistant.channels, channels, 1)
+        self.assistant_adapters = nn.ModuleList(nn.Conv2d(one.channels, channels, 1) for one in assistants)
         self.head = nn.Linear(channels, num_classes)
-        # A adds exactly nothing before it has learnt: the sum starts at S.
-        nn.init.zeros_(self.assistant_adapter.weight)
-        nn.init.zeros_(cast(Tensor, self.assistant_adapter.bias))
+        # An assistant adds exactly nothing before it has learnt: the sum starts at S.
+        for parameter in self.assistant_adapters.parameters():
+            nn.init.zeros_(parameter)
+
+    def branches(self) -> list[tuple[Staged, nn.Conv2d]]:
+        """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
+        pairs = zip(self.assistants, self.assistant_adapters, strict=True)
+        return [(self.student, self.student_adapter), *cast("list[tuple[Staged, nn.Conv2d]]", list(pairs))]
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S, [N, C_T, H', W']."""
         return cast(Tensor, self.student_adapter(self.student.features(x_NCHW)[-1]))
 
-    def assistant_map(self, x_NCHW: Tensor) -> Tensor:
-        """P_A f_A, [N, C_T, H', W']."""
-        return cast(Tensor, self.assistant_adapter(self.assistant.features(x_NCHW)[-1]))
+    def assistant_map(self, x_NCHW: Tensor, number: int = 1) -> Tensor:
+        """P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
+        assistant, adapter = self.branches()[number]
+        return cast(Tensor, adapter(assistant.features(x_NCHW)[-1]))
 
-    def summed_map(self, x_NCHW: Tensor) -> Tensor:
-        """P_S f_S + P_A f_A, the approximation of the teacher's map, [N, C_T, H', W']."""
-        return self.student_map(x_NCHW) + self.assistant_map(x_NCHW)
+    def summed_map(self, x_NCHW: Tensor, assistants: int | None = None) -> Tensor:
+        """P_S f_S + P_1 f_1 + .., the approximation of the teacher's map, [N, C_T, H', W'].
+
+        Args:
+            x_NCHW: Images.
+            assistants: How many of them are summed, from the first. Default: all.
+        """
+        total = self.student_map(x_NCHW)
+        for number in range(1, 1 + (len(self.assistants) if assistants is None else assistants)):
+            total = total + self.assistant_map(x_NCHW, number)
+        return total
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
@@ -54,13 +71,17 @@ class ResidualStudent(nn.Module):
 
 
 class StudentAlone(nn.Module):
-    """S without A, under the same head: z = h(GAP(P_S f_S)). The control that shows what A adds."""
+    """S without assistants, under the same head: z = h(GAP(P_S f_S)). The control that shows what they add."""
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
         self.student = model.student
         self.student_adapter = model.student_adapter
         self.head = model.head
+
+    def branches(self) -> list[tuple[Staged, nn.Conv2d]]:
+        """(S, P_S)."""
+        return [(self.student, self.student_adapter)]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""

@@ -1,10 +1,10 @@
-"""From one given model S0 to a student S and an assistant A that together cost no more than it.
+"""From one given model S0 to a student S and k assistants A that together cost no more than it.
 
 With F the cost (MACs or parameters), w the widths, P_S and P_A the adapters to the teacher's channels C_T, h the head
-and rho the assistant's share:
+and rho the assistants' share, of which each of the k gets the same part:
 
-    w_A:  the widest with  F(A) + F(P_A)        <= rho F(S0)
-    w_S:  the widest with  F(S) + F(P_S) + F(h) <= F(S0) - F(A) - F(P_A)
+    w_A:  the widest with  F(A) + F(P_A)        <= rho F(S0) / k
+    w_S:  the widest with  F(S) + F(P_S) + F(h) <= F(S0) - k (F(A) + F(P_A))
 
 "Widest" is a search over multiples of r, the least common multiple of `round_to` and what the family's widths must be
 multiples of (`Staged.multiple_of`), in two steps: the largest multiplier m whose widths max(r, floor(m w_0 / r) r) fit,
@@ -15,6 +15,7 @@ The paper's own separation formula is not public; this is the project's (method.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,23 +32,29 @@ Widths = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Separation:
-    """S and A with fresh weights, and the account of their cost.
+    """S and its assistants with fresh weights, and the account of their cost.
 
     Attributes:
         student: S, without a head.
-        assistant: A, without a head.
-        cost: F(S) + F(A) + F(P_S) + F(P_A) + F(h), in the budget's unit.
+        assistants: A_1 .. A_k, all of the same widths, without a head.
+        cost: F(S) + F(P_S) + k (F(A) + F(P_A)) + F(h), in the budget's unit.
         budget: F(S0), never exceeded by `cost`.
         unit: ``"macs"`` or ``"params"``.
-        parts: Cost of each of student, assistant, student_adapter, assistant_adapter, head.
+        parts: Cost of student, assistant, student_adapter, assistant_adapter and head; those of the assistants are of
+            all k together.
     """
 
     student: Staged
-    assistant: Staged
+    assistants: tuple[Staged, ...]
     cost: int
     budget: int
     unit: str
     parts: dict[str, int]
+
+    @property
+    def assistant(self) -> Staged:
+        """A_1, the only one where k = 1."""
+        return self.assistants[0]
 
 
 def separate(
@@ -57,6 +64,7 @@ def separate(
     input_size: int | tuple[int, int],
     budget: str = "macs",
     assistant_share: float = 0.2,
+    assistants: int = 1,
     round_to: int = 8,
     channels: int | None = None,
 ) -> Separation:
@@ -67,15 +75,18 @@ def separate(
         num_classes: K, of the head.
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"`` or ``"params"``.
-        assistant_share: rho, the share of the budget that A and its adapter may take.
+        assistant_share: rho, the share of the budget that all assistants and their adapters may take.
+        assistants: k, how many of them share it equally.
         round_to: Every width is a multiple of this (or S0's own width, where that is smaller), and of what the family
             asks for: `Staged.multiple_of`.
         channels: C_T, the channels that the adapters lead to. Default: those of S0's last map.
 
     Raises:
         BudgetError: Even the narrowest S and A cost more than S0; the message has the numbers.
-        UsageError: Unknown name or unit.
+        UsageError: Unknown name or unit, or no assistant.
     """
+    if assistants < 1:
+        raise UsageError(f"assistants = {assistants} must be at least 1: without one, train S0 alone.")
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
     if budget not in ("macs", "params"):
         raise UsageError(unknown_name("budget", budget, ("macs", "params")))
@@ -86,12 +97,13 @@ def separate(
     assistant_widths = widest(
         lambda widths: prices.network(widths, None) + prices.adapter(widths),
         given.widths,
-        int(assistant_share * limit),
+        int(assistant_share * limit / assistants),
         step,
     )
+    too_small = functools.partial(_too_small, prices, given, limit, assistant_share, assistants, step)
     if assistant_widths is None:
-        raise _too_small(prices, given, limit, assistant_share, step, "the assistant alone")
-    rest = limit - prices.network(assistant_widths, None) - prices.adapter(assistant_widths)
+        raise too_small("the assistant alone")
+    rest = limit - assistants * (prices.network(assistant_widths, None) + prices.adapter(assistant_widths))
     student_widths = widest(
         lambda widths: prices.network(widths, None) + prices.adapter(widths) + prices.head,
         given.widths,
@@ -99,18 +111,18 @@ def separate(
         step,
     )
     if student_widths is None:
-        raise _too_small(prices, given, limit, assistant_share, step, "the student with what the assistant left")
+        raise too_small("the student with what the assistant left")
 
     parts = {
         "student": prices.network(student_widths, None),
-        "assistant": prices.network(assistant_widths, None),
+        "assistant": assistants * prices.network(assistant_widths, None),
         "student_adapter": prices.adapter(student_widths),
-        "assistant_adapter": prices.adapter(assistant_widths),
+        "assistant_adapter": assistants * prices.adapter(assistant_widths),
         "head": prices.head,
     }
     return Separation(
         student=given.rebuilt(student_widths, None),
-        assistant=given.rebuilt(assistant_widths, None),
+        assistants=tuple(given.rebuilt(assistant_widths, None) for _ in range(assistants)),
         cost=sum(parts.values()),
         budget=limit,
         unit=budget,
@@ -187,12 +199,16 @@ class _Prices:
         return self._known[key]
 
 
-def _too_small(prices: _Prices, given: Staged, limit: int, assistant_share: float, step: int, what: str) -> BudgetError:
+def _too_small(
+    prices: _Prices, given: Staged, limit: int, assistant_share: float, assistants: int, step: int, what: str
+) -> BudgetError:
     narrowest = tuple(min(width, step) for width in given.widths)
     branch = prices.network(narrowest, None) + prices.adapter(narrowest)
     return BudgetError(
         f"The budget is too small for {what}: S0 costs {limit:,}, of which assistant_share = {assistant_share} "
-        f"gives the assistant {int(assistant_share * limit):,}; at the narrowest widths {narrowest} "
+        f"gives {'the assistant' if assistants == 1 else f'each of {assistants} assistants'} "
+        f"{int(assistant_share * limit / assistants):,}; at the narrowest widths {narrowest} "
         f"(steps of {step}) an assistant costs {branch:,} and a student with the head {branch + prices.head:,}. "
-        "Lower student.round_to, change student.assistant_share, or give a larger S0."
+        f"Lower student.round_to{' or student.assistants' if assistants > 1 else ''}, change student.assistant_share, "
+        "or give a larger S0."
     )

@@ -1,10 +1,4 @@
-"""`fit`: everything a recipe asks for, phase after phase, into one run folder.
-
-    teacher    T by cross-entropy, where the recipe gives no checkpoint
-    s0         S0 by cross-entropy: the control at the same cost
-    student    S imitates T's map
-    assistant  A learns what S leaves over
-    head       a fresh head, where the recipe asks for one
+"""`fit`: everything a recipe asks for, phase after phase (`plans.py`), into one run folder.
 
 A phase whose weights are in the run folder is done and is loaded; the first one that is not goes on from the
 checkpoint. The test images are used once, at the end.
@@ -12,9 +6,7 @@ checkpoint. The test images are used once, at the end.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +17,6 @@ from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import ImageSet, Split, load_images, on_device
 from rkd_deploy.errors import DataError, RecipeError
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.serve.bench.accuracy import top1
 from rkd_deploy.serve.bench.provenance import provenance
@@ -36,9 +26,7 @@ from rkd_deploy.train.checkpoint import load_tensors, load_weights, save_tensors
 from rkd_deploy.train.evaluation import predictions
 from rkd_deploy.train.interruption import StopRequest
 from rkd_deploy.train.loop import Display, Phase, train_phase
-from rkd_deploy.train.methods.base import Method
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
-from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep
+from rkd_deploy.train.plans import Plan, Planner
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runlog import read_log
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run
@@ -82,16 +70,6 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     return _Trainer(recipe, facts, images, _device(recipe.train.device)).run(run, display or Silent())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A phase that is yet to be built: building it freezes and unfreezes, so it waits for its turn."""
-
-    name: str
-    product: nn.Module
-    epochs: int
-    method: Callable[[], Method]
-
-
 class _Trainer:
     """Holds the networks and the data of one `fit`."""
 
@@ -103,37 +81,25 @@ class _Trainer:
         self.train, self.val, self.test = (
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
-        self.teacher = networks.build_teacher(recipe, facts).to(device)
-        self.given: Staged | None = networks.build_given(recipe, facts).to(device) if recipe.student.baseline else None
-        self.model: ResidualStudent = networks.build_residual(recipe, facts).to(device)
-        self.ready: set[str] = set()
+        self.nets = networks.build_networks(recipe, facts, device)
+        self.planner = Planner(recipe, facts, self.nets)
+        self.planner.check()
+        self.ready: dict[str, nn.Module] = {}
         self._load_given_weights()
 
     def run(self, run: Run, display: Display) -> Run:
         """Every phase that is not done yet, then the evaluation."""
-        for name in sorted(self.ready):
+        for name, module in self.ready.items():
             if not run.weights(name).exists():
-                self._keep(run, name, self.teacher if name == "teacher" else self._s0())
+                self._keep(run, name, module)
         with StopRequest() as stop:
-            for plan in self._plans():
+            for plan in self.planner.plans(set(self.ready)):
                 self._phase(plan, run, display, stop)
         run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
         write_json(run.metrics_path, self._metrics(run))
         return run
 
-    def _plans(self) -> Iterator[_Plan]:
-        recipe, model, teacher = self.recipe, self.model, self.teacher
-        epochs = recipe.train.epochs
-        if "teacher" not in self.ready:
-            yield _Plan("teacher", teacher, recipe.teacher.epochs or epochs, lambda: CrossEntropy(teacher))
-        if self.given is not None and "s0" not in self.ready:
-            yield _Plan("s0", self.given, epochs, lambda: CrossEntropy(self._s0()))
-        yield _Plan("student", model, epochs, self._student_step)
-        yield _Plan("assistant", model, recipe.train.assistant_epochs or epochs, self._assistant_step)
-        if recipe.method.head == "trained":
-            yield _Plan("head", model, recipe.train.head_epochs or epochs, self._head_step)
-
-    def _phase(self, plan: _Plan, run: Run, display: Display, stop: StopRequest) -> None:
+    def _phase(self, plan: Plan, run: Run, display: Display, stop: StopRequest) -> None:
         path = run.weights(plan.name)
         if path.exists():
             state, _ = load_tensors(path)
@@ -152,37 +118,22 @@ class _Trainer:
         train_phase(phase, loader, self.recipe.train, run, display, stop)
         self._keep(run, plan.name, plan.product)
 
-    def _student_step(self) -> Method:
-        # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
-        assert self.teacher.fc is not None
-        self.model.head.load_state_dict(self.teacher.fc.state_dict())
-        return StudentStep(self.teacher, self.model, self.recipe.method.feature_weight)
-
-    def _assistant_step(self) -> Method:
-        return AssistantStep(self.teacher, self.model, self.recipe.method.feature_weight)
-
-    def _head_step(self) -> Method:
-        with networks.seeded(self.recipe.train.seed, "init/head"):
-            self.model.head.reset_parameters()
-        return HeadStep(self.model)
-
-    def _s0(self) -> Staged:
-        assert self.given is not None
-        return self.given
-
     def _load_given_weights(self) -> None:
         recipe = self.recipe
-        if recipe.student.checkpoint is not None and self.given is None:
+        if recipe.student.checkpoint is not None and self.nets.given is None:
             raise RecipeError("student.checkpoint is set and student.baseline is false: set one of them otherwise.")
-        for table, part, module in (("teacher", "teacher", self.teacher), ("student", "s0", self.given)):
+        for table, part, module in (
+            ("teacher", "teacher", self.nets.teacher),
+            ("student", "s0", self.nets.given),
+        ):
             checkpoint = getattr(recipe, table).checkpoint
             if checkpoint is None or module is None:
                 continue
             known = networks.load_given_weights(module, table, checkpoint, recipe, self.facts)
-            self.ready.add(part)
+            self.ready[part] = module
             self._check_sanity(module, table, checkpoint, known)
 
-    def _check_sanity(self, module: Staged, table: str, checkpoint: str, known: bool) -> None:
+    def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
         """A network that guesses on its own data is fed wrongly: say so now, not after hours of imitating it."""
         seen = self.val or self.train
         seen = seen.take(torch.arange(min(1000, len(seen))))
@@ -213,9 +164,7 @@ class _Trainer:
     def _metrics(self, run: Run) -> dict[str, Any]:
         began = time.perf_counter()
         parts = {}
-        for part in networks.PARTS:
-            if part == "s0" and self.given is None:
-                continue
+        for part in networks.parts_of(self.recipe):
             module = networks.load_part(run, part).to(self.device)
             cost = count(module, tuple(self.facts["image_size"]))
             parts[part] = {

@@ -96,6 +96,7 @@ def train_phase(
     first_epoch, first_batch, sums = _restore(phase, optimizer, run)
     display.phase(phase.name, phase.epochs, steps_per_epoch, first_epoch * steps_per_epoch + first_batch)
     for epoch in range(first_epoch, phase.epochs):
+        method.start_epoch(epoch + 1)
         method.train()
         began, seen_before = time.perf_counter(), sums.images
         for batch, (x_NCHW, y_N) in enumerate(loader.epoch(epoch, first_batch), first_batch):
@@ -160,6 +161,8 @@ def _interrupted(stop: StopRequest, run: Run) -> InterruptedTraining:
 
 def _save(phase: Phase, optimizer: torch.optim.Optimizer, run: Run, epoch: int, batch: int, sums: EpochSums) -> None:
     tensors = {f"product/{key}": value for key, value in phase.product.state_dict().items()}
+    if (auxiliary := phase.method.auxiliary()) is not None:
+        tensors |= {f"auxiliary/{key}": value for key, value in auxiliary.state_dict().items()}
     state = optimizer.state_dict()["state"]
     tensors |= {f"momentum/{index}": entry["momentum_buffer"] for index, entry in state.items()}
     tensors |= {f"sum/{name}": value for name, value in sums.parts.items()}
@@ -177,18 +180,20 @@ def _restore(phase: Phase, optimizer: torch.optim.Optimizer, run: Run) -> tuple[
         run.log.forget(phase.name)  # killed after its first epoch was logged and before that was saved
         return 0, 0, EpochSums()
     run.log.rewind(facts["log"])
-    product = {key.removeprefix("product/"): value for key, value in tensors.items() if key.startswith("product/")}
-    phase.product.load_state_dict(product)
+    phase.product.load_state_dict(_under("product/", tensors))
+    if (auxiliary := phase.method.auxiliary()) is not None:
+        auxiliary.load_state_dict(_under("auxiliary/", tensors))
     state = optimizer.state_dict()
-    state["state"] = {
-        int(key.removeprefix("momentum/")): {"momentum_buffer": value}
-        for key, value in tensors.items()
-        if key.startswith("momentum/")
-    }
+    momenta = _under("momentum/", tensors)
+    state["state"] = {int(index): {"momentum_buffer": value} for index, value in momenta.items()}
     optimizer.load_state_dict(state)
     torch.set_rng_state(tensors["random"])
     device = next(phase.product.parameters()).device
     sums = EpochSums(images=facts["images"])
-    sums.parts = {key.removeprefix("sum/"): v.to(device) for key, v in tensors.items() if key.startswith("sum/")}
+    sums.parts = {name: value.to(device) for name, value in _under("sum/", tensors).items()}
     sums.correct = tensors["correct"].to(device) if "correct" in tensors else None
     return facts["epoch"], facts["batch"], sums
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,10 +1,11 @@
-"""The networks of a run: T, S0, and S with A, built from its recipe and its facts."""
+"""The networks of a run: T, S0, and S with its assistants, built from its recipe and its facts."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,48 @@ from rkd_deploy.models.separation import separate
 from rkd_deploy.models.staged import Staged
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
+from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
 
 PARTS = ("fused", "student", "s0", "teacher")
-"""fused: S + A. student: S alone, same head. s0: the baseline at S0's full cost. teacher: T."""
+"""fused: S + A. student: S alone, same head. s0: the control or baseline at S0's full cost. teacher: T."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a recipe asks for, and None for what it does not.
+
+    Attributes:
+        teacher: T.
+        given: S0; with a projector and T's head where SimKD trains it.
+        model: S, its assistants and head.
+    """
+
+    teacher: Staged | None
+    given: Staged | ReusedClassifier | None
+    model: ResidualStudent | None
+
+
+def parts_of(recipe: Recipe) -> tuple[str, ...]:
+    """The parts that a run of this recipe has, what it is run for first."""
+    method = recipe.method
+    own = ("fused", "student") if method.residual else ()
+    given = ("s0",) if recipe.student.baseline else ()
+    return own + given + (() if method.name == "cross_entropy" else ("teacher",))
+
+
+def phase_of(recipe: Recipe, part: str) -> str:
+    """The phase whose weights hold a part."""
+    if part in ("teacher", "s0"):
+        return part
+    if recipe.method.scheme == "end_to_end":
+        return "end_to_end"
+    return assistant_phase(recipe.student.assistants) if recipe.method.head == "teacher" else "head"
+
+
+def assistant_phase(number: int) -> str:
+    """Name of the phase that trains assistant i = `number`, from 1."""
+    return "assistant" if number == 1 else f"assistant_{number}"
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -46,26 +85,32 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
         UsageError: Unknown network.
     """
     classes = len(images.classes)
-    channels = zoo.create(recipe.teacher.name, classes).channels
-    separation = separate(
-        recipe.student.name,
-        num_classes=classes,
-        input_size=images.image_size,
-        budget=recipe.student.budget,
-        assistant_share=recipe.student.assistant_share,
-        round_to=recipe.student.round_to,
-        channels=channels,
-    )
-    return {
+    facts: dict[str, Any] = {
         "data": images.name,
         "classes": list(images.classes),
         "mean": list(images.mean),
         "std": list(images.std),
         "image_size": list(images.image_size),
         "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
+        "channels": zoo.create(recipe.teacher.name, classes).channels,
+    }
+    return facts | _separation_facts(recipe, images, facts["channels"]) if recipe.method.residual else facts
+
+
+def _separation_facts(recipe: Recipe, images: ImageSet, channels: int) -> dict[str, Any]:
+    separation = separate(
+        recipe.student.name,
+        num_classes=len(images.classes),
+        input_size=images.image_size,
+        budget=recipe.student.budget,
+        assistant_share=recipe.student.assistant_share,
+        assistants=recipe.student.assistants,
+        round_to=recipe.student.round_to,
+        channels=channels,
+    )
+    return {
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
-        "channels": channels,
         "separation": {
             "unit": separation.unit,
             "budget": separation.budget,
@@ -81,25 +126,42 @@ def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
         return zoo.create(recipe.teacher.name, len(facts["classes"]))
 
 
-def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
-    """S0 with fresh weights."""
+def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged | ReusedClassifier:
+    """S0 with fresh weights; as SimKD ships it, where that is the method."""
+    classes = len(facts["classes"])
     with seeded(recipe.train.seed, "init/s0"):
-        return zoo.create(recipe.student.name, len(facts["classes"]))
+        given = zoo.create(recipe.student.name, classes)
+        if recipe.method.name != "simkd":
+            return given
+        backbone = given.rebuilt(given.widths, None)
+        return ReusedClassifier(backbone, facts["channels"], classes, recipe.method.simkd_factor)
 
 
 def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
-    """S and A with fresh weights, at the widths of the facts."""
+    """S and its assistants with fresh weights, at the widths of the facts."""
     with seeded(recipe.train.seed, "init/residual"):
         given = zoo.create(recipe.student.name, 1)
         return ResidualStudent(
             given.rebuilt(facts["student_widths"], None),
-            given.rebuilt(facts["assistant_widths"], None),
+            [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)],
             facts["channels"],
             len(facts["classes"]),
         )
 
 
-def load_given_weights(module: Staged, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
+def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.device) -> Networks:
+    """Every network that the recipe asks for, with fresh weights, on a device."""
+    parts = parts_of(recipe)
+    return Networks(
+        teacher=build_teacher(recipe, facts).to(device) if "teacher" in parts else None,
+        given=build_given(recipe, facts).to(device) if "s0" in parts else None,
+        model=build_residual(recipe, facts).to(device) if "fused" in parts else None,
+    )
+
+
+def load_given_weights(
+    module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]
+) -> bool:
     """Load the checkpoint that a recipe names for T or S0.
 
     Args:
@@ -148,15 +210,19 @@ def load_part(run: Run, part: str) -> nn.Module:
         UsageError: Unknown part.
         CheckpointError: This run has no such part, or its weights are damaged.
     """
+    recipe = run.recipe
     if part not in PARTS:
         raise UsageError(unknown_name("part", part, PARTS))
+    if part not in parts_of(recipe):
+        raise CheckpointError(
+            f"{run.folder} has no weights of phase {part!r}. It was left out by the recipe, which asks for "
+            f"{', '.join(parts_of(recipe))}."
+        )
     facts = run.read_json("facts.json")
-    recipe = run.recipe
     if part in ("teacher", "s0"):
         module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)
         return _restored(run, part, module)
-    last = "head" if recipe.method.head == "trained" else "assistant"
-    model = _restored(run, last, build_residual(recipe, facts))
+    model = _restored(run, phase_of(recipe, part), build_residual(recipe, facts))
     assert isinstance(model, ResidualStudent)
     return model if part == "fused" else StudentAlone(model).eval()
 
@@ -165,8 +231,8 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
     path = run.weights(phase)
     if not path.exists():
         raise CheckpointError(
-            f"{run.folder} has no weights of phase {phase!r}. It was left out by the recipe, or the run is not "
-            f"finished: rkd-deploy train {run.folder} --resume"
+            f"{run.folder} has no weights of phase {phase!r}: the run is not finished. Go on with: "
+            f"rkd-deploy train {run.folder} --resume"
         )
     state, _ = load_tensors(path)
     load_weights(module, state, str(path), phase)

@@ -2,7 +2,7 @@
 
 recipe.toml              as resolved: it reproduces the run
 environment.json         versions and hardware
-facts.json               classes, normalisation, image size, widths of S and A, the account of the budget
+facts.json               classes, normalisation, image size; where S and A are trained, their widths and the budget
 log.jsonl                one line per epoch and event
 checkpoint.safetensors   state of the phase in progress; gone when the run is finished
 weights/NAME.safetensors what each finished phase gave

@@ -25,10 +25,10 @@ def _scramble(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _model() -> ResidualStudent:
+def _model(assistants: int = 1) -> ResidualStudent:
     student = cifar.CifarResNet(8, (8, 8, 16, 24), None)
-    assistant = cifar.CifarResNet(8, (8, 8, 8, 8), None)
-    return _scramble(ResidualStudent(student, assistant, channels=12, num_classes=CLASSES))
+    chain = [cifar.CifarResNet(8, (8, 8, 8, 8), None) for _ in range(assistants)]
+    return _scramble(ResidualStudent(student, chain, channels=12, num_classes=CLASSES))
 
 
 def _card() -> ModelCard:
@@ -39,6 +39,12 @@ def _card() -> ModelCard:
 @pytest.fixture
 def model() -> ResidualStudent:
     return _model()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def chain(request: pytest.FixtureRequest) -> ResidualStudent:
+    """S with one, two and three assistants."""
+    return _model(request.param)
 
 
 @pytest.fixture

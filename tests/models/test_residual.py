@@ -13,7 +13,7 @@ CHANNELS, CLASSES = 12, 5
 @pytest.fixture
 def model() -> ResidualStudent:
     """S and A of different widths, in float64 and eval mode, batch norm with statistics as after training."""
-    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), CifarResNet(8, (2, 3, 4, 5), None), CHANNELS, CLASSES)
+    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -29,16 +29,19 @@ def x_NCHW() -> Tensor:
 
 def learnt(model: ResidualStudent) -> ResidualStudent:
     """The assistant's adapter as it might be after training."""
-    nn.init.normal_(model.assistant_adapter.weight)
-    assert model.assistant_adapter.bias is not None
-    nn.init.normal_(model.assistant_adapter.bias)
+    nn.init.normal_(model.assistant_adapters[0].weight)
+    assert model.assistant_adapters[0].bias is not None
+    nn.init.normal_(model.assistant_adapters[0].bias)
     return model
 
 
 def by_hand(model: ResidualStudent, x_NCHW: Tensor) -> Tensor:
     """h(GAP(P_S f_S + P_A f_A)), with matrices."""
     total = torch.zeros((), dtype=torch.float64)
-    for branch, adapter in ((model.student, model.student_adapter), (model.assistant, model.assistant_adapter)):
+    for branch, adapter in (
+        (model.student, model.student_adapter),
+        *zip(model.assistants, model.assistant_adapters, strict=True),
+    ):
         f = branch.features(x_NCHW)[-1]
         assert adapter.bias is not None
         total = total + torch.einsum("oc,nchw->nohw", adapter.weight[:, :, 0, 0], f) + adapter.bias[:, None, None]
@@ -59,7 +62,7 @@ def test_the_sum_is_that_of_the_paper(model: ResidualStudent, x_NCHW: Tensor) ->
 @torch.no_grad()
 def test_the_second_implementation_says_no_to_one_changed_weight(model: ResidualStudent, x_NCHW: Tensor) -> None:
     wanted = by_hand(learnt(model), x_NCHW)
-    model.assistant_adapter.weight[3, 2] += 1e-6
+    model.assistant_adapters[0].weight[3, 2] += 1e-6
     assert not torch.allclose(model(x_NCHW), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -75,7 +78,7 @@ def test_before_it_has_learnt_the_assistant_adds_exactly_nothing(model: Residual
 @torch.no_grad()
 def test_the_assistant_can_be_negative_as_the_residual_is(model: ResidualStudent, x_NCHW: Tensor) -> None:
     learnt(model)
-    assert (model.assistant.features(x_NCHW)[-1] >= 0).all()  # the ReLU at its end ...
+    assert (model.assistants[0].features(x_NCHW)[-1] >= 0).all()  # the ReLU at its end ...
     signed = model.assistant_map(x_NCHW)
     assert (signed < 0).any()  # ... is not the end of P_A f_A
     assert (signed > 0).any()
@@ -85,10 +88,10 @@ def test_the_assistant_can_be_negative_as_the_residual_is(model: ResidualStudent
 def test_a_linear_adapter_can_be_folded_with_pooling(model: ResidualStudent, x_NCHW: Tensor) -> None:
     """The identity that the export rests on: [W P_S | W P_A] [GAP s; GAP a] + W (b_S + b_A) + b."""
     learnt(model)
-    adapters, head = (model.student_adapter, model.assistant_adapter), model.head
+    adapters, head = (model.student_adapter, model.assistant_adapters[0]), model.head
     matrix = torch.cat([head.weight @ adapter.weight[:, :, 0, 0] for adapter in adapters], 1)
     shift = head.weight @ sum(adapter.bias for adapter in adapters) + head.bias
-    pooled = torch.cat([branch.features(x_NCHW)[-1].mean((2, 3)) for branch in (model.student, model.assistant)], 1)
+    pooled = torch.cat([branch.features(x_NCHW)[-1].mean((2, 3)) for branch in (model.student, model.assistants[0])], 1)
     torch.testing.assert_close(pooled @ matrix.T + shift, model(x_NCHW), rtol=1e-12, atol=1e-12)
 
 
@@ -97,3 +100,18 @@ def test_the_student_alone_is_the_same_student(model: ResidualStudent) -> None:
     ours = dict(model.named_parameters())
     assert {name for name, _ in alone.named_parameters()} == {name for name in ours if "assistant" not in name}
     assert all(parameter is ours[name] for name, parameter in alone.named_parameters())
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@torch.no_grad()
+def test_a_chain_is_the_sum_of_its_branches(k: int, x_NCHW: Tensor) -> None:
+    chain = [CifarResNet(8, (2, 3, 4, 5), None) for _ in range(k)]
+    model = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), chain, CHANNELS, CLASSES).double().eval()
+    for parameter in model.assistant_adapters.parameters():
+        nn.init.normal_(parameter)
+    torch.testing.assert_close(model(x_NCHW), by_hand(model, x_NCHW), rtol=1e-12, atol=1e-12)
+    partial = model.student_map(x_NCHW)
+    for i in range(1, k + 1):
+        assert not torch.allclose(model.summed_map(x_NCHW, i), partial)
+        partial = partial + model.assistant_map(x_NCHW, i)
+        assert torch.equal(model.summed_map(x_NCHW, i), partial)

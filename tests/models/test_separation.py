@@ -63,6 +63,8 @@ def test_never_narrower_than_a_plain_multiplier(name: str, share: float, assista
 def check(made: Separation, closed_form: Any, *, full: Widths, share: float, round_to: int, **how: Any) -> None:
     """Everything that is promised of a separation, with the costs in closed form."""
     depth, unit, classes, size, channels = (how[key] for key in ("depth", "unit", "classes", "size", "channels"))
+    k = how.get("assistants", 1)
+    assert [one.widths for one in made.assistants] == [made.assistant.widths] * k
     s, a = made.student.widths, made.assistant.widths
 
     def branch(widths: Widths) -> int:
@@ -74,17 +76,17 @@ def check(made: Separation, closed_form: Any, *, full: Widths, share: float, rou
     assert made.budget == closed_form.network(unit, depth, full, classes, size)
     assert made.parts == {
         "student": closed_form.network(unit, depth, s, None, size),
-        "assistant": closed_form.network(unit, depth, a, None, size),
+        "assistant": k * closed_form.network(unit, depth, a, None, size),
         "student_adapter": closed_form.adapter(unit, s[-1], channels, size),
-        "assistant_adapter": closed_form.adapter(unit, a[-1], channels, size),
+        "assistant_adapter": k * closed_form.adapter(unit, a[-1], channels, size),
         "head": head,
     }
-    assert made.cost == branch(s) + branch(a) + head <= made.budget
-    assert branch(a) <= share * made.budget
+    assert made.cost == branch(s) + k * branch(a) + head <= made.budget
+    assert k * branch(a) <= share * made.budget
     for widths in (s, a):
         assert all(width in steps(own, round_to) for width, own in zip(widths, full, strict=True))
-    assert all(branch(widths) > share * made.budget for widths in wider(a, full, round_to))
-    assert all(branch(a) + branch(widths) + head > made.budget for widths in wider(s, full, round_to))
+    assert all(k * branch(widths) > share * made.budget - k for widths in wider(a, full, round_to))
+    assert all(k * branch(a) + branch(widths) + head > made.budget for widths in wider(s, full, round_to))
 
 
 @settings(max_examples=6)
@@ -97,6 +99,7 @@ def check(made: Separation, closed_form: Any, *, full: Widths, share: float, rou
     classes=st.integers(2, 100),
     size=st.sampled_from([(32, 32), (8, 8), (12, 20)]),
     channels=st.none() | st.sampled_from([16, 64, 256]),
+    assistants=st.sampled_from([1, 1, 2, 3]),
 )
 def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
     closed_form: Any,
@@ -108,8 +111,10 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
     classes: int,
     size: tuple[int, int],
     channels: int | None,
+    assistants: int,
 ) -> None:
     how: dict[str, Any] = {"num_classes": classes, "input_size": size, "budget": unit, "channels": channels}
+    how["assistants"] = assistants
     given_network = CifarResNet(depth, full, classes)
     try:
         made = separate(given_network, assistant_share=share, round_to=round_to, **how)
@@ -120,7 +125,7 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
         branch += closed_form.adapter(unit, narrowest[-1], c, size)
         budget = closed_form.network(unit, depth, full, classes, size)
         head = c * classes + (classes if unit == "params" else 0)
-        assert branch > share * budget or branch + head > (1 - share) * budget
+        assert assistants * branch > share * budget - assistants or branch + head > (1 - share) * budget
         return
     check(
         made,
@@ -133,6 +138,7 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
         classes=classes,
         size=size,
         channels=channels or full[-1],
+        assistants=assistants,
     )
 
 
@@ -153,7 +159,7 @@ def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separatio
     }
     return Separation(
         student=made.student.rebuilt(widths, None),
-        assistant=made.assistant,
+        assistants=made.assistants,
         cost=sum(parts.values()),
         budget=made.budget,
         unit=made.unit,
@@ -161,13 +167,15 @@ def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separatio
     )
 
 
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("unit", ["macs", "params"])
-def test_the_account_is_that_of_the_network_that_ships(unit: str) -> None:
+def test_the_account_is_that_of_the_network_that_ships(unit: str, k: int) -> None:
     """What the parts add up to is what counting the whole of S + A gives."""
     from rkd_deploy.models.cost import count
 
-    made = separate("resnet14", num_classes=10, input_size=32, budget=unit, channels=128)
-    cost = count(ResidualStudent(made.student, made.assistant, 128, 10), 32)
+    how = {"assistant_share": 0.3, "assistants": k, "round_to": 4}
+    made = separate("resnet14", num_classes=10, input_size=32, budget=unit, channels=128, **how)
+    cost = count(ResidualStudent(made.student, made.assistants, 128, 10), 32)
     assert (cost.macs if unit == "macs" else cost.parameters) == made.cost
 
 
@@ -250,6 +258,13 @@ def test_a_budget_too_small_for_the_assistant_is_stated_in_numbers(closed_form: 
     assert re.findall(r"[\d,]{4,}\d", message) == [f"{n:,}" for n in (limit, limit // 50, branch, branch + 640)]
     assert "(8, 8, 8, 8)" in message
     assert "Lower student.round_to" in message
+
+
+def test_a_chain_that_is_too_long_is_stated_with_the_share_of_each(closed_form: Any) -> None:
+    with pytest.raises(BudgetError, match=r"gives each of 9 assistants [\d,]+;.*Lower .* or student\.assistants"):
+        separate("resnet8", num_classes=10, input_size=32, assistants=9)
+    with pytest.raises(UsageError, match="assistants = 0 must be at least 1"):
+        separate("resnet8", num_classes=10, input_size=32, assistants=0)
 
 
 def test_a_budget_too_small_for_what_is_left_is_stated(closed_form: Any) -> None:

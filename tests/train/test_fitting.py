@@ -126,12 +126,12 @@ def test_each_phase_changed_its_own_part_only(tmp_path: Path, tiny_recipe: MakeR
     """Between the files: weights and batch-norm statistics of everything else are the same bits."""
     run = fit(tiny_recipe(*QUICK, "method.head=trained"), root=tmp_path)
     student, assistant, head = (state_of(run, phase) for phase in ("student", "assistant", "head"))
-    assert changed(student, assistant) == {"assistant", "assistant_adapter"}
+    assert changed(student, assistant) == {"assistants", "assistant_adapters"}
     assert changed(assistant, head) == {"head"}
     teacher = state_of(run, "teacher")
     assert torch.equal(student["head.weight"], teacher["fc.weight"])
     assert not torch.equal(head["head.weight"], teacher["fc.weight"])
-    assert not student["assistant_adapter.weight"].any()  # until A learns it adds nothing
+    assert not student["assistant_adapters.0.weight"].any()  # until A learns it adds nothing
     assert [row["phase"] for row in rows(run)] == ["teacher", "s0", "student", "assistant", "head"]
     assert type(load_part(run, "fused").get_submodule("head")) is nn.Linear
 
@@ -140,7 +140,7 @@ def test_the_head_is_the_teachers_where_the_recipe_says_so(tiny_run: Run) -> Non
     teacher, assistant = state_of(tiny_run, "teacher"), state_of(tiny_run, "assistant")
     assert torch.equal(assistant["head.weight"], teacher["fc.weight"])
     assert torch.equal(assistant["head.bias"], teacher["fc.bias"])
-    assert changed(state_of(tiny_run, "student"), assistant) == {"assistant", "assistant_adapter"}
+    assert changed(state_of(tiny_run, "student"), assistant) == {"assistants", "assistant_adapters"}
 
 
 def test_weights_say_what_they_were_trained_on(tiny_run: Run) -> None:

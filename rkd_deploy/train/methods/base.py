@@ -41,6 +41,13 @@ class Method(nn.Module, ABC):
     def deployable(self) -> nn.Module:
         """The network this method trains, as it would be shipped: images to logits."""
 
+    def auxiliary(self) -> nn.Module | None:
+        """What is trained along and not shipped: checkpoints hold it, weights do not."""
+        return None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before epoch 1, 2, ..., also when training is resumed in it."""
+
     def freeze(self, *modules: nn.Module) -> None:
         """Keep these out of training."""
         for module in modules:

@@ -1,42 +1,39 @@
 """Residual knowledge distillation (Gao, Shen, Li, Loy, arXiv 2002.09168), the sequential scheme.
 
-    S:      L_S = w D(f_T, P_S f_S)
-    target: r   = stop_gradient(f_T - P_S f_S)          S frozen, batch norm in eval mode
-    A:      L_A = w D(r, P_A f_A)
-    h:      L_h = CE(h(GAP(P_S f_S + P_A f_A)), y)      only where the head is trained; S and A frozen
+    S:      L_S = w D(f_T, P_S f_S) [+ b X(T, S, y)]
+    target: r_i = stop_gradient(f_T - s_{i-1}),  s_i = P_S f_S + P_1 f_1 + .. + P_i f_i      S, A_1 .. A_{i-1} frozen,
+    A_i:    L_i = w D(r_i, P_i f_i)                                                          batch norm in eval mode
+    h:      L_h = CE(h(GAP(s_k)), y)     only where the head is trained or finetuned; S and every A frozen
 
-f are the last stage maps, P the 1x1 adapters to T's channels, D the mean squared error over elements, w its weight.
-T is frozen throughout and in eval mode. Only the abstract of the paper and a summary of its journal version are public:
-the order of the steps and the choice of D are this project's.
+f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`distance.py`), w its weight, X a borrowed
+loss ("residual + X"), which sees S's own stage maps and S's logits under T's head. T is frozen throughout and in eval
+mode. k = 1 is the paper's single assistant A. Only the abstract of the paper and a summary of its journal version are
+public: the order of the steps, the choice of D and where X is applied are this project's.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import Staged, pool
 from rkd_deploy.train.methods.base import Losses, Method
-
-
-def distance(target_NCHW: Tensor, map_NCHW: Tensor) -> Tensor:
-    """D: mean squared error over all elements."""
-    return mse_loss(map_NCHW, target_NCHW)
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, sized, view_teacher
+from rkd_deploy.train.methods.distance import Distance, mse
 
 
 def sized_like(target_NCHW: Tensor, map_NCHW: Tensor) -> Tensor:
     """The target, average-pooled to the height and width of the map where they differ (as SimKD does)."""
     height, width = map_NCHW.shape[-2:]
-    if target_NCHW.shape[-2:] == (height, width):
-        return target_NCHW
-    return adaptive_avg_pool2d(target_NCHW, (height, width))
+    return sized(target_NCHW, height, width)
 
 
-def explained(target_NCHW: Tensor, error: Tensor) -> Tensor:
-    """Share of the target's mean square that is explained: 0 for a silent map, 1 for a perfect one."""
-    return 1 - error.detach() / target_NCHW.square().mean()
+@torch.no_grad()
+def explained(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
+    """Share of the target's mean square that the sum explains: 0 for a silent map, 1 for a perfect one."""
+    return 1 - mse_loss(sum_NCHW, target_NCHW) / target_NCHW.square().mean()
 
 
 class StudentStep(Method):
@@ -44,78 +41,107 @@ class StudentStep(Method):
 
     Args:
         teacher: T, frozen.
-        model: S, A and head; only S and its adapter are trained.
+        model: S, its assistants and head; only S and its adapter are trained.
         weight: w, of D in the loss.
+        distance: D.
+        base: b X, or None.
     """
 
-    def __init__(self, teacher: Staged, model: ResidualStudent, weight: float) -> None:
+    def __init__(
+        self,
+        teacher: Staged,
+        model: ResidualStudent,
+        weight: float,
+        *,
+        distance: Distance = mse,
+        base: WeightedLoss | None = None,
+    ) -> None:
         super().__init__()
-        self.teacher, self.model, self.weight = teacher, model.requires_grad_(True), weight
-        self.freeze(teacher, model.assistant, model.assistant_adapter, model.head)
+        self.teacher, self.model, self.base = teacher, model.requires_grad_(True), base
+        self.distance, self.weight = distance, weight
+        self.freeze(teacher, model.assistants, model.assistant_adapters, model.head)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_S = w D(f_T, P_S f_S)."""
-        with torch.no_grad():
-            f_T = self.teacher.features(x_NCHW)[-1]
-        f_S = self.model.student_map(x_NCHW)
-        f_T = sized_like(f_T, f_S)
-        error = distance(f_T, f_S)
-        parts = {"student": error.detach(), "explained": explained(f_T, error)}
-        with torch.no_grad():
-            logits_NK = self.model.head(pool(f_S))
-        return Losses(self.weight * error, parts, logits_NK)
+        """L_S = w D(f_T, P_S f_S) [+ b X]."""
+        seen = view_teacher(self.teacher, x_NCHW)
+        maps = self.model.student.features(x_NCHW)
+        f_S = self.model.student_adapter(maps[-1])
+        z_S = self.model.head(pool(f_S))
+        f_T = sized_like(seen.maps[-1], f_S)
+        error = self.distance(f_T, f_S)
+        total = self.weight * error
+        parts = {"student": error.detach(), "explained": explained(f_T, f_S)}
+        if self.base is not None:
+            weighted, parts["base"] = self.base(seen, View(maps, z_S), y_N)
+            total = total + weighted
+        return Losses(total, parts, z_S.detach())
 
     def deployable(self) -> nn.Module:
         """S alone."""
         return StudentAlone(self.model)
 
+    def auxiliary(self) -> nn.Module | None:
+        """The adapters of X."""
+        return self.base
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the weight of X."""
+        if self.base is not None:
+            self.base.start_epoch(epoch)
+
 
 class AssistantStep(Method):
-    """A learns what S leaves over.
+    """A_i learns what S and the assistants before it leave over.
 
     Args:
         teacher: T, frozen.
-        model: S, A and head; only A and its adapter are trained.
+        model: S, its assistants and head; only A_i and its adapter are trained.
         weight: w, of D in the loss.
+        distance: D.
+        number: i, from 1.
     """
 
-    def __init__(self, teacher: Staged, model: ResidualStudent, weight: float) -> None:
+    def __init__(
+        self, teacher: Staged, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
+    ) -> None:
         super().__init__()
-        self.teacher, self.model, self.weight = teacher, model.requires_grad_(True), weight
-        self.freeze(teacher, model.student, model.student_adapter, model.head)
+        self.teacher, self.model, self.number = teacher, model.requires_grad_(True), number
+        self.distance, self.weight = distance, weight
+        others = [module for index, pair in enumerate(model.branches()) if index != number for module in pair]
+        self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_A = w D(r, P_A f_A) with r = f_T - P_S f_S."""
+        """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
         with torch.no_grad():
-            f_S = self.model.student_map(x_NCHW)
-            f_T = sized_like(self.teacher.features(x_NCHW)[-1], f_S)
-            r = f_T - f_S
-        f_A = self.model.assistant_map(x_NCHW)
-        error = distance(r, f_A)
-        parts = {"assistant": error.detach(), "explained": explained(f_T, error)}
+            s = self.model.summed_map(x_NCHW, assistants=self.number - 1)
+            f_T = sized_like(self.teacher.features(x_NCHW)[-1], s)
+            r = f_T - s
+        f_A = self.model.assistant_map(x_NCHW, self.number)
+        error = self.distance(r, f_A)
         with torch.no_grad():
-            logits_NK = self.model.head(pool(f_S + f_A))
+            parts = {"assistant": error.detach(), "explained": explained(f_T, s + f_A)}
+            logits_NK = self.model.head(pool(s + f_A))
         return Losses(self.weight * error, parts, logits_NK)
 
     def deployable(self) -> nn.Module:
-        """S + A."""
+        """S and all assistants: those that are yet to learn add nothing."""
         return self.model
 
 
 class HeadStep(Method):
-    """A fresh head learns to classify the finished sum.
+    """The head learns to classify the finished sum.
 
     Args:
-        model: S, A and head; only the head is trained.
+        model: S, its assistants and head; only the head is trained.
     """
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
         self.model = model.requires_grad_(True)
-        self.freeze(model.student, model.assistant, model.student_adapter, model.assistant_adapter)
+        self.freeze(*(module for pair in model.branches() for module in pair))
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_h = CE(h(GAP(f_S + f_A)), y)."""
+        """L_h = CE(h(GAP(s_k)), y)."""
         with torch.no_grad():
             pooled_NC = pool(self.model.summed_map(x_NCHW))
         logits_NK = self.model.head(pooled_NC)

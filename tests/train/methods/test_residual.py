@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.train.methods.base import Method
+from rkd_deploy.train.methods.distance import mse
 from rkd_deploy.train.methods.residual import (
     AssistantStep,
     HeadStep,
     StudentStep,
-    distance,
     explained,
     sized_like,
 )
@@ -24,7 +24,7 @@ CHANNELS, CLASSES, WEIGHT = 10, 4, 3.0
 Make = Callable[[CifarResNet, ResidualStudent], Method]
 STEPS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "student": (lambda T, model: StudentStep(T, model, WEIGHT), ("student.", "student_adapter.")),
-    "assistant": (lambda T, model: AssistantStep(T, model, WEIGHT), ("assistant.", "assistant_adapter.")),
+    "assistant": (lambda T, model: AssistantStep(T, model, WEIGHT), ("assistants.", "assistant_adapters.")),
     "head": (lambda T, model: HeadStep(model), ("head.",)),
 }
 
@@ -38,8 +38,8 @@ def T() -> CifarResNet:
 @pytest.fixture
 def model() -> ResidualStudent:
     """S and A in float64, A as if it had learnt something already."""
-    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), CifarResNet(8, (2, 3, 4, 5), None), CHANNELS, CLASSES)
-    nn.init.normal_(made.assistant_adapter.weight)
+    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES)
+    nn.init.normal_(made.assistant_adapters[0].weight)
     return used(made.double())
 
 
@@ -70,9 +70,9 @@ def map_of(branch: CifarResNet, adapter: nn.Conv2d, x_NCHW: Tensor, *, training:
 
 def test_distance_is_the_mean_over_all_elements() -> None:
     target, map_ = torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.zeros(1, 1, 2, 2)
-    assert distance(target, map_).item() == 7.5  # (1 + 4 + 9 + 16) / 4
-    assert distance(target, target).item() == 0
-    assert distance(target.repeat(5, 3, 1, 1), map_.repeat(5, 3, 1, 1)).item() == 7.5
+    assert mse(target, map_).item() == 7.5  # (1 + 4 + 9 + 16) / 4
+    assert mse(target, target).item() == 0
+    assert mse(target.repeat(5, 3, 1, 1), map_.repeat(5, 3, 1, 1)).item() == 7.5
 
 
 def test_a_larger_target_is_pooled_to_the_map() -> None:
@@ -83,10 +83,10 @@ def test_a_larger_target_is_pooled_to_the_map() -> None:
 
 def test_explained_is_0_for_silence_and_1_for_the_target() -> None:
     target = torch.randn(2, 3, 4, 4)
-    assert explained(target, distance(target, torch.zeros_like(target))).item() == pytest.approx(0, abs=1e-6)
-    assert explained(target, distance(target, target)).item() == 1
-    assert explained(target, distance(target, target / 2)).item() == pytest.approx(0.75)
-    assert explained(target, distance(target, -target)).item() == pytest.approx(-3)  # worse than silence
+    assert explained(target, torch.zeros_like(target)).item() == pytest.approx(0, abs=1e-6)
+    assert explained(target, target).item() == 1
+    assert explained(target, target / 2).item() == pytest.approx(0.75)
+    assert explained(target, -target).item() == pytest.approx(-3)  # worse than silence
 
 
 # The losses, against a second implementation
@@ -108,7 +108,7 @@ def test_assistant_loss(T: CifarResNet, model: ResidualStudent, batch: tuple[Ten
     step, (x, y) = AssistantStep(T, model, WEIGHT).train(), batch
     f_T = copy.deepcopy(T).eval().features(x)[-1]
     f_S = map_of(model.student, model.student_adapter, x, training=False)
-    f_A = map_of(model.assistant, model.assistant_adapter, x, training=True)
+    f_A = map_of(model.assistants[0], model.assistant_adapters[0], x, training=True)
     losses = step(x, y)
     error = (f_T - f_S - f_A).pow(2).sum() / f_T.numel()
     torch.testing.assert_close(losses.total, WEIGHT * error, rtol=1e-12, atol=0)
@@ -120,7 +120,7 @@ def test_assistant_loss(T: CifarResNet, model: ResidualStudent, batch: tuple[Ten
 def test_head_loss(model: ResidualStudent, batch: tuple[Tensor, Tensor]) -> None:
     step, (x, y) = HeadStep(model).train(), batch
     f_S = map_of(model.student, model.student_adapter, x, training=False)
-    f_A = map_of(model.assistant, model.assistant_adapter, x, training=False)
+    f_A = map_of(model.assistants[0], model.assistant_adapters[0], x, training=False)
     logits = model.head((f_S + f_A).mean((2, 3)))
     losses = step(x, y)
     wanted = (logits.exp().sum(1).log() - logits[torch.arange(len(y)), y]).mean()

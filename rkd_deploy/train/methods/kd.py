@@ -1,0 +1,51 @@
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), and logit standardisation.
+
+    p = softmax(z / tau)
+    L = tau^2 KL(p_T || p_S), mean over the batch
+
+Published protocol (RepDistiller, mdistiller): 0.1 CE + 0.9 L, tau = 4.
+
+Standardised (Sun et al., CVPR 2024, arXiv 2403.01427): each z is replaced by (z - mean z) / (std z + 1e-7) over its K
+classes before, std with K - 1, so that S has to match T's ranking and not its range; its authors run it with tau = 2
+and weight 9.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from rkd_deploy.train.methods.base_loss import BaseLoss, View
+
+
+def kd_loss(z_T: Tensor, z_S: Tensor, temperature: float) -> Tensor:
+    """tau^2 KL(p_T || p_S) of logits [N, K]; finite for any finite logits, because nothing leaves log space."""
+    log_p_T, log_p_S = (log_softmax(z / temperature, dim=1) for z in (z_T, z_S))
+    return temperature**2 * kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True)
+
+
+def standardised(z_NK: Tensor) -> Tensor:
+    """Logits of mean 0 and standard deviation 1 in each row."""
+    return (z_NK - z_NK.mean(1, keepdim=True)) / (z_NK.std(1, keepdim=True) + 1e-7)
+
+
+class KD(BaseLoss):
+    """L on the logits.
+
+    Args:
+        temperature: tau.
+        standardise: Standardise both logits first.
+    """
+
+    weight, ce_weight = 0.9, 0.1
+
+    def __init__(self, temperature: float, standardise: bool) -> None:
+        super().__init__()
+        self.temperature, self.standardise = temperature, standardise
+
+    def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
+        """tau^2 KL(p_T || p_S)."""
+        z_T, z_S = teacher.logits_NK, student.logits_NK
+        if self.standardise:
+            z_T, z_S = standardised(z_T), standardised(z_S)
+        return kd_loss(z_T, z_S, self.temperature)

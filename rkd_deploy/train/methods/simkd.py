@@ -1,0 +1,82 @@
+"""SimKD: the reused teacher classifier (Chen, Mei, Zhang, Wang, Feng, Chen, CVPR 2022, arXiv 2203.14001).
+
+    L = MSE(f_T, R f_S)      R: 1x1 to C_T / f, 3x3, 1x1 to C_T, each with batch norm and ReLU
+    z = h_T(GAP(R f_S))      h_T the teacher's head, frozen
+
+Published protocol (the authors' code): L alone, no cross-entropy, f = 2. R is not linear, so it cannot be folded away:
+a network trained by SimKD alone ships R and costs more than S0. As a base loss for S only L is used, R is dropped after
+training, and for the control S0 cross-entropy trains its own head. Maps of unequal size: the larger one is
+average-pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike
+
+
+def projector(channels: int, out_channels: int, factor: int) -> nn.Sequential:
+    """R, from S's channels to T's; `factor` is f."""
+    middle = max(1, out_channels // factor)
+    layers: list[nn.Module] = []
+    for before, after, size in ((channels, middle, 1), (middle, middle, 3), (middle, out_channels, 1)):
+        layers += [nn.Conv2d(before, after, size, padding=size // 2, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class ReusedClassifier(nn.Module):
+    """S0's stages, R, and the teacher's head: what SimKD ships.
+
+    Args:
+        backbone: S0 without a head.
+        channels: C_T.
+        num_classes: K.
+        factor: f.
+    """
+
+    def __init__(self, backbone: Staged, channels: int, num_classes: int, factor: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector(backbone.channels, channels, factor)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """S0's stage maps, the last one as R f_S, [N, C_T, H', W']."""
+        *maps, f_S = self.backbone.features(x_NCHW)
+        return (*maps, self.projector(f_S))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return cast(Tensor, self.fc(pool(self.features(x_NCHW)[-1])))
+
+
+class SimKD(BaseLoss):
+    """L on the last maps.
+
+    Args:
+        teacher: (C, H, W) of T's stage maps.
+        student: (C, H, W) of the student's.
+        factor: f. None: the student has an R of its own, as `ReusedClassifier` does.
+    """
+
+    weight, ce_weight = 1.0, 0.0
+
+    def __init__(
+        self,
+        teacher: Sequence[tuple[int, int, int]],
+        student: Sequence[tuple[int, int, int]],
+        factor: int | None,
+    ) -> None:
+        super().__init__()
+        self.projector = nn.Identity() if factor is None else projector(student[-1][0], teacher[-1][0], factor)
+
+    def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
+        """MSE(f_T, R f_S)."""
+        f_T, f_S = alike(teacher.maps[-1], student.maps[-1])
+        return mse_loss(self.projector(f_S), f_T)

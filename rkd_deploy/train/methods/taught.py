@@ -1,0 +1,58 @@
+"""A whole network taught by one borrowed loss: the baselines, and the control beside residual distillation.
+
+    L = c CE(z, y) + b X(T, network, y)
+
+T is frozen and in eval mode.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.train.methods.base import Losses, Method
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
+from rkd_deploy.train.methods.simkd import ReusedClassifier
+
+
+class Taught(Method):
+    """Trains all of a network but a reused head, and the adapters of the loss with it.
+
+    Args:
+        teacher: T, frozen.
+        network: Trained.
+        base: b X.
+        ce_weight: c.
+    """
+
+    def __init__(
+        self, teacher: Staged, network: Staged | ReusedClassifier, base: WeightedLoss, ce_weight: float
+    ) -> None:
+        super().__init__()
+        self.teacher, self.network, self.base, self.ce_weight = teacher, network.requires_grad_(True), base, ce_weight
+        self.freeze(teacher)
+        if isinstance(network, ReusedClassifier):
+            self.freeze(network.fc)
+
+    def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
+        """The sum c CE + b X."""
+        maps = self.network.features(x_NCHW)
+        assert self.network.fc is not None
+        z = self.network.fc(pool(maps[-1]))
+        ce = cross_entropy(z, y_N)
+        weighted, value = self.base(view_teacher(self.teacher, x_NCHW), View(maps, z), y_N)
+        parts = {"ce": ce.detach(), "base": value}
+        return Losses(self.ce_weight * ce + weighted, parts, z.detach())
+
+    def deployable(self) -> nn.Module:
+        """The network itself."""
+        return self.network
+
+    def auxiliary(self) -> nn.Module:
+        """The adapters of the loss."""
+        return self.base
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the weight of the loss."""
+        self.base.start_epoch(epoch)

@@ -1,0 +1,162 @@
+"""Which phases a recipe asks for, in order, and what each one trains.
+
+teacher      T by cross-entropy, where the recipe gives no checkpoint and something imitates T
+s0           S0: the control at the same cost, or the baseline itself
+student      scheme sequential: S imitates T's map
+assistant    A_1 learns what S leaves over; then assistant_2, ...
+head         a head of its own, where the recipe asks for one
+end_to_end   scheme end_to_end: S, the assistants and the head at once
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.staged import Staged
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train import networks
+from rkd_deploy.train.methods.base import Method
+from rkd_deploy.train.methods.base_loss import WeightedLoss
+from rkd_deploy.train.methods.catalogue import base_loss
+from rkd_deploy.train.methods.cross_entropy import CrossEntropy
+from rkd_deploy.train.methods.distance import DISTANCES
+from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
+from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep
+from rkd_deploy.train.methods.simkd import ReusedClassifier
+from rkd_deploy.train.methods.taught import Taught
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A phase that is yet to be built: building it freezes and unfreezes, so it waits for its turn."""
+
+    name: str
+    product: nn.Module
+    epochs: int
+    method: Callable[[], Method]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns a recipe and its networks into phases.
+
+    Attributes:
+        recipe: What is asked for.
+        facts: Of the run (`networks.gather_facts`).
+        nets: The networks.
+    """
+
+    recipe: Recipe
+    facts: Mapping[str, Any]
+    nets: networks.Networks
+
+    def plans(self, ready: set[str]) -> Iterator[Plan]:
+        """The phases in order, but for the networks that are ready."""
+        recipe, nets, epochs = self.recipe, self.nets, self.recipe.train.epochs
+        if nets.teacher is not None and "teacher" not in ready:
+            yield Plan(
+                "teacher", nets.teacher, recipe.teacher.epochs or epochs, functools.partial(CrossEntropy, nets.teacher)
+            )
+        if nets.given is not None and "s0" not in ready:
+            yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
+        if nets.model is not None:
+            yield from self._residual(nets.model)
+
+    def check(self) -> None:
+        """Build the borrowed loss once for nothing, so that one which does not fit these networks leaves no run behind.
+
+        Raises:
+            RecipeError: It does not fit.
+        """
+        network = self.nets.given or (self.nets.model and self.nets.model.student)
+        if self.recipe.method.loss != "none" and network is not None:
+            with networks.seeded(self.recipe.train.seed, "check"):
+                base_loss(self.recipe.method, self._teacher(), network, self.facts["image_size"])
+
+    def _residual(self, model: ResidualStudent) -> Iterator[Plan]:
+        recipe, epochs = self.recipe, self.recipe.train.epochs
+        if recipe.method.scheme == "end_to_end":
+            yield Plan("end_to_end", model, epochs, functools.partial(self._end_to_end, model))
+            return
+        yield Plan("student", model, epochs, functools.partial(self._student, model))
+        for number in range(1, recipe.student.assistants + 1):
+            method = functools.partial(self._assistant, model, number)
+            yield Plan(networks.assistant_phase(number), model, recipe.train.assistant_epochs or epochs, method)
+        if recipe.method.head != "teacher":
+            yield Plan("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
+
+    def _s0(self, given: Staged | ReusedClassifier) -> Method:
+        method = self.recipe.method
+        if method.loss == "none":
+            return CrossEntropy(given)
+        if isinstance(given, ReusedClassifier):
+            given.fc.load_state_dict(self._teacher_head().state_dict())
+        base = base_loss(method, self._teacher(), given, self.facts["image_size"])
+        ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
+        if method.residual:  # the control: its head is its own, whatever the loss does with one when it is alone
+            ce_weight = base.loss.ce_weight or 1.0
+        return Taught(self._teacher(), given, base, ce_weight)
+
+    def _student(self, model: ResidualStudent) -> Method:
+        # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
+        model.head.load_state_dict(self._teacher_head().state_dict())
+        method = self.recipe.method
+        distance, base = DISTANCES[method.distance], self._base_of(model)
+        return StudentStep(self._teacher(), model, method.feature_weight, distance=distance, base=base)
+
+    def _assistant(self, model: ResidualStudent, number: int) -> Method:
+        method = self.recipe.method
+        distance = DISTANCES[method.distance]
+        return AssistantStep(self._teacher(), model, method.feature_weight, distance=distance, number=number)
+
+    def _head(self, model: ResidualStudent) -> Method:
+        if self.recipe.method.head == "trained":
+            self._freshen(model.head)
+        return HeadStep(model)
+
+    def _end_to_end(self, model: ResidualStudent) -> Method:
+        method = self.recipe.method
+        if method.head == "trained":
+            self._freshen(model.head)
+        else:
+            model.head.load_state_dict(self._teacher_head().state_dict())
+        return EndToEnd(
+            self._teacher(),
+            model,
+            DISTANCES[method.distance],
+            Weights(
+                feature=method.feature_weight,
+                assistant=method.assistant_weight,
+                ce=1.0 if method.ce_weight is None else method.ce_weight,
+                kl=method.kl_weight,
+                temperature=method.temperature,
+                step_decay=method.step_decay,
+            ),
+            detach=method.detach,
+            train_head=method.head != "teacher",
+            base=self._base_of(model),
+        )
+
+    def _base_of(self, model: ResidualStudent) -> WeightedLoss | None:
+        if self.recipe.method.loss == "none":
+            return None
+        return base_loss(self.recipe.method, self._teacher(), model.student, self.facts["image_size"])
+
+    def _freshen(self, head: nn.Linear) -> None:
+        with networks.seeded(self.recipe.train.seed, "init/head"):
+            head.reset_parameters()
+
+    def _teacher(self) -> Staged:
+        assert self.nets.teacher is not None
+        return self.nets.teacher
+
+    def _teacher_head(self) -> nn.Linear:
+        head = self._teacher().fc
+        assert head is not None
+        return head

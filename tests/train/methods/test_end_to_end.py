@@ -1,0 +1,177 @@
+"""The end-to-end loss and the chain, against the formulas written a second time in float64; who learns from what."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.recipe import MethodRecipe
+from rkd_deploy.train.methods.base_loss import WeightedLoss
+from rkd_deploy.train.methods.catalogue import base_loss
+from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
+from rkd_deploy.train.methods.kd import kd_loss
+from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
+
+CHANNELS, CLASSES = 8, 4
+WEIGHTS = Weights(feature=3.0, assistant=0.7, ce=0.4, kl=0.2, temperature=4.0, step_decay=0.5)
+Batch = tuple[Tensor, Tensor]
+
+
+def used(module: Any) -> Any:
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+    return module.double()
+
+
+@pytest.fixture
+def T() -> CifarResNet:
+    return used(CifarResNet(8, (4, 4, 6, CHANNELS), CLASSES))
+
+
+def chain(k: int) -> ResidualStudent:
+    """S and k assistants that have learnt something already."""
+    assistants = [CifarResNet(8, (2, 3, 4, 5), None) for _ in range(k)]
+    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), assistants, CHANNELS, CLASSES)
+    for parameter in made.assistant_adapters.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return used(made)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def maps_of(model: ResidualStudent, x: Tensor, *, training: bool) -> list[Tensor]:
+    """P_S f_S, P_1 f_1, .. by matrices, of a copy."""
+    found = []
+    for branch, adapter in model.branches():
+        f = copy.deepcopy(branch).train(training).features(x)[-1]
+        assert adapter.bias is not None
+        found.append(torch.einsum("oc,nchw->nohw", adapter.weight[:, :, 0, 0], f) + adapter.bias[:, None, None])
+    return found
+
+
+def end_to_end(T: CifarResNet, model: ResidualStudent, **how: Any) -> EndToEnd:
+    method = EndToEnd(T, model, mse, WEIGHTS, **{"detach": True, "train_head": False, **how})
+    method.train()
+    return method
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_loss_is_the_formula(T: CifarResNet, batch: Batch, k: int, detach: bool) -> None:
+    model, (x, y) = chain(k), batch
+    f_T = copy.deepcopy(T).eval().features(x)[-1]
+    maps = maps_of(model, x, training=True)
+    wanted = 3.0 * (f_T - maps[0]).pow(2).mean()
+    for i in range(1, k + 1):
+        r = f_T - sum(maps[:i])
+        wanted = wanted + 0.7 * 3.0 / k * 0.5 ** (i - 1) * (r - maps[i]).pow(2).mean()
+    z = sum(maps).mean((2, 3)) @ model.head.weight.T + model.head.bias
+    z_T = T.fc(f_T.mean((2, 3)))
+    p_T, p = (z_T / 4).softmax(1), (z / 4).softmax(1)
+    wanted = wanted + 0.4 * (z.exp().sum(1).log() - z[torch.arange(6), y]).mean()
+    wanted = wanted + 0.2 * 16 * (p_T * (p_T / p).log()).sum(1).mean()
+    losses = end_to_end(T, model, detach=detach)(x, y)
+    torch.testing.assert_close(losses.total, wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses.logits_NK, z.detach(), rtol=1e-10, atol=1e-12)
+    explained = 1 - (f_T - sum(maps)).pow(2).mean() / f_T.pow(2).mean()
+    torch.testing.assert_close(losses.parts["explained"], explained.detach(), rtol=1e-10, atol=1e-12)
+
+
+def gradients(model: ResidualStudent, method: EndToEnd, batch: Batch) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    method(*batch).total.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_with_the_stop_gradient_s_learns_from_its_own_distance_alone(T: CifarResNet, batch: Batch) -> None:
+    model = chain(2)
+    silent = dataclasses.replace(WEIGHTS, ce=0.0, kl=0.0)
+    alone = StudentStep(T, model, 3.0).train()
+    alone(*batch).total.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert {n.split(".")[0] for n in wanted} == {"student", "student_adapter"}
+    for detach in (True, False):
+        method = EndToEnd(T, model, mse, silent, detach=detach, train_head=False).train()
+        found = gradients(model, method, batch)
+        same = all(torch.allclose(found[n], wanted[n], rtol=1e-9, atol=1e-12) for n in wanted)
+        assert same is detach
+
+
+def test_without_it_one_assistant_pulls_at_s_as_the_distance_of_the_sum_does(T: CifarResNet, batch: Batch) -> None:
+    """For D = mse: D(f_T - s, P f_A) = D(f_T, s + P f_A), in value and gradient."""
+    model, (x, _) = chain(1), batch
+    only = Weights(feature=1.0, assistant=1.0, ce=0.0, kl=0.0, temperature=4.0, step_decay=0.5)
+    found = gradients(model, EndToEnd(T, model, mse, only, detach=False, train_head=False).train(), batch)
+    model.zero_grad(set_to_none=True)
+    model.train()
+    with torch.no_grad():
+        f_T = T.features(x)[-1]
+    s = model.student_map(x)
+    ((f_T - s).pow(2).mean() + (f_T - s - model.assistant_map(x)).pow(2).mean()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("base", ["none", "kd", "reviewkd"])
+def test_gradients_reach_everything_but_t_and_its_head(
+    T: CifarResNet, batch: Batch, train_head: bool, base: str
+) -> None:
+    model = chain(2)
+    loss: WeightedLoss | None = None
+    if base != "none":
+        loss = base_loss(MethodRecipe(base=base), T, model.student, (8, 8)).double()
+    method = end_to_end(T, model, train_head=train_head, base=loss)
+    found = gradients(model, method, batch)
+    wanted = {n for n, _ in model.named_parameters() if train_head or not n.startswith("head.")}
+    assert {n for n, gradient in found.items() if gradient.any()} == wanted
+    assert not any(p.requires_grad or p.grad is not None for p in T.parameters())
+    assert all(p.grad is not None for p in method.base.parameters()) if method.base else True
+    assert not T.training
+    assert model.student.training
+    assert method.deployable() is model
+
+
+def test_a_base_loss_is_added_to_s_with_its_weight(T: CifarResNet, batch: Batch) -> None:
+    model, (x, y) = chain(1), batch
+    loss = base_loss(MethodRecipe(base="kd", base_weight=2.5), T, model.student, (8, 8)).double()
+    f_T, f_S = T.eval().features(x)[-1], maps_of(model, x, training=True)[0]
+    added = 2.5 * kd_loss(T.fc(f_T.mean((2, 3))), model.head(f_S.mean((2, 3))), 4.0)
+    with_base, without = (end_to_end(T, model, base=base)(x, y) for base in (loss, None))
+    torch.testing.assert_close(with_base.total - without.total, added, rtol=1e-9, atol=0)
+    torch.testing.assert_close(with_base.parts["base"], added.detach() / 2.5, rtol=1e-9, atol=0)
+    step = StudentStep(T, model, 3.0, base=loss).train()
+    torch.testing.assert_close(step(x, y).total, 3.0 * (f_T - f_S).pow(2).mean() + added, rtol=1e-9, atol=0)
+
+
+# The chain in the sequential scheme
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_each_assistant_learns_what_the_sum_before_it_leaves_over(T: CifarResNet, batch: Batch, number: int) -> None:
+    model, (x, y) = chain(3), batch
+    maps = maps_of(model, x, training=False)
+    own = maps_of(model, x, training=True)[number]
+    f_T = copy.deepcopy(T).eval().features(x)[-1]
+    step = AssistantStep(T, model, 2.0, number=number).train()
+    losses = step(x, y)
+    r = f_T - sum(maps[:number])
+    torch.testing.assert_close(losses.total, 2.0 * (r - own).pow(2).mean(), rtol=1e-10, atol=0)
+    losses.total.backward()
+    trained = (f"assistants.{number - 1}.", f"assistant_adapters.{number - 1}.")
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {n for n, _ in model.named_parameters() if n.startswith(trained)}

@@ -1,0 +1,195 @@
+"""Every scheme, head, base loss and baseline on the smallest recipe: it runs, resumes in the same bits, and ships."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
+from rkd_deploy.models.cost import Cost, count
+from rkd_deploy.models.separation import separate
+from rkd_deploy.pipeline import export_run
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train import fitting, networks
+from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.train.fitting import fit, resume
+from rkd_deploy.train.methods.simkd import ReusedClassifier
+from rkd_deploy.train.networks import load_part
+from rkd_deploy.train.progress import Silent
+from rkd_deploy.train.runlog import read_log
+from rkd_deploy.train.runs import Run, newest_run
+
+MakeRecipe = Callable[..., Recipe]
+# Two steps in a phase: one before an interruption and one after.
+LEAST = (
+    "data.train_limit=20",
+    "data.test_limit=10",
+    "train.batch_size=9",
+    "train.epochs=1",
+    "data.val_fraction=0",
+    "train.lr=0.005",
+)
+LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
+BUDGET = ("student.round_to=1", "student.assistant_share=0.3")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def costs_are_remembered() -> Iterator[None]:
+    """The same few networks over and over: their widths are searched for, and their costs counted, once."""
+    known: dict[tuple[Any, ...], Cost] = {}
+
+    def counted(module: nn.Module, size: tuple[int, int]) -> Cost:
+        key = (size, *((name, tuple(value.shape)) for name, value in module.named_parameters()))
+        known[key] = known.get(key) or count(module, size)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "separate", functools.cache(separate))
+        patch.setattr(fitting, "count", counted)
+        yield
+
+
+class StopAt(Silent):
+    """Asks training to stop after so many steps."""
+
+    def __init__(self, step_number: int) -> None:
+        self.left = step_number
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in read_log(run.log.path)]
+    weights = {path.name: path.read_bytes() for path in (run.folder / "weights").iterdir()}
+    return {"rows": rows, "parts": run.read_json("metrics.json")["parts"], **weights}
+
+
+def runs_and_resumes(recipe: Recipe, root: Path) -> Run:
+    """Whole, and stopped in every phase: the same bits."""
+    whole = fit(recipe, root=root / "whole")
+    assert all(
+        torch.isfinite(tensor).all() for path in (whole.folder / "weights").iterdir() for tensor in tensors(path)
+    )
+    run: Run | None = None
+    while run is None or not run.finished:
+        try:
+            run = fit(recipe, root=root / "b", display=StopAt(1)) if run is None else resume(run, display=StopAt(2))
+        except InterruptedTraining:
+            run = newest_run(root / "b", finished=False)
+    ours, theirs = outcome(run), outcome(whole)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if ours[key] != theirs[key]] == []
+    return whole
+
+
+def tensors(path: Path) -> list[torch.Tensor]:
+    return [tensor for tensor in load_tensors(path)[0].values() if tensor.is_floating_point()]
+
+
+def phases(run: Run) -> list[str]:
+    return list(run.read_json("metrics.json")["phases"])
+
+
+@pytest.mark.parametrize("head", ["teacher", "trained", "finetuned"])
+@pytest.mark.parametrize("base", ["none", *LOSSES])
+@pytest.mark.parametrize("scheme", ["sequential", "end_to_end"])
+def test_every_scheme_head_and_base(tmp_path: Path, tiny_recipe: MakeRecipe, scheme: str, base: str, head: str) -> None:
+    control = head == "teacher"  # it does not depend on the head: once is enough
+    how = (f"method.scheme={scheme}", f"method.base={base}", f"method.head={head}")
+    run = runs_and_resumes(tiny_recipe(*LEAST, *how, f"student.baseline={str(control).lower()}"), tmp_path)
+    own = ["end_to_end"] if scheme == "end_to_end" else ["student", "assistant"] + ["head"] * (head != "teacher")
+    assert phases(run) == ["teacher", *["s0"] * control, *own]
+    assert list(run.read_json("metrics.json")["parts"]) == ["fused", "student", *["s0"] * control, "teacher"]
+    logged = {row["phase"]: row for row in read_log(run.log.path)}
+    assert ("base" in logged[own[0]]) is (base != "none")
+    weights, teacher = (load_tensors(run.weights(name))[0] for name in (own[-1], "teacher"))
+    assert torch.equal(weights["head.weight"], teacher["fc.weight"]) is (head == "teacher")
+    assert not any(key.startswith(("base", "teacher", "loss")) for key in weights)  # adapters of the loss do not ship
+    if control:  # taught by the same loss, with a head of its own, and with nothing else that ships
+        assert ("base" in logged["s0"]) is (base != "none")
+        assert "ce" in logged["s0"]
+        s0 = load_tensors(run.weights("s0"))[0]
+        assert s0.keys() == teacher.keys()  # both are ResNet-8
+        assert not torch.equal(s0["fc.weight"], teacher["fc.weight"])
+    if head == "finetuned":  # one step away from T's head, where a fresh one is far
+        assert (weights["head.weight"] - teacher["fc.weight"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["sequential", "end_to_end"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_chain(tmp_path: Path, tiny_recipe: MakeRecipe, scheme: str, k: int) -> None:
+    how = (*LEAST, *BUDGET, f"student.assistants={k}", f"method.scheme={scheme}", "student.baseline=false")
+    run = runs_and_resumes(tiny_recipe(*how), tmp_path)
+    chain = ["assistant", "assistant_2", "assistant_3"][:k]
+    assert phases(run) == ["teacher", *(["end_to_end"] if scheme == "end_to_end" else ["student", *chain])]
+    model = load_part(run, "fused")
+    assert len(model.assistants) == k
+    assert all(adapter.weight.any() for adapter in model.assistant_adapters)
+    separation, parts = run.read_json("facts.json")["separation"], run.read_json("metrics.json")["parts"]
+    assert count(model, 8).macs == parts["fused"]["macs"] == separation["cost"] <= separation["budget"]
+    assert export_run(run).proof.parity.passed
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", *LOSSES])
+def test_every_baseline_runs_resumes_and_ships(tmp_path: Path, tiny_recipe: MakeRecipe, name: str) -> None:
+    run = runs_and_resumes(tiny_recipe(*LEAST, f"method.name={name}"), tmp_path)
+    teacher = [] if name == "cross_entropy" else ["teacher"]
+    assert phases(run) == [*teacher, "s0"]
+    parts = run.read_json("metrics.json")["parts"]
+    assert list(parts) == ["s0", *teacher]
+    s0 = load_part(run, "s0")
+    full = count(networks.zoo.create("resnet8", 10), 8).macs
+    assert (parts["s0"]["macs"] > full) is isinstance(s0, ReusedClassifier) is (name == "simkd")  # its projector ships
+    made = export_run(run)
+    assert made.folder.name == "bundle-s0"
+    assert made.proof.parity.passed
+    for part in ("fused", "student"):
+        with pytest.raises(
+            CheckpointError, match=rf"no weights of phase '{part}'. It was left out by the recipe, which"
+        ):
+            load_part(run, part)
+    with pytest.raises(UsageError, match="Unknown part 'fusd'"):
+        load_part(run, "fusd")
+
+
+def test_a_reused_head_is_the_teachers(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    run = fit(tiny_recipe(*LEAST, "method.name=simkd"), root=tmp_path)
+    s0, teacher = (load_tensors(run.weights(name))[0] for name in ("s0", "teacher"))
+    assert torch.equal(s0["fc.weight"], teacher["fc.weight"])
+
+
+@pytest.mark.parametrize("distance", ["normalised_mse", "smooth_l1", "cosine"])
+def test_every_distance_trains_s_and_a(tmp_path: Path, tiny_recipe: MakeRecipe, distance: str) -> None:
+    run = fit(tiny_recipe(*LEAST, "student.baseline=false", f"method.distance={distance}"), root=tmp_path)
+    student, assistant = (load_tensors(run.weights(name))[0] for name in ("student", "assistant"))
+    key = "assistant_adapters.0.weight"
+    assert assistant[key].isfinite().all()
+    assert assistant[key].any()
+    assert not student[key].any()
+
+
+def test_a_stage_that_t_and_s_lack_leaves_no_run_behind(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"method\.hint_stage = 9; T and S both have stages 1 to 3"):
+        fit(tiny_recipe(*LEAST, "method.name=fitnet", "method.hint_stage=9"), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_same_recipe_without_a_base_loss_gives_another_student_and_another_control(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    """The judge of the matrix above can say no: a base loss does change S and S0, and nothing before them."""
+    plain, with_at = (fit(tiny_recipe(*LEAST, f"method.base={base}"), root=tmp_path) for base in ("none", "at"))
+    changed = {key for key, value in outcome(plain).items() if outcome(with_at)[key] != value}
+    assert changed >= {"s0.safetensors", "student.safetensors", "rows"}
+    assert "teacher.safetensors" not in changed
