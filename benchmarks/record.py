@@ -55,7 +55,7 @@ def ratio_of_medians(what: str, limit: float, numerator: Sequence[float], denomi
 def save(theme: str, claims: Sequence[Claim]) -> Path:
     """Write THEME_HARDWARE_YYYYMMDD.json, print what was found, and end standard output with one JSON line."""
     facts = provenance()
-    path = FOLDER / f"{theme}_{_hardware(facts)}_{datetime.now(UTC):%Y%m%d}.json"
+    path = FOLDER / f"{theme}_{hardware(facts)}_{datetime.now(UTC):%Y%m%d}.json"
     content = {"theme": theme, "provenance": facts, "claims": [asdict(claim) for claim in claims]}
     write_json(path, content)
     for claim in claims:
@@ -66,7 +66,8 @@ def save(theme: str, claims: Sequence[Claim]) -> Path:
     return path
 
 
-def _hardware(facts: dict[str, Any]) -> str:
+def hardware(facts: dict[str, Any]) -> str:
+    """The machine of a provenance as part of a file name."""
     gpus = facts.get("gpus") or []
     name = gpus[0]["name"] if gpus else f"{facts['cores']}x {facts['cpu']}"
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")

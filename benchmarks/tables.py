@@ -49,7 +49,18 @@ def run_record(path: Path) -> str:
             times = [f"{timed['p50_ms']:.3f}", f"{timed['p90_ms']:.3f}", f"{timed['file_bytes'] / 1e6:.2f}"]
         cells = [f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.3f}", *times]
         rows.append(f"| {name} {_note(record, part)}| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n" + _proof(record)
+
+
+def _proof(record: dict[str, Any]) -> str:
+    budget, parity, facts = record["separation"], record["parity"]["fused"], record["provenance"]
+    return (
+        f"\nBudget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}. The fused file on all "
+        f"{parity['n']:,} test images: top-1 {parity['onnx_top1']:.2f} % through ONNX Runtime, "
+        f"{parity['torch_top1']:.2f} % through PyTorch, {parity['differing']} images classified otherwise, logits within "
+        f"{parity['max_abs_diff']:.1g}. Latency: batch 1, {facts['cpu']}, {facts['cores']} cores, "
+        f"ONNX Runtime {facts['versions']['onnxruntime']}.\n"
+    )
 
 
 def _note(record: dict[str, Any], part: str) -> str:

@@ -37,15 +37,15 @@ def family(request):
 def residual(family):
     """S + A of the family, as after training: statistics are those of random images, the rest is random."""
     student, assistant = (branch.rebuilt(branch.widths, None) for branch in NARROW[family])
-    model = ResidualStudent(student, assistant, channels=12, num_classes=5).train()
+    model = ResidualStudent(student, [assistant], channels=12, num_classes=5).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # the average of all batches: nothing of the initial 1 is left
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    nn.init.normal_(model.assistant_adapter.weight)
-    nn.init.normal_(model.assistant_adapter.bias)
+    nn.init.normal_(model.assistant_adapters[0].weight)
+    nn.init.normal_(model.assistant_adapters[0].bias)
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(16, 3, 32, 32))
@@ -59,7 +59,7 @@ def test_fused_equals_the_formula_in_float64(residual, family, level):
     x_NCHW = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     x_NCHW[1] = x_NCHW[1] / 3 + 1  # pooled, two images of the same noise would be almost equal
     total = 0
-    for branch, P in ((model.student, model.student_adapter), (model.assistant, model.assistant_adapter)):
+    for branch, P in ((model.student, model.student_adapter), (model.assistants[0], model.assistant_adapters[0])):
         f = branch.features(x_NCHW)[-1]
         total = total + torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None]
     expected = torch.einsum("kt,nt->nk", model.head.weight, total.mean((2, 3))) + model.head.bias

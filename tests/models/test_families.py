@@ -131,7 +131,7 @@ def separation(name: str) -> Separation:
 def shipped(name: str, student: Staged | None = None) -> ResidualStudent:
     """S + A as they ship."""
     made = separation(name)
-    return ResidualStudent(student or made.student, made.assistant, C_T, 10)
+    return ResidualStudent(student or made.student, made.assistants, C_T, 10)
 
 
 @pytest.mark.parametrize("name", SEPARATED)
@@ -161,7 +161,7 @@ def test_no_width_of_the_student_could_be_a_step_wider(name: str) -> None:
 def test_what_was_separated_learns(name: str) -> None:
     made = separation(name)
     student, assistant = (part.rebuilt(part.widths, None) for part in (made.student, made.assistant))
-    model = ResidualStudent(student, assistant, C_T, 10)
+    model = ResidualStudent(student, [assistant], C_T, 10)
     x_NCHW, y_N = torch.randn(4, 3, 32, 32), torch.arange(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []

@@ -62,7 +62,7 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         "separation": {"unit": "macs", "budget": made.budget, "cost": made.cost, "parts": made.parts},
     }
     model = build_residual(recipe, facts)
-    assert (model.student.widths, model.assistant.widths) == (made.student.widths, made.assistant.widths)
+    assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)
     assert model.head.weight.shape == (10, 256)
     assert build_teacher(recipe, facts).channels == 256
     assert build_given(recipe, facts).widths == (16, 16, 32, 64)
