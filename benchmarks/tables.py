@@ -57,8 +57,8 @@ def _proof(record: dict[str, Any]) -> str:
     return (
         f"\nBudget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}. The fused file on all "
         f"{parity['n']:,} test images: top-1 {parity['onnx_top1']:.2f} % through ONNX Runtime, "
-        f"{parity['torch_top1']:.2f} % through PyTorch, {parity['differing']} images classified otherwise, logits within "
-        f"{parity['max_abs_diff']:.1g}. Latency: batch 1, {facts['cpu']}, {facts['cores']} cores, "
+        f"{parity['torch_top1']:.2f} % through PyTorch, {parity['differing']} images classified otherwise, "
+        f"logits within {parity['max_abs_diff']:.1g}. Latency: batch 1, {facts['cpu']}, {facts['cores']} cores, "
         f"ONNX Runtime {facts['versions']['onnxruntime']}.\n"
     )
 

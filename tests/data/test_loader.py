@@ -133,15 +133,28 @@ def test_augmented_images_are_windows_of_their_source_and_every_window_occurs() 
     assert len(found) == 18
 
 
-def test_half_of_the_images_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored_and_not_the_same_ones_in_each_batch() -> None:
     images = split(500)
-    flips = 0
+    flips, patterns = 0, set()
     for x, y in loader(images, augmentations=("flip",)).epoch(0):
         source = images.images_NCHW[y].float()
         mirrored = (x.round() == source.flip(3)).flatten(1).all(1)
         assert ((x.round() == source).flatten(1).all(1) ^ mirrored).all()
         flips += int(mirrored.sum())
+        patterns.add(tuple(mirrored.tolist()))
+    assert len(patterns) == 2**4  # of a batch of 4
     assert abs(flips - 250) < 4 * (500 * 0.25) ** 0.5  # four standard deviations of a fair coin
+
+
+def test_windows_are_drawn_for_every_image_of_the_epoch() -> None:
+    """A marked pixel in the middle tells how far each image was moved."""
+    images = split(400)
+    images.images_NCHW.zero_()
+    images.images_NCHW[:, :, 2, 2] = 255
+    batches = [x[:, 0].flatten(1).argmax(1) for x, _ in loader(images, augmentations=("crop",)).epoch(0)]
+    moved = torch.stack(batches)  # [100 batches, 4 images]
+    assert len(moved.unique()) == 25  # each of (2 * 2 + 1)^2
+    assert all(len(moved[:, place].unique()) > 15 for place in range(4))
 
 
 def test_padding_is_black_before_normalisation() -> None:

@@ -28,7 +28,7 @@ from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import fitting
 from rkd_deploy.train.checkpoint import load_tensors, save_tensors
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.networks import PARTS, load_part
+from rkd_deploy.train.networks import PARTS, load_part, seeded
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runlog import read_log
 from rkd_deploy.train.runs import Run, newest_run
@@ -134,6 +134,16 @@ def test_each_phase_changed_its_own_part_only(tmp_path: Path, tiny_recipe: MakeR
     assert not student["assistant_adapters.0.weight"].any()  # until A learns it adds nothing
     assert [row["phase"] for row in rows(run)] == ["teacher", "s0", "student", "assistant", "head"]
     assert type(load_part(run, "fused").get_submodule("head")) is nn.Linear
+
+
+def test_a_trained_head_begins_fresh(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """At a rate of nothing the head stays as it began: drawn by seed, not the teacher's."""
+    run = fit(tiny_recipe(*QUICK, "method.head=trained", "train.lr=1e-9", "student.baseline=false"), root=tmp_path)
+    with seeded(run.recipe.train.seed, "init/head"):
+        fresh = nn.Linear(64, 10)
+    head = state_of(run, "head")
+    torch.testing.assert_close(head["head.weight"], fresh.weight.data, rtol=0, atol=1e-6)
+    assert not torch.allclose(head["head.weight"], state_of(run, "teacher")["fc.weight"], rtol=0, atol=1e-2)
 
 
 def test_the_head_is_the_teachers_where_the_recipe_says_so(tiny_run: Run) -> None:

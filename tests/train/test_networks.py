@@ -46,8 +46,15 @@ def test_what_is_drawn_inside_depends_on_seed_and_purpose_alone_and_leaves_no_tr
 def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("student.name=resnet14", "teacher.name=resnet8x4", "data.val_fraction=0.2")
     facts = gather_facts(recipe, load_images(recipe.data, 0))
-    made = networks.separate(
-        "resnet14", num_classes=10, input_size=(8, 8), budget="macs", assistant_share=0.2, round_to=8, channels=256
+    made = networks.separate(  # with every argument, so that it is the one that is remembered
+        "resnet14",
+        num_classes=10,
+        input_size=(8, 8),
+        budget="macs",
+        assistant_share=0.2,
+        assistants=1,
+        round_to=8,
+        channels=256,
     )
     assert facts == {
         "data": "digits",
