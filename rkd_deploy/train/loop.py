@@ -144,8 +144,8 @@ def _check_finite(sums: EpochSums, phase: Phase, epoch: int, run: Run) -> dict[s
     means: dict[str, Any] = sums.means()
     broken = [name for name, value in means.items() if not abs(value) < float("inf")]
     # The last update comes after the last loss: what it left is looked at too, before it is kept.
-    if not all(bool(tensor.isfinite().all()) for tensor in phase.product.state_dict().values()):
-        broken.append("a weight")
+    if not broken and not all(bool(tensor.isfinite().all()) for tensor in phase.product.state_dict().values()):
+        broken = ["a weight"]
     if broken:
         kept = f"the last good state is {run.checkpoint}" if run.checkpoint.exists() else "nothing was saved yet"
         raise DivergenceError(

@@ -354,6 +354,13 @@ def test_divergence_names_its_phase(tmp_path: Path, tiny_recipe: MakeRecipe) -> 
     assert not run.weights("teacher").exists()
 
 
+def test_weights_that_the_last_update_broke_are_not_kept(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """One step in all: its loss is finite, what it leaves is not."""
+    with pytest.raises(DivergenceError, match="a weight is not finite in epoch 1 of phase 'teacher'"):
+        fit(tiny_recipe("train.lr=1e39", "train.batch_size=100", "train.epochs=1"), root=tmp_path)
+    assert not newest_run(tmp_path, finished=False).weights("teacher").exists()
+
+
 def test_divergence_of_the_student_names_the_student(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
     how = (f"teacher.checkpoint={pth}", "student.baseline=false", "method.feature_weight=1e20")
     with pytest.raises(DivergenceError, match=r"student, explained is not finite in epoch \d of phase 'student'"):
