@@ -254,6 +254,51 @@ def bench(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Finished run folders. Default: the newest.")] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Export and time every network too.")] = True,
+    backend: BackendName = "onnxruntime",
+    device: DeviceName = "cpu",
+    batch: Annotated[int, typer.Option("--batch", help="Images in one timed call.")] = 1,
+    threads: Threads = None,
+    min_seconds: Annotated[float, typer.Option("--seconds", help="Time each network at least so long.")] = 1.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for table, plot, record. Default: runs/compare-TIME.")
+    ] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Put the networks of several runs side by side.
+
+    T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
+    """
+    _need("train", "torch", "safetensors")
+    from rkd_deploy.compare import compare as compare_runs
+    from rkd_deploy.compare import print_comparison, timed, write_comparison
+    from rkd_deploy.compare.report import to_record
+    from rkd_deploy.serve.backends import check_backend
+    from rkd_deploy.serve.bench.display import status
+    from rkd_deploy.train.runs import newest_run, open_run
+
+    found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
+    settings: dict[str, Any] = {}
+    if latency:
+        _need("export", "onnx", "onnxscript")
+        check_backend(backend)
+        settings = {"backend": backend, "device": device, "batch": _sizes(str(batch))[0], "threads": threads}
+        settings["min_seconds"] = min_seconds
+        with status(f"Comparing on {backend}") as update:
+            found = timed(found, **settings, progress=update)
+    written = write_comparison(found, settings, output or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    console = _console(as_json)
+    print_comparison(found, console)
+    for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
+        console.print(f"{name:<7} {file}")
+    if as_json:
+        _emit({**to_record(found, settings), "record": str(written.record)})
+
+
+@app.command()
 def predict(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],

@@ -83,6 +83,16 @@ def test_train_export_bench_without_an_argument_take_the_newest(rkd, tmp_path):
     assert rkd("info", "--json").json["labels"] == [str(digit) for digit in range(10)]
 
 
+def test_compare_takes_the_newest_run_and_writes_where_it_says(rkd, runs):
+    found = rkd("compare", "--no-latency", "--output", "side", "--json")
+    assert found.code == 0, found.err
+    metrics = json.loads((runs / "metrics.json").read_text())["parts"]
+    fused = next(row for row in found.json["rows"] if row["part"] == "fused")
+    assert fused["top1"] == metrics["fused"]["test_top1"]
+    assert "S + A, sequential" in found.err
+    assert {path.name for path in Path("side").iterdir()} == {"compare.json", "compare.md", "compare.png"}
+
+
 def test_predict_names_the_class_of_an_image_file(rkd, runs, tmp_path):
     assert rkd("export").code == 0
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "black.png")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rkd_deploy.serve.bench.report import Result
 
 # Okabe and Ito's palette, which people with a colour vision deficiency can tell apart.
-_COLOURS = {"teacher": "#555555", "s0": "#0072B2", "student": "#009E73", "fused": "#D55E00"}
+COLOURS = {"teacher": "#555555", "s0": "#0072B2", "student": "#009E73", "fused": "#D55E00"}
 _LEGEND = {
     "teacher": "teacher",
     "s0": "S0, the given model",
@@ -25,7 +25,7 @@ _LEGEND = {
     "fused": "student + assistant",
 }
 _OTHER = "#CC79A7"
-_INK, _QUIET, _LINE = "#1f1f1f", "#6b6b6b", "#9a9a9a"
+INK, QUIET, LINE = "#1f1f1f", "#6b6b6b", "#9a9a9a"
 _Spot: TypeAlias = tuple[float, float]
 
 _LOG_FROM = 5
@@ -84,12 +84,12 @@ def _points(results: Sequence[Result], batch: int | None) -> list[Result]:
 
 
 def _scatter(axes: Any, points: Sequence[Result]) -> None:
-    for part in (*_COLOURS, None):
-        group = [result for result in points if (result.part if result.part in _COLOURS else None) == part]
+    for part in (*COLOURS, None):
+        group = [result for result in points if (result.part if result.part in COLOURS else None) == part]
         if not group:
             continue
         times, ends = np.array([result.p50_ms for result in group]), np.array([_ends(result) for result in group])
-        colour = _COLOURS.get(part or "", _OTHER)
+        colour = COLOURS.get(part or "", _OTHER)
         axes.errorbar(
             times,
             [result.accuracy for result in group],
@@ -123,20 +123,20 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
     else:
         room = 0.22 * max(slow - fast, 0.1 * slow)
         axes.set_xlim(max(0, fast - room), slow + room)
-    axes.set_xlabel("Median latency of one call, ms (bar: 95 % confidence interval)", color=_INK)
-    axes.set_ylabel("Top-1 accuracy, %", color=_INK)
+    axes.set_xlabel("Median latency of one call, ms (bar: 95 % confidence interval)", color=INK)
+    axes.set_ylabel("Top-1 accuracy, %", color=INK)
     axes.grid(True, color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_LINE)
-    axes.tick_params(which="both", color=_LINE, labelcolor=_QUIET)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
 
 
 def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
     where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
     title = f"Accuracy against latency, batch {points[0].batch}, {where}"
     parts = len({result.part for result in points})
-    axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=26 if parts > 1 else 8)
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
     if parts > 1:
         axes.legend(
             loc="lower left",
@@ -144,7 +144,7 @@ def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
             ncols=parts,
             frameon=False,
             fontsize=9,
-            labelcolor=_QUIET,
+            labelcolor=QUIET,
             handletextpad=0.3,
             columnspacing=1.4,
             borderaxespad=0.1,
@@ -183,7 +183,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
             va="center",
             fontsize=9,
             linespacing=1.25,
-            color=_INK,
+            color=INK,
             zorder=4,
         )
         spot = tuple(axes.transData.transform((result.p50_ms, result.accuracy)))
@@ -192,7 +192,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
         texts.append(box)
         end = _nearest(box, spot)
         if math.dist(_nearest(bar, end), end) > _FAR * axes.figure.dpi / 72:
-            style = {"arrowstyle": "-", "color": _LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
+            style = {"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
             axes.annotate("", spot, end, "figure pixels", "figure pixels", arrowprops=style, zorder=2)
             lines += _along(spot, end)
 

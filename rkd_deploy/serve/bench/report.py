@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from rkd_deploy.serve.bench import tabular
+from rkd_deploy.serve.bench.tabular import Column, milliseconds
 from rkd_deploy.serve.bench.timing import Timing
 
 if TYPE_CHECKING:
@@ -106,90 +108,35 @@ def to_record(results: Sequence[Result], provenance: Mapping[str, Any], settings
     }
 
 
-@dataclass(frozen=True)
-class _Column:
-    title: str
-    text: Callable[[Result], str | None]
-    """None where the result has no such fact; a column of nothing but None is left out."""
-    numeric: bool = True
-    setting: bool = False
-    """A condition of the measurement rather than something found."""
-    detail: bool = False
-    """Left out of a terminal that is too narrow for it."""
-
-
-_COLUMNS = (
-    _Column("Model", lambda r: r.model, numeric=False),
-    _Column("Part", lambda r: r.part, numeric=False, detail=True),
-    _Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
-    _Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
-    _Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
-    _Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
-    _Column("Batch", lambda r: str(r.batch), setting=True),
-    _Column("p50, ms", lambda r: _milliseconds(r.p50_ms)),
-    _Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
-    _Column("p90, ms", lambda r: _milliseconds(r.p90_ms)),
-    _Column("p99, ms", lambda r: _milliseconds(r.p99_ms), detail=True),
-    _Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
-    _Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
-    _Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
-    _Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
-    _Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
+_COLUMNS: tuple[Column[Result], ...] = (
+    Column("Model", lambda r: r.model, numeric=False),
+    Column("Part", lambda r: r.part, numeric=False, detail=True),
+    Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
+    Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
+    Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
+    Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("Batch", lambda r: str(r.batch), setting=True),
+    Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
+    Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
+    Column("p90, ms", lambda r: milliseconds(r.p90_ms)),
+    Column("p99, ms", lambda r: milliseconds(r.p99_ms), detail=True),
+    Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
+    Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
+    Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
+    Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
 )
 
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, units in its head; columns of which nothing is known are left out."""
-    columns, rows = _cells(results)
-    lines = [
-        [column.title for column in columns],
-        ["---:" if column.numeric else "---" for column in columns],
-        *[[cell.replace("|", "\\|") for cell in row] for row in rows],
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return tabular.markdown(_COLUMNS, results)
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    columns, rows = _cells(results)
-    shared = [
-        index
-        for index, column in enumerate(columns)
-        if column.setting and len(rows) > 1 and len({row[index] for row in rows}) == 1
-    ]
-    title = ", ".join(f"{columns[index].title.lower()} {rows[0][index]}" for index in shared)
-
-    def table(kept: list[int]) -> Table:
-        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
-        for index in kept:
-            head = columns[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
-            made.add_column(head, justify="right" if columns[index].numeric else "left", overflow="fold")
-        for row in rows:
-            made.add_row(*[escape(row[index]) for index in kept])
-        return made
-
-    kept = [index for index in range(len(columns)) if index not in shared]
-    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
-    if console.measure(table(kept), options=unbounded).maximum > console.width:
-        kept = [index for index in kept if not columns[index].detail]
-    console.print(table(kept))
-
-
-def _cells(results: Sequence[Result]) -> tuple[list[_Column], list[list[str]]]:
-    texts = {column: [column.text(result) for result in results] for column in _COLUMNS}
-    columns = [column for column in _COLUMNS if any(text is not None for text in texts[column])]
-    return columns, [[texts[column][row] or "-" for column in columns] for row in range(len(results))]
-
-
-def _milliseconds(value: float) -> str:
-    # Three significant digits and no exponent, down to 1 ns.
-    digits = 2 if value <= 0 else min(6, max(0, 2 - math.floor(math.log10(value))))
-    return f"{value:,.{digits}f}"
+    tabular.print_table(_COLUMNS, results, console)
 
 
 def _interval(low: float | None, high: float | None) -> str | None:
-    return None if low is None or high is None else f"{_milliseconds(low)} to {_milliseconds(high)}"
+    return None if low is None or high is None else f"{milliseconds(low)} to {milliseconds(high)}"

@@ -1,0 +1,102 @@
+"""A comparison as a picture: one line a network; accuracy, MACs and latency side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.compare.rows import Comparison, Row
+from rkd_deploy.errors import require
+from rkd_deploy.serve.bench.plotting import COLOURS, INK, LINE, QUIET
+from rkd_deploy.storage import write_bytes
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Write the picture as PNG.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        StorageError: The file could not be written.
+    """
+    content = io.BytesIO()
+    draw(comparison).savefig(content, format="png")
+    write_bytes(path, content.getvalue())
+
+
+def draw(comparison: Comparison) -> Any:
+    """The matplotlib Figure of `plot`."""
+    require("matplotlib", "train")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = comparison.rows
+    latency = any(row.p50_ms is not None for row in rows)
+    figure = Figure(figsize=(11 if latency else 8.5, 1.5 + 0.36 * len(rows)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if latency else 2, sharey=True, width_ratios=[2, 1, 1][: 3 if latency else 2])
+    _accuracy(panels[0], rows)
+    _bars(panels[1], rows, lambda row: row.macs / 1e6, "MACs of one image, M")
+    if latency:
+        _bars(panels[2], rows, lambda row: row.p50_ms, "Median latency, ms")
+    for axes in panels:
+        _frame(axes)
+    panels[0].set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    title = f"{comparison.data}, {comparison.test_images:,} test images"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    return figure
+
+
+def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
+    for place, row in enumerate(rows):
+        half = row.standard_error if row.deviation is None else row.deviation
+        axes.errorbar(
+            row.top1, place, xerr=half, fmt="o", markersize=6, capsize=3, elinewidth=1.2, color=COLOURS[row.part]
+        )
+        axes.annotate(
+            f"{row.top1:.1f}",
+            (row.top1 + half, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=QUIET,
+        )
+    # Where S0 stands is what every other network is read against.
+    for row in rows:
+        if row.part == "s0":
+            axes.axvline(row.top1, color=COLOURS["s0"], linewidth=0.8, alpha=0.5, linestyle=":", zorder=0)
+            break
+    axes.margins(x=0.12)
+    axes.set_xlabel("Top-1 on the test images, % (bar: standard deviation or error)", color=INK)
+
+
+def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:
+    known = [(place, value(row), COLOURS[row.part]) for place, row in enumerate(rows)]
+    for place, length, colour in known:
+        if length is None:
+            continue
+        axes.barh(place, length, height=0.55, color=colour, alpha=0.85)
+        axes.annotate(
+            f"{length:.3g}",
+            (length, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=QUIET,
+        )
+    axes.margins(x=0.22)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label, color=INK)
+
+
+def _frame(axes: Any) -> None:
+    axes.grid(True, axis="x", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)

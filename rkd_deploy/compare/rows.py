@@ -1,0 +1,276 @@
+"""Which networks some runs hold, and what each gains over its controls.
+
+A residual run always brings its own controls: T, S0 at the full cost (by cross-entropy, and S's base loss where there
+is one) and S alone. So a gain of A can be told from the gain of more capacity, and of a better loss. What a recipe left
+out is named.
+
+Runs that differ in nothing but their seed are joined: mean and sample standard deviation. The same weights met in
+several runs (one teacher, one S0) make one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rkd_deploy.errors import UsageError
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.networks import PARTS, phase_of
+from rkd_deploy.train.runs import Run
+
+ROLES = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network, or the same one trained with several seeds.
+
+    Attributes:
+        name: What it is and how it was trained, e.g. ``"S + A, sequential + at"``.
+        part: fused, student, s0 or teacher.
+        method: How it was trained: a scheme with its base loss, a baseline's loss, or ``"given"``.
+        runs: Folders of the runs that hold it.
+        top1: Accuracy on the test images in %, of the last epoch; the mean where there are several seeds.
+        deviation: Sample standard deviation over the seeds, in points; None for one seed.
+        standard_error: What drawing the test images leaves open, sqrt(p (1 - p) / n), in points: of one network.
+        test_images: n.
+        val_last: Accuracy on the held-out images after the last epoch in %, None without any.
+        val_best: The same after the best epoch: how much choosing it there would have given.
+        macs: Multiply-adds of one image.
+        parameters: Their number.
+        seconds: Training time of its own phases; None where its weights were given.
+        over_s0: Points above the control S0 of the same runs (mean over the seeds), for S alone and S + A.
+        over_student: Points that A adds to S, for S + A.
+        p50_ms: Median latency, its 95 % confidence interval and the 90th percentile, once measured (`timed`).
+    """
+
+    name: str
+    part: str
+    method: str
+    runs: tuple[str, ...]
+    top1: float
+    deviation: float | None
+    standard_error: float
+    test_images: int
+    val_last: float | None
+    val_best: float | None
+    macs: int
+    parameters: int
+    seconds: float | None
+    over_s0: float | None = None
+    over_student: float | None = None
+    p50_ms: float | None = None
+    p50_low_ms: float | None = None
+    p50_high_ms: float | None = None
+    p90_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Rows, T first, then every S0, then S alone and S + A of each method.
+
+    Attributes:
+        data: Name of the data set whose test images all rows share.
+        test_images: Their number.
+        rows: The networks.
+        networks: A run and part for each row: what its latency is measured on.
+        missing: A sentence for every control that a recipe left out.
+    """
+
+    data: str
+    test_images: int
+    rows: tuple[Row, ...]
+    networks: tuple[tuple[Run, str], ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """One trained network of one run."""
+
+    run: Run
+    part: str
+    weights: str
+    """SHA-256 of its file, and the part: S alone and S + A lie in the same file."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.run.read_json("metrics.json")["parts"][self.part]
+        return found
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Gather every network of finished runs.
+
+    Args:
+        runs: At least one; all evaluated on the same test images.
+
+    Raises:
+        UsageError: No run, or runs whose test images differ.
+        ModelFileError: A run is not finished.
+    """
+    if not runs:
+        raise UsageError("compare was given no run. Name run folders: rkd-deploy compare runs/digits-001 ...")
+    runs = list(dict.fromkeys(runs))
+    _check_same_test(runs)
+    networks = _distinct(network for run in runs for network in _networks(run))
+    groups: dict[str, list[_Network]] = {}
+    for network in networks:
+        groups.setdefault(_recipe_without_seed(network), []).append(network)
+    ordered = sorted(groups.values(), key=lambda group: _order(group[0]))
+    names = _names([group[0] for group in ordered])
+    facts = runs[0].read_json("facts.json")
+    return Comparison(
+        data=facts["data"],
+        test_images=facts["images"]["test"],
+        rows=tuple(_row(name, group) for name, group in zip(names, ordered, strict=True)),
+        networks=tuple((group[0].run, group[0].part) for group in ordered),
+        missing=tuple(_missing(runs)),
+    )
+
+
+def _networks(run: Run) -> Iterable[_Network]:
+    for part in run.read_json("metrics.json")["parts"]:
+        content = run.weights(phase_of(run.recipe, part)).read_bytes()
+        yield _Network(run, part, f"{part} {hashlib.sha256(content).hexdigest()}")
+
+
+def _distinct(networks: Iterable[_Network]) -> list[_Network]:
+    known: dict[str, _Network] = {}
+    for network in networks:
+        known.setdefault(network.weights, network)
+    return list(known.values())
+
+
+def _check_same_test(runs: Sequence[Run]) -> None:
+    """Accuracies on different images are not comparable."""
+    first, *others = ((run, run.read_json("facts.json")) for run in runs)
+    for run, facts in others:
+        for what, ours, theirs in (
+            ("data", first[1]["data"], facts["data"]),
+            ("number of test images", first[1]["images"]["test"], facts["images"]["test"]),
+            ("image size", first[1]["image_size"], facts["image_size"]),
+            ("classes", first[1]["classes"], facts["classes"]),
+        ):
+            if ours != theirs:
+                raise UsageError(
+                    f"{first[0].folder} and {run.folder} were tested on different images: {what} "
+                    f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data and the same data.test_limit."
+                )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _recipe_without_seed(network: _Network) -> str:
+    """The tables that decided how a network was trained, as a key: seeds of one network have the same."""
+    recipe = network.run.recipe
+    whole = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
+    tables = {key: whole[key] for key in ("data", "train")}
+    if network.part == "teacher":
+        tables["teacher"] = whole["teacher"]
+    elif network.part == "s0" and recipe.method.loss == "none":
+        tables |= {key: whole["student"][key] for key in ("name", "checkpoint")}
+    elif network.part == "s0":
+        tables |= {"name": whole["student"]["name"], "teacher": whole["teacher"], "method": whole["method"]}
+    else:
+        tables |= {key: whole[key] for key in ("teacher", "student", "method")}
+    return json.dumps([network.part, tables], sort_keys=True)
+
+
+def method_of(recipe: Recipe, part: str) -> str:
+    """How a network of a run was trained, in the words of the recipe."""
+    method, table = recipe.method, recipe.teacher if part == "teacher" else recipe.student
+    if part in ("teacher", "s0") and table.checkpoint is not None:
+        return f"{table.name}, given"
+    if part == "teacher":
+        return table.name
+    if part == "s0":
+        if not method.residual:
+            return method.name
+        return "cross_entropy" if method.base == "none" else f"cross_entropy + {method.base}"
+    chain = f", {recipe.student.assistants} assistants" if recipe.student.assistants > 1 else ""
+    head = "" if method.head == "teacher" else f", head {method.head}"
+    return method.scheme + ("" if method.base == "none" else f" + {method.base}") + chain + head
+
+
+def _order(network: _Network) -> tuple[int, str, int]:
+    """T, then S0 by cross-entropy, then other S0, then by method S alone beside S + A."""
+    part, method = network.part, method_of(network.run.recipe, network.part)
+    if part in ("teacher", "s0"):
+        plain = method in ("cross_entropy",) or method.endswith("given")
+        return ("teacher", "s0").index(part), "" if plain else method, 0
+    return 2, method, PARTS[::-1].index(part)
+
+
+def _names(networks: Sequence[_Network]) -> list[str]:
+    """A name for each; where the recipes' words do not tell two apart, the run's name does."""
+    names = [f"{ROLES[network.part]}, {method_of(network.run.recipe, network.part)}" for network in networks]
+    return [
+        f"{name} ({network.run.folder})" if names.count(name) > 1 else name
+        for name, network in zip(names, networks, strict=True)
+    ]
+
+
+def _row(name: str, group: Sequence[_Network]) -> Row:
+    facts = [network.facts for network in group]
+    accuracies = [fact["test_top1"] for fact in facts]
+    top1, images = statistics.fmean(accuracies), facts[0]["test_images"]
+    phases = [_own_phases(network) for network in group]
+    part = group[0].part
+    return Row(
+        name=name,
+        part=part,
+        method=method_of(group[0].run.recipe, part),
+        runs=tuple(str(network.run.folder) for network in group),
+        top1=top1,
+        deviation=statistics.stdev(accuracies) if len(group) > 1 else None,
+        standard_error=math.sqrt(top1 * (100 - top1) / images),
+        test_images=images,
+        val_last=_mean(own[-1].get("val_top1_last") if own else None for own in phases),
+        val_best=_mean(own[-1].get("val_top1_best") if own else None for own in phases),
+        macs=facts[0]["macs"],
+        parameters=facts[0]["parameters"],
+        seconds=_mean(sum(phase["seconds"] for phase in own) if own else None for own in phases),
+        over_s0=_mean(_over(network, "s0") for network in group) if part in ("student", "fused") else None,
+        over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
+    )
+
+
+def _own_phases(network: _Network) -> list[dict[str, Any]]:
+    """The log's summary of the phases that trained a network, in order; none where its weights were given."""
+    phases = network.run.read_json("metrics.json")["phases"]
+    if network.part in ("teacher", "s0"):
+        return [phases[network.part]] if network.part in phases else []
+    own = [phase for name, phase in phases.items() if name not in ("teacher", "s0")]
+    # S is what the first phases gave, where it is trained before A.
+    return own[:1] if network.part == "student" and "student" in phases else own
+
+
+def _over(network: _Network, control: str) -> float | None:
+    other = network.run.read_json("metrics.json")["parts"].get(control)
+    return None if other is None else network.facts["test_top1"] - other["test_top1"]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _missing(runs: Sequence[Run]) -> Iterable[str]:
+    for run in runs:
+        if run.recipe.method.residual and not run.recipe.student.baseline:
+            yield (
+                f"{run.folder} has no S0: its recipe says student.baseline = false, so nothing there tells what S + A "
+                "gain over one network of the same cost."
+            )
+    if not any(run.recipe.method.residual for run in runs):
+        yield "None of these runs trains S and A: they are baselines only."

@@ -1,0 +1,86 @@
+"""Tables of anything, as Markdown and for a terminal: columns are functions of a row, units stand in the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """One column of a table.
+
+    Attributes:
+        title: Head, with the unit after a comma.
+        text: The cell of a row, None where the row has no such fact; a column of nothing but None is left out.
+        numeric: Aligned to the right.
+        setting: A condition of a measurement rather than something found: said once where all rows share it.
+        detail: Left out of a terminal that is too narrow for it.
+    """
+
+    title: str
+    text: Callable[[R], str | None]
+    numeric: bool = True
+    setting: bool = False
+    detail: bool = False
+
+
+def markdown(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
+    """A Markdown table; columns of which nothing is known are left out."""
+    kept, cells = _cells(columns, rows)
+    lines = [
+        [column.title for column in kept],
+        ["---:" if column.numeric else "---" for column in kept],
+        *[[cell.replace("|", "\\|") for cell in row] for row in cells],
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Console) -> None:
+    """The same for a terminal: settings that all rows share stand once, above it; details where there is room."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    known, cells = _cells(columns, rows)
+    shared = [
+        index
+        for index, column in enumerate(known)
+        if column.setting and len(cells) > 1 and len({row[index] for row in cells}) == 1
+    ]
+    title = ", ".join(f"{known[index].title.lower()} {cells[0][index]}" for index in shared)
+
+    def table(kept: list[int]) -> Table:
+        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+        for index in kept:
+            head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
+            made.add_column(head, justify="right" if known[index].numeric else "left", overflow="fold")
+        for row in cells:
+            made.add_row(*[escape(row[index]) for index in kept])
+        return made
+
+    kept = [index for index in range(len(known)) if index not in shared]
+    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
+    if console.measure(table(kept), options=unbounded).maximum > console.width:
+        kept = [index for index in kept if not known[index].detail]
+    console.print(table(kept))
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits and no exponent, down to 1 ns."""
+    digits = 2 if value <= 0 else min(6, max(0, 2 - math.floor(math.log10(value))))
+    return f"{value:,.{digits}f}"
+
+
+def _cells(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[list[Column[R]], list[list[str]]]:
+    texts = [[column.text(row) for row in rows] for column in columns]
+    known = [index for index in range(len(columns)) if any(text is not None for text in texts[index])]
+    cells = [[texts[index][row] or "-" for index in known] for row in range(len(rows))]
+    return [columns[index] for index in known], cells

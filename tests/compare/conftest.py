@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from rkd_deploy.train.fitting import fit
+from rkd_deploy.train.runs import Run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_recipe):
+    """Finished runs by name: residual with two seeds and with AT, KD alone, and one without its control."""
+    root = tmp_path_factory.mktemp("compared")
+    wanted = {
+        "seed0": (),
+        "seed1": ("train.seed=1",),
+        "at": ("method.base=at",),
+        "kd": ("method.name=kd",),
+        "lone": ("student.baseline=false",),
+    }
+    return {
+        name: fit(tiny_recipe(f"name={name}", "train.epochs=1", *overrides), root=root)
+        for name, overrides in wanted.items()
+    }
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of a run that a test may change."""
+    return lambda name: Run(shutil.copytree(finished[name].folder, tmp_path / name))

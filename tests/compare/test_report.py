@@ -1,0 +1,60 @@
+"""The files of a comparison, read back; the picture by what is drawn in it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rkd_deploy.compare import compare, print_comparison, timed, write_comparison
+from rkd_deploy.compare.plotting import draw
+
+
+@pytest.fixture(scope="session")
+def comparison(finished):
+    return timed(compare([finished["seed0"], finished["kd"]]), min_seconds=0.01, threads=1)
+
+
+def test_every_network_is_timed(comparison):
+    for row in comparison.rows:
+        assert 0 < row.p50_low_ms <= row.p50_ms <= row.p50_high_ms
+        assert row.p50_ms <= row.p90_ms
+
+
+def test_the_files_hold_every_row(comparison, tmp_path):
+    files = write_comparison(comparison, {"batch": 1}, tmp_path)
+    record = json.loads(files.record.read_text())
+    assert [row["name"] for row in record["rows"]] == [row.name for row in comparison.rows]
+    assert record["provenance"]["python"]
+    lines = files.table.read_text().splitlines()
+    fused = next(row for row in comparison.rows if row.part == "fused")
+    (line,) = [line for line in lines if line.startswith("| S + A, sequential |")]
+    assert f"| {fused.top1:.2f} |" in line
+    assert f"| {fused.over_student:+.2f} |" in line
+    assert files.plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_terminal_gets_the_table_and_what_is_missing(finished):
+    console = Console(file=io.StringIO(), width=200)
+    print_comparison(compare([finished["lone"]]), console)
+    shown = console.file.getvalue()
+    assert "S + A, sequential" in shown
+    assert "Missing:" in shown
+    assert "p50" not in shown  # nothing was timed
+
+
+def test_the_picture_shows_the_numbers_of_the_rows(comparison):
+    accuracy, macs, latency = draw(comparison).axes
+    drawn = [container.lines[0].get_xdata()[0] for container in accuracy.containers]
+    assert drawn == pytest.approx([row.top1 for row in comparison.rows])
+    assert [bar.get_width() for bar in macs.patches] == pytest.approx([row.macs / 1e6 for row in comparison.rows])
+    assert [bar.get_width() for bar in latency.patches] == pytest.approx([row.p50_ms for row in comparison.rows])
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == [row.name for row in comparison.rows]
+    low, high = accuracy.get_xlim()
+    assert all(low < row.top1 < high for row in comparison.rows)
+
+
+def test_without_latency_there_are_two_panels(finished):
+    assert len(draw(compare([finished["kd"]])).axes) == 2

@@ -1,0 +1,120 @@
+"""What `compare` says of runs, against their metrics.json read by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rkd_deploy.compare import compare
+from rkd_deploy.errors import ModelFileError, UsageError
+
+
+def top1(run, part):
+    return json.loads((run.folder / "metrics.json").read_text())["parts"][part]["test_top1"]
+
+
+def by_name(runs):
+    return {row.name: row for row in compare(runs).rows}
+
+
+def test_every_network_has_a_row_and_the_controls_stand_before_what_they_control(finished):
+    rows = compare([finished["at"], finished["kd"], finished["seed0"]]).rows
+    assert [row.name for row in rows] == [
+        "T, resnet8",
+        "S0, cross_entropy",
+        "S0, cross_entropy + at",
+        "S0, kd",
+        "S alone, sequential",
+        "S + A, sequential",
+        "S alone, sequential + at",
+        "S + A, sequential + at",
+    ]
+
+
+def test_weights_met_in_several_runs_make_one_row(finished):
+    # T has the same seed and recipe in all three: it is one network, and so is nothing else here.
+    rows = compare([finished["at"], finished["kd"], finished["seed0"]]).rows
+    (teacher,) = [row for row in rows if row.part == "teacher"]
+    assert len(teacher.runs) == 1
+    assert teacher.deviation is None
+
+
+def test_seeds_are_joined_to_mean_and_sample_deviation(finished):
+    runs = [finished["seed0"], finished["seed1"]]
+    found = by_name(runs)
+    for name, part in (("T, resnet8", "teacher"), ("S + A, sequential", "fused"), ("S0, cross_entropy", "s0")):
+        accuracies = [top1(run, part) for run in runs]
+        assert found[name].top1 == pytest.approx(np.mean(accuracies))
+        assert found[name].deviation == pytest.approx(np.std(accuracies, ddof=1))
+        assert found[name].runs == tuple(str(run.folder) for run in runs)
+    gains = [top1(run, "fused") - top1(run, "s0") for run in runs]
+    assert found["S + A, sequential"].over_s0 == pytest.approx(np.mean(gains))
+
+
+def test_gains_are_against_the_controls_of_the_same_run(finished):
+    run = finished["at"]
+    found = by_name([run, finished["seed0"]])
+    fused, student = found["S + A, sequential + at"], found["S alone, sequential + at"]
+    assert fused.over_s0 == pytest.approx(top1(run, "fused") - top1(run, "s0"))
+    assert fused.over_student == pytest.approx(top1(run, "fused") - top1(run, "student"))
+    assert student.over_s0 == pytest.approx(top1(run, "student") - top1(run, "s0"))
+    assert found["T, resnet8"].over_s0 is None
+    assert student.over_student is None
+
+
+def test_the_standard_error_is_that_of_a_share_of_the_test_images(finished):
+    row = by_name([finished["kd"]])["S0, kd"]
+    share = top1(finished["kd"], "s0") / 100
+    assert row.test_images == 50
+    assert row.standard_error == pytest.approx(100 * math.sqrt(share * (1 - share) / 50))
+
+
+def test_held_out_accuracy_and_time_are_those_of_the_phases_that_trained_a_network(finished):
+    run = finished["seed0"]
+    found = by_name([run])
+    log = [json.loads(line) for line in run.log.path.read_text().splitlines()]
+    rows = {row["phase"]: row for row in log if row["event"] == "epoch"}
+    assert found["S0, cross_entropy"].val_last == rows["s0"]["val_top1"]
+    assert found["S alone, sequential"].val_last == rows["student"]["val_top1"]
+    assert found["S + A, sequential"].val_last == rows["assistant"]["val_top1"]
+    assert found["S alone, sequential"].seconds == pytest.approx(rows["student"]["seconds"])
+    both = rows["student"]["seconds"] + rows["assistant"]["seconds"]
+    assert found["S + A, sequential"].seconds == pytest.approx(both)
+
+
+def test_a_control_that_was_left_out_is_named(finished):
+    (sentence,) = compare([finished["lone"], finished["seed0"]]).missing
+    assert "lone-001 has no S0" in sentence
+    assert "student.baseline = false" in sentence
+    (sentence,) = compare([finished["kd"]]).missing
+    assert "baselines only" in sentence
+
+
+def test_rows_that_the_recipes_words_do_not_tell_apart_are_named_by_their_runs(finished, tiny_recipe, tmp_path):
+    from rkd_deploy.train.fitting import fit
+
+    softer = fit(tiny_recipe("name=kd", "method.name=kd", "train.epochs=1", "method.temperature=2.0"), root=tmp_path)
+    runs = [softer, finished["kd"]]
+    names = [row.name for row in compare(runs).rows if row.part == "s0"]
+    assert names == [f"S0, kd ({run.folder})" for run in runs]
+
+
+def test_runs_tested_on_other_images_are_refused(finished, copied):
+    other = copied("kd")
+    facts = json.loads((other.folder / "facts.json").read_text())
+    facts["images"]["test"] = 49
+    (other.folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match=r"number of test images 50 and 49.*data\.test_limit"):
+        compare([finished["seed0"], other])
+
+
+def test_no_run_and_an_unfinished_run_are_refused(copied):
+    with pytest.raises(UsageError, match="no run"):
+        compare([])
+    other = copied("kd")
+    (other.folder / "metrics.json").unlink()
+    with pytest.raises(ModelFileError, match="--resume"):
+        compare([other])
