@@ -148,6 +148,10 @@ class DataRecipe:
                     f"{'' if self.test_root is None else ' and data.test_root'}: it is read only "
                     f"{_READ_WHERE[key.name]}. Leave it out."
                 )
+        if self.of_files and self.root is None:
+            raise RecipeError(
+                f'data.name = "{self.name}" needs data.root, where the images are: --set data.root=FOLDER'
+            )
         if {"crop", "resized_crop"} <= set(self.augmentations):
             raise RecipeError(
                 f"data.augment = {list(self.augmentations)}: crop and resized_crop both choose the window. Keep one."

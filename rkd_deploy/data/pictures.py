@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -128,7 +128,7 @@ def find_broken(pictures: Pictures, positions: Sequence[int], threads: int, memo
         threads: That decode at once.
         memory: Folder where the answer is kept: it is asked for again with every run, and takes minutes on large sets.
     """
-    path = remembered_at(memory, "broken", chain(pictures.stamps(), positions))
+    path = _broken_at(pictures, positions, memory)
     if path.exists():
         return {int(position): reason for position, reason in json.loads(path.read_text(encoding="utf-8")).items()}
 
@@ -141,9 +141,19 @@ def find_broken(pictures: Pictures, positions: Sequence[int], threads: int, memo
 
     reasons = for_each(reason, positions, threads, "Checked")
     broken = {position: found for position, found in zip(positions, reasons, strict=True) if found is not None}
+    remember_broken(pictures, positions, broken, memory)
+    return broken
+
+
+def remember_broken(pictures: Pictures, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
+    """Keep the answer of `find_broken`, where decoding has given it."""
+    path = _broken_at(pictures, positions, memory)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(broken))
-    return broken
+
+
+def _broken_at(pictures: Pictures, positions: Sequence[int], memory: Path) -> Path:
+    return remembered_at(memory, "broken", chain(pictures.stamps(), positions))
 
 
 def judge(broken: Sequence[str], total: int, policy: str) -> None:

@@ -6,8 +6,8 @@ Letters: N images, C = 3 channels (RGB), H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from rkd_deploy.card import Preprocess
 from rkd_deploy.data.pictures import Pictures, for_each, read
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.images import fitted
+from rkd_deploy.serve.images import Pixels, fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ class FileSplit:
         picture = read(self.pictures, int(self.index_N[position]))
         return as_tensor(fitted(picture, self.preprocess))
 
-    def in_memory(self, threads: int) -> tuple[Split, list[str]]:
-        """All of them decoded, and of each that cannot be what is wrong; those are left out."""
+    def in_memory(self, threads: int) -> tuple[Split, dict[int, str]]:
+        """All of them decoded, and of each picture that cannot be what is wrong; those are left out."""
         height, width = self.image_size
         images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
 
@@ -106,16 +106,49 @@ class FileSplit:
 
         reasons = list(for_each(fill, range(len(self)), threads, "Decoded"))
         split = Split(images_NCHW=images_NCHW, labels_N=self.labels_N)
-        if not any(reasons):
-            return split, []
-        whole_N = torch.tensor([position for position, reason in enumerate(reasons) if reason is None]).long()
-        return split.take(whole_N), [reason for reason in reasons if reason is not None]
+        broken = {int(self.index_N[place]): reason for place, reason in enumerate(reasons) if reason is not None}
+        whole_N = torch.tensor([reason is None for reason in reasons]).nonzero().flatten()
+        return split.take(whole_N) if broken else split, broken
 
 
 AnySplit: TypeAlias = Split | FileSplit
 
 
-def as_tensor(pixels_HWC: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """A data set as a recipe asks for it.
+
+    Attributes:
+        name: Its name in recipes.
+        classes: Label names, in the order of the labels.
+        mean: Per channel, in units of [0, 1].
+        std: Per channel, in units of [0, 1].
+        train: What is learnt from.
+        val: Held out of the training images by seed; empty when the recipe says so.
+        test: For the one evaluation at the end.
+        crop_fraction: As in `card.Preprocess`: how a photo comes to the size of these images.
+        sources: Where each split comes from, in words; for sets of files.
+        skipped: Broken files that were left out, and what is wrong with each.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: AnySplit
+    val: AnySplit
+    test: AnySplit
+    crop_fraction: float = 1.0
+    sources: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.train.image_size
+
+
+def as_tensor(pixels_HWC: Pixels) -> Tensor:
     """uint8 [H, W, C] of NumPy as [C, H, W] of PyTorch."""
     return torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1).contiguous()
 
