@@ -63,7 +63,7 @@ def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
         mean=mean,
         std=std,
         crop_fraction=preprocess.crop_fraction,
-        sources={name: f"{words}, {'in memory' if decode else 'streamed'}" for name, words in sources.items()},
+        sources=sources | {"reading": "decoded once into memory" if decode else "streamed"},
         skipped=tuple(broken),
         **splits,
     )

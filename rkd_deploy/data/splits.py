@@ -127,7 +127,7 @@ class ImageSet:
         val: Held out of the training images by seed; empty when the recipe says so.
         test: For the one evaluation at the end.
         crop_fraction: As in `card.Preprocess`: how a photo comes to the size of these images.
-        sources: Where each split comes from, in words; for sets of files.
+        sources: Where each split comes from, and how it is read, in words; for sets of files.
         skipped: Broken files that were left out, and what is wrong with each.
     """
 
