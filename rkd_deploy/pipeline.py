@@ -5,8 +5,9 @@ Everything here is glue; each step is a public function of its own package.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
-from rkd_deploy.recipe import Recipe, read_recipe
+from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
+from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
-from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
+from rkd_deploy.train.networks import PARTS, data_of, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
 PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
@@ -132,12 +134,17 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
         name=f"{recipe.name} {PART_NAMES[part]}",
         labels=tuple(facts["classes"]),
         preprocess=Preprocess(
-            height=height, width=width, mean=tuple(facts["mean"]), std=tuple(facts["std"]), embedded=embedded
+            height=height,
+            width=width,
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
+            crop_fraction=facts.get("crop_fraction", 1.0),
+            embedded=embedded,
         ),
         part=part,
         macs=own["macs"],
         parameters=own["parameters"],
-        metrics={"accuracy": own["test_top1"], "split": f"{facts['data']} test", "images": own["test_images"]},
+        metrics={"accuracy": own["test_top1"], "split": _test_split(facts), "images": own["test_images"]},
         source={
             "run": run.folder.name,
             "recipe": recipe.name,
@@ -157,7 +164,15 @@ def _free_folder(run: Run, part: str) -> Path:
 
 def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     recipe = run.recipe
-    test = load_images(recipe.data, recipe.train.seed).test
-    for start in range(0, len(test), CHUNK):
-        images_NCHW = test.images_NCHW[start : start + CHUNK]
-        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), test.labels_N[start : start + CHUNK].numpy()
+    data = data_of(recipe, run)
+    if data.of_files:  # read only what is tested on
+        data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
+    test = load_images(data, recipe.train.seed).test
+    size = min(CHUNK, batch_of(test.image_size))
+    for images_NCHW, labels_N in zip(test.chunks(size), test.labels_N.split(size), strict=True):
+        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N.numpy()
+
+
+def _test_split(facts: Mapping[str, Any]) -> str:
+    source = facts.get("sources", {}).get("test")
+    return f"{facts['data']} test" if source is None else f"{facts['data']} test: {source}"

@@ -1,14 +1,13 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are the dataclasses below, and `[method]` in `recipe_method.py`. `--set table.key=value` replaces one
-value; `read_recipe` checks every key, type and rule before anything is computed, and `to_toml` writes the whole recipe
-back, so that a run folder reproduces itself. Standard library only.
+Tables and keys are the dataclasses below, `[data]` in `recipe_data.py` and `[method]` in `recipe_method.py`.
+`--set table.key=value` replaces one value; `read_recipe` checks every key, type and rule before anything is computed,
+and `to_toml` writes the whole recipe back, so that a run folder reproduces itself. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 import types
 import typing
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import RecipeError, unknown_name
+from rkd_deploy.recipe_data import DataRecipe
 from rkd_deploy.recipe_method import MethodRecipe
 from rkd_deploy.recipe_rules import choice as _choice
 from rkd_deploy.recipe_rules import in_range as _range
+from rkd_deploy.recipe_rules import normalisation as _normalisation
 from rkd_deploy.recipe_rules import toml_value as _toml_value
 
 __all__ = [
@@ -33,43 +34,6 @@ __all__ = [
     "parse_recipe",
     "read_recipe",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataRecipe:
-    """Table `[data]`: which images, and what is done to them."""
-
-    name: str = "digits"
-    """digits (in scikit-learn, no download), cifar10 or cifar100."""
-    root: str | None = None
-    """Folder that holds the data set in torchvision's layout; downloaded into when it lacks it. Default: .data"""
-    image_size: int | None = None
-    """Side in pixels that digits are resized to. Default: 16. Other sets keep their own size."""
-    train_limit: int | None = None
-    """Use only so many training images, the same number of each class, drawn by seed."""
-    test_limit: int | None = None
-    """The same for the test images."""
-    val_fraction: float = 0.1
-    """Share of the training images held out by seed; 0 trains on all of them, as the published protocol does."""
-    augment: tuple[str, ...] = ("crop", "flip")
-    """Any of crop (zero padding, random position) and flip (left to right)."""
-    crop_padding: int = 4
-    """Pixels of padding on each side for crop."""
-    mean: tuple[float, ...] | None = None
-    """Per-channel mean in units of [0, 1]. Default: that of the data set."""
-    std: tuple[float, ...] | None = None
-    """Per-channel standard deviation in units of [0, 1]. Default: that of the data set."""
-
-    def __post_init__(self) -> None:
-        _choice("data.name", self.name, ("digits", "cifar10", "cifar100"))
-        _range("data.val_fraction", self.val_fraction, 0, 0.5)
-        for name in self.augment:
-            _choice("data.augment", name, ("crop", "flip"))
-        _range("data.crop_padding", self.crop_padding, 0, 16)
-        for name in ("train_limit", "test_limit", "image_size"):
-            if (value := getattr(self, name)) is not None:
-                _range(f"data.{name}", value, 1)
-        _normalisation("data", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +152,20 @@ class Recipe:
             )
         if not self.method.residual:
             self._check_baseline()
+        self._check_data()
+
+    def _check_data(self) -> None:
+        teacher = self.teacher
+        if self.data.normalisation == "teacher" and teacher.checkpoint is None and not (teacher.mean and teacher.std):
+            raise RecipeError(
+                'data.normalisation = "teacher", and nothing states that of T. Set teacher.mean and teacher.std, or '
+                "teacher.checkpoint to weights that this package wrote."
+            )
+        if self.method.loss == "dkd" and (self.data.mixup or self.data.cutmix):
+            raise RecipeError(
+                f"data.mixup = {self.data.mixup} and data.cutmix = {self.data.cutmix} mix labels, and dkd needs one "
+                'class for each image. Set both to 0, or take another loss, e.g. "kd".'
+            )
 
     def _check_baseline(self) -> None:
         """S0 is what a baseline trains: settings that take S0 away, or cut assistants from it, make no sense."""
@@ -292,13 +270,3 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
-
-
-def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
-    for key, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != 3:
-            raise RecipeError(f"{table}.{key} = {list(values)} has {len(values)} values; there are 3 channels (RGB).")
-        if values is not None and not all(math.isfinite(value) for value in values):
-            raise RecipeError(f"{table}.{key} = {list(values)} must be finite.")
-    if std is not None and min(std) <= 0:
-        raise RecipeError(f"{table}.std = {list(std)} must be positive.")

@@ -33,3 +33,14 @@ def in_range(key: str, value: float, low: float, high: float | None = None) -> N
     if not value >= low or not finite or (high is not None and not value <= high):  # also refuses NaN
         rule = f"between {low} and {high}" if high is not None else f"at least {low}" if finite else "finite"
         raise RecipeError(f"{key} = {value} must be {rule}.")
+
+
+def normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Refuse a mean or standard deviation that no RGB images have."""
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise RecipeError(f"{table}.{key} = {list(values)} has {len(values)} values; there are 3 channels (RGB).")
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise RecipeError(f"{table}.{key} = {list(values)} must be finite.")
+    if std is not None and min(std) <= 0:
+        raise RecipeError(f"{table}.std = {list(std)} must be positive.")

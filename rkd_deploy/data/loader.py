@@ -1,36 +1,70 @@
 """A loader for sets that fit in the device's memory: no workers, no copies, a whole batch augmented at once.
 
 What epoch e gives depends only on (seed, e): a run can be resumed at any batch and sees what it would have seen.
+`train_loader` chooses between this one and that for images in files (`streaming.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from rkd_deploy.data import augment
-from rkd_deploy.data.sources import Split
+from rkd_deploy.data.batches import Batching, Loader, Share, generator_of_batch, generator_of_epoch, seeded_image
+from rkd_deploy.data.mixing import Mixing
+from rkd_deploy.data.normalising import Normaliser
+from rkd_deploy.data.splits import AnySplit, FileSplit, Split
+from rkd_deploy.data.streaming import StreamLoader
+from rkd_deploy.recipe import DataRecipe
+
+__all__ = ["DeviceLoader", "Loader", "Normaliser", "Share", "train_loader"]
+
+_ONE_PROCESS = Share()
+_NOTHING = Mixing(classes=0)
 
 
-class Normaliser:
-    """uint8 images to the network's input: (x / 255 - mean) / std, float32.
+def train_loader(
+    recipe: DataRecipe,
+    split: AnySplit,
+    normalise: Normaliser,
+    *,
+    classes: int,
+    batch_size: int,
+    seed: int,
+    share: Share = _ONE_PROCESS,
+) -> Loader:
+    """The loader of a training split.
 
     Args:
-        mean: Per channel, in units of [0, 1].
-        std: Per channel, in units of [0, 1].
-        device: Where the images are.
+        recipe: Says what is done to the images.
+        split: From `load_images`, on the device if it is in memory.
+        normalise: uint8 batch to float batch.
+        classes: How many there are.
+        batch_size: Of all processes together.
+        seed: Decides, with the number of an epoch, everything random in it.
+        share: Which of the run's processes this is.
+
+    Raises:
+        RecipeError: The batch cannot be divided among the processes.
     """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale = (1 / (255 * std_C)).float().view(-1, 1, 1).to(device)
-        self._shift = (-mean_C / std_C).float().view(-1, 1, 1).to(device)
-
-    def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] uint8 to float32."""
-        return torch.addcmul(self._shift, images_NCHW, self._scale)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "augmentations": recipe.augmentations,
+        "crop_padding": recipe.crop_padding,
+        "randaugment": (recipe.randaugment_n, recipe.randaugment_m),
+        "mixing": Mixing(
+            classes=classes, mixup=recipe.mixup, cutmix=recipe.cutmix, label_smoothing=recipe.label_smoothing
+        ),
+        "seed": seed,
+        "share": share,
+    }
+    if isinstance(split, FileSplit):
+        return StreamLoader(split, normalise, **settings)
+    return DeviceLoader(split, normalise, **settings)
 
 
 class DeviceLoader:
@@ -39,10 +73,14 @@ class DeviceLoader:
     Args:
         split: The images; moved nowhere.
         normalise: uint8 batch to float batch.
-        batch_size: N; an epoch drops the images that do not fill a last batch.
-        augmentations: Any of ``"crop"`` and ``"flip"``.
+        batch_size: B, of all processes; an epoch drops the images that do not fill a last batch.
+        augmentations: Any of ``"resized_crop"`` or ``"crop"``, ``"flip"``, and ``"randaugment"``; the last is
+            torchvision's, image by image, and therefore slow.
         crop_padding: Pixels of zeros on each side, for crop.
         seed: Together with the number of an epoch decides everything random in it.
+        randaugment: Number of operations, and their magnitude.
+        mixing: What is done to the batch after that.
+        share: Which of the run's processes this is.
     """
 
     def __init__(
@@ -54,48 +92,57 @@ class DeviceLoader:
         augmentations: Sequence[str],
         crop_padding: int,
         seed: int,
+        randaugment: tuple[int, int] = (2, 10),
+        mixing: Mixing = _NOTHING,
+        share: Share = _ONE_PROCESS,
     ) -> None:
-        self._labels_N = split.labels_N
-        self._normalise = normalise
-        self._batch_size = min(batch_size, len(split))
-        self._flip = "flip" in augmentations
+        self._labels_N, self._normalise, self._mixing, self._seed = split.labels_N, normalise, mixing, seed
+        self._batching = Batching(len(split), batch_size, share, mixing.mixes)
+        self._flips = "flip" in augmentations
+        self._resizes = "resized_crop" in augmentations
+        self._randaugment = v2.RandAugment(*randaugment) if "randaugment" in augmentations else None
         self._padding = crop_padding if "crop" in augmentations else 0
-        height, width = split.images_NCHW.shape[-2:]
-        self._size = (height, width)
+        self._size = split.image_size
         self._images_NCHW = augment.pad(split.images_NCHW, self._padding) if self._padding else split.images_NCHW
-        self._seed = seed
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._labels_N) // self._batch_size
+        return len(self._batching)
 
     @property
     def batch_size(self) -> int:
-        """Images in a batch."""
-        return self._batch_size
+        """Images in a batch of this process."""
+        return self._batching.size
 
     def epoch(self, number: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches (x [N, C, H, W] float32, y [N] int64) of one epoch.
-
-        Args:
-            number: Which epoch; the same number gives the same batches.
-            first_batch: Where to begin, for a resumed run.
-        """
-        count = len(self._labels_N)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        order_N = torch.randperm(count, generator=generator)
-        offsets_2N = torch.randint(0, 2 * self._padding + 1, (2, count), generator=generator)
-        flips_N = torch.rand(count, generator=generator) < 0.5
-        device = self._labels_N.device
-        order_N, offsets_2N, flips_N = order_N.to(device), offsets_2N.to(device), flips_N.to(device)
+        """The batches of one epoch (see `batches.Loader`)."""
+        count, device = len(self._labels_N), self._labels_N.device
+        generator = generator_of_epoch(self._seed, number)
+        order_N = torch.randperm(count, generator=generator).to(device)
+        offsets_2N = torch.randint(0, 2 * self._padding + 1, (2, count), generator=generator).to(device)
+        flips_N = (torch.rand(count, generator=generator) < 0.5).to(device)
+        windows_4N = augment.draw_windows(count, self._size, generator).to(device) if self._resizes else None
         for batch in range(first_batch, len(self)):
-            chosen = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
-            index_N = order_N[chosen]
+            places_N = self._batching.places(batch).to(device)
+            index_N = order_N[places_N]
             if self._padding:
-                top_N, left_N = offsets_2N[:, chosen]
+                top_N, left_N = offsets_2N[:, places_N]
                 images_NCHW = augment.crop(self._images_NCHW, index_N, top_N, left_N, self._size)
             else:
                 images_NCHW = self._images_NCHW[index_N]
-            if self._flip:
-                images_NCHW = augment.flip(images_NCHW, flips_N[chosen])
-            yield self._normalise(images_NCHW), self._labels_N[index_N]
+            if windows_4N is not None:
+                images_NCHW = augment.resized_crop(images_NCHW, windows_4N[:, places_N])
+            if self._flips:
+                images_NCHW = augment.flip(images_NCHW, flips_N[places_N])
+            if self._randaugment is not None:
+                images_NCHW = self._randaugmented(images_NCHW, number, index_N)
+            x_NCHW, y_N = self._normalise(images_NCHW), self._labels_N[index_N]
+            yield self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, number, batch))
+
+    def _randaugmented(self, images_NCHW: Tensor, epoch: int, index_N: Tensor) -> Tensor:
+        assert self._randaugment is not None
+        augmented = []
+        for image_CHW, index in zip(images_NCHW, index_N.tolist(), strict=True):
+            with seeded_image(self._seed, epoch, index):
+                augmented.append(self._randaugment(image_CHW))
+        return torch.stack(augmented)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from typing import TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ def to_array(image: ImageLike, preprocess: Preprocess) -> Pixels:
     if isinstance(image, np.ndarray):
         return _from_array(image, preprocess)
     if isinstance(image, str | os.PathLike):
-        return _from_file(image, preprocess)
+        return fitted(decoded(image, os.fspath(image), preprocess.channels), preprocess)
     # A PIL image can only exist where PIL is imported: an app that feeds arrays never loads it.
     pil = sys.modules.get("PIL.Image")
     if pil is None or not isinstance(image, pil.Image):
@@ -57,7 +57,7 @@ def to_array(image: ImageLike, preprocess: Preprocess) -> Pixels:
             "or a uint8 NumPy array [H, W, 3]."
         )
     try:
-        return _fit(image, preprocess)
+        return fitted(_upright(image, preprocess.channels), preprocess)
     except _decoding_errors() as error:
         raise DataError(f"The PIL image given cannot be read: {_reason(error)}. {_WAY_OUT}") from error
 
@@ -101,22 +101,33 @@ def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixel
     from PIL import Image
 
     grey = pixels.shape[2] == 1
-    return _fit(Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels)), preprocess)
+    whole = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels))
+    return fitted(_upright(whole, preprocess.channels), preprocess)
 
 
-def _from_file(path: str | os.PathLike[str], preprocess: Preprocess) -> Pixels:
+def decoded(source: str | os.PathLike[str] | IO[bytes], name: str, channels: int = 3) -> PilImage:
+    """A whole image file, upright by its EXIF orientation, as RGB; as grey where there is one channel.
+
+    Args:
+        source: Path, or the file's bytes as a stream.
+        name: What messages call it.
+        channels: 3 or 1.
+
+    Raises:
+        DataError: The file is missing, broken, no image, too large, or not 8 bits per channel.
+    """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            return _fit(image, preprocess)
+        with Image.open(source) as image:
+            return _upright(image, channels)
     except DataError as error:
-        raise DataError(f"{os.fspath(path)}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
     except _decoding_errors() as error:
-        raise DataError(f"{os.fspath(path)} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
+        raise DataError(f"{name} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
 
 
-def _fit(image: PilImage, preprocess: Preprocess) -> Pixels:
+def _upright(image: PilImage, channels: int) -> PilImage:
     from PIL import Image, ImageOps
 
     limit = Image.MAX_IMAGE_PIXELS
@@ -130,12 +141,18 @@ def _fit(image: PilImage, preprocess: Preprocess) -> Pixels:
             f"The image has mode {image.mode!r}, more than 8 bits per channel, and pixels must be uint8. "
             "Convert it first, for example with: convert IN -depth 8 OUT.png"
         )
-    if preprocess.interpolation not in _INTERPOLATIONS:
-        raise UsageError(unknown_name("interpolation", preprocess.interpolation, _INTERPOLATIONS))
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # PIL warns where a palette's transparency is dropped in one step
-    colour = upright.convert("L" if preprocess.channels == 1 else "RGB")
+    return upright.convert("L" if channels == 1 else "RGB")
+
+
+def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
+    """An upright image, resized and cropped by the model's rule: uint8 [H, W, C]."""
+    from PIL import Image
+
+    if preprocess.interpolation not in _INTERPOLATIONS:
+        raise UsageError(unknown_name("interpolation", preprocess.interpolation, _INTERPOLATIONS))
     size = _resized(colour.size, preprocess)
     if size != colour.size:
         colour = colour.resize(size, Image.Resampling[preprocess.interpolation.upper()])

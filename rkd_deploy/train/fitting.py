@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rkd_deploy.data.loader import DeviceLoader, Normaliser
-from rkd_deploy.data.sources import ImageSet, Split, load_images, on_device
+from rkd_deploy.data.loader import Normaliser, train_loader
+from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
 from rkd_deploy.errors import DataError, RecipeError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
@@ -48,7 +48,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
             that can be.
     """
     device = _device(recipe.train.device)
-    images = load_images(recipe.data, recipe.train.seed)
+    images = load_images(networks.data_of(recipe), recipe.train.seed)
     facts = networks.gather_facts(recipe, images)
     trainer = _Trainer(recipe, facts, images, device)  # loads the given weights, so that bad ones leave no run behind
     run = create_run(root, recipe)
@@ -62,8 +62,9 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     if run.finished:
         return run
     recipe = run.recipe
-    images = load_images(recipe.data, recipe.train.seed)
-    if not (run.folder / "facts.json").exists():  # killed in its first moments
+    begun = (run.folder / "facts.json").exists()
+    images = load_images(networks.data_of(recipe, run if begun else None), recipe.train.seed)
+    if not begun:  # killed in its first moments
         write_json(run.folder / "environment.json", provenance())
         write_json(run.folder / "facts.json", networks.gather_facts(recipe, images))
     facts = run.read_json("facts.json")
@@ -107,12 +108,12 @@ class _Trainer:
             return
         torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
         phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
-        loader = DeviceLoader(
+        loader = train_loader(
+            self.recipe.data,
             self.train,
             self.normalise,
+            classes=len(self.facts["classes"]),
             batch_size=self.recipe.train.batch_size,
-            augmentations=self.recipe.data.augment,
-            crop_padding=self.recipe.data.crop_padding,
             seed=networks.derived_seed(self.recipe.train.seed, plan.name),
         )
         train_phase(phase, loader, self.recipe.train, run, display, stop)
@@ -154,7 +155,7 @@ class _Trainer:
             return None
         return self._top1(module, self.val)
 
-    def _top1(self, module: nn.Module, split: Split) -> float:
+    def _top1(self, module: nn.Module, split: AnySplit) -> float:
         return top1(predictions(module, split, self.normalise).numpy(), split.labels_N.cpu().numpy())
 
     def _keep(self, run: Run, name: str, module: nn.Module) -> None:

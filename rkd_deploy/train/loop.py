@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.data.loader import DeviceLoader
+from rkd_deploy.data.loader import Loader
+from rkd_deploy.data.mixing import hard_labels
 from rkd_deploy.errors import DivergenceError, InterruptedTraining
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.checkpoint import load_tensors, save_tensors
@@ -71,7 +72,7 @@ class EpochSums:
         for name, value in losses.parts.items():
             weighted = value.double() * count
             self.parts[name] = weighted if name not in self.parts else self.parts[name] + weighted
-        correct = (losses.logits_NK.argmax(1) == y_N).sum()
+        correct = (losses.logits_NK.argmax(1) == hard_labels(y_N)).sum()
         self.correct = correct if self.correct is None else self.correct + correct
         self.images += count
 
@@ -82,7 +83,7 @@ class EpochSums:
 
 
 def train_phase(
-    phase: Phase, loader: DeviceLoader, recipe: TrainRecipe, run: Run, display: Display, stop: StopRequest
+    phase: Phase, loader: Loader, recipe: TrainRecipe, run: Run, display: Display, stop: StopRequest
 ) -> None:
     """Train one phase from where its checkpoint stands, or from the start.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rkd_deploy.data.pictures import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.separation import separate
 from rkd_deploy.models.staged import Staged
-from rkd_deploy.recipe import Recipe
+from rkd_deploy.recipe import DataRecipe, Recipe
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
@@ -77,6 +79,40 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
+def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
+    """Table `[data]` with the normalisation filled in, where it is not measured here for the first time.
+
+    Args:
+        recipe: Says whose normalisation it is.
+        run: One that has begun: images in files are normalised as its facts say, and not measured again.
+
+    Raises:
+        RecipeError: It is to be the teacher's, and nothing states that.
+        CheckpointError: The teacher's weights are missing or damaged.
+    """
+    stated: Mapping[str, Any]
+    if run is not None and recipe.data.of_files:
+        stated = run.read_json("facts.json")
+    elif recipe.data.normalisation == "teacher":
+        stated = _teacher_normalisation(recipe)
+    else:
+        return recipe.data
+    mean, std = tuple(stated["mean"]), tuple(stated["std"])
+    return dataclasses.replace(recipe.data, mean=mean, std=std, normalisation="data")
+
+
+def _teacher_normalisation(recipe: Recipe) -> dict[str, Any]:
+    teacher = recipe.teacher
+    own = {} if teacher.checkpoint is None else load_foreign(Path(teacher.checkpoint))[1]
+    stated = {key: getattr(teacher, key) or own.get(key) for key in ("mean", "std")}
+    if not all(stated.values()):
+        raise RecipeError(
+            f'data.normalisation = "teacher", and {teacher.checkpoint} does not say how its images were normalised. '
+            "Set teacher.mean and teacher.std, or leave data.normalisation out."
+        )
+    return stated
+
+
 def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
     """What building the networks needs and the recipe does not say; written to facts.json.
 
@@ -94,6 +130,9 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
         "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
         "channels": zoo.create(recipe.teacher.name, classes).channels,
     }
+    if images.sources:
+        facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
+        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
     return facts | _separation_facts(recipe, images, facts["channels"]) if recipe.method.residual else facts
 
 

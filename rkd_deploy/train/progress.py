@@ -92,6 +92,8 @@ def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console
         if (row := metrics["parts"].get(part)) is not None:
             table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
     console.print(table)
+    if facts.get("skipped"):
+        console.print(f"{facts['skipped']:,} broken images were left out; facts.json names the first of them.")
     budget = facts.get("separation")  # a baseline has none
     if budget is not None:
         console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")

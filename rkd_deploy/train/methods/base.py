@@ -35,7 +35,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """Loss of one batch: normalised images [N, C, H, W] and labels [N]."""
+        """Loss of one batch: normalised images [N, C, H, W] and labels [N], or targets [N, K] where they are soft."""
 
     @abstractmethod
     def deployable(self) -> nn.Module:

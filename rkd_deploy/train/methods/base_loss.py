@@ -44,7 +44,7 @@ class BaseLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """A scalar. The teacher's view carries no gradient."""
+        """A scalar. The teacher's view carries no gradient; y may be soft targets [N, K]."""
 
 
 class WeightedLoss(nn.Module):

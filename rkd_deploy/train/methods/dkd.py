@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, one_hot
 
+from rkd_deploy.data.mixing import hard_labels
 from rkd_deploy.train.methods.base_loss import BaseLoss, View
 from rkd_deploy.train.methods.kd import standardised
 
 
 def dkd_loss(z_T: Tensor, z_S: Tensor, y_N: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
-    """L of logits [N, K] and labels [N]; finite for any finite logits."""
-    is_y = one_hot(y_N, z_T.shape[1]).bool()
+    """L of logits [N, K] and labels [N] (of smoothed targets [N, K] the class); finite for any finite logits."""
+    is_y = one_hot(hard_labels(y_N), z_T.shape[1]).bool()
     (log_b_T, log_q_T), (log_b_S, log_q_S) = (_log_parts(z / temperature, is_y) for z in (z_T, z_S))
     tckd = kl_div(log_b_S, log_b_T, reduction="batchmean", log_target=True)
     nckd = kl_div(log_q_S, log_q_T, reduction="batchmean", log_target=True)

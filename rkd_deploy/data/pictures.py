@@ -1,0 +1,172 @@
+"""Image files that are read one by one: where they lie, in which order, and which of them are broken.
+
+The decoder is that of deployed models (`rkd_deploy.serve.images`): upright by EXIF, RGB, transparency dropped, 8 bits
+per channel or refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rkd_deploy.errors import DataError
+from rkd_deploy.serve.images import decoded
+from rkd_deploy.storage import write_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHOWN = 20
+"""Broken files that a message lists; it says how many more there are."""
+
+_EVERY_S, _AT_ONCE = 10.0, 512
+_Result = TypeVar("_Result")
+
+
+class Pictures(Protocol):
+    """Image files by position."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, position: int) -> str:
+        """The file, for messages."""
+
+    def open(self, position: int) -> IO[bytes]:
+        """Its bytes."""
+
+    def shuffled(self, index_N: Tensor, generator: torch.Generator) -> Tensor:
+        """A random order of these positions that is good to read in: a permutation of 0 .. N - 1."""
+
+    def stamps(self) -> Iterator[tuple[str, int, int]]:
+        """Name, size and time of change of every file on disk: they tell whether anything changed."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """One file for each image."""
+
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, position: int) -> str:
+        """Its path."""
+        return self.paths[position]
+
+    def open(self, position: int) -> IO[bytes]:
+        """The file."""
+        return open(self.paths[position], "rb")
+
+    def shuffled(self, index_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Any order is as good as another."""
+        return torch.randperm(len(index_N), generator=generator)
+
+    def stamps(self) -> Iterator[tuple[str, int, int]]:
+        """Of every file."""
+        return stamps(self.paths)
+
+
+def stamps(paths: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of files."""
+    for path in paths:
+        facts = os.stat(path)
+        yield path, facts.st_size, facts.st_mtime_ns
+
+
+def remembered_at(memory: Path, kind: str, facts: Iterable[object]) -> Path:
+    """Where something found out about files is kept; another place once one of these facts changes."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(repr(fact).encode())
+    return memory / "remembered" / f"{kind}-{digest.hexdigest()[:32]}"
+
+
+def read(pictures: Pictures, position: int) -> Image:
+    """One image, upright, RGB.
+
+    Raises:
+        DataError: It is broken or gone.
+    """
+    name = pictures.name(position)
+    try:
+        with pictures.open(position) as stream:
+            return decoded(stream, name)
+    except OSError as error:
+        raise DataError(f"{name} cannot be opened: {error.strerror or error}. Was it removed?") from error
+
+
+def for_each(work: Callable[[int], _Result], positions: Sequence[int], threads: int, verb: str) -> Iterator[_Result]:
+    """Results of `work` in order, by threads: decoders let go of Python's lock. A terminal is told how far it is."""
+    said = time.monotonic()
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for first in range(0, len(positions), _AT_ONCE):  # map takes all it is given at once, however many that are
+            yield from pool.map(work, positions[first : first + _AT_ONCE])
+            if sys.stderr.isatty() and time.monotonic() - said > _EVERY_S:
+                said = time.monotonic()
+                print(f"{verb} {first + _AT_ONCE:,} of {len(positions):,} images", file=sys.stderr)
+
+
+def find_broken(pictures: Pictures, positions: Sequence[int], threads: int, memory: Path) -> dict[int, str]:
+    """Decode images once to learn which cannot be: {position: what is wrong}.
+
+    Args:
+        pictures: The files.
+        positions: Those to look at.
+        threads: That decode at once.
+        memory: Folder where the answer is kept: it is asked for again with every run, and takes minutes on large sets.
+    """
+    path = _broken_at(pictures, positions, memory)
+    if path.exists():
+        return {int(position): reason for position, reason in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def reason(position: int) -> str | None:
+        try:
+            read(pictures, position)
+        except DataError as error:
+            return str(error)
+        return None
+
+    reasons = for_each(reason, positions, threads, "Checked")
+    broken = {position: found for position, found in zip(positions, reasons, strict=True) if found is not None}
+    remember_broken(pictures, positions, broken, memory)
+    return broken
+
+
+def remember_broken(pictures: Pictures, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
+    """Keep the answer of `find_broken`, where decoding has given it."""
+    path = _broken_at(pictures, positions, memory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(broken))
+
+
+def _broken_at(pictures: Pictures, positions: Sequence[int], memory: Path) -> Path:
+    return remembered_at(memory, "broken", chain(pictures.stamps(), positions))
+
+
+def judge(broken: Sequence[str], total: int, policy: str) -> None:
+    """Stop at broken images, unless they are to be skipped.
+
+    Raises:
+        DataError: Lists the first of them, and says how many there are.
+    """
+    if not broken or policy == "skip":
+        return
+    more = f"\n  ... and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+    listed = "".join(f"\n  {line}" for line in broken[:SHOWN])
+    raise DataError(
+        f"{len(broken):,} of {total:,} images cannot be read:{listed}{more}\n"
+        "Mend or remove them, or leave them out with: --set data.broken=skip"
+    )

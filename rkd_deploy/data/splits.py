@@ -1,0 +1,194 @@
+"""Images with labels: in memory as one tensor, or in files that are read when they are wanted.
+
+Both give uint8 images of the size that networks see, by the rule that deployed models follow (`card.Preprocess`).
+Letters: N images, C = 3 channels (RGB), H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rkd_deploy.card import Preprocess
+from rkd_deploy.data.pictures import Pictures, for_each, read
+from rkd_deploy.errors import DataError
+from rkd_deploy.serve.images import Pixels, fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Images uint8 [N, 3, H, W] and labels int64 [N]."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.images_NCHW.shape[-2:]
+        return height, width
+
+    def take(self, index_N: Tensor) -> Split:
+        """The images at these positions."""
+        return Split(images_NCHW=self.images_NCHW[index_N], labels_N=self.labels_N[index_N])
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All images in order, uint8 [n, 3, H, W] with n <= size."""
+        return iter(torch.split(self.images_NCHW, size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSplit:
+    """Images in files, never all in memory.
+
+    Attributes:
+        pictures: Where they are.
+        index_N: Which of them, int64 [N].
+        labels_N: int64 [N].
+        preprocess: How an image comes to the size that networks see.
+        workers: Processes that read; 0: none.
+    """
+
+    pictures: Pictures
+    index_N: Tensor
+    labels_N: Tensor
+    preprocess: Preprocess
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.preprocess.height, self.preprocess.width
+
+    def take(self, index_N: Tensor) -> FileSplit:
+        """The images at these positions."""
+        return replace(self, index_N=self.index_N[index_N], labels_N=self.labels_N[index_N])
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All images in order, uint8 [n, 3, H, W] with n <= size.
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        if not len(self):
+            return
+        for batch in DataLoader(_Fitted(self), batch_size=size, num_workers=self.workers, collate_fn=collate):
+            yield unwrap(batch)
+
+    def fitted(self, position: int) -> Tensor:
+        """One image as deployed models would see it, uint8 [3, H, W]."""
+        picture = read(self.pictures, int(self.index_N[position]))
+        return as_tensor(fitted(picture, self.preprocess))
+
+    def in_memory(self, threads: int) -> tuple[Split, dict[int, str]]:
+        """All of them decoded, and of each picture that cannot be what is wrong; those are left out."""
+        height, width = self.image_size
+        images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
+
+        def fill(position: int) -> str | None:
+            try:
+                images_NCHW[position] = self.fitted(position)
+            except DataError as error:
+                return str(error)
+            return None
+
+        reasons = list(for_each(fill, range(len(self)), threads, "Decoded"))
+        split = Split(images_NCHW=images_NCHW, labels_N=self.labels_N)
+        broken = {int(self.index_N[place]): reason for place, reason in enumerate(reasons) if reason is not None}
+        whole_N = torch.tensor([reason is None for reason in reasons]).nonzero().flatten()
+        return split.take(whole_N) if broken else split, broken
+
+
+AnySplit: TypeAlias = Split | FileSplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """A data set as a recipe asks for it.
+
+    Attributes:
+        name: Its name in recipes.
+        classes: Label names, in the order of the labels.
+        mean: Per channel, in units of [0, 1].
+        std: Per channel, in units of [0, 1].
+        train: What is learnt from.
+        val: Held out of the training images by seed; empty when the recipe says so.
+        test: For the one evaluation at the end.
+        crop_fraction: As in `card.Preprocess`: how a photo comes to the size of these images.
+        sources: Where each split comes from, and how it is read, in words; for sets of files.
+        skipped: Broken files that were left out, and what is wrong with each.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: AnySplit
+    val: AnySplit
+    test: AnySplit
+    crop_fraction: float = 1.0
+    sources: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.train.image_size
+
+
+def as_tensor(pixels_HWC: Pixels) -> Tensor:
+    """uint8 [H, W, C] of NumPy as [C, H, W] of PyTorch."""
+    return torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1).contiguous()
+
+
+class _Fitted(Dataset[Tensor | DataError]):
+    def __init__(self, split: FileSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, position: int) -> Tensor | DataError:
+        try:
+            return self.split.fitted(position)
+        except DataError as error:
+            return error
+
+
+def collate(images: Sequence[Tensor | DataError]) -> Tensor | DataError:
+    """A batch [n, 3, H, W], or what was wrong with the first image that could not be read.
+
+    An error raised in a worker process would arrive buried in its traceback; one handed over as a result does not.
+    """
+    whole = []
+    for image in images:
+        if isinstance(image, DataError):
+            return image
+        whole.append(image)
+    return torch.stack(whole)
+
+
+def unwrap(batch: Tensor | DataError) -> Tensor:
+    """The batch, or its error raised."""
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def on_device(split: AnySplit, device: torch.device) -> AnySplit:
+    """The same images in the memory of a device; those in files stay there."""
+    if isinstance(split, FileSplit):
+        return split
+    return replace(split, images_NCHW=split.images_NCHW.to(device), labels_N=split.labels_N.to(device))
