@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +15,28 @@ BATCH = 500
 
 
 @torch.inference_mode()
-def predictions(module: nn.Module, split: Split, normalise: Normaliser) -> Tensor:
-    """The most likely class of every image, [N] int64 on the CPU; the module is left in the mode it was in."""
+def predictions(
+    module: nn.Module, split: Split, normalise: Normaliser, step: Callable[[], None] | None = None
+) -> Tensor:
+    """The most likely class of every image, [N] int64 on the CPU; the module is left in the mode it was in.
+
+    Args:
+        module: Images to logits.
+        split: The images.
+        normalise: uint8 to the network's input.
+        step: Called after each batch, to show progress.
+    """
     was_training = module.training
     module.eval()
-    batches = [module(normalise(images_NCHW)).argmax(1).cpu() for images_NCHW in torch.split(split.images_NCHW, BATCH)]
+    found = []
+    for images_NCHW in torch.split(split.images_NCHW, BATCH):
+        found.append(module(normalise(images_NCHW)).argmax(1).cpu())
+        if step is not None:
+            step()
     module.train(was_training)
-    return torch.cat(batches)
+    return torch.cat(found)
+
+
+def batches(split: Split) -> int:
+    """How many batches `predictions` makes of these images."""
+    return math.ceil(len(split) / BATCH)
