@@ -7,7 +7,7 @@ Statistics of batch norm are averaged alike. PyTorch's own AveragedModel does it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._network = network
-        self._averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        mean: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._averaged = AveragedModel(network, multi_avg_fn=mean, use_buffers=True)
 
     def update(self) -> None:
         """Take the network's present weights in."""

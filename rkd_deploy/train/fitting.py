@@ -35,7 +35,7 @@ from rkd_deploy.train.parallel import Group, joined, restarted
 from rkd_deploy.train.plans import Plan, Planner
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run, runs_of
 from rkd_deploy.train.sharing import Share
 from rkd_deploy.train.tensorboard import with_tensorboard
 
@@ -59,9 +59,8 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
             that can be.
     """
     with joined() as group:
-        begun = group.first(lambda: _begun(root, recipe)) if restarted() else None
-        if begun is not None:
-            return resume(begun, display=display)
+        if restarted() and (begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])):
+            return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
         facts = group.first(lambda: networks.gather_facts(recipe, images))
@@ -82,13 +81,6 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
         facts = group.first(lambda: _facts(run, images))
         trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
         return trainer.run(run, display or Silent())
-
-
-def _begun(root: Path, recipe: Recipe) -> Run | None:
-    """The newest unfinished run of exactly this recipe."""
-    text = recipe.to_toml()
-    runs = [Run(path.parent) for path in root.glob("*/recipe.toml") if path.read_text(encoding="utf-8") == text]
-    return max((run for run in runs if not run.finished), key=lambda run: run.folder.name, default=None)
 
 
 def _load_images(recipe: Recipe, group: Group) -> ImageSet:

@@ -81,6 +81,11 @@ def restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that people and files hear of; known before the processes have joined."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 @contextmanager
 def joined() -> Iterator[Group]:
     """The group that torchrun started this process in, or this process alone; left when the block ends."""

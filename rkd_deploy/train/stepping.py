@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -15,6 +16,10 @@ from rkd_deploy.train.graphing import GraphedPasses
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.parallel import ALONE, Group
 from rkd_deploy.train.schedule import sgd
+
+# PyTorch 2.15 has a new name for it and warns of the old one.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
 
 
 class Stepper:
@@ -42,7 +47,7 @@ class Stepper:
         forward: nn.Module = method
         if group.size > 1:
             # Statistics of batch norm are not sent around at every step: those of rank 0 are kept in the end.
-            forward = self._parallel = DistributedDataParallel(method, broadcast_buffers=False)
+            forward = self._parallel = DistributedDataParallel(method, **{_SYNC_BUFFERS: False})
         self._forward: Callable[[Tensor, Tensor], Losses] = torch.compile(forward) if recipe.compile else forward
         self._graphed = GraphedPasses(method, self._passes) if recipe.cuda_graphs else None
         self.optimizer = sgd(method, recipe)
