@@ -22,12 +22,12 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation import separate
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.loop import EpochSums, train_step
 from rkd_deploy.train.methods.base import Method
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
 from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.schedule import sgd
+from rkd_deploy.train.stepping import Stepper
+from rkd_deploy.train.sums import EpochSums
 
 STEPS = 25
 BATCH = 64
@@ -105,9 +105,9 @@ def _steps(method: Method, device: torch.device) -> Iterator[None]:
     normalise = Normaliser((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), device)
     split = Split(images_NCHW=images, labels_N=labels)
     loader = DeviceLoader(split, normalise, batch_size=BATCH, augmentations=("crop", "flip"), crop_padding=4, seed=0)
-    optimizer, sums, display = sgd(method, recipe), EpochSums(), Silent()
-    for x, y in loader.epoch(0):
-        sums.add(train_step(method, optimizer, x, y, 1e-4, amp=False), y)
+    stepper, sums, display = Stepper(method, recipe), EpochSums(), Silent()
+    for number, (x, y) in enumerate(loader.epoch(0), 1):
+        sums.add(stepper.step(x, y, 1e-4), y, number)
         display.step()
         yield
 

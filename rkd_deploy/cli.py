@@ -96,6 +96,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")
     ] = False,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Train once with each of these, e.g. 0,1,2: mean and deviation.")
+    ] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -108,13 +111,25 @@ def train(
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
-    from rkd_deploy.train.progress import Progress, print_parts
+    from rkd_deploy.train.parallel import speaks
+    from rkd_deploy.train.progress import Progress, print_parts, print_series
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.series import fit_series
 
-    if resume and overrides:
+    if resume and overrides and seeds is None:
         raise UsageError(
             "--resume goes on with the recipe of the run; --set cannot change it. Start a new run instead."
         )
+    if seeds is not None:
+        chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
+        with Progress() as progress:
+            series = fit_series(chosen, _whole("--seeds", seeds), root=root, display=progress, resumed=resume)
+        if speaks():
+            print_series(series, _console(as_json))
+            _console(as_json).print(f"Series {series.path}")
+            if as_json:
+                _emit(series.to_dict())
+        return
     with Progress() as progress:
         if resume:
             found = newest_run(root, finished=False) if recipe is None else open_run(recipe)
@@ -122,6 +137,8 @@ def train(
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
+    if not speaks():  # torchrun's other processes
+        return
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = _console(as_json)
     print_parts(metrics, facts, console)
@@ -469,6 +486,15 @@ def _need(extra: str, *modules: str) -> None:
 def _choose(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(unknown_name(f"--{option}", value, choices))
+
+
+def _whole(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text!r} must be whole numbers, separated by commas, e.g. {option} 0,1,2."
+        ) from error
 
 
 def _sizes(text: str) -> list[int]:

@@ -169,7 +169,8 @@ def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
     test = load_images(data, recipe.train.seed).test
     size = min(CHUNK, batch_of(test.image_size))
-    for images_NCHW, labels_N in zip(test.chunks(size), test.labels_N.split(size), strict=True):
+    for number, images_NCHW in enumerate(test.chunks(size)):
+        labels_N = test.labels_N[number * size : (number + 1) * size]
         yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N.numpy()
 
 

@@ -1,6 +1,6 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are the dataclasses below, `[data]` in `recipe_data.py` and `[method]` in `recipe_method.py`.
+Tables and keys are the dataclasses below, `[data]`, `[method]` and `[train]` in `recipe_data.py` and its sisters.
 `--set table.key=value` replaces one value; `read_recipe` checks every key, type and rule before anything is computed,
 and `to_toml` writes the whole recipe back, so that a run folder reproduces itself. Standard library only.
 """
@@ -23,6 +23,7 @@ from rkd_deploy.recipe_rules import choice as _choice
 from rkd_deploy.recipe_rules import in_range as _range
 from rkd_deploy.recipe_rules import normalisation as _normalisation
 from rkd_deploy.recipe_rules import toml_value as _toml_value
+from rkd_deploy.recipe_train import TrainRecipe
 
 __all__ = [
     "DataRecipe",
@@ -78,57 +79,6 @@ class StudentRecipe:
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         _range("student.assistants", self.assistants, 1, 16)
         _range("student.round_to", self.round_to, 1, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRecipe:
-    """Table `[train]`: the loop."""
-
-    epochs: int = 10
-    """Epochs of every phase that has no number of its own."""
-    assistant_epochs: int | None = None
-    """Epochs of A. Default: epochs."""
-    head_epochs: int | None = None
-    """Epochs of a trained head. Default: epochs."""
-    batch_size: int = 64
-    lr: float = 0.1
-    """Peak learning rate of SGD."""
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    """Not applied to batch norm or biases."""
-    schedule: str = "cosine"
-    """cosine (to zero), step (times lr_decay at each of milestones) or constant."""
-    warmup_epochs: float = 0.0
-    """Linear warm-up from zero."""
-    milestones: tuple[int, ...] = (150, 180, 210)
-    """Epochs at which the step schedule decays."""
-    lr_decay: float = 0.1
-    seed: int = 0
-    amp: bool = False
-    """bfloat16 autocast of the forward passes."""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    threads: int | None = None
-    """CPU threads of PyTorch. Default: its own choice."""
-
-    def __post_init__(self) -> None:
-        _range("train.epochs", self.epochs, 1)
-        for name in ("assistant_epochs", "head_epochs", "threads"):
-            if (value := getattr(self, name)) is not None:
-                _range(f"train.{name}", value, 1)
-        _range("train.batch_size", self.batch_size, 2)
-        _range("train.lr", self.lr, 1e-9)
-        _range("train.momentum", self.momentum, 0, 0.9999)
-        _range("train.weight_decay", self.weight_decay, 0)
-        _range("train.warmup_epochs", self.warmup_epochs, 0)
-        _range("train.lr_decay", self.lr_decay, 0, 1)
-        _range("train.seed", self.seed, 0, 2**31 - 1)
-        _choice("train.schedule", self.schedule, ("cosine", "step", "constant"))
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise RecipeError(f"train.milestones = {list(self.milestones)} must rise.")
-        if self.nesterov and self.momentum == 0:
-            raise RecipeError("train.nesterov = true needs train.momentum above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +146,8 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
     """Read a recipe and replace single values.
 
     Args:
-        path: A TOML file; None gives the defaults.
+        path: A TOML file; None gives the defaults. One that lies in a run folder takes given weights from the copies
+            in there, so that the folder alone reproduces the run, wherever it was moved.
         overrides: `table.key=value` each, the value written as in TOML (a string may go without quotes).
 
     Raises:
@@ -212,6 +163,7 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+        _use_own_copies(content, path.parent)
     for override in overrides:
         _apply(content, override)
     return parse_recipe(content)
@@ -252,6 +204,14 @@ def _convert(key: str, wanted: Any, value: Any) -> Any:
     if type(value) is not wanted:
         raise RecipeError(f"{key} = {value!r} must be of type {wanted.__name__}.")
     return value
+
+
+def _use_own_copies(content: dict[str, Any], folder: Path) -> None:
+    """The weights that `teacher.checkpoint` and `student.checkpoint` named are in a run folder under its own names."""
+    for table, name in (("teacher", "teacher"), ("student", "s0")):
+        copy, values = folder / "weights" / f"{name}.safetensors", content.get(table)
+        if isinstance(values, dict) and "checkpoint" in values and copy.is_file():
+            values["checkpoint"] = str(copy)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

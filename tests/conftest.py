@@ -43,6 +43,8 @@ TINY = (
     "train.lr=0.05",
     "train.device=cpu",
     "train.threads=1",
+    "train.curves=false",
+    "train.tensorboard=false",
 )
 
 

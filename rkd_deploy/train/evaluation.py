@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +21,28 @@ def batch_of(image_size: tuple[int, int]) -> int:
 
 
 @torch.inference_mode()
-def predictions(module: nn.Module, split: AnySplit, normalise: Normaliser) -> Tensor:
-    """The most likely class of every image, [N] int64 on the CPU; the module is left in the mode it was in."""
+def predictions(
+    module: nn.Module, split: AnySplit, normalise: Normaliser, step: Callable[[], None] | None = None
+) -> Tensor:
+    """The most likely class of every image, [N] int64 on the CPU; the module is left in the mode it was in.
+
+    Args:
+        module: Images to logits.
+        split: The images.
+        normalise: uint8 to the network's input.
+        step: Called after each batch, to show progress.
+    """
     was_training = module.training
     module.eval()
-    batches = [
-        module(normalise(images_NCHW)).argmax(1).cpu() for images_NCHW in split.chunks(batch_of(split.image_size))
-    ]
+    found = []
+    for images_NCHW in split.chunks(batch_of(split.image_size)):
+        found.append(module(normalise(images_NCHW)).argmax(1).cpu())
+        if step is not None:
+            step()
     module.train(was_training)
-    return torch.cat(batches)
+    return torch.cat(found)
+
+
+def batches(split: AnySplit) -> int:
+    """How many batches `predictions` makes of these images."""
+    return math.ceil(len(split) / batch_of(split.image_size))

@@ -6,34 +6,44 @@ checkpoint. The test images are used once, at the end.
 
 from __future__ import annotations
 
+import hashlib
+import resource
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rkd_deploy.data.loader import Normaliser, train_loader
+from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
 from rkd_deploy.errors import DataError, RecipeError
 from rkd_deploy.models.cost import count
-from rkd_deploy.recipe import Recipe
+from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.serve.bench.accuracy import top1
 from rkd_deploy.serve.bench.provenance import provenance
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.checkpoint import load_tensors, load_weights, save_tensors
-from rkd_deploy.train.evaluation import predictions
+from rkd_deploy.train.curves import draw_curves
+from rkd_deploy.train.evaluation import batches, predictions
 from rkd_deploy.train.interruption import StopRequest
 from rkd_deploy.train.loop import Display, Phase, train_phase
+from rkd_deploy.train.parallel import Group, joined, restarted
 from rkd_deploy.train.plans import Plan, Planner
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run, runs_of
+from rkd_deploy.train.tensorboard import with_tensorboard
 
 
 def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = None) -> Run:
     """Train what a recipe asks for.
+
+    Under torchrun every process calls this, and only the first one writes and shows anything (docs/distributed.md). A
+    command that torchrun or Slurm started again goes on with the run that it began.
 
     Args:
         recipe: See `rkd_deploy.recipe`.
@@ -47,41 +57,73 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         RkdError: What is wrong with the recipe, the data or a checkpoint; found before a run folder is made, where
             that can be.
     """
-    device = _device(recipe.train.device)
-    images = load_images(networks.data_of(recipe), recipe.train.seed)
-    facts = networks.gather_facts(recipe, images)
-    trainer = _Trainer(recipe, facts, images, device)  # loads the given weights, so that bad ones leave no run behind
-    run = create_run(root, recipe)
-    write_json(run.folder / "environment.json", provenance())
-    write_json(run.folder / "facts.json", facts)
-    return trainer.run(run, display or Silent())
+    with joined() as group:
+        if restarted() and (begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])):
+            return resume(begun[-1], display=display)
+        device = _device(recipe.train, group)
+        images = _load_images(recipe, group)
+        facts = group.first(lambda: networks.gather_facts(recipe, images))
+        # Loads the given weights, so that bad ones leave no run behind.
+        trainer = _Trainer(recipe, facts, images, device, group)
+        run = group.first(lambda: create_run(root, recipe))
+        group.first(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
+        return trainer.run(run, display or Silent())
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
     """Go on with an unfinished run where its checkpoint stands; a finished one is given back as it is."""
-    if run.finished:
-        return run
-    recipe = run.recipe
-    begun = (run.folder / "facts.json").exists()
-    images = load_images(networks.data_of(recipe, run if begun else None), recipe.train.seed)
-    if not begun:  # killed in its first moments
-        write_json(run.folder / "environment.json", provenance())
-        write_json(run.folder / "facts.json", networks.gather_facts(recipe, images))
-    facts = run.read_json("facts.json")
-    return _Trainer(recipe, facts, images, _device(recipe.train.device)).run(run, display or Silent())
+    with joined() as group:
+        if group.first(lambda: run.finished):
+            return run
+        recipe = run.recipe
+        images = _load_images(recipe, group, run)
+        facts = group.first(lambda: _facts(run, images))
+        trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
+        return trainer.run(run, display or Silent())
+
+
+def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
+    data = group.first(lambda: networks.data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
+        group.first(lambda: bool(load_images(data, recipe.train.seed)))
+    return load_images(data, recipe.train.seed)
+
+
+def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
+    if not (run.folder / "facts.json").exists():  # killed in its first moments
+        _write_facts(run, networks.gather_facts(run.recipe, images) | {"given": _given_files(run.recipe)})
+    return run.read_json("facts.json")
+
+
+def _write_facts(run: Run, facts: dict[str, Any]) -> None:
+    write_json(run.folder / "environment.json", provenance())
+    write_json(run.folder / "facts.json", facts)
+
+
+def _given_files(recipe: Recipe) -> dict[str, Any]:
+    """Where the given weights came from; the run keeps copies, and goes by these from now on."""
+    tables = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
+    files = {name: Path(checkpoint) for name, checkpoint in tables.items() if checkpoint is not None}
+    return {
+        name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for name, path in files.items()
+    }
 
 
 class _Trainer:
     """Holds the networks and the data of one `fit`."""
 
-    def __init__(self, recipe: Recipe, facts: dict[str, Any], images: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, facts: dict[str, Any], images: ImageSet, device: torch.device, group: Group
+    ) -> None:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.recipe, self.facts, self.device = recipe, facts, device
+        self.recipe, self.facts, self.device, self.group = recipe, facts, device, group
         self.normalise = Normaliser(images.mean, images.std, device)
         self.train, self.val, self.test = (
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
+        _check_pieces(recipe.train, len(self.train), group)
         self.nets = networks.build_networks(recipe, facts, device)
         self.planner = Planner(recipe, facts, self.nets)
         self.planner.check()
@@ -90,34 +132,35 @@ class _Trainer:
 
     def run(self, run: Run, display: Display) -> Run:
         """Every phase that is not done yet, then the evaluation."""
+        display = with_tensorboard(display, run, self.recipe.train) if self.group.rank == 0 else Silent()
         for name, module in self.ready.items():
-            if not run.weights(name).exists():
-                self._keep(run, name, module)
+            self.group.first(partial(self._keep_given, run, name, module))
         with StopRequest() as stop:
             for plan in self.planner.plans(set(self.ready)):
                 self._phase(plan, run, display, stop)
-        run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
-        write_json(run.metrics_path, self._metrics(run))
+        self.group.first(lambda: self._finish(run, display))
         return run
 
     def _phase(self, plan: Plan, run: Run, display: Display, stop: StopRequest) -> None:
-        path = run.weights(plan.name)
-        if path.exists():
-            state, _ = load_tensors(path)
-            load_weights(plan.product, state, str(path), plan.name)
-            return
-        torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
-        phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
-        loader = train_loader(
+        if not self.group.first(lambda: run.weights(plan.name).exists()):
+            torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
+            phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
+            average = train_phase(phase, self._loader(plan.name), self.recipe.train, run, display, stop, self.group)
+            self.group.first(lambda: self._keep_phase(run, plan, average))
+        # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
+        state, _ = self.group.first(lambda: load_tensors(run.weights(plan.name)))
+        load_weights(plan.product, state, str(run.weights(plan.name)), plan.name)
+
+    def _loader(self, phase: str) -> Loader:
+        return train_loader(
             self.recipe.data,
             self.train,
             self.normalise,
             classes=len(self.facts["classes"]),
             batch_size=self.recipe.train.batch_size,
-            seed=networks.derived_seed(self.recipe.train.seed, plan.name),
+            seed=networks.derived_seed(self.recipe.train.seed, phase),
+            share=Share(self.group.rank, self.group.size),
         )
-        train_phase(phase, loader, self.recipe.train, run, display, stop)
-        self._keep(run, plan.name, plan.product)
 
     def _load_given_weights(self) -> None:
         recipe = self.recipe
@@ -155,27 +198,59 @@ class _Trainer:
             return None
         return self._top1(module, self.val)
 
-    def _top1(self, module: nn.Module, split: AnySplit) -> float:
-        return top1(predictions(module, split, self.normalise).numpy(), split.labels_N.cpu().numpy())
+    def _top1(self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None) -> float:
+        return top1(predictions(module, split, self.normalise, step).numpy(), split.labels_N.cpu().numpy())
 
-    def _keep(self, run: Run, name: str, module: nn.Module) -> None:
+    def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
+        if not run.weights(name).exists():
+            self._keep(run, name, module.state_dict())
+
+    def _keep_phase(self, run: Run, plan: Plan, average: dict[str, torch.Tensor] | None) -> None:
+        """What ships under the name of the phase, and last, because a phase that has it is done."""
+        last = plan.product.state_dict()
+        if average is not None:
+            ships, other = (average, last) if self.recipe.train.ship == "ema" else (last, average)
+            self._keep(run, f"{plan.name}_{networks.other_weights(self.recipe)}", other)
+            last = ships
+        self._keep(run, plan.name, last)
+        draw_curves(run, self.recipe)
+
+    def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
         own = {key: self.facts[key] for key in ("classes", "mean", "std")}
-        save_tensors(run.weights(name), module.state_dict(), {"network": name, **own})
+        save_tensors(run.weights(name), state, {"network": name, **own})
 
-    def _metrics(self, run: Run) -> dict[str, Any]:
-        began = time.perf_counter()
-        parts = {}
-        for part in networks.parts_of(self.recipe):
-            module = networks.load_part(run, part).to(self.device)
-            cost = count(module, tuple(self.facts["image_size"]))
-            parts[part] = {
-                "test_top1": self._top1(module, self.test),
-                "test_images": len(self.test),
-                "parameters": cost.parameters,
-                "macs": cost.macs,
-                "unsupported_operators": list(cost.unsupported),
-            }
-        return {"parts": parts, "phases": _phases(run), "evaluation_seconds": time.perf_counter() - began}
+    def _finish(self, run: Run, display: Display) -> None:
+        run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
+        write_json(run.metrics_path, self._metrics(run, display))
+
+    def _metrics(self, run: Run, display: Display) -> dict[str, Any]:
+        began, names = time.perf_counter(), networks.parts_of(self.recipe)
+        display.phase("test", 1, len(names) * batches(self.test), 0)
+        parts = {part: self._tested(run, part, display) for part in names}
+        phases = _phases(run)
+        return {
+            "parts": parts,
+            "phases": phases,
+            "training_seconds": sum(phase["seconds"] for phase in phases.values()),
+            "evaluation_seconds": time.perf_counter() - began,
+            "peak_memory_mb": _peak_memory_mb(self.device),
+        }
+
+    def _tested(self, run: Run, part: str, display: Display) -> dict[str, Any]:
+        module = networks.load_part(run, part).to(self.device)
+        cost = count(module, tuple(self.facts["image_size"]))
+        found = {
+            "test_top1": self._top1(module, self.test, display.step),
+            "test_images": len(self.test),
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "unsupported_operators": list(cost.unsupported),
+        }
+        other = networks.other_weights(self.recipe)
+        if other is not None and run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
+            module = networks.load_part(run, part, other).to(self.device)
+            found[f"test_top1_{other}"] = self._top1(module, self.test)
+        return found
 
 
 def _phases(run: Run) -> dict[str, Any]:
@@ -183,23 +258,53 @@ def _phases(run: Run) -> dict[str, Any]:
     phases: dict[str, Any] = {}
     for row in read_log(run.log.path):
         entry = phases.setdefault(row["phase"], {"epochs": 0, "seconds": 0.0})
-        entry |= {
-            "epochs": row["epoch"],
-            "seconds": entry["seconds"] + row["seconds"],
-            "val_top1_last": row["val_top1"],
-        }
+        entry |= {"epochs": row["epoch"], "seconds": entry["seconds"] + row["seconds"]}
+        entry |= {f"{key}_last": row[key] for key in ("val_top1", "val_top1_ema") if key in row}
         if row["val_top1"] is not None and row["val_top1"] > entry.get("val_top1_best", -1.0):
             entry |= {"val_top1_best": row["val_top1"], "best_epoch": row["epoch"]}
     return phases
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _peak_memory_mb(device: torch.device) -> float:
+    """Of the GPU's memory, or of this process; where a run was resumed, since then. In 10^6 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _device(recipe: TrainRecipe, group: Group) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        RecipeError: No such device; or the recipe asks for what only CUDA does, on another.
+    """
+    name = recipe.device
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{group.local_rank}" if group.size > 1 else "cuda"
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
         raise RecipeError(f"train.device = {name!r} is no PyTorch device; write auto, cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"train.device = {name!r}, and PyTorch sees no CUDA device here. Write auto or cpu.")
+    if device.type == "cuda" and group.size > 1:
+        torch.cuda.set_device(device)
+    _check_device(recipe, device, group)
     return device
+
+
+def _check_device(recipe: TrainRecipe, device: torch.device, group: Group) -> None:
+    for key in ("cuda_graphs", "sync_batchnorm"):
+        if getattr(recipe, key) and device.type != "cuda" and (key == "cuda_graphs" or group.size > 1):
+            raise RecipeError(f"train.{key} = true works on CUDA only, and this runs on {device.type}. Leave it out.")
+    if recipe.cuda_graphs and group.size > 1:
+        raise RecipeError(f"train.cuda_graphs = true is for one process, and there are {group.size}. Leave it out.")
+
+
+def _check_pieces(recipe: TrainRecipe, images: int, group: Group) -> None:
+    pieces, batch = group.size * recipe.accumulate, min(recipe.batch_size, images)
+    if batch % pieces:
+        raise RecipeError(
+            f"train.batch_size = {batch} counts the images of all processes: {group.size} processes with "
+            f"train.accumulate = {recipe.accumulate} need a multiple of {pieces}."
+        )

@@ -1,29 +1,30 @@
 """One phase of training: the loop that does not know the method.
 
-A phase interrupted at any step and resumed ends in the same bits as one that was not (on a CPU): the checkpoint holds
-weights, optimiser, random state, the sums of the epoch in progress and the place in it.
+A phase interrupted at any step and resumed ends in the same bits as one that was not (on a CPU): the checkpoint
+(`state.py`) holds weights, optimiser, random state, the sums of the epoch in progress and the place in it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.loader import Loader
-from rkd_deploy.data.mixing import hard_labels
 from rkd_deploy.errors import DivergenceError, InterruptedTraining
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.checkpoint import load_tensors, save_tensors
+from rkd_deploy.train import state
+from rkd_deploy.train.averaging import Average
 from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.methods.base import Losses, Method
+from rkd_deploy.train.methods.base import Method
+from rkd_deploy.train.parallel import ALONE, Group, Votes
 from rkd_deploy.train.runs import Run
-from rkd_deploy.train.schedule import learning_rate, sgd
+from rkd_deploy.train.schedule import learning_rate
+from rkd_deploy.train.stepping import Stepper
+from rkd_deploy.train.sums import EpochSums
 
 
 class Display(Protocol):
@@ -58,146 +59,136 @@ class Phase:
     val_top1: Callable[[nn.Module], float | None]
 
 
-@dataclass
-class EpochSums:
-    """Sums over the epoch in progress, on the device: reading them would wait for it at every step."""
-
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    correct: Tensor | None = None
-    images: int = 0
-
-    def add(self, losses: Losses, y_N: Tensor) -> None:
-        """Count one batch in."""
-        count = len(y_N)
-        for name, value in losses.parts.items():
-            weighted = value.double() * count
-            self.parts[name] = weighted if name not in self.parts else self.parts[name] + weighted
-        correct = (losses.logits_NK.argmax(1) == hard_labels(y_N)).sum()
-        self.correct = correct if self.correct is None else self.correct + correct
-        self.images += count
-
-    def means(self) -> dict[str, float]:
-        """Means over the images so far, and the training accuracy in percent; this waits for the device."""
-        means = {name: value.item() / self.images for name, value in self.parts.items()}
-        return means if self.correct is None else {**means, "train_top1": 100 * self.correct.item() / self.images}
-
-
 def train_phase(
-    phase: Phase, loader: Loader, recipe: TrainRecipe, run: Run, display: Display, stop: StopRequest
-) -> None:
+    phase: Phase,
+    loader: Loader,
+    recipe: TrainRecipe,
+    run: Run,
+    display: Display,
+    stop: StopRequest,
+    group: Group = ALONE,
+) -> dict[str, Tensor] | None:
     """Train one phase from where its checkpoint stands, or from the start.
+
+    Args:
+        phase: What is trained.
+        loader: Gives this process's share of every batch.
+        recipe: Table `[train]`.
+        run: Where log and checkpoint go; only rank 0 writes.
+        display: Shows progress.
+        stop: Whether a signal asked to stop.
+        group: The processes that share every batch.
+
+    Returns:
+        The averaged weights of the product, where the recipe asks for an average.
 
     Raises:
         DivergenceError: A loss is no longer finite.
         InterruptedTraining: A signal asked to stop; the checkpoint is written.
         StorageError: A checkpoint could not be written; the one before is intact.
     """
-    method, steps_per_epoch = phase.method, len(loader)
-    optimizer = sgd(method, recipe)
-    first_epoch, first_batch, sums = _restore(phase, optimizer, run)
-    display.phase(phase.name, phase.epochs, steps_per_epoch, first_epoch * steps_per_epoch + first_batch)
-    for epoch in range(first_epoch, phase.epochs):
-        method.start_epoch(epoch + 1)
-        method.train()
-        began, seen_before = time.perf_counter(), sums.images
-        for batch, (x_NCHW, y_N) in enumerate(loader.epoch(epoch, first_batch), first_batch):
-            rate = learning_rate(recipe, epoch * steps_per_epoch + batch, phase.epochs, steps_per_epoch)
-            sums.add(train_step(method, optimizer, x_NCHW, y_N, rate, recipe.amp), y_N)
-            display.step()
-            if stop.signal_name is not None and batch + 1 < steps_per_epoch:
-                _check_finite(sums, phase, epoch, run)
-                _save(phase, optimizer, run, epoch, batch + 1, sums)
-                raise _interrupted(stop, run)
-        row = _check_finite(sums, phase, epoch, run)
-        seconds = time.perf_counter() - began
-        row |= {
-            "phase": phase.name,
-            "epoch": epoch + 1,
-            "lr": rate,
-            "val_top1": phase.val_top1(method.deployable()),
-            "seconds": seconds,
-            "images_per_s": (sums.images - seen_before) / seconds,
-        }
-        run.log.append("epoch", **row)
-        display.epoch(row)
-        first_batch, sums = 0, EpochSums()
-        _save(phase, optimizer, run, epoch + 1, 0, sums)
-        if stop.signal_name is not None:
-            raise _interrupted(stop, run)
+    return _PhaseRun(phase, loader, recipe, run, display, stop, group).train()
 
 
-def train_step(
-    method: Method, optimizer: torch.optim.Optimizer, x_NCHW: Tensor, y_N: Tensor, rate: float, amp: bool
-) -> Losses:
-    """Forward, backward and update of one batch at this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    autocast = torch.autocast(x_NCHW.device.type, torch.bfloat16) if amp else contextlib.nullcontext()
-    with autocast:
-        losses: Losses = method(x_NCHW, y_N)
-    optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return losses
+_GO_ON, _SAVE, _STOP = range(3)
 
 
-def _check_finite(sums: EpochSums, phase: Phase, epoch: int, run: Run) -> dict[str, Any]:
-    means: dict[str, Any] = sums.means()
-    broken = [name for name, value in means.items() if not abs(value) < float("inf")]
-    # The last update comes after the last loss: what it left is looked at too, before it is kept.
-    if not broken and not all(bool(tensor.isfinite().all()) for tensor in phase.product.state_dict().values()):
-        broken = ["a weight"]
-    if broken:
-        kept = f"the last good state is {run.checkpoint}" if run.checkpoint.exists() else "nothing was saved yet"
+class _PhaseRun:
+    """The loop of one phase; see `train_phase`."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        loader: Loader,
+        recipe: TrainRecipe,
+        run: Run,
+        display: Display,
+        stop: StopRequest,
+        group: Group,
+    ) -> None:
+        self.phase, self.loader, self.recipe, self.run = phase, loader, recipe, run
+        self.display, self.stop, self.group = display, stop, group
+        self.average = None if recipe.ema_decay is None else Average(phase.product, recipe.ema_decay)
+        self.stepper = Stepper(phase.method, recipe, group)
+        self.votes = Votes(group)
+        self.saved_at = time.monotonic()
+
+    def train(self) -> dict[str, Tensor] | None:
+        """Train to the end of the phase."""
+        phase, steps = self.phase, len(self.loader)
+        epoch, batch, sums = state.restore(phase, self.stepper.optimizer, self.average, self.run, self.group)
+        self.display.phase(phase.name, phase.epochs, steps, epoch * steps + batch)
+        for number in range(epoch, phase.epochs):
+            self._epoch(number, batch, sums)
+            batch, sums = 0, EpochSums()
+        return None if self.average is None else self.average.weights()
+
+    def _epoch(self, epoch: int, first_batch: int, sums: EpochSums) -> None:
+        self.stepper.start_epoch(epoch + 1)
+        began, seen_before, steps, rate = time.perf_counter(), sums.images, len(self.loader), 0.0
+        for batch, (x_NCHW, y_N) in enumerate(self.loader.epoch(epoch, first_batch), first_batch):
+            rate = learning_rate(self.recipe, epoch * steps + batch, self.phase.epochs, steps)
+            sums.add(self.stepper.step(x_NCHW, y_N, rate), y_N, batch + 1)
+            if self.average is not None:
+                self.average.update()
+            self.display.step()
+            if batch + 1 < steps and (asked := self.votes.cast(self._wish())) != _GO_ON:
+                self._check_finite(sums.over(self.group), epoch)
+                self._save((epoch, batch + 1), sums)
+                if asked == _STOP:
+                    raise self._interrupted()
+        seconds, images = time.perf_counter() - began, (sums.images - seen_before) * self.group.size
+        row = self._check_finite(sums.over(self.group), epoch)
+        row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rate}
+        row |= self.group.first(self._validate)
+        row |= {"seconds": seconds, "images_per_s": images / seconds}
+        self.group.first(lambda: self.run.log.append("epoch", **row))
+        self.display.epoch(row)
+        self._save((epoch + 1, 0), EpochSums())
+        if self.votes.settle(self._wish()) == _STOP:
+            raise self._interrupted()
+
+    def _validate(self) -> dict[str, float | None]:
+        network = self.phase.method.deployable()
+        accuracies = {"val_top1": self.phase.val_top1(network)}
+        if self.average is not None:
+            with self.average.in_place():
+                accuracies["val_top1_ema"] = self.phase.val_top1(network)
+        return accuracies
+
+    def _wish(self) -> int:
+        """What this process would do after this step."""
+        if self.stop.signal_name is not None:
+            return _STOP
+        old = self.group.rank == 0 and time.monotonic() - self.saved_at >= 60 * self.recipe.checkpoint_minutes
+        return _SAVE if old else _GO_ON
+
+    def _check_finite(self, sums: EpochSums, epoch: int) -> dict[str, Any]:
+        """Means of the epoch, or the first step at which something was no longer finite."""
+        where = f"epoch {epoch + 1} of phase {self.phase.name!r}"
+        if (bad := sums.first_bad()) is not None:
+            broken, where = ", ".join(bad[1]), f"step {bad[0]} of {len(self.loader)} in {where}"
+        # The last update comes after the last loss: what it left is looked at too, before it is kept.
+        elif not all(bool(tensor.isfinite().all()) for tensor in self.phase.product.state_dict().values()):
+            broken = "a weight"
+        else:
+            return dict(sums.means())
+        checkpoint = self.run.checkpoint
+        kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise DivergenceError(
-            f"Training diverged: {', '.join(broken)} is not finite in epoch {epoch + 1} of phase {phase.name!r}; "
-            f"{kept}. Lower train.lr or set train.warmup_epochs, and start a new run."
+            f"Training diverged: {broken} is not finite from {where}; {kept}. "
+            "Lower train.lr or set train.warmup_epochs or train.clip_norm, and start a new run."
         )
-    return means
 
+    def _save(self, place: tuple[int, int], sums: EpochSums) -> None:
+        whole = sums.over(self.group)
+        self.group.first(
+            lambda: state.save(self.phase, self.stepper.optimizer, self.average, self.run, place, whole),
+        )
+        self.saved_at = time.monotonic()
 
-def _interrupted(stop: StopRequest, run: Run) -> InterruptedTraining:
-    return InterruptedTraining(
-        f"Stopped by {stop.signal_name}; everything so far is in {run.checkpoint}. "
-        f"Go on with: rkd-deploy train {run.folder} --resume"
-    )
-
-
-def _save(phase: Phase, optimizer: torch.optim.Optimizer, run: Run, epoch: int, batch: int, sums: EpochSums) -> None:
-    tensors = {f"product/{key}": value for key, value in phase.product.state_dict().items()}
-    if (auxiliary := phase.method.auxiliary()) is not None:
-        tensors |= {f"auxiliary/{key}": value for key, value in auxiliary.state_dict().items()}
-    state = optimizer.state_dict()["state"]
-    tensors |= {f"momentum/{index}": entry["momentum_buffer"] for index, entry in state.items()}
-    tensors |= {f"sum/{name}": value for name, value in sums.parts.items()}
-    if sums.correct is not None:
-        tensors["correct"] = sums.correct
-    tensors["random"] = torch.get_rng_state()
-    facts = {"phase": phase.name, "epoch": epoch, "batch": batch, "images": sums.images, "log": run.log.size()}
-    save_tensors(run.checkpoint, tensors, facts)
-
-
-def _restore(phase: Phase, optimizer: torch.optim.Optimizer, run: Run) -> tuple[int, int, EpochSums]:
-    """Take up the checkpoint of this phase, if there is one: epoch, batch and sums to go on from."""
-    tensors, facts = load_tensors(run.checkpoint) if run.checkpoint.exists() else ({}, {"phase": None})
-    if facts["phase"] != phase.name:
-        run.log.forget(phase.name)  # killed after its first epoch was logged and before that was saved
-        return 0, 0, EpochSums()
-    run.log.rewind(facts["log"])
-    phase.product.load_state_dict(_under("product/", tensors))
-    if (auxiliary := phase.method.auxiliary()) is not None:
-        auxiliary.load_state_dict(_under("auxiliary/", tensors))
-    state = optimizer.state_dict()
-    momenta = _under("momentum/", tensors)
-    state["state"] = {int(index): {"momentum_buffer": value} for index, value in momenta.items()}
-    optimizer.load_state_dict(state)
-    torch.set_rng_state(tensors["random"])
-    device = next(phase.product.parameters()).device
-    sums = EpochSums(images=facts["images"])
-    sums.parts = {name: value.to(device) for name, value in _under("sum/", tensors).items()}
-    sums.correct = tensors["correct"].to(device) if "correct" in tensors else None
-    return facts["epoch"], facts["batch"], sums
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    def _interrupted(self) -> InterruptedTraining:
+        return InterruptedTraining(
+            f"Stopped by {self.stop.signal_name or 'a signal to another process'}; everything so far is in "
+            f"{self.run.checkpoint}. Go on with: rkd-deploy train {self.run.folder} --resume"
+        )

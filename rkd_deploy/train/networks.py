@@ -61,6 +61,13 @@ def phase_of(recipe: Recipe, part: str) -> str:
     return assistant_phase(recipe.student.assistants) if recipe.method.head == "teacher" else "head"
 
 
+def other_weights(recipe: Recipe) -> str | None:
+    """The weights that are kept beside those that ship, as PHASE_ema or PHASE_last; None without an average."""
+    if recipe.train.ema_decay is None:
+        return None
+    return "last" if recipe.train.ship == "ema" else "ema"
+
+
 def assistant_phase(number: int) -> str:
     """Name of the phase that trains assistant i = `number`, from 1."""
     return "assistant" if number == 1 else f"assistant_{number}"
@@ -84,14 +91,14 @@ def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
 
     Args:
         recipe: Says whose normalisation it is.
-        run: One that has begun: images in files are normalised as its facts say, and not measured again.
+        run: One that has begun: what was measured or read for it stands in its facts, and is not looked for again.
 
     Raises:
         RecipeError: It is to be the teacher's, and nothing states that.
         CheckpointError: The teacher's weights are missing or damaged.
     """
     stated: Mapping[str, Any]
-    if run is not None and recipe.data.of_files:
+    if run is not None and (recipe.data.of_files or recipe.data.normalisation == "teacher"):
         stated = run.read_json("facts.json")
     elif recipe.data.normalisation == "teacher":
         stated = _teacher_normalisation(recipe)
@@ -238,12 +245,13 @@ def load_given_weights(
     return all(value is not None for value in known.values())
 
 
-def load_part(run: Run, part: str) -> nn.Module:
+def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
     """One network of a run, trained, in eval mode: images to logits.
 
     Args:
         run: A run that has got far enough.
         part: One of `PARTS`.
+        other: Not the weights that ship, but those beside them (see `other_weights`).
 
     Raises:
         UsageError: Unknown part.
@@ -260,10 +268,14 @@ def load_part(run: Run, part: str) -> nn.Module:
     facts = run.read_json("facts.json")
     if part in ("teacher", "s0"):
         module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)
-        return _restored(run, part, module)
-    model = _restored(run, phase_of(recipe, part), build_residual(recipe, facts))
+        return _restored(run, _weights_name(part, other), module)
+    model = _restored(run, _weights_name(phase_of(recipe, part), other), build_residual(recipe, facts))
     assert isinstance(model, ResidualStudent)
     return model if part == "fused" else StudentAlone(model).eval()
+
+
+def _weights_name(phase: str, other: str | None) -> str:
+    return phase if other is None else f"{phase}_{other}"
 
 
 def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rkd_deploy.train.series import Series
+
 
 class Silent:
     """Shows nothing."""
@@ -69,7 +71,7 @@ class Progress:
         if row["epoch"] % self._every and row["epoch"] != self._epochs:
             return
         shown = [f"{row['phase']:>9} {row['epoch']:>3}/{self._epochs}"]
-        known = ("phase", "epoch", "lr", "train_top1", "val_top1", "seconds", "images_per_s")
+        known = ("event", "phase", "epoch", "lr", "loss", "train_top1", "val_top1", "seconds", "images_per_s")
         shown += [f"{name} {value:.4f}" for name, value in row.items() if name not in known]
         shown.append(f"train {row['train_top1']:.2f} %")
         if row["val_top1"] is not None:
@@ -78,19 +80,53 @@ class Progress:
         self.console.print("  ".join(shown), highlight=False)
 
 
+_NAMES = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
+
+
+def print_series(series: Series, console: Console) -> None:
+    """The table that ends a series of seeds."""
+    from rich.table import Table
+
+    images = next(iter(series.parts.values()))["test_images"]
+    table = Table(title=f"Top-1 in %, seeds {', '.join(map(str, series.seeds))}, {images:,} test images")
+    for title in ("", "Mean", "Std", *(f"Seed {seed}" for seed in series.seeds)):
+        table.add_column(title, justify="right" if title else "left")
+    for part in (name for name in _NAMES if name in series.parts):
+        row = series.parts[part]
+        cells = [row["mean"], row["std"], *row["test_top1"]]
+        table.add_row(_NAMES[part], *(f"{value:.2f}" for value in cells))
+    console.print(table)
+
+
+def _print_phases(phases: dict[str, Any], console: Console) -> None:
+    """The last epoch is what is kept; the best one tells how much was lost by that."""
+    from rich.table import Table
+
+    held_out = any(phase["val_top1_last"] is not None for phase in phases.values())
+    if not held_out:
+        return
+    table = Table(title="Held-out images, top-1 in %")
+    for title in ("", "Epochs", "Last epoch", "Best epoch"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, phase in phases.items():
+        best = f"{phase['val_top1_best']:.2f} ({phase['best_epoch']})"
+        table.add_row(name, str(phase["epochs"]), f"{phase['val_top1_last']:.2f}", best)
+    console.print(table)
+
+
 def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
     """The table that ends a training run: every network of metrics.json, and the account of the budget."""
     from rich.table import Table
 
-    names = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
     images = next(iter(metrics["parts"].values()))["test_images"]
     table = Table(title=f"{facts['data']}, {images:,} test images")
     table.add_column("")
     for title in ("Top-1, %", "MACs, M", "Parameters, M"):
         table.add_column(title, justify="right")
-    for part, name in names.items():
+    for part, name in _NAMES.items():
         if (row := metrics["parts"].get(part)) is not None:
             table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
+    _print_phases(metrics["phases"], console)
     console.print(table)
     if facts.get("skipped"):
         console.print(f"{facts['skipped']:,} broken images were left out; facts.json names the first of them.")

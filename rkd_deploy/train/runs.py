@@ -3,9 +3,12 @@
 recipe.toml              as resolved: it reproduces the run
 environment.json         versions and hardware
 facts.json               classes, normalisation, image size; where S and A are trained, their widths and the budget
-log.jsonl                one line per epoch and event
+log.jsonl                one line per epoch
+curves.png               the log as a picture
+tensorboard/             the log for TensorBoard, where that is installed
 checkpoint.safetensors   state of the phase in progress; gone when the run is finished
-weights/NAME.safetensors what each finished phase gave
+weights/NAME.safetensors what each finished phase gave and ships; with train.ema_decay the other weights are beside it
+                         as NAME_ema, or as NAME_last where the average ships
 metrics.json             written last: a run that has it is finished
 """
 
@@ -130,6 +133,13 @@ def newest_run(root: Path, *, finished: bool) -> Run:
             hint = f"{newest.folder} was begun: finish it with rkd-deploy train {newest.folder} --resume"
         raise ModelFileError(f"There is no {kind} in {root}/. {hint}")
     return max(chosen, key=_begun)
+
+
+def runs_of(root: Path, recipe: Recipe) -> list[Run]:
+    """The runs of exactly this recipe, in the order they were begun in."""
+    text = recipe.to_toml()
+    runs = [Run(path.parent) for path in root.glob("*/recipe.toml") if path.read_text(encoding="utf-8") == text]
+    return sorted(runs, key=_begun)
 
 
 def _begun(run: Run) -> tuple[float, str]:

@@ -226,10 +226,10 @@ def test_the_test_images_are_read_once_for_each_part_at_the_end(
     reads: list[tuple[bool, int]] = []
     predictions = fitting.predictions
 
-    def noting(module: nn.Module, split: Split, normalise: Any) -> Tensor:
+    def noting(module: nn.Module, split: Split, *rest: Any) -> Tensor:
         is_test = torch.equal(split.images_NCHW, test.images_NCHW) if len(split) == len(test) else False
         reads.append((is_test, len(list(tmp_path.glob("*/weights/*.safetensors")))))
-        return predictions(module, split, normalise)
+        return predictions(module, split, *rest)
 
     monkeypatch.setattr(fitting, "predictions", noting)
     fit(recipe, root=tmp_path)
@@ -348,7 +348,8 @@ def test_what_cannot_be_is_found_before_a_run_is_begun(
 
 
 def test_divergence_names_its_phase(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
-    with pytest.raises(DivergenceError, match=r"ce is not finite in epoch \d of phase 'teacher'; .*Lower train\.lr"):
+    message = r"ce is not finite from step \d of 5 in epoch \d of phase 'teacher'; .*Lower train\.lr"
+    with pytest.raises(DivergenceError, match=message):
         fit(tiny_recipe("train.lr=1e9"), root=tmp_path)
     run = newest_run(tmp_path, finished=False)
     assert not run.weights("teacher").exists()
@@ -356,14 +357,15 @@ def test_divergence_names_its_phase(tmp_path: Path, tiny_recipe: MakeRecipe) -> 
 
 def test_weights_that_the_last_update_broke_are_not_kept(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     """One step in all: its loss is finite, what it leaves is not."""
-    with pytest.raises(DivergenceError, match="a weight is not finite in epoch 1 of phase 'teacher'"):
+    with pytest.raises(DivergenceError, match="a weight is not finite from epoch 1 of phase 'teacher'"):
         fit(tiny_recipe("train.lr=1e39", "train.batch_size=100", "train.epochs=1"), root=tmp_path)
     assert not newest_run(tmp_path, finished=False).weights("teacher").exists()
 
 
 def test_divergence_of_the_student_names_the_student(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
     how = (f"teacher.checkpoint={pth}", "student.baseline=false", "method.feature_weight=1e20")
-    with pytest.raises(DivergenceError, match=r"student, explained is not finite in epoch \d of phase 'student'"):
+    message = r"student, explained is not finite from step \d of 5 in epoch \d of phase 'student'"
+    with pytest.raises(DivergenceError, match=message):
         fit(tiny_recipe(*how), root=tmp_path / "runs")
 
 

@@ -16,11 +16,12 @@ from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.evaluation import predictions
 from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.loop import Phase, train_phase, train_step
+from rkd_deploy.train.loop import Phase, train_phase
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.runlog import read_log
 from rkd_deploy.train.runs import Run, create_run
+from rkd_deploy.train.stepping import Stepper
 
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
 
@@ -80,20 +81,26 @@ def run(tmp_path: Path) -> Run:
 
 def test_one_step_of_descent_is_the_closed_form() -> None:
     method = Told()
-    optimizer = torch.optim.SGD(method.parameters(), lr=99.0)
-    losses = train_step(method, optimizer, torch.zeros(4, 3, 2, 2), torch.tensor([1, 2, 2, 3]), 0.5, amp=False)
+    stepper = Stepper(method, TrainRecipe(lr=99.0, momentum=0.0))
+    losses = stepper.step(torch.zeros(4, 3, 2, 2), torch.tensor([1, 2, 2, 3]), 0.5)
     assert method.learnt.item() == -1.0  # 0.5 times the mean label 2; the rate is the argument's, not the optimiser's
     assert losses.total.item() == 0.0
-    train_step(method, optimizer, torch.zeros(4, 3, 2, 2), torch.tensor([1, 2, 2, 3]), 0.25, amp=False)
+    stepper.step(torch.zeros(4, 3, 2, 2), torch.tensor([1, 2, 2, 3]), 0.25)
     assert method.learnt.item() == -1.5  # gradients do not add up
 
 
 def test_the_log_has_the_means_of_each_epoch(run: Run) -> None:
-    display, recipe = Noted(), TrainRecipe(batch_size=4, lr=0.5, schedule="constant")
+    display, recipe = Noted(), TrainRecipe(batch_size=4, lr=0.5, momentum=0.0, schedule="constant")
     split = Split(images_NCHW=images(12).images_NCHW, labels_N=torch.tensor([0] * 9 + [2] * 3))
     train(Told(), run, split, recipe, 2, display)
     rows = read_log(run.log.path)
+    learnt = 0.0
     for epoch, row in enumerate(rows, 1):
+        losses = []
+        for _, y_N in loader(split, 4).epoch(epoch - 1):
+            losses.append(learnt * y_N.double().mean().item())
+            learnt -= 0.5 * y_N.double().mean().item()
+        assert row.pop("loss") == pytest.approx(sum(losses) / 3)
         seconds = row.pop("seconds")
         assert row.pop("images_per_s") == pytest.approx(12 / seconds)
         assert row == {
@@ -151,8 +158,8 @@ class Diverges(Told):
         return Losses(losses.total + broken, losses.parts | {"ce": broken}, losses.logits_NK)
 
 
-def test_divergence_is_said_with_phase_and_epoch(run: Run) -> None:
-    message = r"ce is not finite in epoch 1 of phase 'told'; nothing was saved yet\. Lower train\.lr"
+def test_divergence_is_said_with_its_step_and_term(run: Run) -> None:
+    message = r"ce is not finite from step 2 of 3 in epoch 1 of phase 'told'; nothing was saved yet\. Lower train\.lr"
     with pytest.raises(DivergenceError, match=message):
         train(Diverges(1), run, images(12), TrainRecipe(batch_size=4), 3)
     assert not run.checkpoint.exists()
@@ -160,7 +167,8 @@ def test_divergence_is_said_with_phase_and_epoch(run: Run) -> None:
 
 
 def test_divergence_leaves_the_last_good_state(run: Run) -> None:
-    with pytest.raises(DivergenceError, match=rf"epoch 2 of phase 'told'; the last good state is {run.checkpoint}"):
+    message = rf"step 1 of 3 in epoch 2 of phase 'told'; the last good state is {run.checkpoint}"
+    with pytest.raises(DivergenceError, match=message):
         train(Diverges(3), run, images(12), TrainRecipe(batch_size=4), 3)
     tensors, facts = load_tensors(run.checkpoint)
     assert (facts["epoch"], facts["batch"]) == (1, 0)

@@ -1,0 +1,137 @@
+"""Several processes that train one network: who they are, and how they agree.
+
+torchrun starts R processes ("ranks") and tells each its number in the environment. All of them run the same code on
+their share of every batch. Only the first one touches the run folder and shows progress; what it reads, decides or
+fails at reaches the others through `Group.first`, so that all of them go the same way or stop together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rkd_deploy.errors import RkdError
+
+_T = TypeVar("_T")
+
+_TIMEOUT = timedelta(minutes=30)  # the others wait while the first one evaluates; a rank that dies is noticed at once
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one training run, as one of them sees them.
+
+    Attributes:
+        rank: Its number, from 0.
+        size: How many there are.
+        local_rank: Its number on its machine: which GPU it takes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def first(self, call: Callable[[], _T]) -> _T:
+        """What the call gives on rank 0, on every rank; an error that it raises there is raised on every rank."""
+        if self.size == 1:
+            return call()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = call()
+            except RkdError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: _T = outcome[0]
+        return value
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, as a new tensor."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def smallest(self, tensor: Tensor) -> Tensor:
+        """The minimum over ranks, element by element, as a new tensor."""
+        return self._reduced(tensor, dist.ReduceOp.MIN)
+
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return tensor
+        result = tensor.clone()
+        dist.all_reduce(result, operation)
+        return result
+
+
+ALONE = Group()
+"""One process."""
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm has started this command again, after a failure or a preemption."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that people and files hear of; known before the processes have joined."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """The group that torchrun started this process in, or this process alone; left when the block ends."""
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if size == 1:
+        yield ALONE
+        return
+    group = Group(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK") or 0))
+    if dist.is_initialized():  # by a block around this one
+        yield group
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group()
+
+
+class Votes:
+    """Lets every rank ask for something after each step, and all of them hear of it after the same step.
+
+    A vote is collected while the next step is computed, so no rank waits: what was asked for in one step is answered
+    after the next. One process alone hears itself at once.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def cast(self, vote: int) -> int:
+        """Hand in a vote; gives the highest of any rank in the step before."""
+        if self._group.size == 1:
+            return vote
+        before = self._collect()
+        counted = torch.tensor([vote])
+        self._pending = (dist.all_reduce(counted, dist.ReduceOp.MAX, async_op=True), counted)
+        return before
+
+    def settle(self, vote: int) -> int:
+        """The same between epochs, where there is time to wait: gives the highest of this step and the one before."""
+        return vote if self._group.size == 1 else max(self.cast(vote), self._collect())
+
+    def _collect(self) -> int:
+        if self._pending is None:
+            return 0
+        work, counted = self._pending
+        self._pending = None
+        work.wait()
+        return int(counted.item())

@@ -1,0 +1,119 @@
+"""One update: forward, backward, clipping, optimiser, as `[train]` asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rkd_deploy.recipe import TrainRecipe
+from rkd_deploy.train.graphing import GraphedPasses
+from rkd_deploy.train.methods.base import Losses, Method
+from rkd_deploy.train.parallel import ALONE, Group
+from rkd_deploy.train.schedule import sgd
+
+# PyTorch 2.15 has a new name for it and warns of the old one.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+
+
+class Stepper:
+    """Updates what a method trains, batch after batch.
+
+    Args:
+        method: On its device, all that is frozen frozen.
+        recipe: Table `[train]`.
+        group: The processes that share each batch. Every one holds the whole method and computes its images' gradient;
+            the means over processes are what all of them step by. T and all else that is frozen has no gradient and is
+            never sent anywhere.
+
+    Attributes:
+        optimizer: Its state is to be saved.
+    """
+
+    def __init__(self, method: Method, recipe: TrainRecipe, group: Group = ALONE) -> None:
+        if recipe.sync_batchnorm and group.size > 1:
+            synchronise_batchnorm(method)
+        if recipe.channels_last:
+            method.to(memory_format=torch.channels_last)
+        self._method, self._recipe = method, recipe
+        self._trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        self._parallel: DistributedDataParallel | None = None
+        forward: nn.Module = method
+        if group.size > 1:
+            # Statistics of batch norm are not sent around at every step: those of rank 0 are kept in the end.
+            forward = self._parallel = DistributedDataParallel(method, **{_SYNC_BUFFERS: False})
+        self._forward: Callable[[Tensor, Tensor], Losses] = torch.compile(forward) if recipe.compile else forward
+        self._graphed = GraphedPasses(method, self._passes) if recipe.cuda_graphs else None
+        self.optimizer = sgd(method, recipe)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the method, from 1; weights of its losses may change, which a recorded graph has burnt in."""
+        self._method.start_epoch(epoch)
+        self._method.train()
+        if self._graphed is not None:
+            self._graphed.forget()
+
+    def step(self, x_NCHW: Tensor, y_N: Tensor, rate: float) -> Losses:
+        """Forward, backward and update by one batch at this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self._recipe.channels_last:
+            x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
+        if self._graphed is not None:
+            losses = self._graphed(x_NCHW, y_N)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self._accumulated(x_NCHW, y_N)
+        if self._recipe.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self._trained, self._recipe.clip_norm)
+            losses = losses._replace(parts=losses.parts | {"grad_norm": norm})
+        self.optimizer.step()
+        return losses
+
+    def _accumulated(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
+        """Gradients of the whole batch, piece by piece."""
+        count = self._recipe.accumulate
+        if count == 1:
+            return self._passes(x_NCHW, y_N)
+        if len(x_NCHW) % count:
+            raise AssertionError(f"{len(x_NCHW)} images in {count} pieces")  # recipes and loaders give equal pieces
+        found = []
+        for number, (x_MCHW, y_M) in enumerate(zip(x_NCHW.chunk(count), y_N.chunk(count), strict=True), 1):
+            with self._unsent() if number < count else contextlib.nullcontext():
+                found.append(self._passes(x_MCHW, y_M, share=1 / count))
+        return _mean(found)
+
+    def _passes(self, x_NCHW: Tensor, y_N: Tensor, share: float = 1.0) -> Losses:
+        kind = x_NCHW.device.type
+        # A graph must not hold the casts of another step's weights, which is what autocast's cache would give it.
+        with torch.autocast(kind, torch.bfloat16, enabled=self._recipe.amp, cache_enabled=self._graphed is None):
+            losses: Losses = self._forward(x_NCHW, y_N)
+        total = losses.total if share == 1.0 else losses.total * share
+        total.backward()  # type: ignore[no-untyped-call]
+        return losses
+
+    def _unsent(self) -> AbstractContextManager[None]:
+        """Gradients add up here first; only those of the last piece's backward pass are exchanged."""
+        return contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync()
+
+
+def synchronise_batchnorm(method: Method) -> None:
+    """Let what is trained normalise over the images of all processes; frozen networks use their statistics anyway."""
+    for module in list(method.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and child.weight is not None and child.weight.requires_grad:
+                convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+                setattr(module, name, convert(child))
+
+
+def _mean(found: list[Losses]) -> Losses:
+    """Losses of the whole batch from those of its equal pieces."""
+    parts = {name: torch.stack([losses.parts[name] for losses in found]).mean() for name in found[0].parts}
+    total = torch.stack([losses.total.detach() for losses in found]).mean()
+    return Losses(total, parts, torch.cat([losses.logits_NK for losses in found]))
