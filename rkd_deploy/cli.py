@@ -91,7 +91,8 @@ def train(
         Path | None, typer.Argument(help="A recipe (TOML), or a run folder to resume.", show_default=False)
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace one value of the recipe: table.key=value.")
+        list[str] | None,
+        typer.Option("--set", help="Replace one value: table.key=value. Another method.name empties [method]."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")

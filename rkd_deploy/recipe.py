@@ -81,6 +81,8 @@ class TeacherRecipe:
     """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
     epochs: int | None = None
     """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
+    lr: float | None = None
+    """Peak learning rate of that training, where T's family wants another one than S0's. Default: train.lr."""
     mean: tuple[float, ...] | None = None
     """The normalisation T was trained with, where it is known: checked against that of the data."""
     std: tuple[float, ...] | None = None
@@ -88,6 +90,8 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _range("teacher.epochs", self.epochs, 1)
+        if self.lr is not None:
+            _range("teacher.lr", self.lr, 1e-9)
         _normalisation("teacher", self.mean, self.std)
 
 
@@ -217,6 +221,9 @@ class Recipe:
 def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and replace single values.
 
+    A `method.name` that differs from the file's begins a table `[method]` of its own: what stands in the file's was
+    chosen for the method that is replaced.
+
     Args:
         path: A TOML file; None gives the defaults.
         overrides: `table.key=value` each, the value written as in TOML (a string may go without quotes).
@@ -234,8 +241,14 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+    given = content.pop("method", {})
     for override in overrides:
         _apply(content, override)
+    if isinstance(given, dict):
+        own, set_here = given.get("name", MethodRecipe.name), content.get("method", {})
+        content["method"] = set_here if set_here.get("name", own) != own else given | set_here
+    else:
+        content["method"] = given  # no table: refused with the others
     return parse_recipe(content)
 
 

@@ -41,8 +41,9 @@ class MethodRecipe:
     finetuned: the same, starting from T's. Under end_to_end it learns along with the rest."""
     distance: str = "mse"
     """D: mse, normalised_mse, smooth_l1 or cosine (directions only: lengths are not learnt)."""
-    feature_weight: float = 1.0
-    """w, factor of D in the loss. D is a mean over elements, so its gradient is small beside that of cross-entropy."""
+    feature_weight: float = 5.0
+    """w, factor of D in the loss: D is a mean over elements, so its gradient is small beside that of a base loss or
+    cross-entropy. 5 is what ERA's authors released for theirs."""
     base: str = "none"
     """A further loss for S, and with cross-entropy for the control S0: none, kd, fitnet, at, dkd, reviewkd, simkd."""
     base_weight: float | None = None

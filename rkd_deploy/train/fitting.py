@@ -7,6 +7,7 @@ checkpoint. The test images are used once, at the end.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class _Trainer:
             crop_padding=self.recipe.data.crop_padding,
             seed=networks.derived_seed(self.recipe.train.seed, plan.name),
         )
-        train_phase(phase, loader, self.recipe.train, run, display, stop)
+        recipe = self.recipe.train if plan.lr is None else replace(self.recipe.train, lr=plan.lr)
+        train_phase(phase, loader, recipe, run, display, stop)
         self._keep(run, plan.name, plan.product)
 
     def _load_given_weights(self) -> None:

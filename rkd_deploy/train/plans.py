@@ -40,6 +40,8 @@ class Plan:
     product: nn.Module
     epochs: int
     method: Callable[[], Method]
+    lr: float | None = None
+    """Peak learning rate. Default: that of the recipe's loop."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,8 @@ class Planner:
         """The phases in order, but for the networks that are ready."""
         recipe, nets, epochs = self.recipe, self.nets, self.recipe.train.epochs
         if nets.teacher is not None and "teacher" not in ready:
-            yield Plan(
-                "teacher", nets.teacher, recipe.teacher.epochs or epochs, functools.partial(CrossEntropy, nets.teacher)
-            )
+            method = functools.partial(CrossEntropy, nets.teacher)
+            yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
         if nets.given is not None and "s0" not in ready:
             yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
         if nets.model is not None:
