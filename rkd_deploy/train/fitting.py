@@ -151,8 +151,8 @@ class _Trainer:
                 f"{normalisation}. State the right ones in [data]: mean, std, name."
             )
 
-    def _val_top1(self, module: nn.Module) -> float | None:
-        if not len(self.val):
+    def _val_top1(self, module: nn.Module | None) -> float | None:
+        if module is None or not len(self.val):
             return None
         return self._top1(module, self.val)
 

@@ -47,14 +47,14 @@ class Phase:
         method: What is trained.
         product: The network whose weights are kept.
         epochs: How long.
-        val_top1: Accuracy of the deployable network on the held-out images in percent, or None without any.
+        val_top1: Accuracy of the deployable network on the held-out images in percent, or None without either.
     """
 
     name: str
     method: Method
     product: nn.Module
     epochs: int
-    val_top1: Callable[[nn.Module], float | None]
+    val_top1: Callable[[nn.Module | None], float | None]
 
 
 @dataclass
@@ -71,9 +71,10 @@ class EpochSums:
         for name, value in losses.parts.items():
             weighted = value.double() * count
             self.parts[name] = weighted if name not in self.parts else self.parts[name] + weighted
-        correct = (losses.logits_NK.argmax(1) == y_N).sum()
-        self.correct = correct if self.correct is None else self.correct + correct
         self.images += count
+        if losses.logits_NK is not None:
+            correct = (losses.logits_NK.argmax(1) == y_N).sum()
+            self.correct = correct if self.correct is None else self.correct + correct
 
     def means(self) -> dict[str, float]:
         """Means over the images so far, and the training accuracy in percent; this waits for the device."""

@@ -71,7 +71,8 @@ class Progress:
         shown = [f"{row['phase']:>9} {row['epoch']:>3}/{self._epochs}"]
         known = ("phase", "epoch", "lr", "train_top1", "val_top1", "seconds", "images_per_s")
         shown += [f"{name} {value:.4f}" for name, value in row.items() if name not in known]
-        shown.append(f"train {row['train_top1']:.2f} %")
+        if "train_top1" in row:  # not before the last stage of scheme progressive
+            shown.append(f"train {row['train_top1']:.2f} %")
         if row["val_top1"] is not None:
             shown.append(f"val {row['val_top1']:.2f} %")
         shown.append(f"{row['images_per_s']:,.0f} images/s")
