@@ -70,7 +70,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "method": {
         "name": st.sampled_from(["residual", "cross_entropy", *LOSSES]),
-        "scheme": st.sampled_from(["sequential", "end_to_end"]),
+        "scheme": st.sampled_from(["sequential", "progressive", "end_to_end"]),
         "head": st.sampled_from(["teacher", "trained", "finetuned"]),
         "distance": st.sampled_from(["mse", "normalised_mse", "smooth_l1", "cosine"]),
         "feature_weight": st.floats(1e-6, 1e300),
@@ -111,6 +111,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 METHODS = [
     {"name": "residual"},
     {"name": "residual", "base": "fitnet"},
+    {"name": "residual", "scheme": "progressive", "base": "at"},
     {"name": "residual", "scheme": "end_to_end", "base": "dkd"},
     {"name": "residual", "scheme": "end_to_end", "base": "simkd"},
     {"name": "cross_entropy"},
@@ -380,7 +381,7 @@ def test_true_is_not_one(key: str) -> None:
         ("student.round_to", [0, 257], "must be between 1 and 256"),
         ("student.assistants", [0, 17], "must be between 1 and 16"),
         ("method.name", ["rkd"], "Choices: at, cross_entropy, dkd, fitnet, kd, residual, reviewkd, simkd"),
-        ("method.scheme", ["progressive"], "Choices: end_to_end, sequential"),
+        ("method.scheme", ["parallel"], "Choices: end_to_end, progressive, sequential"),
         ("method.head", ["student"], "Choices: finetuned, teacher, trained"),
         ("method.distance", ["l2"], "Choices: cosine, mse, normalised_mse, smooth_l1"),
         ("method.base", ["crd"], "Choices: at, dkd, fitnet, kd, none, reviewkd, simkd"),

@@ -126,3 +126,8 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         return fold_batch_norm(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
     return owner(fold_batch_norm(branches.eval()), adapters, model.head).eval()
+
+
+def fuse_branch(backbone: Staged, adapter: nn.Conv2d, head: nn.Linear) -> nn.Module:
+    """One branch alone under a head, in eval mode: images to W (U GAP(f) + c) + b."""
+    return FoldedTail(fold_batch_norm(_LastMaps([backbone]).eval()), [adapter], head).eval()
