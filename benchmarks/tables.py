@@ -1,9 +1,9 @@
-"""The tables of README and benchmarks/README.md, made from the committed records.
+"""The tables of README and benchmarks/README.md, made from the committed records; in train/README.md, from recipes.
 
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rkd_deploy.recipe import read_recipe
+
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+RECIPES = HERE.parent / "train"
+PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md")
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -68,13 +71,31 @@ def _note(record: dict[str, Any], part: str) -> str:
     return f"({note}) " if note else ""
 
 
+def recipes() -> str:
+    """Every recipe in train/: its networks and base loss from its keys, the rest from the comment at its head."""
+    rows = ["| recipe | T | S0 | base | budget | published | time | result |", "| --- " * 8 + "|"]
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe, head = read_recipe(path), comment(path)
+        names = (recipe.teacher.name, recipe.student.name, recipe.method.base)
+        facts = (head[key] for key in ("Budget", "Published", "Time", "Result"))
+        rows.append(f"| [{path.stem}]({path.name}) | " + " | ".join((*names, *facts)) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def comment(path: Path) -> dict[str, str]:
+    """What the comment at the head of a recipe states, as `# Name: value` lines; only the first line of each value."""
+    text = path.read_text(encoding="utf-8")
+    return {name: value.strip() for name, value in re.findall(r"^# (\w+): +(.+)$", text, re.MULTILINE)}
+
+
 def render(text: str) -> str:
     """A page with every table made anew."""
+    makers: dict[str, Callable[[], str]] = {"claims": claims, "recipes": recipes}
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
-        make: Callable[[], str] = claims if name == "claims" else lambda: run_record(HERE / name)
-        return match.group(1) + make() + match.group(4)
+        made = makers[name]() if name in makers else run_record(HERE / name)
+        return match.group(1) + made + match.group(4)
 
     return _BLOCK.sub(table, text)
 
@@ -89,7 +110,7 @@ def main() -> None:
             if "--check" not in sys.argv:
                 page.write_text(made, encoding="utf-8")
     if stale and "--check" in sys.argv:
-        sys.exit(f"Tables differ from the records in {', '.join(stale)}: run uv run python benchmarks/tables.py")
+        sys.exit(f"Tables differ from their sources in {', '.join(stale)}: run uv run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

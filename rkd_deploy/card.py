@@ -89,6 +89,8 @@ class ModelCard:
     """Accuracy as measured in training, on which split, over how many images."""
     parity: Mapping[str, Any] = field(default_factory=dict)
     """What the export's gate measured against PyTorch, and its tolerance."""
+    early_exit: Mapping[str, Any] = field(default_factory=dict)
+    """Where it was exported so: files and MACs of its steps, the threshold, and what it saves and costs."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """The run, the recipe and the SHA-256 of the weights."""
     versions: Mapping[str, str] = field(default_factory=dict)

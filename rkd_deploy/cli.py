@@ -91,7 +91,8 @@ def train(
         Path | None, typer.Argument(help="A recipe (TOML), or a run folder to resume.", show_default=False)
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace one value of the recipe: table.key=value.")
+        list[str] | None,
+        typer.Option("--set", help="Replace one value: table.key=value. Another method.name empties [method]."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")
@@ -173,6 +174,13 @@ def export(
     with_pytorch: Annotated[
         bool, typer.Option("--with-pytorch", help="Write model.pt2 too, for --backend pytorch.")
     ] = False,
+    early_exit: Annotated[
+        bool, typer.Option("--early-exit", help="Write S and each A as graphs of their own too, and report the saving.")
+    ] = False,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option("--exit-threshold", help="Confidence at which an image leaves. Default: by held-out images."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the bundle. Default: bundle in the run folder.")
     ] = None,
@@ -187,7 +195,8 @@ def export(
     _choose("input", layout, ("uint8", "float32"))
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.pipeline import export_run
-    from rkd_deploy.serve.bench.display import status
+    from rkd_deploy.serve.bench.display import print_exits, status
+    from rkd_deploy.serve.bundles import describe
     from rkd_deploy.train.runs import newest_run, open_run
 
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
@@ -201,6 +210,8 @@ def export(
             tolerance=tolerance,
             with_pytorch=with_pytorch,
             test_images=test_images,
+            early_exit=early_exit,
+            exit_threshold=exit_threshold,
             folder=output,
         )
     proof = made.proof
@@ -211,11 +222,15 @@ def export(
     )
     if proof.torch_top1 is not None and proof.onnx_top1 is not None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
+    exits = describe(made.folder).early_exit
+    if exits:
+        print_exits(exits, console)
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
     if as_json:
         facts = {"images": proof.images, "differing": proof.differing}
         accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
-        _emit({"bundle": str(made.folder), "parity": proof.parity.to_dict(), **facts, **accuracy})
+        written = {"bundle": str(made.folder), "parity": proof.parity.to_dict()}
+        _emit({**written, **facts, **accuracy, "early_exit": exits})
 
 
 @app.command()
@@ -381,20 +396,27 @@ def predict(
     backend: BackendName = "onnxruntime",
     device: DeviceName = "cpu",
     threads: Threads = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option("--exit-threshold", help="Run the assistants only where the student is less confident than this."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Classify image files."""
     from rkd_deploy.serve.classifier import load
 
     found = {}
-    with load(model, backend=backend, device=device, threads=threads) as classifier:
+    with load(model, backend=backend, device=device, threads=threads, exit_threshold=exit_threshold) as classifier:
         for image in images:
             best = classifier.predict(image, top=top)
             found[str(image)] = [{"label": one.label, "probability": one.probability} for one in best]
             shown = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in best)
             typer.echo(f"{image}: {shown}", err=as_json)
+        exits = list(classifier.exits)
+    if exits:
+        typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
     if as_json:
-        _emit({"predictions": found})
+        _emit({"predictions": found, **({"exits": exits} if exits else {})})
 
 
 @app.command()

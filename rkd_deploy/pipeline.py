@@ -18,6 +18,7 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
@@ -54,6 +55,8 @@ def export_run(
     tolerance: float = TOLERANCE,
     with_pytorch: bool = False,
     test_images: bool = True,
+    early_exit: bool = False,
+    exit_threshold: float | None = None,
     folder: Path | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
@@ -68,6 +71,9 @@ def export_run(
         with_pytorch: Write model.pt2 too.
         test_images: Classify every test image with both; else 64 random images stand in, and nothing is said of
             accuracy.
+        early_exit: Write graphs of S and each A too, and report what leaving early saves and costs; the card has it.
+        exit_threshold: The confidence at which an image leaves. Default: the lowest that loses nothing on the held-out
+            images. Giving one asks for early exit.
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
 
     Raises:
@@ -77,15 +83,20 @@ def export_run(
     model = load_part(run, part)
     card = _card(run, part, embedded)
     chosen = folder or _free_folder(run, part)
+    exits = None
+    if early_exit or exit_threshold is not None:
+        seen = _batches(run, "test") if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=_batches(run, "val"), test=seen)
     proof = export_bundle(
         model,
         card,
         chosen,
-        batches=_test_batches(run) if test_images else None,
+        batches=_batches(run, "test") if test_images else None,
         level=level,
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
+        early_exit=exits,
     )
     return Exported(chosen, proof)
 
@@ -162,15 +173,15 @@ def _free_folder(run: Run, part: str) -> Path:
     return folder
 
 
-def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+def _batches(run: Run, name: str) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     recipe = run.recipe
     data = data_of(recipe, run)
-    if data.of_files:  # read only what is tested on
+    if data.of_files:  # each image is read once
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
-    test = load_images(data, recipe.train.seed).test
-    size = min(CHUNK, batch_of(test.image_size))
-    for number, images_NCHW in enumerate(test.chunks(size)):
-        labels_N = test.labels_N[number * size : (number + 1) * size]
+    split = getattr(load_images(data, recipe.train.seed), name)
+    size = min(CHUNK, batch_of(split.image_size))
+    for number, images_NCHW in enumerate(split.chunks(size)):
+        labels_N = split.labels_N[number * size : (number + 1) * size]
         yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N.numpy()
 
 

@@ -46,6 +46,8 @@ class TeacherRecipe:
     """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
     epochs: int | None = None
     """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
+    lr: float | None = None
+    """Peak learning rate of that training, where T's family wants another one than S0's. Default: train.lr."""
     mean: tuple[float, ...] | None = None
     """The normalisation T was trained with, where it is known: checked against that of the data."""
     std: tuple[float, ...] | None = None
@@ -53,6 +55,8 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _range("teacher.epochs", self.epochs, 1)
+        if self.lr is not None:
+            _range("teacher.lr", self.lr, 1e-9)
         _normalisation("teacher", self.mean, self.std)
 
 
@@ -145,6 +149,9 @@ class Recipe:
 def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and replace single values.
 
+    A `method.name` that differs from the file's begins a table `[method]` of its own: what stands in the file's was
+    chosen for the method that is replaced.
+
     Args:
         path: A TOML file; None gives the defaults. One that lies in a run folder takes given weights from the copies
             in there, so that the folder alone reproduces the run, wherever it was moved.
@@ -164,8 +171,14 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
         _use_own_copies(content, path.parent)
+    given = content.pop("method", {})
     for override in overrides:
         _apply(content, override)
+    if isinstance(given, dict):
+        own, set_here = given.get("name", MethodRecipe.name), content.get("method", {})
+        content["method"] = set_here if set_here.get("name", own) != own else given | set_here
+    else:
+        content["method"] = given  # no table: refused with the others
     return parse_recipe(content)
 
 

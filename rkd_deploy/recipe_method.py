@@ -35,14 +35,16 @@ class MethodRecipe:
     """residual: S and A within S0's cost. cross_entropy, kd, fitnet, at, dkd, reviewkd, simkd: a baseline, S0 itself
     trained with that loss (simkd ships a projector on top of S0)."""
     scheme: str = "sequential"
-    """sequential: S, then A on what S leaves over, then (if it learns) the head. end_to_end: all losses at once."""
+    """sequential: S, then A on what S leaves over, then (if it learns) the head. progressive: the same stage by stage,
+    the sum of both maps feeding the next stage; a phase for each stage of each. end_to_end: all losses at once."""
     head: str = "teacher"
     """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features.
     finetuned: the same, starting from T's. Under end_to_end it learns along with the rest."""
     distance: str = "mse"
     """D: mse, normalised_mse, smooth_l1 or cosine (directions only: lengths are not learnt)."""
-    feature_weight: float = 1.0
-    """w, factor of D in the loss. D is a mean over elements, so its gradient is small beside that of cross-entropy."""
+    feature_weight: float = 5.0
+    """w, factor of D in the loss: D is a mean over elements, so its gradient is small beside that of a base loss or
+    cross-entropy. 5 is what ERA's authors released for theirs."""
     base: str = "none"
     """A further loss for S, and with cross-entropy for the control S0: none, kd, fitnet, at, dkd, reviewkd, simkd."""
     base_weight: float | None = None
@@ -74,7 +76,7 @@ class MethodRecipe:
 
     def __post_init__(self) -> None:
         choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
-        choice("method.scheme", self.scheme, ("sequential", "end_to_end"))
+        choice("method.scheme", self.scheme, ("sequential", "progressive", "end_to_end"))
         choice("method.head", self.head, ("teacher", "trained", "finetuned"))
         choice("method.distance", self.distance, ("mse", "normalised_mse", "smooth_l1", "cosine"))
         choice("method.base", self.base, ("none", *BASE_LOSSES))
@@ -88,6 +90,7 @@ class MethodRecipe:
         in_range("method.hint_stage", self.hint_stage, 1)
         in_range("method.simkd_factor", self.simkd_factor, 1)
         self._check_use()
+        self._check_progressive()
         self._check_that_heads_learn()
 
     @property
@@ -138,6 +141,14 @@ class MethodRecipe:
             raise RecipeError(
                 f"method.{key.name} = {toml_value(value)} has no effect with {what}: it is read only "
                 f"{_READ_WHERE[key.name]}. Leave it out{default}."
+            )
+
+    def _check_progressive(self) -> None:
+        """A stage is finished before the next one learns: a loss that spans stages comes too late for the first."""
+        if self.residual and self.scheme == "progressive" and self.base in ("fitnet", "reviewkd"):
+            raise RecipeError(
+                f'method.base = "{self.base}" mixes maps of several stages, and method.scheme = "progressive" trains '
+                "stage after stage. Use base none, kd, dkd, at or simkd, or another scheme."
             )
 
     def _check_that_heads_learn(self) -> None:

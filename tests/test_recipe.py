@@ -55,6 +55,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "name": texts,
         "checkpoint": st.none() | texts,
         "epochs": optional,
+        "lr": st.none() | st.floats(1e-9, 1e9),
         "mean": channels,
         "std": deviations,
     },
@@ -69,7 +70,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "method": {
         "name": st.sampled_from(["residual", "cross_entropy", *LOSSES]),
-        "scheme": st.sampled_from(["sequential", "end_to_end"]),
+        "scheme": st.sampled_from(["sequential", "progressive", "end_to_end"]),
         "head": st.sampled_from(["teacher", "trained", "finetuned"]),
         "distance": st.sampled_from(["mse", "normalised_mse", "smooth_l1", "cosine"]),
         "feature_weight": st.floats(1e-6, 1e300),
@@ -121,6 +122,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 METHODS = [
     {"name": "residual"},
     {"name": "residual", "base": "fitnet"},
+    {"name": "residual", "scheme": "progressive", "base": "at"},
     {"name": "residual", "scheme": "end_to_end", "base": "dkd"},
     {"name": "residual", "scheme": "end_to_end", "base": "simkd"},
     {"name": "cross_entropy"},
@@ -390,7 +392,7 @@ def test_true_is_not_one(key: str) -> None:
         ("student.round_to", [0, 257], "must be between 1 and 256"),
         ("student.assistants", [0, 17], "must be between 1 and 16"),
         ("method.name", ["rkd"], "Choices: at, cross_entropy, dkd, fitnet, kd, residual, reviewkd, simkd"),
-        ("method.scheme", ["progressive"], "Choices: end_to_end, sequential"),
+        ("method.scheme", ["parallel"], "Choices: end_to_end, progressive, sequential"),
         ("method.head", ["student"], "Choices: finetuned, teacher, trained"),
         ("method.distance", ["l2"], "Choices: cosine, mse, normalised_mse, smooth_l1"),
         ("method.base", ["crd"], "Choices: at, dkd, fitnet, kd, none, reviewkd, simkd"),
@@ -407,6 +409,7 @@ def test_true_is_not_one(key: str) -> None:
         ("method.simkd_factor", [0], "must be at least 1"),
         ("method.feature_weight", [0.0, -1.0], "must be at least 1e-06"),
         ("method.feature_weight", [float("inf"), float("nan")], "must be finite"),
+        ("teacher.lr", [0.0, float("inf")], "must be (at least 1e-09|finite)"),
         ("train.epochs", [0, -1], "must be at least 1"),
         ("train.assistant_epochs", [0], "must be at least 1"),
         ("train.head_epochs", [0], "must be at least 1"),
@@ -448,7 +451,7 @@ OTHERS = {
     "scheme": "end_to_end",
     "head": "trained",
     "distance": "cosine",
-    "feature_weight": 5.0,
+    "feature_weight": 3.0,
     "base": "kd",
     "base_weight": 2.0,
     "base_warmup_epochs": 3,
@@ -549,3 +552,23 @@ def test_anything_after_set_gives_a_recipe_or_an_error_of_recipes(key: str, valu
     except RecipeError:
         return  # a refusal is an answer; any other exception is none
     assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+# Another method by --set
+
+
+def test_another_method_begins_a_table_of_its_own(tmp_path: Path) -> None:
+    """What a file says of residual distillation is no setting of a baseline; the rest of the file stays."""
+    file = tmp_path / "r.toml"
+    file.write_text('[method]\nname = "residual"\nbase = "at"\nbase_weight = 500.0\n[train]\nepochs = 7\n')
+    other = read_recipe(file, ["method.temperature=2.0", "method.name=kd"])
+    assert other.method == MethodRecipe(name="kd", temperature=2.0)
+    assert other.train.epochs == 7
+    for same in ([], ["method.name=residual"], ["method.head=trained"]):
+        method = read_recipe(file, same).method
+        assert (method.base, method.base_weight) == ("at", 500.0)
+    file.write_text("[method]\nfeature_weight = 2.0\n")  # a file without a name means residual
+    assert read_recipe(file, ["method.name=residual"]).method.feature_weight == 2.0
+    assert read_recipe(file, ["method.name=dkd"]).method == MethodRecipe(name="dkd")
+    with pytest.raises(RecipeError, match=r"method\.base = \"at\" has no effect"):
+        read_recipe(file, ["method.name=kd", "method.base=at"])  # set beside it, it is meant

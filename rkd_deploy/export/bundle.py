@@ -6,6 +6,7 @@
     preprocessor_config.json  Hugging Face's field names
     golden.npz                inputs, PyTorch's logits for them, and the tolerance
     model.pt2                 on request: the same graph as an exported PyTorch program
+    student.onnx, assistant_1.onnx, ..   on request: S and each A alone, for early exit
 
 The folder appears whole or not at all. The same model and settings give the same bytes.
 """
@@ -30,6 +31,7 @@ from torch import nn
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
+from rkd_deploy.export.early_exit import EarlyExit, check, write_exits
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
 from rkd_deploy.serve.backends import infer_many, load_backend
@@ -78,6 +80,7 @@ def export_bundle(
     outputs: Sequence[str] = ("logits",),
     tolerance: float = TOLERANCE,
     with_pytorch: bool = False,
+    early_exit: EarlyExit | None = None,
 ) -> Proof:
     """Fuse, export, prove, and only then let the folder appear.
 
@@ -91,13 +94,15 @@ def export_bundle(
         outputs: Any of logits, probabilities, features.
         tolerance: Largest allowed difference of a logit.
         with_pytorch: Write model.pt2 too.
+        early_exit: Write a graph of each branch too, to run one after the other (`rkd_deploy.export.early_exit`).
 
     Raises:
         GateError: The exported graph does not do what the model does; nothing is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
-        UsageError: Unknown level or outputs.
+        UsageError: Unknown level or outputs, or early exit of a network that has no branches.
     """
     preprocess = card.preprocess
+    branches = None if early_exit is None else check(model)
     fused = fuse(model.cpu(), level)
     graph = ExportGraph(fused, preprocess, outputs).eval()
     proto = to_onnx(graph, preprocess)
@@ -114,6 +119,8 @@ def export_bundle(
         reference = _reference(model, card)
         proof, golden = _prove(reference, file, card, batches or [_random_batch(card)], tolerance)
         card = dataclasses.replace(card, parity=_account(proof))
+        if early_exit is not None and branches is not None:
+            card = dataclasses.replace(card, early_exit=write_exits(temporary, branches, card, early_exit, tolerance))
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
         write_text(temporary / "model.json", card.to_json() + "\n")

@@ -16,7 +16,8 @@ Level `tail` uses that GAP, adapters and head are all linear and so commute:
 
 One matrix [K, C_S + C_A] on the concatenated pooled maps is left: the adapters cost nothing at run time, and the sum of
 maps no longer exists, so it cannot be an output. Any number of branches is folded alike: a chain of k assistants adds
-columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A.
+columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A. Where S
+and A exchange their maps at every stage (`exchange.py`), level `tail` folds those adapters too.
 
 Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
 beta its affine parameters and sd its standard deviation), by PyTorch's own fuser.
@@ -24,6 +25,8 @@ beta its affine parameters and sd its standard deviation), by PyTorch's own fuse
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import cast
 
@@ -32,6 +35,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.export.exchange import ExchangingBranches, joined
+from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import Staged, pool
 
@@ -42,22 +47,19 @@ class SummedBranches(nn.Module):
     """Level `sum`.
 
     Args:
-        backbones: Images to last maps.
-        adapters: 1x1 convolutions to C_T channels, one for each backbone.
+        branches: Images to the last maps of all branches.
+        adapters: 1x1 convolutions to C_T channels, one for each map.
         head: C_T to K.
     """
 
-    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Module], head: nn.Module) -> None:
+    def __init__(self, branches: nn.Module, adapters: Sequence[nn.Module], head: nn.Module) -> None:
         super().__init__()
-        self.backbones, self.adapters, self.head = nn.ModuleList(backbones), nn.ModuleList(adapters), head
+        self.branches, self.adapters, self.head = branches, nn.ModuleList(adapters), head
 
     def summed_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S + P_1 f_1 + .., [N, C_T, H', W']."""
-        maps = [adapter(backbone(x_NCHW)) for backbone, adapter in zip(self.backbones, self.adapters, strict=True)]
-        total = maps[0]
-        for further in maps[1:]:
-            total = total + further
-        return cast(Tensor, total)
+        maps = [adapter(f) for adapter, f in zip(self.adapters, self.branches(x_NCHW), strict=True)]
+        return cast(Tensor, functools.reduce(operator.add, maps))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
@@ -68,18 +70,17 @@ class FoldedTail(nn.Module):
     """Level `tail`.
 
     Args:
-        backbones: Images to last maps.
-        adapters: 1x1 convolutions to C_T channels, one for each backbone.
+        branches: Images to the last maps of all branches.
+        adapters: 1x1 convolutions to C_T channels, one for each map.
         head: C_T to K.
     """
 
-    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Conv2d], head: nn.Linear) -> None:
+    def __init__(self, branches: nn.Module, adapters: Sequence[nn.Conv2d], head: nn.Linear) -> None:
         super().__init__()
-        self.backbones = nn.ModuleList(backbones)
+        self.branches = branches
         W, b = head.weight, head.bias
-        U = [adapter.weight.flatten(1) for adapter in adapters]
-        c = torch.stack([cast(Tensor, adapter.bias) for adapter in adapters]).sum(0)
-        folded = torch.cat([W @ U_i for U_i in U], dim=1)
+        U, c = joined(adapters)
+        folded = W @ U
         self.head = nn.Linear(folded.shape[1], folded.shape[0], dtype=folded.dtype, device=folded.device)
         with torch.no_grad():
             self.head.weight.copy_(folded)
@@ -87,27 +88,27 @@ class FoldedTail(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
-        pooled = [pool(backbone(x_NCHW)) for backbone in self.backbones]
+        pooled = [pool(f) for f in self.branches(x_NCHW)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
 
-class _LastMap(nn.Module):
-    """A backbone as a function from images to its last stage map."""
+class _LastMaps(nn.Module):
+    """S and its assistants as one function from images to their last stage maps."""
 
-    def __init__(self, backbone: Staged) -> None:
+    def __init__(self, backbones: Sequence[Staged]) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbones = nn.ModuleList(backbones)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.backbone.features(x_NCHW)[-1]
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        return tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
 
 
 def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     """One network to export, in eval mode, equal in value to the model's up to rounding.
 
     Args:
-        model: S with its assistants (`ResidualStudent`), S alone (`StudentAlone`), or any classifier, of which only
-            batch norm is folded. Left as it is.
+        model: S with its assistants (`ResidualStudent`, `ProgressiveStudent`), S alone, or any classifier, of which
+            only batch norm is folded. Left as it is.
         level: ``"sum"`` or ``"tail"``.
 
     Raises:
@@ -115,9 +116,18 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     """
     if level not in LEVELS:
         raise UsageError(unknown_name("fusion level", level, LEVELS))
-    if not isinstance(model, ResidualStudent | StudentAlone):
+    branches: nn.Module
+    if isinstance(model, ProgressiveStudent):
+        branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
+    elif isinstance(model, ResidualStudent | StudentAlone):
+        branches = _LastMaps([backbone for backbone, _ in model.branches()])
+        adapters = [adapter for _, adapter in model.branches()]
+    else:
         return fold_batch_norm(model.eval())
-    backbones = [fold_batch_norm(_LastMap(backbone).eval()) for backbone, _ in model.branches()]
-    adapters = [adapter for _, adapter in model.branches()]
     owner = SummedBranches if level == "sum" else FoldedTail
-    return owner(backbones, adapters, model.head).eval()
+    return owner(fold_batch_norm(branches.eval()), adapters, model.head).eval()
+
+
+def fuse_branch(backbone: Staged, adapter: nn.Conv2d, head: nn.Linear) -> nn.Module:
+    """One branch alone under a head, in eval mode: images to W (U GAP(f) + c) + b."""
+    return FoldedTail(fold_batch_norm(_LastMaps([backbone]).eval()), [adapter], head).eval()

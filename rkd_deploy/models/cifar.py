@@ -75,6 +75,10 @@ class CifarResNet(Staged):
         f2 = self.layer2(f1)
         return f1, f2, self.layer3(f2)
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem with the first stage, then stage by stage."""
+        return nn.Sequential(self.conv1, self.bn1, self.relu, self.layer1), self.layer2, self.layer3
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> CifarResNet:
         """The same depth at other widths."""
         return CifarResNet(self.depth, widths, num_classes)

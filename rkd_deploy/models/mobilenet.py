@@ -77,6 +77,16 @@ class MobileNetV2(Staged):
         _, _, f1, f2, _, f3, _, f4 = maps
         return f1, f2, f3, self.conv2(f4)
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The groups up to each map; the stem in the first, the closing convolution in the last."""
+        first, second, third, fourth = self.blocks[:2], self.blocks[2:3], self.blocks[3:5], self.blocks[5:]
+        return (
+            nn.Sequential(self.conv1, *first),
+            nn.Sequential(*second),
+            nn.Sequential(*third),
+            nn.Sequential(*fourth, self.conv2),
+        )
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> MobileNetV2:
         """The same groups at other widths."""
         return MobileNetV2(widths, num_classes)

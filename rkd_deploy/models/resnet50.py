@@ -84,6 +84,10 @@ class ResNet50(Staged):
         f3 = self.layer3(f2)
         return f1, f2, f3, self.layer4(f3)
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem with the first stage, then stage by stage."""
+        return nn.Sequential(self.conv1, self.bn1, self.relu, self.layer1), self.layer2, self.layer3, self.layer4
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet50:
         """The same blocks at other widths."""
         return ResNet50(widths, num_classes)

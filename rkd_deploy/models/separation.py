@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ import torch
 from rkd_deploy.errors import BudgetError, UsageError, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.progressive import adapter_cost
 from rkd_deploy.models.staged import Staged
 
 Widths = tuple[int, ...]
@@ -67,6 +68,7 @@ def separate(
     assistants: int = 1,
     round_to: int = 8,
     channels: int | None = None,
+    stage_channels: Sequence[int] | None = None,
 ) -> Separation:
     """Cut S and A from the cost of S0.
 
@@ -80,6 +82,8 @@ def separate(
         round_to: Every width is a multiple of this (or S0's own width, where that is smaller), and of what the family
             asks for: `Staged.multiple_of`.
         channels: C_T, the channels that the adapters lead to. Default: those of S0's last map.
+        stage_channels: C_T of every stage, where S and A exchange their maps at each (scheme progressive): P_S and P_A
+            then stand for all the adapters of `rkd_deploy.models.progressive`, and `channels` is the last of these.
 
     Raises:
         BudgetError: Even the narrowest S and A cost more than S0; the message has the numbers.
@@ -90,7 +94,9 @@ def separate(
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
     if budget not in ("macs", "params"):
         raise UsageError(unknown_name("budget", budget, ("macs", "params")))
-    prices = _Prices(given, num_classes, input_size, budget, given.channels if channels is None else channels)
+    prices = _Prices(
+        given, num_classes, input_size, budget, given.channels if channels is None else channels, stage_channels
+    )
     limit = prices.network(given.widths, num_classes)
     step = math.lcm(round_to, given.multiple_of)
 
@@ -171,13 +177,20 @@ class _Prices:
     """Costs in one unit; networks are built without data and each is counted once."""
 
     def __init__(
-        self, given: Staged, num_classes: int, input_size: int | tuple[int, int], unit: str, channels: int
+        self,
+        given: Staged,
+        num_classes: int,
+        input_size: int | tuple[int, int],
+        unit: str,
+        channels: int,
+        stage_channels: Sequence[int] | None,
     ) -> None:
         self._given, self._input_size, self._unit, self._channels = given, input_size, unit, channels
+        self._stage_channels = stage_channels
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self._size = (input_size, input_size) if isinstance(input_size, int) else input_size
         with torch.device("meta"), torch.no_grad():
-            last = given.rebuilt(given.widths, None).eval().features(torch.empty(1, 3, height, width))[-1]
+            last = given.rebuilt(given.widths, None).eval().features(torch.empty(1, 3, *self._size))[-1]
         self._positions = last.shape[-2] * last.shape[-1]
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
 
@@ -185,6 +198,11 @@ class _Prices:
         return self._counted(widths, num_classes)[0]
 
     def adapter(self, widths: Widths) -> int:
+        if self._stage_channels is not None:
+            with torch.device("meta"), torch.no_grad():
+                maps = self._given.rebuilt(widths, None).eval().features(torch.empty(1, 3, *self._size))
+            shapes = [(one.shape[1], one.shape[2], one.shape[3]) for one in maps]
+            return adapter_cost(shapes, self._stage_channels, self._unit)
         weights = self._counted(widths, None)[1] * self._channels
         return weights * self._positions if self._unit == "macs" else weights + self._channels
 

@@ -98,6 +98,10 @@ class ShuffleNetV1(Staged):
         f2 = self.layer2(f1)
         return f1, f2, self.layer3(f2)
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem with the first stage, then stage by stage."""
+        return nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.layer1), self.layer2, self.layer3
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ShuffleNetV1:
         """The same blocks at other widths."""
         return ShuffleNetV1(widths, num_classes)
@@ -187,6 +191,14 @@ class ShuffleNetV2(Staged):
         f1 = self.layer1(relu(self.bn1(self.conv1(x_NCHW))))
         f2 = self.layer2(f1)
         return f1, f2, relu(self.bn2(self.conv2(self.layer3(f2))))
+
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem with the first stage, the second, the third with the closing convolution."""
+        return (
+            nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.layer1),
+            self.layer2,
+            nn.Sequential(self.layer3, self.conv2, self.bn2, nn.ReLU()),
+        )
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ShuffleNetV2:
         """The same blocks at other widths."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
@@ -44,6 +45,20 @@ class Staged(nn.Module, ABC):
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Staged:
         """The same topology with other widths and fresh weights; no head when `num_classes` is None."""
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The network cut after every stage map: the first takes images and holds the stem, each gives its map.
+
+        One after the other they are `features`. They share the network's layers; what joins them is made anew.
+
+        Raises:
+            UsageError: This network shows its maps but cannot be cut between them.
+        """
+        raise UsageError(
+            f"{type(self).__name__} cannot be cut into stages: it shows its stage maps, and nothing says which of its "
+            'layers lie between two of them. Scheme progressive needs that of S0: use method.scheme = "sequential" or '
+            '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.names).'
+        )
+
     @property
     def channels(self) -> int:
         """Channels of the last stage map."""
@@ -59,6 +74,15 @@ def pool(map_NCHW: Tensor) -> Tensor:
     """Global average pooling (GAP): [N, C, H, W] to [N, C]."""
     # Not adaptive_avg_pool2d: the ONNX exporter turns that into a dozen shape computations around one mean.
     return map_NCHW.mean((2, 3))
+
+
+@torch.no_grad()
+def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(C, H, W) of every stage map for images of this height and width, found by running one."""
+    was_training, like = network.training, next(network.parameters())
+    maps = network.eval().features(like.new_zeros(1, 3, *image_size))  # type: ignore[operator]
+    network.train(was_training)
+    return [tuple(one.shape[1:]) for one in maps]
 
 
 def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> tuple[int, ...]:

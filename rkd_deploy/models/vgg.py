@@ -52,6 +52,15 @@ class VGG(Staged):
         f3 = self.relu(self.block3(self.halve(f2)))
         return f1, f2, f3, self.relu(self.block4(f3))
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The first two blocks, then block by block; a pooling belongs to the block after it."""
+        return (
+            nn.Sequential(self.block0, self.relu, self.halve, self.block1, self.relu),
+            nn.Sequential(self.halve, self.block2, self.relu),
+            nn.Sequential(self.halve, self.block3, self.relu),
+            nn.Sequential(self.block4, self.relu),
+        )
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> VGG:
         """The same depth at other widths."""
         return VGG(self.depths, widths, num_classes)

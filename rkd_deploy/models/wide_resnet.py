@@ -80,6 +80,10 @@ class WideResNet(Staged):
         f2 = self.block2(f1)
         return f1, f2, self.relu(self.bn1(self.block3(f2)))
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem with the first stage, then stage by stage."""
+        return nn.Sequential(self.conv1, self.block1), self.block2, nn.Sequential(self.block3, self.bn1, self.relu)
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> WideResNet:
         """The same depth at other widths."""
         return WideResNet(self.depth, widths, num_classes)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
 from rkd_deploy.serve.backends import Backend, infer_many, load_backend
+from rkd_deploy.serve.early_exit import EarlyExitBackend, load_early_exit
 from rkd_deploy.serve.files import model_path, read_card
 from rkd_deploy.serve.images import ImageLike, Pixels, normalise, to_array
 
@@ -48,6 +49,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     max_batch: int = 256,
+    exit_threshold: float | None = None,
 ) -> Classifier:
     """Load an exported classifier.
 
@@ -57,14 +59,22 @@ def load(
         device: "cpu", "cuda" or "cuda:N".
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         max_batch: Largest number of images run at once; more are run in chunks.
+        exit_threshold: Early exit: run the student's graph alone for images of which it is this confident (the largest
+            probability), and the assistants' for the others; `card.early_exit["threshold"]` is the one that was
+            reported on. Default: the whole network for every image.
 
     Raises:
-        ModelFileError: The model or its card is missing or corrupt, or the card does not fit the model.
-        UsageError: Unknown backend or device.
+        ModelFileError: The model or its card is missing or corrupt, or the card does not fit the model; or the bundle
+            was exported without early exit.
+        UsageError: Unknown backend or device, or a negative threshold.
         MissingDependencyError: The backend's library is not installed.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
-    loaded = load_backend(backend, path, device=device, threads=threads)
+    loaded: Backend
+    if exit_threshold is None:
+        loaded = load_backend(backend, path, device=device, threads=threads)
+    else:
+        loaded = load_early_exit(path, exit_threshold, backend, device=device, threads=threads)
     try:
         card = read_card(path, loaded.metadata())
         if card is None:
@@ -100,6 +110,13 @@ class Classifier:
         self._ones_K = np.ones(len(card.labels), np.float32)
         self._one = backend.input_shape[0] in (None, 1)
         _check_fit(backend, card)
+        if isinstance(backend, EarlyExitBackend):
+            backend.left = [0] * len(backend.left)  # that run was no image of anybody
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """With early exit: how many images have left after S, after A_1, .., so far. Else nothing."""
+        return tuple(self._backend.left) if isinstance(self._backend, EarlyExitBackend) else ()
 
     def __call__(self, image: ImageLike, top: int = 1) -> list[Prediction]:
         """The same as `predict`."""

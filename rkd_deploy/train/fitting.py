@@ -10,6 +10,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ class _Trainer:
         if not self.group.first(lambda: run.weights(plan.name).exists()):
             torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
             phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
-            average = train_phase(phase, self._loader(plan.name), self.recipe.train, run, display, stop, self.group)
+            how = self.recipe.train if plan.lr is None else replace(self.recipe.train, lr=plan.lr)
+            average = train_phase(phase, self._loader(plan.name), how, run, display, stop, self.group)
             self.group.first(lambda: self._keep_phase(run, plan, average))
         # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
         state, _ = self.group.first(lambda: load_tensors(run.weights(plan.name)))
@@ -193,8 +195,8 @@ class _Trainer:
                 f"{normalisation}. State the right ones in [data]: mean, std, name."
             )
 
-    def _val_top1(self, module: nn.Module) -> float | None:
-        if not len(self.val):
+    def _val_top1(self, module: nn.Module | None) -> float | None:
+        if module is None or not len(self.val):
             return None
         return self._top1(module, self.val)
 

@@ -49,14 +49,14 @@ class Phase:
         method: What is trained.
         product: The network whose weights are kept.
         epochs: How long.
-        val_top1: Accuracy of the deployable network on the held-out images in percent, or None without any.
+        val_top1: Accuracy of the deployable network on the held-out images in percent, or None without either.
     """
 
     name: str
     method: Method
     product: nn.Module
     epochs: int
-    val_top1: Callable[[nn.Module], float | None]
+    val_top1: Callable[[nn.Module | None], float | None]
 
 
 def train_phase(

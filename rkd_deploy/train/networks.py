@@ -17,9 +17,10 @@ from rkd_deploy.data.pictures import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
 from rkd_deploy.models import zoo
+from rkd_deploy.models.progressive import ProgressiveStudent, paired_channels, progressive_student
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.separation import separate
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.staged import Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -41,7 +42,7 @@ class Networks:
 
     teacher: Staged | None
     given: Staged | ReusedClassifier | None
-    model: ResidualStudent | None
+    model: ResidualStudent | ProgressiveStudent | None
 
 
 def parts_of(recipe: Recipe) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
-    """The phase whose weights hold a part."""
+    """The phase whose weights hold a part: the last one that trains it."""
     if part in ("teacher", "s0"):
         return part
     if recipe.method.scheme == "end_to_end":
@@ -140,10 +141,20 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
     if images.sources:
         facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
         facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
-    return facts | _separation_facts(recipe, images, facts["channels"]) if recipe.method.residual else facts
+    if recipe.method.scheme == "progressive":
+        facts["stage_channels"] = _stage_channels(recipe, images)
+    return facts | _separation_facts(recipe, images, facts) if recipe.method.residual else facts
 
 
-def _separation_facts(recipe: Recipe, images: ImageSet, channels: int) -> dict[str, Any]:
+def _stage_channels(recipe: Recipe, images: ImageSet) -> list[int]:
+    """Channels of those stage maps of T that S and A approximate one after the other."""
+    T, S0 = (zoo.create(name, len(images.classes)) for name in (recipe.teacher.name, recipe.student.name))
+    S0.stages()  # refuses here what cannot be cut
+    return paired_channels(stage_shapes(T, images.image_size), stage_shapes(S0, images.image_size))
+
+
+def _separation_facts(recipe: Recipe, images: ImageSet, facts: Mapping[str, Any]) -> dict[str, Any]:
+    stage_channels = facts.get("stage_channels")
     separation = separate(
         recipe.student.name,
         num_classes=len(images.classes),
@@ -152,7 +163,8 @@ def _separation_facts(recipe: Recipe, images: ImageSet, channels: int) -> dict[s
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
-        channels=channels,
+        channels=facts["channels"],
+        stage_channels=None if stage_channels is None else tuple(stage_channels),
     )
     return {
         "student_widths": list(separation.student.widths),
@@ -183,16 +195,16 @@ def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged | ReusedClas
         return ReusedClassifier(backbone, facts["channels"], classes, recipe.method.simkd_factor)
 
 
-def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
+def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent | ProgressiveStudent:
     """S and its assistants with fresh weights, at the widths of the facts."""
+    classes = len(facts["classes"])
     with seeded(recipe.train.seed, "init/residual"):
         given = zoo.create(recipe.student.name, 1)
-        return ResidualStudent(
-            given.rebuilt(facts["student_widths"], None),
-            [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)],
-            facts["channels"],
-            len(facts["classes"]),
-        )
+        student = given.rebuilt(facts["student_widths"], None)
+        assistants = [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)]
+        if recipe.method.scheme == "progressive":
+            return progressive_student(student, assistants, facts["stage_channels"], classes, facts["image_size"])
+        return ResidualStudent(student, assistants, facts["channels"], classes)
 
 
 def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.device) -> Networks:
@@ -270,8 +282,13 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
         module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)
         return _restored(run, _weights_name(part, other), module)
     model = _restored(run, _weights_name(phase_of(recipe, part), other), build_residual(recipe, facts))
-    assert isinstance(model, ResidualStudent)
-    return model if part == "fused" else StudentAlone(model).eval()
+    assert isinstance(model, ResidualStudent | ProgressiveStudent)
+    return model if part == "fused" else student_alone(model).eval()
+
+
+def student_alone(model: ResidualStudent | ProgressiveStudent) -> nn.Module:
+    """S without its assistants, under the same head."""
+    return model.alone() if isinstance(model, ProgressiveStudent) else StudentAlone(model)
 
 
 def _weights_name(phase: str, other: str | None) -> str:

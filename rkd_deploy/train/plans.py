@@ -6,6 +6,8 @@ student      scheme sequential: S imitates T's map
 assistant    A_1 learns what S leaves over; then assistant_2, ...
 head         a head of its own, where the recipe asks for one
 end_to_end   scheme end_to_end: S, the assistants and the head at once
+stage_1_student, stage_1_assistant, stage_2_student, ..
+             scheme progressive: the stages before the last; the last one's phases are student, assistant, ..
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import Staged
 from rkd_deploy.recipe import Recipe
@@ -27,6 +30,7 @@ from rkd_deploy.train.methods.catalogue import base_loss
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.methods.distance import DISTANCES
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
+from rkd_deploy.train.methods.progressive import ProgressiveStep
 from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.methods.taught import Taught
@@ -40,6 +44,8 @@ class Plan:
     product: nn.Module
     epochs: int
     method: Callable[[], Method]
+    lr: float | None = None
+    """Peak learning rate. Default: that of the recipe's loop."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,8 @@ class Planner:
         """The phases in order, but for the networks that are ready."""
         recipe, nets, epochs = self.recipe, self.nets, self.recipe.train.epochs
         if nets.teacher is not None and "teacher" not in ready:
-            yield Plan(
-                "teacher", nets.teacher, recipe.teacher.epochs or epochs, functools.partial(CrossEntropy, nets.teacher)
-            )
+            method = functools.partial(CrossEntropy, nets.teacher)
+            yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
         if nets.given is not None and "s0" not in ready:
             yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
         if nets.model is not None:
@@ -74,22 +79,42 @@ class Planner:
         Raises:
             RecipeError: It does not fit.
         """
-        network = self.nets.given or (self.nets.model and self.nets.model.student)
-        if self.recipe.method.loss != "none" and network is not None:
-            with networks.seeded(self.recipe.train.seed, "check"):
-                base_loss(self.recipe.method, self._teacher(), network, self.facts["image_size"])
+        with networks.seeded(self.recipe.train.seed, "check"):
+            if self.nets.model is not None:
+                self._base_of(self.nets.model)
+            elif self.recipe.method.loss != "none" and self.nets.given is not None:
+                base_loss(self.recipe.method, self._teacher(), self.nets.given, self.facts["image_size"])
 
-    def _residual(self, model: ResidualStudent) -> Iterator[Plan]:
+    def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[Plan]:
         recipe, epochs = self.recipe, self.recipe.train.epochs
-        if recipe.method.scheme == "end_to_end":
+        if isinstance(model, ProgressiveStudent):
+            yield from self._progressive(model)
+        elif recipe.method.scheme == "end_to_end":
             yield Plan("end_to_end", model, epochs, functools.partial(self._end_to_end, model))
             return
-        yield Plan("student", model, epochs, functools.partial(self._student, model))
-        for number in range(1, recipe.student.assistants + 1):
-            method = functools.partial(self._assistant, model, number)
-            yield Plan(networks.assistant_phase(number), model, recipe.train.assistant_epochs or epochs, method)
+        else:
+            yield from self._sequential(model)
         if recipe.method.head != "teacher":
             yield Plan("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
+
+    def _sequential(self, model: ResidualStudent) -> Iterator[Plan]:
+        epochs = self.recipe.train.epochs
+        yield Plan("student", model, epochs, functools.partial(self._student, model))
+        for number in range(1, self.recipe.student.assistants + 1):
+            method = functools.partial(self._assistant, model, number)
+            yield Plan(networks.assistant_phase(number), model, self.recipe.train.assistant_epochs or epochs, method)
+
+    def _progressive(self, model: ProgressiveStudent) -> Iterator[Plan]:
+        epochs, stages = self.recipe.train.epochs, len(model.steps)
+        for stage in range(1, stages + 1):
+            for branch in range(self.recipe.student.assistants + 1):
+                name = networks.assistant_phase(branch) if branch else "student"
+                yield Plan(
+                    name if stage == stages else f"stage_{stage}_{name}",
+                    model,
+                    (self.recipe.train.assistant_epochs or epochs) if branch else epochs,
+                    functools.partial(self._step, model, stage, branch),
+                )
 
     def _s0(self, given: Staged | ReusedClassifier) -> Method:
         method = self.recipe.method
@@ -110,12 +135,25 @@ class Planner:
         distance, base = DISTANCES[method.distance], self._base_of(model)
         return StudentStep(self._teacher(), model, method.feature_weight, distance=distance, base=base)
 
+    def _step(self, model: ProgressiveStudent, stage: int, branch: int) -> Method:
+        model.head.load_state_dict(self._teacher_head().state_dict())
+        method = self.recipe.method
+        return ProgressiveStep(
+            self._teacher(),
+            model,
+            method.feature_weight,
+            stage=stage,
+            branch=branch,
+            distance=DISTANCES[method.distance],
+            base=None if branch else self._base_of(model),
+        )
+
     def _assistant(self, model: ResidualStudent, number: int) -> Method:
         method = self.recipe.method
         distance = DISTANCES[method.distance]
         return AssistantStep(self._teacher(), model, method.feature_weight, distance=distance, number=number)
 
-    def _head(self, model: ResidualStudent) -> Method:
+    def _head(self, model: ResidualStudent | ProgressiveStudent) -> Method:
         if self.recipe.method.head == "trained":
             self._freshen(model.head)
         return HeadStep(model)
@@ -143,10 +181,11 @@ class Planner:
             base=self._base_of(model),
         )
 
-    def _base_of(self, model: ResidualStudent) -> WeightedLoss | None:
+    def _base_of(self, model: ResidualStudent | ProgressiveStudent) -> WeightedLoss | None:
         if self.recipe.method.loss == "none":
             return None
-        return base_loss(self.recipe.method, self._teacher(), model.student, self.facts["image_size"])
+        student = model.student if isinstance(model, ResidualStudent) else model
+        return base_loss(self.recipe.method, self._teacher(), student, self.facts["image_size"])
 
     def _freshen(self, head: nn.Linear) -> None:
         with networks.seeded(self.recipe.train.seed, "init/head"):

@@ -73,7 +73,8 @@ class Progress:
         shown = [f"{row['phase']:>9} {row['epoch']:>3}/{self._epochs}"]
         known = ("event", "phase", "epoch", "lr", "loss", "train_top1", "val_top1", "seconds", "images_per_s")
         shown += [f"{name} {value:.4f}" for name, value in row.items() if name not in known]
-        shown.append(f"train {row['train_top1']:.2f} %")
+        if "train_top1" in row:  # not before the last stage of scheme progressive
+            shown.append(f"train {row['train_top1']:.2f} %")
         if row["val_top1"] is not None:
             shown.append(f"val {row['val_top1']:.2f} %")
         shown.append(f"{row['images_per_s']:,.0f} images/s")
@@ -102,13 +103,14 @@ def _print_phases(phases: dict[str, Any], console: Console) -> None:
     """The last epoch is what is kept; the best one tells how much was lost by that."""
     from rich.table import Table
 
-    held_out = any(phase["val_top1_last"] is not None for phase in phases.values())
+    # Without held-out images there is none, and scheme progressive classifies from its last stage on.
+    held_out = {name: phase for name, phase in phases.items() if phase["val_top1_last"] is not None}
     if not held_out:
         return
     table = Table(title="Held-out images, top-1 in %")
     for title in ("", "Epochs", "Last epoch", "Best epoch"):
         table.add_column(title, justify="right" if title else "left")
-    for name, phase in phases.items():
+    for name, phase in held_out.items():
         best = f"{phase['val_top1_best']:.2f} ({phase['best_epoch']})"
         table.add_row(name, str(phase["epochs"]), f"{phase['val_top1_last']:.2f}", best)
     console.print(table)

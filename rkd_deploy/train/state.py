@@ -46,8 +46,9 @@ def save(
         tensors |= _with_prefix("average/", average.state())
     state = optimizer.state_dict()["state"]
     tensors |= {f"momentum/{index}": entry["momentum_buffer"] for index, entry in state.items()}
-    if sums.totals_V is not None and sums.correct is not None:
-        tensors |= {"sums": sums.totals_V, "correct": sums.correct}
+    tensors |= {
+        name: value for name, value in (("sums", sums.totals_V), ("correct", sums.correct)) if value is not None
+    }
     tensors["random"] = torch.get_rng_state()
     facts = {
         "phase": phase.name,
@@ -80,7 +81,8 @@ def restore(
     if group.rank > 0 or "sums" not in tensors:  # what all processes saw is counted on by the first one
         return *place, EpochSums()
     device = next(phase.product.parameters()).device
-    totals_V, correct = tensors["sums"].to(device), tensors["correct"].to(device)
+    totals_V = tensors["sums"].to(device)
+    correct = tensors["correct"].to(device) if "correct" in tensors else None
     return *place, EpochSums(tuple(facts["names"]), totals_V, correct, facts["images"])
 
 

@@ -116,4 +116,5 @@ def _mean(found: list[Losses]) -> Losses:
     """Losses of the whole batch from those of its equal pieces."""
     parts = {name: torch.stack([losses.parts[name] for losses in found]).mean() for name in found[0].parts}
     total = torch.stack([losses.total.detach() for losses in found]).mean()
-    return Losses(total, parts, torch.cat([losses.logits_NK for losses in found]))
+    logits = [losses.logits_NK for losses in found if losses.logits_NK is not None]
+    return Losses(total, parts, torch.cat(logits) if logits else None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rkd_deploy.data.mixing import hard_labels
 from rkd_deploy.train.methods.base import Losses
 from rkd_deploy.train.parallel import Group
 
@@ -20,7 +21,7 @@ class EpochSums:
     Attributes:
         names: Of the values: the loss, its parts.
         totals_V: Sum over images of each value, float64.
-        correct: Images that were classified right.
+        correct: Images that were classified right; None where nothing is classified yet.
         images: How many were seen.
     """
 
@@ -40,30 +41,30 @@ class EpochSums:
         """
         self.names = ("loss", *losses.parts)
         values_V = torch.stack([value.detach().double() for value in (losses.total, *losses.parts.values())])
-        labels_N = y_N if y_N.ndim == 1 else y_N.argmax(1)
-        correct = (losses.logits_NK.argmax(1) == labels_N).sum()
         first_bad_V = torch.where(values_V.isfinite(), _NEVER, step)
         weighted_V = values_V * len(y_N)
         self.totals_V = weighted_V if self.totals_V is None else self.totals_V + weighted_V
-        self.correct = correct if self.correct is None else self.correct + correct
+        if losses.logits_NK is not None:
+            correct = (losses.logits_NK.argmax(1) == hard_labels(y_N)).sum()
+            self.correct = correct if self.correct is None else self.correct + correct
         self._first_bad_V = first_bad_V if self._first_bad_V is None else self._first_bad_V.minimum(first_bad_V)
         self.images += len(y_N)
 
     def over(self, group: Group) -> EpochSums:
         """The sums over the images of all processes."""
-        if group.size == 1 or self.totals_V is None or self.correct is None or self._first_bad_V is None:
+        if group.size == 1 or self.totals_V is None or self._first_bad_V is None:
             return self
-        counts = torch.stack([self.correct.double(), self.correct.new_tensor(self.images, dtype=torch.float64)])
-        *totals, correct, images = group.summed(torch.cat([self.totals_V, counts]))
-        first_bad_V = group.smallest(self._first_bad_V)
-        return EpochSums(self.names, torch.stack(totals), correct.long(), int(images.item()), first_bad_V)
+        counts_2 = self.totals_V.new_tensor([self.images, 0 if self.correct is None else self.correct])
+        *totals, images, correct = group.summed(torch.cat([self.totals_V, counts_2]))
+        right = None if self.correct is None else correct.long()
+        return EpochSums(self.names, torch.stack(totals), right, int(images.item()), group.smallest(self._first_bad_V))
 
     def means(self) -> dict[str, float]:
         """Means over the images so far, and the training accuracy in percent; this waits for the device."""
-        if self.totals_V is None or self.correct is None:
+        if self.totals_V is None:
             return {}
         means = dict(zip(self.names, (self.totals_V / self.images).tolist(), strict=True))
-        return {**means, "train_top1": 100 * self.correct.item() / self.images}
+        return means if self.correct is None else {**means, "train_top1": 100 * self.correct.item() / self.images}
 
     def first_bad(self) -> tuple[int, list[str]] | None:
         """The first step with a value that is not finite and the parts of the loss that are not, or None."""

@@ -101,18 +101,34 @@ def phases(run: Run) -> list[str]:
     return list(run.read_json("metrics.json")["phases"])
 
 
+SCHEMES = {
+    "sequential": ["student", "assistant"],
+    "progressive": [f"{stage}{name}" for stage in ("stage_1_", "stage_2_", "") for name in ("student", "assistant")],
+    "end_to_end": ["end_to_end"],
+}
+COMBINATIONS = [
+    (scheme, base)
+    for scheme in SCHEMES
+    for base in ("none", *LOSSES)
+    if scheme != "progressive" or base not in ("fitnet", "reviewkd")  # refused: they mix stages
+]
+
+
 @pytest.mark.parametrize("head", ["teacher", "trained", "finetuned"])
-@pytest.mark.parametrize("base", ["none", *LOSSES])
-@pytest.mark.parametrize("scheme", ["sequential", "end_to_end"])
+@pytest.mark.parametrize(("scheme", "base"), COMBINATIONS)
 def test_every_scheme_head_and_base(tmp_path: Path, tiny_recipe: MakeRecipe, scheme: str, base: str, head: str) -> None:
     control = head == "teacher"  # it does not depend on the head: once is enough
     how = (f"method.scheme={scheme}", f"method.base={base}", f"method.head={head}")
     run = runs_and_resumes(tiny_recipe(*LEAST, *how, f"student.baseline={str(control).lower()}"), tmp_path)
-    own = ["end_to_end"] if scheme == "end_to_end" else ["student", "assistant"] + ["head"] * (head != "teacher")
+    own = SCHEMES[scheme] + ["head"] * (head != "teacher" and scheme != "end_to_end")
     assert phases(run) == ["teacher", *["s0"] * control, *own]
     assert list(run.read_json("metrics.json")["parts"]) == ["fused", "student", *["s0"] * control, "teacher"]
     logged = {row["phase"]: row for row in read_log(run.log.path)}
-    assert ("base" in logged[own[0]]) is (base != "none")
+    taught = {name for name in own if "base" in logged[name]}
+    students = {name for name in own if name.endswith(("student", "end_to_end"))}
+    assert taught == (
+        set() if base == "none" else students if base == "at" else students - {own[0], own[2:3] and own[2]}
+    )
     weights, teacher = (load_tensors(run.weights(name))[0] for name in (own[-1], "teacher"))
     assert torch.equal(weights["head.weight"], teacher["fc.weight"]) is (head == "teacher")
     assert not any(key.startswith(("base", "teacher", "loss")) for key in weights)  # adapters of the loss do not ship
@@ -193,3 +209,27 @@ def test_the_same_recipe_without_a_base_loss_gives_another_student_and_another_c
     changed = {key for key, value in outcome(plain).items() if outcome(with_at)[key] != value}
     assert changed >= {"s0.safetensors", "student.safetensors", "rows"}
     assert "teacher.safetensors" not in changed
+
+
+@pytest.mark.parametrize("base", ["fitnet", "reviewkd"])
+def test_progressive_refuses_a_loss_that_mixes_stages(tiny_recipe: MakeRecipe, base: str) -> None:
+    with pytest.raises(RecipeError, match=rf'method\.base = "{base}" mixes maps of several stages'):
+        tiny_recipe("method.scheme=progressive", f"method.base={base}")
+
+
+def test_progressive_keeps_the_budget_with_all_its_adapters_and_ships(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    how = (*LEAST, *BUDGET, "method.scheme=progressive", "student.assistants=2", "student.baseline=false")
+    run = fit(tiny_recipe(*how, "teacher.name=wrn_16_1"), root=tmp_path)
+    stages = ("stage_1_", "stage_2_", "")
+    own = [f"{stage}{name}" for stage in stages for name in ("student", "assistant", "assistant_2")]
+    assert phases(run) == ["teacher", *own]
+    rows = {row["phase"]: row for row in read_log(run.log.path)}
+    assert [name for name in own if "train_top1" in rows[name]] == own[-3:]  # logits come with the last stage
+    facts, parts = run.read_json("facts.json"), run.read_json("metrics.json")["parts"]
+    assert facts["stage_channels"] == [16, 32, 64]
+    separation, model, alone = facts["separation"], load_part(run, "fused"), load_part(run, "student")
+    assert count(model, 8).macs == parts["fused"]["macs"] == separation["cost"] <= separation["budget"]
+    assert count(alone, 8).macs == parts["student"]["macs"] < parts["fused"]["macs"]
+    for level in ("sum", "tail"):
+        assert export_run(run, level=level).proof.parity.passed
+    assert export_run(run, part="student").proof.parity.passed

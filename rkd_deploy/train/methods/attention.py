@@ -33,7 +33,7 @@ def attention_loss(maps_T: Sequence[Tensor], maps_S: Sequence[Tensor]) -> Tensor
 class AttentionTransfer(BaseLoss):
     """L on all stage maps."""
 
-    weight = 1000.0
+    weight, by_stage = 1000.0, True
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
         """Sum over stages."""

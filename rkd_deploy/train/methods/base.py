@@ -14,12 +14,12 @@ class Losses(NamedTuple):
     Attributes:
         total: Scalar; backward() is called on this one.
         parts: Scalars that explain it, detached, for the log only.
-        logits_NK: For the training accuracy, detached.
+        logits_NK: For the training accuracy, detached; None while the network has no logits yet.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
-    logits_NK: Tensor
+    logits_NK: Tensor | None
 
 
 class Method(nn.Module, ABC):
@@ -38,8 +38,8 @@ class Method(nn.Module, ABC):
         """Loss of one batch: normalised images [N, C, H, W] and labels [N], or targets [N, K] where they are soft."""
 
     @abstractmethod
-    def deployable(self) -> nn.Module:
-        """The network this method trains, as it would be shipped: images to logits."""
+    def deployable(self) -> nn.Module | None:
+        """The network this method trains, as it would be shipped: images to logits. None while it gives no logits."""
 
     def auxiliary(self) -> nn.Module | None:
         """What is trained along and not shipped: checkpoints hold it, weights do not."""

@@ -36,11 +36,13 @@ class BaseLoss(nn.Module, ABC):
         weight: Its factor in the published protocol.
         ce_weight: The factor of cross-entropy beside it there.
         warmup_epochs: Its factor rises linearly over so many epochs there; 0: it is whole from the start.
+        by_stage: It is a sum of one term for each stage, which reads that stage's map alone.
     """
 
     weight: ClassVar[float]
     ce_weight: ClassVar[float] = 1.0
     warmup_epochs: ClassVar[int] = 0
+    by_stage: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
@@ -80,15 +82,6 @@ def view_teacher(teacher: Staged, x_NCHW: Tensor) -> View:
     maps = teacher.features(x_NCHW)
     assert teacher.fc is not None
     return View(maps, teacher.fc(pool(maps[-1])))
-
-
-@torch.no_grad()
-def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(C, H, W) of every stage map for images of this height and width, found by running one."""
-    was_training, like = network.training, next(network.parameters())
-    maps = network.eval().features(like.new_zeros(1, 3, *image_size))  # type: ignore[operator]
-    network.train(was_training)
-    return [tuple(one.shape[1:]) for one in maps]
 
 
 def promoted(x: Tensor) -> Tensor:

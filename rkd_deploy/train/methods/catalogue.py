@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.staged import Staged, stage_shapes
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.train.methods.attention import AttentionTransfer
-from rkd_deploy.train.methods.base_loss import BaseLoss, WeightedLoss, stage_shapes
+from rkd_deploy.train.methods.base_loss import BaseLoss, WeightedLoss
 from rkd_deploy.train.methods.dkd import DKD
 from rkd_deploy.train.methods.fitnet import FitNet
 from rkd_deploy.train.methods.kd import KD

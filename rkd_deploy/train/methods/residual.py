@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import Staged, pool
 from rkd_deploy.train.methods.base import Losses, Method
@@ -135,10 +136,10 @@ class HeadStep(Method):
         model: S, its assistants and head; only the head is trained.
     """
 
-    def __init__(self, model: ResidualStudent) -> None:
+    def __init__(self, model: ResidualStudent | ProgressiveStudent) -> None:
         super().__init__()
         self.model = model.requires_grad_(True)
-        self.freeze(*(module for pair in model.branches() for module in pair))
+        self.freeze(*(child for child in model.children() if child is not model.head))
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_h = CE(h(GAP(s_k)), y)."""

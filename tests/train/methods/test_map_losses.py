@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.staged import stage_shapes
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.train.methods.attention import attention, attention_loss
-from rkd_deploy.train.methods.base_loss import View, alike, paired, stage_shapes, view_teacher
+from rkd_deploy.train.methods.base_loss import View, alike, paired, view_teacher
 from rkd_deploy.train.methods.catalogue import base_loss
 from rkd_deploy.train.methods.fitnet import FitNet
 from rkd_deploy.train.methods.reviewkd import ReviewKD, hierarchical_context_loss

@@ -1,0 +1,113 @@
+"""Early exit where a model runs: the student's graph for every image, an assistant's for those it leaves unsure.
+
+Letters: N batch, K classes, z_i the logits after step i. An image leaves after the first step whose confidence, the
+largest softmax probability of z_i, is at least the threshold; after the last step every image leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.serve.backends import Array, Backend, infer_many, load_backend
+from rkd_deploy.serve.files import model_path, read_card
+
+
+def confidence(z_NK: Array) -> npt.NDArray[np.float64]:
+    """The largest softmax probability of each row, [N]."""
+    z_NK = z_NK.astype(np.float64)
+    peak_N: npt.NDArray[np.float64] = 1 / np.exp(z_NK - z_NK.max(axis=1, keepdims=True)).sum(axis=1)
+    return peak_N
+
+
+def exit_steps(z_kNK: Sequence[Array], threshold: float) -> npt.NDArray[np.int64]:
+    """The step after which each image leaves, [N], from the logits after every step."""
+    sure_kN = np.stack([confidence(z_NK) >= threshold for z_NK in z_kNK])
+    sure_kN[-1] = True
+    steps_N: npt.NDArray[np.int64] = sure_kN.argmax(axis=0)
+    return steps_N
+
+
+class EarlyExitBackend(Backend):
+    """Several backends as one: each adds to the logits of the images that are still there.
+
+    Args:
+        steps: The student's, then each assistant's; closing this one closes them.
+        threshold: Confidence at which an image leaves: 0 is the student alone, above 1 is everything for every image.
+
+    Attributes:
+        left: How many images have left after each step so far.
+    """
+
+    def __init__(self, steps: Sequence[Backend], threshold: float) -> None:
+        self._steps, self.threshold = list(steps), threshold
+        first = self._steps[0]
+        self.name, self.device, self.precision = first.name, first.device, first.precision
+        self.input_name, self.input_shape, self.input_dtype = first.input_name, first.input_shape, first.input_dtype
+        self.outputs = ("logits",)
+        self.left = [0] * len(self._steps)
+
+    def infer(self, x: Array) -> Array:
+        """Logits [N, K] after the step at which each image left."""
+        z_NK = np.array(self._steps[0].infer(x))
+        there = np.arange(len(z_NK))
+        for number, step in enumerate(self._steps[1:]):
+            stays = confidence(z_NK[there]) < self.threshold
+            self.left[number] += int((~stays).sum())
+            there = there[stays]
+            if not len(there):
+                return z_NK
+            z_NK[there] += infer_many(step, x[there])
+        self.left[-1] += len(there)
+        return z_NK
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """Refused: which graphs run depends on what they answer, so nothing can be enqueued ahead."""
+        raise UsageError("Early exit decides image by image, from host to host: measure it without --resident.")
+
+    def synchronize(self) -> None:
+        """Nothing waits: every run is host to host."""
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the student's file says."""
+        return self._steps[0].metadata()
+
+    def close(self) -> None:
+        """Close every step."""
+        for step in self._steps:
+            step.close()
+
+
+def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str, **options: Any) -> EarlyExitBackend:
+    """Load the graphs of a bundle that was exported with early exit.
+
+    Args:
+        path: The bundle.
+        threshold: See `EarlyExitBackend`.
+        backend: As for `load_backend`.
+        **options: As for `load_backend`.
+
+    Raises:
+        UsageError: The threshold is no number from 0 on.
+        ModelFileError: The bundle has no such graphs, or one of them is missing.
+    """
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"exit_threshold = {threshold} must be at least 0 and finite; above 1 no image leaves early.")
+    folder, card = model_path(path).parent, read_card(path, {})
+    if card is None or not card.early_exit:
+        raise ModelFileError(
+            f"{path} has no graphs for early exit. Export the run again with: rkd-deploy export RUN --early-exit"
+        )
+    with contextlib.ExitStack() as opened:
+        steps = [
+            opened.enter_context(load_backend(backend, folder / file, **options)) for file in card.early_exit["files"]
+        ]
+        opened.pop_all()  # all are there: from here on they are closed with the whole
+    return EarlyExitBackend(steps, threshold)

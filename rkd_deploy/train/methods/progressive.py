@@ -1,0 +1,102 @@
+"""Residual knowledge distillation (Gao, Shen, Li, Loy, arXiv 2002.09168), the progressive scheme: stage by stage.
+
+For k = 1 .. K, and within k for S, then A_1, then A_2, .. (the letters of `rkd_deploy.models.progressive`):
+
+    S:    L_S^k = w D(f_T^k, P_S^k f_S^k) [+ b X]
+    A_i:  L_i^k = w D(sg(f_T^k - s_k^{i-1}), P_i^k f_i^k)       s_k^i = P_S^k f_S^k + P_1^k f_1^k + .. + P_i^k f_i^k
+    h:    L_h   = CE(h(GAP(s_K)), y)                            only where the head is trained or finetuned
+
+Each line is a phase. It trains one `Step`: the stage's layers, P and Q. What was trained before stands still, in eval
+mode, so the input s_{k-1} of a stage is final when the stage is trained; A's step is at 0 until it is its turn. Before
+the last stage there are no logits, so no accuracy is shown. X there is that part of the borrowed loss which this stage
+alone decides: a loss that is a sum over stages (AT) gives its term of stage k, one of the logits or of the last map
+(KD, DKD, SimKD) comes in with the last stage; those that mix stages (FitNet's hint, ReviewKD) do not fit and are
+refused by the recipe. The public part of the paper names this scheme and no more: the rest is this project's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.models.progressive import ProgressiveStudent
+from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.train.methods.base import Losses, Method
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
+from rkd_deploy.train.methods.distance import Distance
+from rkd_deploy.train.methods.residual import explained, sized_like
+
+
+class ProgressiveStep(Method):
+    """One stage of one branch learns what the branches before it leave over of T's map.
+
+    Args:
+        teacher: T, frozen.
+        model: S, its assistants and head.
+        weight: w, of D in the loss.
+        stage: k, from 1.
+        branch: 0 for S, i for A_i.
+        distance: D.
+        base: b X, or None; read where `branch` is 0.
+    """
+
+    def __init__(
+        self,
+        teacher: Staged,
+        model: ProgressiveStudent,
+        weight: float,
+        *,
+        stage: int,
+        branch: int,
+        distance: Distance,
+        base: WeightedLoss | None = None,
+    ) -> None:
+        super().__init__()
+        rows = model.rows()
+        self.teacher, self.model, self.weight, self.distance = teacher, model.requires_grad_(True), weight, distance
+        self.stage, self.branch, self.last = stage, branch, stage == len(rows)
+        # The step that learns is a part of the model: not registered again, so that nothing is saved twice.
+        self._learning = [rows[stage - 1][branch]]
+        self.base = base if branch == 0 and (self.last or (base is not None and base.loss.by_stage)) else None
+        others = [step for row in rows for step in row if step is not self._learning[0]]
+        self.freeze(teacher, model.head, *others)
+
+    def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
+        """L_S^k or L_i^k."""
+        rows, step = self.model.rows(), self._learning[0]
+        seen = view_teacher(self.teacher, x_NCHW)
+        with torch.no_grad():
+            s_before = self.model.summed_map(x_NCHW, self.stage - 1)
+            done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
+        f = step.map(s_before)
+        m = step.adapter(f)
+        f_T = sized_like(seen.maps[self.stage - 1 - len(rows)], m)
+        s = sum(done, torch.zeros_like(m))
+        error = self.distance(f_T - s, m)
+        parts = {"assistant" if self.branch else "student": error.detach(), "explained": explained(f_T, s + m)}
+        z = self.model.head(pool(s + m)) if self.last else None
+        total = self.weight * error
+        if self.base is not None:
+            weighted, parts["base"] = self.base(*self._views(seen, f, z), y_N)
+            total = total + weighted
+        return Losses(total, parts, None if z is None else z.detach())
+
+    def deployable(self) -> nn.Module | None:
+        """With the last stage, S alone or S + A: those that are yet to learn add nothing. Before it, nothing."""
+        if not self.last:
+            return None
+        return self.model if self.branch else self.model.alone()
+
+    def auxiliary(self) -> nn.Module | None:
+        """The adapters of X."""
+        return self.base
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the weight of X."""
+        if self.base is not None:
+            self.base.start_epoch(epoch)
+
+    def _views(self, seen: View, f_NCHW: Tensor, z_NK: Tensor | None) -> tuple[View, View]:
+        """T and S as X sees them: this stage's map alone, and the logits where there are any."""
+        f_T = seen.maps[self.stage - 1 - len(self.model.steps)]
+        return View((f_T,), seen.logits_NK), View((f_NCHW,), seen.logits_NK if z_NK is None else z_NK)
