@@ -392,8 +392,16 @@ def test_true_is_not_one(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "values", "rule"),
     [
-        ("data.name", ["mnist", ""], "Unknown value of data.name .*Choices: cifar10, cifar100, digits, imagefolder, imagenet"),
-        ("data.augment", [["crop", "rotate"]], "Unknown value of data.augment 'rotate'.*Choices: crop, flip, randaugment, resized_crop"),
+        (
+            "data.name",
+            ["mnist", ""],
+            "Unknown value of data.name .*Choices: cifar10, cifar100, digits, imagefolder, imagenet",
+        ),
+        (
+            "data.augment",
+            [["crop", "rotate"]],
+            "Unknown value of data.augment 'rotate'.*Choices: crop, flip, randaugment, resized_crop",
+        ),
         ("data.normalisation", ["mine"], "Choices: data, teacher"),
         ("data.cache", ["disk"], "Choices: auto, memory, off"),
         ("data.broken", ["mend"], "Choices: skip, stop"),
@@ -597,7 +605,10 @@ def test_anything_after_set_gives_a_recipe_or_an_error_of_recipes(key: str, valu
         ({"workers": 2}, "data.workers = 2 has no effect"),
         ({"broken": "skip"}, 'data.broken = "skip" has no effect'),
         ({"cache": "off"}, 'data.cache = "off" has no effect'),
-        ({"name": "imagefolder", "root": "r", "cache": "off", "cache_gb": 1.0}, 'cache_gb = 1.0 .* data.cache = "auto"'),
+        (
+            {"name": "imagefolder", "root": "r", "cache": "off", "cache_gb": 1.0},
+            'cache_gb = 1.0 .* data.cache = "auto"',
+        ),
         ({"name": "imagefolder", "root": "r", "test_root": "t"}, 'test_root = "t" has no effect.*"webdataset"'),
         ({"name": "webdataset", "root": "r", "test_root": "t", "split_seed": 1}, "split_seed = 1 .*and data.test_root"),
         ({"name": "imagenet", "root": "r", "test_fraction": 0.5}, "data.test_fraction = 0.5 has no effect"),
