@@ -168,9 +168,10 @@ def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]
     if data.of_files:  # read only what is tested on
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
     test = load_images(data, recipe.train.seed).test
-    size = min(CHUNK, batch_of(test.image_size))
-    for images_NCHW, labels_N in zip(test.chunks(size), test.labels_N.split(size), strict=True):
-        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N.numpy()
+    labels_N, done = test.labels_N.numpy(), 0
+    for images_NCHW in test.chunks(min(CHUNK, batch_of(test.image_size))):
+        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
+        done += len(images_NCHW)
 
 
 def _test_split(facts: Mapping[str, Any]) -> str:
