@@ -179,10 +179,10 @@ def _batches(run: Run, name: str) -> Iterator[tuple[npt.NDArray[Any], npt.NDArra
     if data.of_files:  # each image is read once
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
     split = getattr(load_images(data, recipe.train.seed), name)
-    size = min(CHUNK, batch_of(split.image_size))
-    for number, images_NCHW in enumerate(split.chunks(size)):
-        labels_N = split.labels_N[number * size : (number + 1) * size]
-        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N.numpy()
+    labels_N, done = split.labels_N.numpy(), 0
+    for images_NCHW in split.chunks(min(CHUNK, batch_of(split.image_size))):
+        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
+        done += len(images_NCHW)
 
 
 def _test_split(facts: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ _READ_WHERE = {
     "image_size": "with sets whose images have no size of their own: CIFAR's are 32 pixels wide",
     "crop_fraction": _WITH_FILES,
     **dict.fromkeys(("test_fraction", "split_seed"), 'with data.name = "imagefolder" or "webdataset"'),
-    **dict.fromkeys(("randaugment_n", "randaugment_m"), 'with "randaugment" in data.augment'),
+    **dict.fromkeys(("randaugment_ops", "randaugment_magnitude"), 'with "randaugment" in data.augment'),
     **dict.fromkeys(("cache", "workers", "broken"), _WITH_FILES),
     "cache_gb": f'{_WITH_FILES} and data.cache = "auto"',
 }
@@ -57,9 +57,9 @@ class DataRecipe:
     randaugment. Default: crop and flip; for files resized_crop and flip."""
     crop_padding: int = 4
     """Pixels of padding on each side for crop."""
-    randaugment_n: int = 2
+    randaugment_ops: int = 2
     """Operations that randaugment applies to an image."""
-    randaugment_m: int = 10
+    randaugment_magnitude: int = 10
     """Their magnitude, from 0 to 30."""
     mixup: float = 0.0
     """alpha of mixup (Zhang et al. 2018): each batch is mixed with itself by lambda ~ Beta(alpha, alpha). 0: off."""
@@ -99,8 +99,8 @@ class DataRecipe:
         ):
             if (value := getattr(self, key)) is not None:
                 in_range(f"data.{key}", value, low, high)
-        in_range("data.randaugment_n", self.randaugment_n, 1, 16)
-        in_range("data.randaugment_m", self.randaugment_m, 0, 30)
+        in_range("data.randaugment_ops", self.randaugment_ops, 1, 16)
+        in_range("data.randaugment_magnitude", self.randaugment_magnitude, 0, 30)
         in_range("data.mixup", self.mixup, 0, 100)
         in_range("data.cutmix", self.cutmix, 0, 100)
         in_range("data.label_smoothing", self.label_smoothing, 0, 0.9)
@@ -133,8 +133,8 @@ class DataRecipe:
             "crop_fraction": self.of_files,
             "test_fraction": with_splits_to_make and self.test_root is None,
             "split_seed": with_splits_to_make and self.test_root is None,
-            "randaugment_n": randaugment,
-            "randaugment_m": randaugment,
+            "randaugment_ops": randaugment,
+            "randaugment_magnitude": randaugment,
             "cache": self.of_files,
             "cache_gb": self.of_files and self.cache == "auto",
             "workers": self.of_files,

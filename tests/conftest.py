@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 REPO = Path(__file__).parents[1]
 DATA = Path(os.environ.get("RKD_TEST_DATA", REPO.parent / "shared" / "data"))
 
+PHOTOS = ("n01440764", "n02102040", "n02979186")
+
 hypothesis.settings.register_profile("rkd", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("rkd")
 
@@ -119,3 +121,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[...
 
     recipe = tiny_recipe("data.train_limit=300", "data.test_limit=100", "teacher.epochs=4")
     return fit(recipe, root=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def photos_once(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 6 photos of 3 classes each, val/ with 2; shared, not to be written into."""
+    root = tmp_path_factory.mktemp("photos")
+    wanted = {(split, one): count for split, count in (("train", 6), ("val", 2)) for one in PHOTOS}
+    with tarfile.open(shared_data / "imagenette-224-subset.tar") as archive:
+        for member in archive:
+            key = tuple(member.name.split("/")[1:3])
+            if member.isfile() and wanted.get(key, 0) > 0:
+                wanted[key] -= 1
+                member.name = member.name.split("/", 1)[1]
+                archive.extract(member, root, filter="data")
+    return root
+
+
+@pytest.fixture
+def photos(photos_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that may be written into; what is remembered of it is kept beside it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos_once, tmp_path / "photos")
+    return tmp_path / "photos"

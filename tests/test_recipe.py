@@ -40,16 +40,30 @@ small = st.integers(1, 500)
 optional = st.none() | small
 FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "data": {
-        "name": st.sampled_from(["digits", "cifar10", "cifar100"]),
-        "root": st.none() | texts,
+        "name": st.sampled_from(["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "webdataset"]),
+        "root": texts,
+        "test_root": st.none() | texts,
         "image_size": optional,
+        "crop_fraction": st.none() | st.floats(0.1, 1),
         "train_limit": optional,
         "test_limit": optional,
         "val_fraction": st.floats(0, 0.5),
-        "augment": st.sampled_from([(), ("crop",), ("flip",), ("crop", "flip"), ("flip", "crop")]),
+        "test_fraction": st.none() | st.floats(0.01, 0.9),
+        "split_seed": st.none() | st.integers(0, 2**31 - 1),
+        "augment": st.none() | st.sampled_from([(), ("crop",), ("flip", "crop"), ("resized_crop", "randaugment")]),
         "crop_padding": st.integers(0, 16),
+        "randaugment_ops": st.integers(1, 16),
+        "randaugment_magnitude": st.integers(0, 30),
+        "mixup": st.floats(0, 100),
+        "cutmix": st.floats(0, 100),
+        "label_smoothing": st.floats(0, 0.9),
         "mean": channels,
         "std": deviations,
+        "normalisation": st.just("data"),
+        "cache": st.sampled_from(["auto", "memory", "off"]),
+        "cache_gb": st.floats(0, 1e6),
+        "workers": st.none() | st.integers(0, 256),
+        "broken": st.sampled_from(["stop", "skip"]),
     },
     "teacher": {
         "name": texts,
@@ -160,6 +174,22 @@ def methods(draw: st.DrawFn) -> MethodRecipe:
     return MethodRecipe(**{**values, **chosen})
 
 
+@st.composite
+def data(draw: st.DrawFn) -> DataRecipe:
+    """Every key that the drawn set reads."""
+    values = {key: draw(strategy) for key, strategy in FIELDS["data"].items()}
+    name, files = values["name"], values["name"] in ("imagefolder", "imagenet", "webdataset")
+    unread = set() if files else {"crop_fraction", "cache", "cache_gb", "workers", "broken"}
+    unread |= {"image_size"} if "cifar" in name else set()
+    unread |= set() if name == "webdataset" else {"test_root"}
+    unread |= {"cache_gb"} if values["cache"] != "auto" else set()
+    if name not in ("imagefolder", "webdataset") or (name == "webdataset" and values["test_root"] is not None):
+        unread |= {"test_fraction", "split_seed"}
+    if "randaugment" not in (values["augment"] or ()):
+        unread |= {"randaugment_ops", "randaugment_magnitude"}
+    return DataRecipe(**{key: value for key, value in values.items() if key not in unread})
+
+
 names = st.text(min_size=1, max_size=12).filter(lambda name: not set(name) & set("/\\\0"))
 
 
@@ -168,9 +198,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     tables: dict[str, Any] = {
         table: draw(st.builds(typing.get_type_hints(Recipe)[table], **fields))
         for table, fields in FIELDS.items()
-        if table != "method"
+        if table not in ("data", "method")
     }
+    tables["data"] = draw(data())
     method = draw(methods())
+    if method.loss == "dkd":
+        tables["data"] = dataclasses.replace(tables["data"], mixup=0.0, cutmix=0.0)
     if not method.residual:
         changes: dict[str, Any] = {"checkpoint": None, "baseline": True, "assistants": 1}
         tables["student"] = dataclasses.replace(tables["student"], **changes)
@@ -372,8 +405,29 @@ def test_true_is_not_one(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "values", "rule"),
     [
-        ("data.name", ["mnist", ""], "Unknown value of data.name .*Choices: cifar10, cifar100, digits"),
-        ("data.augment", [["crop", "rotate"]], "Unknown value of data.augment 'rotate'.*Choices: crop, flip"),
+        (
+            "data.name",
+            ["mnist", ""],
+            "Unknown value of data.name .*Choices: cifar10, cifar100, digits, imagefolder, imagenet",
+        ),
+        (
+            "data.augment",
+            [["crop", "rotate"]],
+            "Unknown value of data.augment 'rotate'.*Choices: crop, flip, randaugment, resized_crop",
+        ),
+        ("data.normalisation", ["mine"], "Choices: data, teacher"),
+        ("data.cache", ["disk"], "Choices: auto, memory, off"),
+        ("data.broken", ["mend"], "Choices: skip, stop"),
+        ("data.crop_fraction", [0.0, 1.5], "must be between 0.1 and 1"),
+        ("data.test_fraction", [0.0, 1.0], "must be between 0.01 and 0.9"),
+        ("data.split_seed", [-1], "must be between 0 and"),
+        ("data.workers", [-1, 300], "must be between 0 and 256"),
+        ("data.randaugment_ops", [0], "must be between 1 and 16"),
+        ("data.randaugment_magnitude", [31], "must be between 0 and 30"),
+        ("data.mixup", [-0.1, float("nan")], "must be between 0 and 100"),
+        ("data.cutmix", [-1.0], "must be between 0 and 100"),
+        ("data.label_smoothing", [0.91], "must be between 0 and 0.9"),
+        ("data.cache_gb", [-1.0], "must be at least 0"),
         ("data.val_fraction", [-0.1, 0.51, float("nan")], "must be between 0 and 0.5"),
         ("data.crop_padding", [-1, 17], "must be between 0 and 16"),
         ("data.train_limit", [0, -5], "must be at least 1"),
@@ -572,3 +626,56 @@ def test_another_method_begins_a_table_of_its_own(tmp_path: Path) -> None:
     assert read_recipe(file, ["method.name=dkd"]).method == MethodRecipe(name="dkd")
     with pytest.raises(RecipeError, match=r"method\.base = \"at\" has no effect"):
         read_recipe(file, ["method.name=kd", "method.base=at"])  # set beside it, it is meant
+
+
+# What belongs together in [data]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "cifar10", "image_size": 32}, r'data\.image_size = 32 has no effect with data\.name = "cifar10"'),
+        ({"crop_fraction": 0.9}, r'crop_fraction = 0\.9 has no effect .*"imagefolder", "imagenet" or "webdataset"'),
+        ({"workers": 2}, "data.workers = 2 has no effect"),
+        ({"broken": "skip"}, 'data.broken = "skip" has no effect'),
+        ({"cache": "off"}, 'data.cache = "off" has no effect'),
+        (
+            {"name": "imagefolder", "root": "r", "cache": "off", "cache_gb": 1.0},
+            'cache_gb = 1.0 .* data.cache = "auto"',
+        ),
+        ({"name": "imagefolder", "root": "r", "test_root": "t"}, 'test_root = "t" has no effect.*"webdataset"'),
+        ({"name": "webdataset", "root": "r", "test_root": "t", "split_seed": 1}, "split_seed = 1 .*and data.test_root"),
+        ({"name": "imagenet", "root": "r", "test_fraction": 0.5}, "data.test_fraction = 0.5 has no effect"),
+        ({"randaugment_magnitude": 5}, r'randaugment_magnitude = 5 has no effect.*"randaugment" in data\.augment'),
+        ({"augment": ("crop", "resized_crop")}, "crop and resized_crop both choose the window. Keep one"),
+        ({"name": "imagefolder"}, r"needs data.root, where the images are: --set data\.root=FOLDER"),
+        ({"normalisation": "teacher", "mean": (0.5,) * 3}, "go before data.normalisation"),
+    ],
+)
+def test_data_keys_that_nothing_reads_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        DataRecipe(**keys)
+
+
+def test_files_are_cropped_by_area_and_others_by_padding_by_default() -> None:
+    assert DataRecipe().augmentations == DataRecipe(name="cifar10").augmentations == ("crop", "flip")
+    assert DataRecipe(name="imagenet", root="r").augmentations == ("resized_crop", "flip")
+    assert DataRecipe(name="imagefolder", root="r", augment=()).augmentations == ()
+
+
+@pytest.mark.parametrize("key", ["mixup", "cutmix"])
+def test_mixed_labels_are_refused_where_a_loss_needs_one_class(key: str) -> None:
+    mixed = DataRecipe(**{key: 0.2})
+    for method in (MethodRecipe(name="dkd"), MethodRecipe(base="dkd")):
+        with pytest.raises(RecipeError, match=rf"data\.{key} = 0\.2.* mix labels, and dkd needs one class"):
+            Recipe(data=mixed, method=method)
+    Recipe(data=mixed, method=MethodRecipe(name="kd"))
+    Recipe(data=DataRecipe(label_smoothing=0.1), method=MethodRecipe(name="dkd"))
+
+
+def test_the_teachers_normalisation_must_be_stated_somewhere() -> None:
+    asked = DataRecipe(normalisation="teacher")
+    with pytest.raises(RecipeError, match=r'data\.normalisation = "teacher", and nothing states that of T'):
+        Recipe(data=asked)
+    Recipe(data=asked, teacher=TeacherRecipe(mean=(0.5,) * 3, std=(0.5,) * 3))
+    Recipe(data=asked, teacher=TeacherRecipe(checkpoint="t.safetensors"))

@@ -109,5 +109,7 @@ def seeded_image(seed: int, epoch: int, image: int) -> Iterator[None]:
     state = torch.get_rng_state()
     words = np.random.SeedSequence((seed, epoch, image)).generate_state(2)
     torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-    yield
-    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -55,7 +55,7 @@ def train_loader(
         "batch_size": batch_size,
         "augmentations": recipe.augmentations,
         "crop_padding": recipe.crop_padding,
-        "randaugment": (recipe.randaugment_n, recipe.randaugment_m),
+        "randaugment": (recipe.randaugment_ops, recipe.randaugment_magnitude),
         "mixing": Mixing(
             classes=classes, mixup=recipe.mixup, cutmix=recipe.cutmix, label_smoothing=recipe.label_smoothing
         ),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rkd_deploy.errors import DataError
 from rkd_deploy.serve.images import decoded
-from rkd_deploy.storage import write_text
+from rkd_deploy.storage import storage_error, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +91,12 @@ def remembered_at(memory: Path, kind: str, facts: Iterable[object]) -> Path:
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(repr(fact).encode())
-    return memory / "remembered" / f"{kind}-{digest.hexdigest()[:32]}"
+    folder = memory / "remembered"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return folder / f"{kind}-{digest.hexdigest()[:32]}"
 
 
 def read(pictures: Pictures, position: int) -> Image:
@@ -147,9 +152,7 @@ def find_broken(pictures: Pictures, positions: Sequence[int], threads: int, memo
 
 def remember_broken(pictures: Pictures, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
     """Keep the answer of `find_broken`, where decoding has given it."""
-    path = _broken_at(pictures, positions, memory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(broken))
+    write_text(_broken_at(pictures, positions, memory), json.dumps(broken))
 
 
 def _broken_at(pictures: Pictures, positions: Sequence[int], memory: Path) -> Path:

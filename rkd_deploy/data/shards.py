@@ -119,7 +119,6 @@ def _expanded(where: str) -> list[str]:
 def _indexed(paths: list[str], memory: Path) -> tuple[Labelled, list[str]]:
     file = remembered_at(memory, "shards", stamps(paths)).with_suffix(".npz")
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, **_index(paths))
         write_bytes(file, content.getvalue())

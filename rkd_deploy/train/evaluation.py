@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.sources import AnySplit
 
-_IMAGES, _PIXELS = 500, 2**22
+BATCH, _PIXELS = 500, 2**22
 
 
 def batch_of(image_size: tuple[int, int]) -> int:
     """Images that are evaluated at once: 500, and fewer of those above 91 pixels (83 of 224), for the memory's sake."""
     height, width = image_size
-    return max(1, min(_IMAGES, _PIXELS // (height * width)))
+    return max(1, min(BATCH, _PIXELS // (height * width)))
 
 
 @torch.inference_mode()

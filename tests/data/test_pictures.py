@@ -83,7 +83,7 @@ def test_all_broken_files_are_listed_at_once_and_skipped_only_when_asked(
 
 
 def test_odd_files_are_what_a_viewer_shows(tmp_path: Path, photo: Path) -> None:
-    """Grey, palette with alpha, CMYK and turned by EXIF: RGB, upright, transparency dropped, as served models see it."""
+    """Grey, palette with alpha, CMYK, turned by EXIF: RGB, upright, transparency dropped, as served models see it."""
     with Image.open(photo) as opened:
         rgb = opened.convert("RGB").resize((30, 20))
     exif = Image.Exif()

@@ -56,12 +56,21 @@ def test_shards_and_a_folder_of_the_same_photos_train_on_the_same_images(photos:
     shards = load(f"{train}/part-{{000..003}}.tar", test_root=str(test))
     folder = load_images(DataRecipe(name="imagefolder", root=str(photos), image_size=16, val_fraction=0), 0)
     assert shards.classes == folder.classes == CLASSES
-    assert shards.sources == {"train": "4 shards", "test": "2 shards", "val": shards.sources["val"], "reading": "streamed"}
+    assert shards.sources == {
+        "train": "4 shards",
+        "test": "2 shards",
+        "val": shards.sources["val"],
+        "reading": "streamed",
+    }
     for name in ("train", "test"):
         ours, theirs = getattr(shards, name), getattr(folder, name)
-        images = {(label, image.numpy().tobytes()) for label, image in zip(theirs.labels_N.tolist(), theirs.images_NCHW)}
+        images = {
+            (label, image.numpy().tobytes())
+            for label, image in zip(theirs.labels_N.tolist(), theirs.images_NCHW, strict=True)
+        }
         streamed = torch.cat(list(ours.chunks(5)))
-        assert {(label, image.numpy().tobytes()) for label, image in zip(ours.labels_N.tolist(), streamed)} == images
+        pairs = zip(ours.labels_N.tolist(), streamed, strict=True)
+        assert {(label, image.numpy().tobytes()) for label, image in pairs} == images
     assert shards.mean == pytest.approx(folder.mean, abs=1e-4)
 
 

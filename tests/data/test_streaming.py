@@ -67,7 +67,9 @@ def test_processes_together_see_the_batches_of_one(photos: Path) -> None:
 
 
 def test_images_are_what_torchvisions_pipeline_makes_of_the_file_by_the_same_seed(photos: Path) -> None:
-    made, images = loaded(photos, augment=("resized_crop", "flip", "randaugment"), randaugment_n=3, randaugment_m=7)
+    made, images = loaded(
+        photos, augment=("resized_crop", "flip", "randaugment"), randaugment_ops=3, randaugment_magnitude=7
+    )
     split = images.train
     assert isinstance(split, FileSplit)
     pipeline = v2.Compose(

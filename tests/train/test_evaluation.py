@@ -11,7 +11,7 @@ from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.sources import ImageSet, Split
 from rkd_deploy.models import zoo
 from rkd_deploy.train.checkpoint import load_foreign, load_weights
-from rkd_deploy.train.evaluation import BATCH, predictions
+from rkd_deploy.train.evaluation import BATCH, batch_of, predictions
 
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
 PIXELS = Normaliser((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
@@ -76,3 +76,8 @@ def test_the_pretrained_resnet56_has_its_published_accuracy(shared_data: Path, c
     found = predictions(model, cifar100.test, Normaliser(MEAN, STD, torch.device("cpu")))
     right = int((found == cifar100.test.labels_N).sum())
     assert right == pytest.approx(7263, abs=2)  # an image whose two largest logits are equal to rounding may turn
+
+
+def test_large_images_are_evaluated_fewer_at_once() -> None:
+    """So that the maps of a batch stay within the memory that small ones take."""
+    assert [batch_of((side, side)) for side in (8, 32, 91, 224, 4096)] == [500, 500, 500, 83, 1]

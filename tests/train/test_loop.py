@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
+from rkd_deploy.data.mixing import smoothed
 from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import DivergenceError, InterruptedTraining
 from rkd_deploy.models.cifar import CifarResNet
@@ -226,3 +227,19 @@ def test_stopped_after_every_step_it_ends_in_the_same_bits(tmp_path: Path, how: 
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     assert logs[0] == logs[1]
     assert len(logs[0]) == 2
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_soft_targets_are_learnt_and_their_largest_class_counted(amp: bool) -> None:
+    """Also under autocast, where logits come in bfloat16 and targets do not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    x, y = torch.randn(8, 3, 2, 2), torch.arange(8) % 3
+    method, sums = CrossEntropy(model), EpochSums()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        z = model(x).float()
+    wanted = torch.nn.functional.cross_entropy(z, y, label_smoothing=0.3)
+    losses = train_step(method, torch.optim.SGD(method.parameters(), 0.1), x, smoothed(y, 3, 0.3), 0.1, amp)
+    sums.add(losses, smoothed(y, 3, 0.3))
+    assert losses.total.item() == pytest.approx(wanted.item(), abs=1e-2 if amp else 1e-6)
+    assert sums.means()["train_top1"] == pytest.approx(100 * (z.argmax(1) == y).float().mean().item())

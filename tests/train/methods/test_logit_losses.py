@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rkd_deploy.data.mixing import smoothed
 from rkd_deploy.train.methods.base_loss import BaseLoss, View, WeightedLoss
 from rkd_deploy.train.methods.dkd import DKD, dkd_loss
 from rkd_deploy.train.methods.kd import KD, kd_loss, standardised
@@ -127,3 +128,10 @@ def test_the_published_weights_and_their_warm_up(logits: Logits) -> None:
     own = WeightedLoss(KD(4.0, False), weight=3.0, warmup_epochs=4)
     own.start_epoch(1)
     assert own.weight == 0.75
+
+
+def test_dkd_takes_the_class_of_a_smoothed_target() -> None:
+    z_T, z_S, y = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 5
+    hard, soft = dkd_loss(z_T, z_S, y, 1.0, 8.0, 4.0), dkd_loss(z_T, z_S, smoothed(y, 5, 0.2), 1.0, 8.0, 4.0)
+    assert torch.equal(hard, soft)
+    assert not torch.equal(hard, dkd_loss(z_T, z_S, smoothed(y.roll(1), 5, 0.2), 1.0, 8.0, 4.0))
