@@ -150,8 +150,7 @@ class Theirs:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches: Iterable[Any] = self.loader
-        for images, labels in batches:
-            yield images, labels
+        yield from batches
 
 
 def _transforms() -> Any:

@@ -66,13 +66,12 @@ def _variant(nursery: subprocess.Popen[str], scheme: str, minutes: float, kills:
                 sys.exit(f"{scheme}: exit code {code} after {len(moments)} kills")
         while _train(nursery, recipe, killed, None, 0)[0] != 0:
             pass
-        differing = sum(
-            len(_differences(_outcome(root), _outcome(whole))) for root in Path(folder).glob("killed*") if root.is_dir()
-        )
+        ends = [_outcome(root) for root in Path(folder).glob("killed*")]
+        differing = [name for end in ends for name in _differences(end, _outcome(whole))]
     often = "each step" if minutes == EACH_STEP else "each epoch"
     what = f"files that differ after kills: {scheme}, a checkpoint {often}"
-    print(f"{what}: {differing} after {len(moments)} kills", file=sys.stderr)
-    return Claim(what, differing, "files", 0, {"kills": [len(moments)], "killed_after_s": moments})
+    print(f"{what}: {differing or 0} after {len(moments)} kills", file=sys.stderr)
+    return Claim(what, len(differing), "files", 0, {"kills": [len(moments)], "killed_after_s": moments})
 
 
 def _recipe(scheme: str, minutes: float) -> Recipe:
