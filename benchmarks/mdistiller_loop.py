@@ -48,7 +48,7 @@ ROOT = Path(os.environ.get("RKD_DATA", ".data"))
 def main() -> None:
     """Measure and record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps, rounds, limit = (390, 3, 0.1) if device.type == "cuda" else (12, 7, 1.0)
+    steps, rounds, limit = (390, 3, 0.1) if device.type == "cuda" else (6, 5, 1.0)
     images = datasets.CIFAR100(ROOT, train=True, transform=_transforms())
     chosen = Subset(images, range(BATCH * (steps + 1)))
     split = Split(
