@@ -4,8 +4,8 @@
 
 ResNet-56 teaches S and A cut from ResNet-20, batch 64 at 32x32, on random images. A step is all of it: loader with crop
 and flip, losses, backward, optimiser, sums for the log, progress. The bare passes are the same networks' forward and
-backward passes alone, on a batch that is there already. The two alternate. Peak memory is compared the same way, each side in a
-process of its own: PyTorch's allocator on CUDA, resident memory beyond that of the imports elsewhere.
+backward passes alone, on a batch that is there already. The two alternate. Peak memory is compared the same way, each
+side in a process of its own: PyTorch's allocator on CUDA, resident memory beyond that of the imports elsewhere.
 """
 
 from __future__ import annotations
