@@ -4,11 +4,16 @@
 
 ResNet-56 teaches S and A cut from ResNet-20, batch 64 at 32x32, on random images. A step is all of it: loader with crop
 and flip, losses, backward, optimiser, sums for the log, progress. The bare passes are the same networks' forward and
-backward passes alone, on a batch that is there already. The two alternate.
+backward passes alone, on a batch that is there already. The two alternate. Peak memory is compared the same way, each
+side in a process of its own: PyTorch's allocator on CUDA, resident memory beyond that of the imports elsewhere.
 """
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -32,60 +37,55 @@ from rkd_deploy.train.sums import EpochSums
 STEPS = 25
 BATCH = 64
 CLASSES = 100
+CASES = ("cross-entropy step, S0", "student step", "assistant step")
 
 
 def main() -> None:
-    """Measure and record."""
-    torch.manual_seed(0)
+    """Measure and record; with a case and a side as arguments, print the peak memory of that alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    separation = separate("resnet20", num_classes=CLASSES, input_size=32)
-    T = zoo.create("resnet56", CLASSES).to(device).eval()
-    S0 = zoo.create("resnet20", CLASSES).to(device)
-    model = ResidualStudent(separation.student, separation.assistants, 64, CLASSES).to(device)
+    if len(sys.argv) == 3:
+        print(_own_peak(sys.argv[1], sys.argv[2], device))
+        return
+    claims = []
+    for case in CASES:
+        method, bare = _case(case, device)
+        claims.append(_time(case, method, bare, device))
+    save("train_step", claims + [_memory(case) for case in CASES])
+
+
+def _case(name: str, device: torch.device) -> tuple[Method, Callable[[], None]]:
+    """A method, and the bare passes of its networks."""
+    torch.manual_seed(0)
     x = torch.randn(BATCH, 3, 32, 32, device=device)
-
-    def teacher() -> None:
-        with torch.no_grad():
-            T.features(x)
-
-    def student_frozen() -> None:
-        with torch.no_grad():
-            model.student_map(x)
 
     def both(forward: Callable[[Tensor], Tensor]) -> None:
         out = forward(x)
         out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
 
+    if name == "cross-entropy step, S0":
+        S0 = zoo.create("resnet20", CLASSES).to(device)
+        return CrossEntropy(S0), lambda: both(S0)
+    separation = separate("resnet20", num_classes=CLASSES, input_size=32)
+    T = zoo.create("resnet56", CLASSES).to(device).eval()
+    model = ResidualStudent(separation.student, separation.assistants, 64, CLASSES).to(device)
+
     def student_bare() -> None:
-        teacher()
+        with torch.no_grad():
+            T.features(x)
         both(model.student_map)
 
     def assistant_bare() -> None:
-        teacher()
-        student_frozen()
+        with torch.no_grad():
+            T.features(x)
+            model.student_map(x)
         both(model.assistant_map)
 
-    claims: list[Claim] = []
-    methods: list[tuple[str, Method, Callable[[], None]]] = [
-        ("cross-entropy step, S0", CrossEntropy(S0), lambda: both(S0)),
-        ("student step", StudentStep(T, model, 1.0), student_bare),
-        ("assistant step", AssistantStep(T, model, 1.0), assistant_bare),
-    ]
-    for name, method, bare in methods:
-        _unfreeze(method, model)
-        claims.append(_measure(name, method, bare, device))
-    save("train_step", claims)
+    if name == "student step":
+        return StudentStep(T, model, 1.0), student_bare
+    return AssistantStep(T, model, 1.0), assistant_bare
 
 
-def _unfreeze(method: Method, model: ResidualStudent) -> None:
-    """Building the methods one after the other leaves the marks of the last: set those of this one again."""
-    if isinstance(method, StudentStep | AssistantStep):
-        learner = "student" if isinstance(method, StudentStep) else "assistant"
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(learner))
-
-
-def _measure(name: str, method: Method, bare: Callable[[], None], device: torch.device) -> Claim:
+def _time(name: str, method: Method, bare: Callable[[], None], device: torch.device) -> Claim:
     method.train()
     step = _steps(method, device)
     full_s, bare_s = [], []
@@ -94,7 +94,38 @@ def _measure(name: str, method: Method, bare: Callable[[], None], device: torch.
         if number >= 3:
             bare_s.append(times[0])
             full_s.append(times[1])
-    return ratio_of_medians(f"{name} over its bare passes", 1.15, full_s, bare_s)
+    return ratio_of_medians(f"{name} over its bare passes", 1.10, full_s, bare_s)
+
+
+def _memory(name: str) -> Claim:
+    """Peaks of fresh processes, because a peak does not come down again; beyond what they hold before networks."""
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    peaks: dict[str, list[float]] = {"full": [], "bare": []}
+    for _ in range(3):
+        for side, found in peaks.items():
+            command = [sys.executable, __file__, name, side]
+            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found.append(float(run.stdout))
+    return ratio_of_medians(f"peak memory of {name} over its bare passes", 1.2, peaks["full"], peaks["bare"])
+
+
+def _own_peak(name: str, side: str, device: torch.device) -> float:
+    before = _peak_mb(device)
+    method, bare = _case(name, device)
+    method.train()
+    step = _steps(method, device)
+    for _ in range(6):
+        if side == "full":
+            next(step)
+        else:
+            bare()
+    return _peak_mb(device) - before
+
+
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _steps(method: Method, device: torch.device) -> Iterator[None]:

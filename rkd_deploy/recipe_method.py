@@ -11,6 +11,9 @@ from rkd_deploy.recipe_rules import choice, in_range, toml_value
 BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 """Losses of other papers: beside the residual ones for S, or alone for S0."""
 
+SCHEMES = ("sequential", "progressive", "end_to_end")
+"""Orders in which S, its assistants and the head are trained."""
+
 _WITH_RESIDUAL = 'with method.name = "residual"'
 _WITH_END_TO_END = f'{_WITH_RESIDUAL} and method.scheme = "end_to_end"'
 _WITH_LOSS = "with a base loss (method.base) or a baseline's (method.name)"
@@ -76,7 +79,7 @@ class MethodRecipe:
 
     def __post_init__(self) -> None:
         choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
-        choice("method.scheme", self.scheme, ("sequential", "progressive", "end_to_end"))
+        choice("method.scheme", self.scheme, SCHEMES)
         choice("method.head", self.head, ("teacher", "trained", "finetuned"))
         choice("method.distance", self.distance, ("mse", "normalised_mse", "smooth_l1", "cosine"))
         choice("method.base", self.base, ("none", *BASE_LOSSES))

@@ -240,3 +240,19 @@ def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
         assert picture.format == "PNG"
         assert len(set(picture.convert("L").get_flattened_data())) > 10  # not an empty canvas
     assert all(len(line) <= 80 for line in result.stderr.splitlines() if "│" in line or "─" in line)
+
+
+def test_seeds_end_with_mean_and_deviation_and_go_on_after_an_interruption(rkd, tmp_path):
+    settings = [*TINY, "train.curves=false", "train.tensorboard=false", "method.name=cross_entropy"]
+    words = [word for value in settings for word in ("--set", value)]
+    made = rkd("train", "--seeds", "1,2", "--json", *words)
+    assert made.code == 0, made.err
+    assert made.json["seeds"] == [1, 2]
+    part = made.json["parts"]["s0"]
+    assert part["mean"] == pytest.approx(np.mean(part["test_top1"]))
+    assert part["std"] == pytest.approx(np.std(part["test_top1"], ddof=1))
+    assert "Std" in made.err
+    shutil.rmtree(tmp_path / made.json["runs"][1])
+    again = rkd("train", "--seeds", "1,2", "--resume", "--json", *words)
+    assert again.json == made.json
+    assert rkd("train", "--seeds", "1,x").code == rkd("train", "--seeds", "1").code == 2

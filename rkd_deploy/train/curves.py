@@ -65,13 +65,18 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
 
 def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Logarithmic: a distance of maps falls by orders of magnitude. A part that is the whole loss is drawn once."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     parts = [name for name in rows[0] if name not in _NO_LOSS]
     if len(parts) == 2 and all(math.isclose(row[parts[0]], row[parts[1]], rel_tol=1e-6) for row in rows):
-        parts = parts[1:]
+        parts.remove("loss")
     for colour, name in zip(_COLOURS, parts, strict=False):
         _line(axes, rows, name, name.replace("_", " "), colour, thick=name == "loss")
     if all(row[name] > 0 for row in rows for name in parts):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     _frame(axes)
 
 

@@ -214,8 +214,8 @@ class _Trainer:
             ships, other = (average, last) if self.recipe.train.ship == "ema" else (last, average)
             self._keep(run, f"{plan.name}_{networks.other_weights(self.recipe)}", other)
             last = ships
-        self._keep(run, plan.name, last)
         draw_curves(run, self.recipe)
+        self._keep(run, plan.name, last)
 
     def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
         own = {key: self.facts[key] for key in ("classes", "mean", "std")}

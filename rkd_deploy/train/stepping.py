@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from rkd_deploy.train.schedule import sgd
 
 # PyTorch 2.15 has a new name for it and warns of the old one.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+_LOCAL_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
+}
 
 
 class Stepper:
@@ -47,7 +50,7 @@ class Stepper:
         forward: nn.Module = method
         if group.size > 1:
             # Statistics of batch norm are not sent around at every step: those of rank 0 are kept in the end.
-            forward = self._parallel = DistributedDataParallel(method, **{_SYNC_BUFFERS: False})
+            forward = self._parallel = DistributedDataParallel(method, **_LOCAL_BUFFERS)
         self._forward: Callable[[Tensor, Tensor], Losses] = torch.compile(forward) if recipe.compile else forward
         self._graphed = GraphedPasses(method, self._passes) if recipe.cuda_graphs else None
         self.optimizer = sgd(method, recipe)

@@ -17,7 +17,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import matplotlib.ticker  # noqa: F401
 import torch
+import torch.utils.tensorboard
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import ModelFileError, RkdError

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from rkd_deploy.errors import (
     UsageError,
 )
 from rkd_deploy.models.cost import count
-from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import fitting
+from rkd_deploy.recipe import Recipe, read_recipe
+from rkd_deploy.train import evaluation, fitting
 from rkd_deploy.train.checkpoint import load_tensors, save_tensors
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS, load_part, seeded
@@ -416,3 +418,102 @@ def test_a_run_whose_facts_were_never_written_can_be_resumed(tmp_path: Path, tin
     assert versions[0] == versions[1]
     assert versions[0]["torch"]
     assert sorted(os.listdir(begun)) == sorted(os.listdir(whole.folder))
+
+
+# From the folder alone
+
+
+def test_a_run_goes_on_when_the_file_of_its_teacher_is_gone(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
+    recipe = tiny_recipe(*QUICK, f"teacher.checkpoint={pth}", "student.baseline=false")
+    whole = fit(recipe, root=tmp_path / "runs")
+    begun = tmp_path / "begun" / "tiny-001"
+    shutil.copytree(whole.folder, begun)
+    for name in ("metrics.json", "weights/assistant.safetensors"):
+        (begun / name).unlink()
+    pth.unlink()
+    assert weights(resume(Run(begun))) == weights(whole)
+
+
+def test_a_copied_folder_makes_the_same_run_again(tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path) -> None:
+    """Its recipe.toml alone, elsewhere, after every file that it once named is gone."""
+    how = (f"teacher.checkpoint={pth}", f"student.checkpoint={pth}")
+    original = fit(tiny_recipe(*QUICK, *how), root=tmp_path / "original")
+    before, logged = weights(original), rows(original)
+    given = original.read_json("facts.json")["given"]
+    digest = hashlib.sha256(pth.read_bytes()).hexdigest()
+    assert given == {name: {"file": "teacher.pth", "sha256": digest} for name in ("teacher", "s0")}
+    shutil.move(original.folder, tmp_path / "moved")
+    pth.unlink()
+    again = fit(read_recipe(tmp_path / "moved" / "recipe.toml"), root=tmp_path / "again")
+    assert weights(again) == before
+    assert rows(again) == logged
+    assert again.read_json("metrics.json")["parts"].keys() == {"teacher", "s0", "student", "fused"}
+
+
+# The average of the weights
+
+
+def test_average_and_last_weights_are_both_kept_and_tested(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """Which of them ships changes names, and what the next phase builds on, and nothing before that."""
+    how = ("data.train_limit=60", "data.test_limit=20", "method.name=kd", "train.ema_decay=0.5", "train.epochs=3")
+    last, ema = (fit(tiny_recipe(*how, f"train.ship={ship}"), root=tmp_path / ship) for ship in ("last", "ema"))
+    assert {path.stem for path in (last.folder / "weights").iterdir()} == {"teacher", "teacher_ema", "s0", "s0_ema"}
+    assert {path.stem for path in (ema.folder / "weights").iterdir()} == {"teacher", "teacher_last", "s0", "s0_last"}
+    for one, other in (("teacher", "teacher_last"), ("teacher_ema", "teacher")):
+        ours, theirs = state_of(last, one), state_of(ema, other)
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert changed(state_of(last, "teacher"), state_of(last, "teacher_ema")) >= {"conv1", "fc"}
+    assert changed(state_of(last, "s0"), state_of(ema, "s0_last")) >= {"conv1", "fc"}  # taught by another T
+    tested = [run.read_json("metrics.json")["parts"]["teacher"] for run in (last, ema)]
+    assert tested[0]["test_top1"] == tested[1]["test_top1_last"]
+    assert tested[0]["test_top1_ema"] == tested[1]["test_top1"]
+    assert all(row["val_top1_ema"] is not None for row in rows(last))
+    for run, name in ((last, "teacher"), (ema, "teacher")):
+        ships = load_part(run, name).state_dict()
+        assert all(torch.equal(value, state_of(run, name)[key]) for key, value in ships.items())
+
+
+# What a person and a script are told
+
+
+class Told(Silent):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int, int]] = []
+
+    def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
+        self.seen.append((name, epochs, steps_per_epoch, 0))
+
+    def step(self) -> None:
+        self.seen[-1] = (*self.seen[-1][:3], self.seen[-1][3] + 1)
+
+
+def test_the_evaluation_at_the_end_moves_a_bar_to_its_end(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 8)  # of 20 images: 3 batches for each of two parts
+    display = Told()
+    run = fit(tiny_recipe(*QUICK, "method.name=kd"), root=tmp_path, display=display)
+    assert display.seen[-1] == ("test", 1, 6, 6)
+    metrics = run.read_json("metrics.json")
+    assert metrics["training_seconds"] == pytest.approx(sum(row["seconds"] for row in read_log(run.log.path)))
+    assert 50 < metrics["peak_memory_mb"] < 100_000
+
+
+def test_long_epochs_are_saved_on_the_way(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """At zero minutes, after every step; and that changes nothing."""
+    places: list[tuple[str, int, int]] = []
+
+    class Looking(Silent):
+        def step(self) -> None:
+            for path in tmp_path.glob("often/*/checkpoint.safetensors"):
+                _, facts = load_tensors(path)
+                places.append((facts["phase"], facts["epoch"], facts["batch"]))
+
+    how = (*QUICK, "method.name=cross_entropy", "train.batch_size=12")
+    often = fit(tiny_recipe(*how, "train.checkpoint_minutes=0.0"), root=tmp_path / "often", display=Looking())
+    seldom = fit(tiny_recipe(*how), root=tmp_path / "seldom")
+    assert places == [("s0", 0, 1), ("s0", 0, 2)]  # seen in steps 2 and 3
+    assert weights(often) == weights(seldom)
+    assert rows(often) == rows(seldom)

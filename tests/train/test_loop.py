@@ -23,6 +23,7 @@ from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.runlog import read_log
 from rkd_deploy.train.runs import Run, create_run
 from rkd_deploy.train.stepping import Stepper
+from rkd_deploy.train.sums import EpochSums
 
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
 
@@ -239,7 +240,8 @@ def test_soft_targets_are_learnt_and_their_largest_class_counted(amp: bool) -> N
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         z = model(x).float()
     wanted = torch.nn.functional.cross_entropy(z, y, label_smoothing=0.3)
-    losses = train_step(method, torch.optim.SGD(method.parameters(), 0.1), x, smoothed(y, 3, 0.3), 0.1, amp)
-    sums.add(losses, smoothed(y, 3, 0.3))
+    stepper = Stepper(method, TrainRecipe(amp=amp))
+    losses = stepper.step(x, smoothed(y, 3, 0.3), 0.1)
+    sums.add(losses, smoothed(y, 3, 0.3), 1)
     assert losses.total.item() == pytest.approx(wanted.item(), abs=1e-2 if amp else 1e-6)
     assert sums.means()["train_top1"] == pytest.approx(100 * (z.argmax(1) == y).float().mean().item())

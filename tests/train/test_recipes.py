@@ -15,10 +15,10 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train import networks
-from rkd_deploy.train.loop import train_step
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.plans import Planner
-from rkd_deploy.train.schedule import learning_rate, sgd
+from rkd_deploy.train.schedule import learning_rate
+from rkd_deploy.train.stepping import Stepper
 
 RECIPES = sorted((Path(__file__).parents[2] / "train").glob("*.toml"))
 CIFAR100 = [path for path in RECIPES if path.stem.startswith("cifar100_")]
@@ -96,12 +96,11 @@ def test_two_steps_of_every_phase_on_real_images(path: Path, cifar100: ImageSet)
     phases = []
     for plan in Planner(recipe, facts, nets).plans(set()):
         method = plan.method()
-        method.start_epoch(1)
-        method.train()
-        optimizer = sgd(method, recipe.train)
+        stepper = Stepper(method, recipe.train)
+        stepper.start_epoch(1)
         before = {key: value.clone() for key, value in plan.product.state_dict().items()}
         for _ in range(2):
-            losses = train_step(method, optimizer, x_NCHW, y_N, 1e-3, recipe.train.amp)
+            losses = stepper.step(x_NCHW, y_N, 1e-3)
             assert losses.total.isfinite()
         after = plan.product.state_dict()
         assert all(value.isfinite().all() for value in after.values())

@@ -143,6 +143,7 @@ class Crashes:
 
 def test_killed_before_within_and_after_every_write(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     how = ("method.head=trained", "student.baseline=false", "data.train_limit=20", "train.batch_size=9")
+    how += ("train.curves=true",)
     recipe = tiny_recipe(*QUICK, *how)
     whole = fit(recipe, root=tmp_path / "whole")
     root = tmp_path / "killed"
