@@ -414,3 +414,9 @@ def test_a_run_whose_facts_were_never_written_can_be_resumed(tmp_path: Path, tin
     assert versions[0] == versions[1]
     assert versions[0]["torch"]
     assert sorted(os.listdir(begun)) == sorted(os.listdir(whole.folder))
+
+
+def test_a_teacher_lr_is_the_teachers_alone(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    how = (*QUICK, "train.schedule=constant", "student.baseline=false", "teacher.lr=0.02")
+    run = fit(tiny_recipe(*how), root=tmp_path)
+    assert {row["phase"]: row["lr"] for row in rows(run)} == {"teacher": 0.02, "student": 0.05, "assistant": 0.05}
