@@ -20,6 +20,8 @@ _WITH_LOSS = "with a base loss (method.base) or a baseline's (method.name)"
 _READ_WHERE = {
     **dict.fromkeys(("scheme", "head", "distance", "feature_weight", "base"), _WITH_RESIDUAL),
     **dict.fromkeys(("base_weight", "base_warmup_epochs"), _WITH_LOSS),
+    "stages": f'{_WITH_RESIDUAL} and method.scheme = "sequential" or "end_to_end"',
+    "stage_weight": f"{_WITH_RESIDUAL} and two stages or more in method.stages",
     "ce_weight": f"{_WITH_END_TO_END}, or by a baseline with a loss of its own",
     **dict.fromkeys(("kl_weight", "assistant_weight", "step_decay", "detach"), _WITH_END_TO_END),
     "temperature": f'by "kd" and "dkd", and {_WITH_END_TO_END}',
@@ -48,6 +50,11 @@ class MethodRecipe:
     feature_weight: float = 5.0
     """w, factor of D in the loss: D is a mean over elements, so its gradient is small beside that of a base loss or
     cross-entropy. 5 is what ERA's authors released for theirs."""
+    stages: tuple[int, ...] = ()
+    """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
+    alone. Not for progressive, which takes every stage."""
+    stage_weight: float = 1.0
+    """v, factor of D at those before the last, beside w."""
     base: str = "none"
     """A further loss for S, and with cross-entropy for the control S0: none, kd, fitnet, at, dkd, reviewkd, simkd."""
     base_weight: float | None = None
@@ -86,7 +93,9 @@ class MethodRecipe:
         for name, low in (("feature_weight", 1e-6), ("base_weight", 1e-9), ("base_warmup_epochs", 0), ("ce_weight", 0)):
             if (value := getattr(self, name)) is not None:
                 in_range(f"method.{name}", value, low)
-        for name in ("kl_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
+        if list(self.stages) != sorted(set(self.stages)) or (self.stages and self.stages[0] < 1):
+            raise RecipeError(f"method.stages = {list(self.stages)} must rise, from 1 on.")
+        for name in ("stage_weight", "kl_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
             in_range(f"method.{name}", getattr(self, name), 0)
         in_range("method.step_decay", self.step_decay, 0, 1)
         in_range("method.temperature", self.temperature, 1e-3)
@@ -118,6 +127,8 @@ class MethodRecipe:
             "head": self.residual,
             "distance": self.residual,
             "feature_weight": self.residual,
+            "stages": self.residual and self.scheme != "progressive",
+            "stage_weight": self.residual and len(self.stages) > 1,
             "base": self.residual,
             "base_weight": borrowed,
             "base_warmup_epochs": borrowed,

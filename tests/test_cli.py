@@ -155,6 +155,23 @@ def test_every_part_and_option_of_export(rkd, runs):
     assert rkd("verify", runs / "bundle-2", "--backend", "pytorch").code == 0
 
 
+def test_early_exit_is_exported_reported_and_used(rkd, runs, tmp_path):
+    outcome = rkd("export", "--early-exit", "--json")
+    assert outcome.code == 0, outcome.err
+    report = outcome.json["early_exit"]
+    assert report["chosen_on"] == "30 held-out images"
+    assert [row["shares"] for row in report["test"]][::2] == [[1, 0], [0, 1]]
+    assert f"{100 * report['test'][1]['saved']:.1f}" in outcome.err  # the table
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "photo.png")
+    for threshold, left in (("0", [1, 0]), ("1.5", [0, 1])):
+        found = rkd("predict", runs / "bundle", "photo.png", "--exit-threshold", threshold, "--json")
+        assert found.json["exits"] == left
+    assert "exits" not in rkd("predict", runs / "bundle", "photo.png", "--json").json
+    refused = rkd("export", "--part", "student", "--exit-threshold", "0.5")
+    assert refused.code == 2
+    assert "no second step" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -88,6 +88,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "head": st.sampled_from(["teacher", "trained", "finetuned"]),
         "distance": st.sampled_from(["mse", "normalised_mse", "smooth_l1", "cosine"]),
         "feature_weight": st.floats(1e-6, 1e300),
+        "stages": st.sampled_from([(), (3,), (1, 2, 3)]),
+        "stage_weight": st.floats(0, 1e300),
         "base": st.sampled_from(["none", *LOSSES]),
         "base_weight": st.none() | st.floats(1e-6, 1e300),
         "base_warmup_epochs": st.none() | st.integers(0, 500),
@@ -143,7 +145,7 @@ METHODS = [
     *({"name": name} for name in LOSSES),
 ]
 USES = {
-    "residual": {"scheme", "head", "distance", "feature_weight", "base"},
+    "residual": {"scheme", "head", "distance", "feature_weight", "stages", "base"},
     "end_to_end": {"ce_weight", "kl_weight", "assistant_weight", "detach", "temperature"},
     "loss": {"base_weight", "base_warmup_epochs"},
     "baseline": {"ce_weight"},
@@ -161,7 +163,8 @@ def uses(method: dict[str, str]) -> set[str]:
         kinds |= {"loss", "baseline"}
     if "base" in method:
         kinds |= {"loss"}
-    return {key for kind in kinds for key in USES.get(str(kind), ())} - method.keys()
+    never = method.keys() | ({"stages"} if "progressive" in kinds else set())
+    return {key for kind in kinds for key in USES.get(str(kind), ())} - never
 
 
 @st.composite
@@ -455,6 +458,8 @@ def test_true_is_not_one(key: str) -> None:
         ("method.ce_weight", [-0.1, float("nan")], "must be (at least 0|finite)"),
         ("method.kl_weight", [-0.1], "must be at least 0"),
         ("method.assistant_weight", [-0.1], "must be at least 0"),
+        ("method.stage_weight", [-0.1], "must be at least 0"),
+        ("method.stages", [[2, 1], [1, 1], [0, 3]], "must rise, from 1 on"),
         ("method.step_decay", [-0.1, 1.1], "must be between 0 and 1"),
         ("method.temperature", [0.0, -1.0], "must be at least 0.001"),
         ("method.dkd_alpha", [-0.1], "must be at least 0"),
@@ -506,6 +511,8 @@ OTHERS = {
     "head": "trained",
     "distance": "cosine",
     "feature_weight": 3.0,
+    "stages": (1, 3),
+    "stage_weight": 2.0,
     "base": "kd",
     "base_weight": 2.0,
     "base_warmup_epochs": 3,
@@ -543,6 +550,12 @@ def test_a_setting_is_read_or_refused(method: dict[str, str], key: str) -> None:
         word = json.dumps(default)
         assert f"--set method.{key}={word}" in message
         assert read_recipe(None, [f"method.{key}={word}"]).method == MethodRecipe()
+
+
+def test_stages_are_weighed_where_there_are_several() -> None:
+    assert read_recipe(None, ["method.stages=[2, 3]", "method.stage_weight=0.5"]).method.stage_weight == 0.5
+    with pytest.raises(RecipeError, match=r"method\.stage_weight = 0\.5 has no effect .*two stages or more"):
+        read_recipe(None, ["method.stages=[3]", "method.stage_weight=0.5"])
 
 
 def test_steps_are_weighed_in_chains_only() -> None:

@@ -97,8 +97,8 @@ def write_exits(folder: Path, model: ResidualStudent, card: ModelCard, asked: Ea
     held_out = _Seen(folder, files, card.preprocess, asked.held_out)
     if asked.threshold is None and not held_out.images:
         raise UsageError(
-            "Early exit needs a threshold: this run held out no images to choose it on (data.val_fraction = 0), and "
-            "test images are not for choosing. Give one, e.g. --exit-threshold 0.9."
+            "Early exit needs a threshold: this run held out no images to choose it on (data.val_fraction = 0); test "
+            "images are not for choosing. Give one, e.g. --exit-threshold 0.9."
         )
     threshold = held_out.lowest_without_loss() if asked.threshold is None else asked.threshold
     test = _Seen(folder, files, card.preprocess, asked.test, model, tolerance)

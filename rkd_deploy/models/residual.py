@@ -17,6 +17,35 @@ from torch import Tensor, nn
 from rkd_deploy.models.staged import Staged, pool
 
 
+class StageAdapters(nn.Module):
+    """1x1 adapters to T's channels at stages before the last: for losses there alone, they never ship.
+
+    Args:
+        stages: Which of S's stages, from 1.
+        branches: Channels of every stage map of S, of A_1, ..
+        channels: C_T at each of `stages`.
+    """
+
+    def __init__(self, stages: Sequence[int], branches: Sequence[Sequence[int]], channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stages, self.count = tuple(stages), len(branches[0])
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(own[j - 1], C_T, 1) for j, C_T in zip(stages, channels, strict=True))
+            for own in branches
+        )
+        for parameter in self.adapters[1:].parameters():  # as P_1 .. P_k: silent before they have learnt
+            nn.init.zeros_(parameter)
+
+    def forward(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
+        """R_b^j f_b^j at every stage j, from all stage maps of branch b = 0 (S), 1, .."""
+        adapters = cast(nn.ModuleList, self.adapters[branch])
+        return [adapter(maps[j - 1]) for adapter, j in zip(adapters, self.stages, strict=True)]
+
+    def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
+        """f_T^j at every stage j; T's stages and S's are paired from the deepest."""
+        return [maps_T[j - 1 - self.count] for j in self.stages]
+
+
 class ResidualStudent(nn.Module):
     """The network that ships: student, assistants, their adapters and one head.
 
@@ -35,6 +64,7 @@ class ResidualStudent(nn.Module):
         self.student_adapter = nn.Conv2d(student.channels, channels, 1)
         self.assistant_adapters = nn.ModuleList(nn.Conv2d(one.channels, channels, 1) for one in assistants)
         self.head = nn.Linear(channels, num_classes)
+        self.stage_adapters: StageAdapters | None = None
         # An assistant adds exactly nothing before it has learnt: the sum starts at S.
         for parameter in self.assistant_adapters.parameters():
             nn.init.zeros_(parameter)
@@ -43,6 +73,26 @@ class ResidualStudent(nn.Module):
         """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
         return [(self.student, self.student_adapter), *cast("list[tuple[Staged, nn.Conv2d]]", list(pairs))]
+
+    def parts(self, branch: int) -> list[nn.Module]:
+        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters."""
+        own = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
+        return [*self.branches()[branch], *own]
+
+    def levels(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
+        """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
+
+        Args:
+            branch: b = 0 (S), 1, ..
+            maps: All its stage maps.
+        """
+        early = [] if self.stage_adapters is None else self.stage_adapters(branch, maps)
+        return [*early, self.branches()[branch][1](maps[-1])]
+
+    def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
+        """T's maps that `levels` are compared with."""
+        early = [] if self.stage_adapters is None else self.stage_adapters.targets(maps_T)
+        return [*early, maps_T[-1]]
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S, [N, C_T, H', W']."""

@@ -18,7 +18,7 @@ from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.progressive import ProgressiveStudent, paired_channels, progressive_student
-from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
 from rkd_deploy.models.separation import separate
 from rkd_deploy.models.staged import Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
@@ -141,20 +141,29 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
     if images.sources:
         facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
         facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
-    if recipe.method.scheme == "progressive":
+    if recipe.method.scheme == "progressive" or recipe.method.stages:
         facts["stage_channels"] = _stage_channels(recipe, images)
     return facts | _separation_facts(recipe, images, facts) if recipe.method.residual else facts
 
 
 def _stage_channels(recipe: Recipe, images: ImageSet) -> list[int]:
-    """Channels of those stage maps of T that S and A approximate one after the other."""
+    """Channels of T's stage maps that have a partner among S's, counted from the deepest."""
     T, S0 = (zoo.create(name, len(images.classes)) for name in (recipe.teacher.name, recipe.student.name))
-    S0.stages()  # refuses here what cannot be cut
-    return paired_channels(stage_shapes(T, images.image_size), stage_shapes(S0, images.image_size))
+    if recipe.method.scheme == "progressive":
+        S0.stages()  # refuses here what cannot be cut
+    maps_T, maps_S0 = (stage_shapes(network, images.image_size) for network in (T, S0))
+    channels, stages, last = paired_channels(maps_T, maps_S0), recipe.method.stages, len(maps_S0)
+    first = last - len(channels) + 1
+    if stages and (stages[0] < first or stages[-1] != last):
+        raise RecipeError(
+            f"method.stages = {list(stages)}: {recipe.student.name} has stages 1 to {last}, of which {first} to {last} "
+            f"have a partner in {recipe.teacher.name}. Name any of these, and {last} among them: its map is classified."
+        )
+    return channels
 
 
 def _separation_facts(recipe: Recipe, images: ImageSet, facts: Mapping[str, Any]) -> dict[str, Any]:
-    stage_channels = facts.get("stage_channels")
+    stage_channels = tuple(facts["stage_channels"]) if recipe.method.scheme == "progressive" else None
     separation = separate(
         recipe.student.name,
         num_classes=len(images.classes),
@@ -164,7 +173,7 @@ def _separation_facts(recipe: Recipe, images: ImageSet, facts: Mapping[str, Any]
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
         channels=facts["channels"],
-        stage_channels=None if stage_channels is None else tuple(stage_channels),
+        stage_channels=stage_channels,
     )
     return {
         "student_widths": list(separation.student.widths),
@@ -204,7 +213,12 @@ def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent 
         assistants = [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)]
         if recipe.method.scheme == "progressive":
             return progressive_student(student, assistants, facts["stage_channels"], classes, facts["image_size"])
-        return ResidualStudent(student, assistants, facts["channels"], classes)
+        model = ResidualStudent(student, assistants, facts["channels"], classes)
+        if early := recipe.method.stages[:-1]:
+            own = [[shape[0] for shape in stage_shapes(one, facts["image_size"])] for one in (student, *assistants)]
+            channels = [facts["stage_channels"][j - 1 - len(own[0])] for j in early]
+            model.stage_adapters = StageAdapters(early, own, channels)
+        return model
 
 
 def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.device) -> Networks:
@@ -283,6 +297,8 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
         return _restored(run, _weights_name(part, other), module)
     model = _restored(run, _weights_name(phase_of(recipe, part), other), build_residual(recipe, facts))
     assert isinstance(model, ResidualStudent | ProgressiveStudent)
+    if isinstance(model, ResidualStudent):
+        model.stage_adapters = None  # learnt along, for training only
     return model if part == "fused" else student_alone(model).eval()
 
 

@@ -132,8 +132,14 @@ class Planner:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
         model.head.load_state_dict(self._teacher_head().state_dict())
         method = self.recipe.method
-        distance, base = DISTANCES[method.distance], self._base_of(model)
-        return StudentStep(self._teacher(), model, method.feature_weight, distance=distance, base=base)
+        return StudentStep(
+            self._teacher(),
+            model,
+            method.feature_weight,
+            distance=DISTANCES[method.distance],
+            stage_weight=method.stage_weight,
+            base=self._base_of(model),
+        )
 
     def _step(self, model: ProgressiveStudent, stage: int, branch: int) -> Method:
         model.head.load_state_dict(self._teacher_head().state_dict())
@@ -150,8 +156,14 @@ class Planner:
 
     def _assistant(self, model: ResidualStudent, number: int) -> Method:
         method = self.recipe.method
-        distance = DISTANCES[method.distance]
-        return AssistantStep(self._teacher(), model, method.feature_weight, distance=distance, number=number)
+        return AssistantStep(
+            self._teacher(),
+            model,
+            method.feature_weight,
+            distance=DISTANCES[method.distance],
+            stage_weight=method.stage_weight,
+            number=number,
+        )
 
     def _head(self, model: ResidualStudent | ProgressiveStudent) -> Method:
         if self.recipe.method.head == "trained":
@@ -175,6 +187,7 @@ class Planner:
                 kl=method.kl_weight,
                 temperature=method.temperature,
                 step_decay=method.step_decay,
+                stage=method.stage_weight,
             ),
             detach=method.detach,
             train_head=method.head != "teacher",

@@ -517,3 +517,9 @@ def test_long_epochs_are_saved_on_the_way(tmp_path: Path, tiny_recipe: MakeRecip
     assert places == [("s0", 0, 1), ("s0", 0, 2)]  # seen in steps 2 and 3
     assert weights(often) == weights(seldom)
     assert rows(often) == rows(seldom)
+
+
+def test_a_teacher_lr_is_the_teachers_alone(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    how = (*QUICK, "train.schedule=constant", "student.baseline=false", "teacher.lr=0.02")
+    run = fit(tiny_recipe(*how), root=tmp_path)
+    assert {row["phase"]: row["lr"] for row in rows(run)} == {"teacher": 0.02, "student": 0.05, "assistant": 0.05}

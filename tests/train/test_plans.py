@@ -233,3 +233,17 @@ def test_progressive_keeps_the_budget_with_all_its_adapters_and_ships(tmp_path: 
     for level in ("sum", "tail"):
         assert export_run(run, level=level).proof.parity.passed
     assert export_run(run, part="student").proof.parity.passed
+
+
+@pytest.mark.parametrize("scheme", ["sequential", "end_to_end"])
+def test_several_stages_resume_in_the_same_bits(tmp_path: Path, tiny_recipe: MakeRecipe, scheme: str) -> None:
+    """The adapters of earlier stages are no part of what ships, and are part of what resumes."""
+    how = (*LEAST, f"method.scheme={scheme}", "method.stages=[1, 3]", "student.baseline=false")
+    run = runs_and_resumes(tiny_recipe(*how), tmp_path)
+    plain = fit(tiny_recipe(*LEAST, f"method.scheme={scheme}", "student.baseline=false"), root=tmp_path / "plain")
+    last = {"sequential": "assistant", "end_to_end": "end_to_end"}[scheme]
+    several, one = (load_tensors(each.weights(last))[0] for each in (run, plain))
+    assert several.keys() - one.keys() == {
+        f"stage_adapters.adapters.{b}.0.{k}" for b in (0, 1) for k in ("weight", "bias")
+    }
+    assert not torch.equal(several["student.layer1.0.conv1.weight"], one["student.layer1.0.conv1.weight"])

@@ -26,12 +26,12 @@ from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.distance import Distance
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import explained, sized_like
+from rkd_deploy.train.methods.residual import explained, over_stages, sized_like
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The letters of L: w, alpha, beta, gamma, tau, d."""
+    """The letters of L: w, alpha, beta, gamma, tau, d, and v of the stages before the last (`residual.py`)."""
 
     feature: float
     assistant: float
@@ -39,6 +39,7 @@ class Weights:
     kl: float
     temperature: float
     step_decay: float
+    stage: float = 1.0
 
 
 class EndToEnd(Method):
@@ -75,27 +76,27 @@ class EndToEnd(Method):
         w, model = self.weights, self.model
         seen = view_teacher(self.teacher, x_NCHW)
         maps = model.student.features(x_NCHW)
-        s = model.student_adapter(maps[-1])
-        f_T = sized_like(seen.maps[-1], s)
+        s = model.levels(0, maps)
+        f_T = [sized_like(target, one) for target, one in zip(model.targets(seen.maps), s, strict=True)]
         parts: dict[str, Tensor] = {}
 
-        error = self.distance(f_T, s)
-        total, parts["student"] = w.feature * error, error.detach()
+        error, last = over_stages(self.distance, w.stage, f_T, s)
+        total, parts["student"] = w.feature * error, last.detach()
         if self.base is not None:
-            weighted, parts["base"] = self.base(seen, View(maps, model.head(pool(s))), y_N)
+            weighted, parts["base"] = self.base(seen, View(maps, model.head(pool(s[-1]))), y_N)
             total = total + weighted
 
         k = len(model.assistants)
-        for i in range(1, k + 1):
-            r = f_T - s
-            f_A = model.assistant_map(x_NCHW, i)
-            error = self.distance(r.detach() if self.detach else r, f_A)
+        for i, (assistant, _) in enumerate(model.branches()[1:], 1):
+            r = [target - one for target, one in zip(f_T, s, strict=True)]
+            f_A = model.levels(i, assistant.features(x_NCHW))
+            error, last = over_stages(self.distance, w.stage, [one.detach() for one in r] if self.detach else r, f_A)
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
-            parts["assistant" if i == 1 else f"assistant_{i}"] = error.detach()
-            s = s + f_A
-        parts["explained"] = explained(f_T, s)
+            parts["assistant" if i == 1 else f"assistant_{i}"] = last.detach()
+            s = [one + more for one, more in zip(s, f_A, strict=True)]
+        parts["explained"] = explained(f_T[-1], s[-1])
 
-        z = model.head(pool(s))
+        z = model.head(pool(s[-1]))
         ce, kl = cross_entropy(z, y_N), kd_loss(seen.logits_NK, z, w.temperature)
         parts |= {"ce": ce.detach(), "kl": kl.detach()}
         return Losses(total + w.ce * ce + w.kl * kl, parts, z.detach())

@@ -5,6 +5,9 @@
     A_i:    L_i = w D(r_i, P_i f_i)                                                          batch norm in eval mode
     h:      L_h = CE(h(GAP(s_k)), y)     only where the head is trained or finetuned; S and every A frozen
 
+With `method.stages` the residual is taken at stages j before the last too, where adapters R to T's channels exist for
+training only; D then stands for D(..) + v sum_j D(f_T^j - .., R_b^j f_b^j), each stage with a sum of its own.
+
 f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`distance.py`), w its weight, X a borrowed
 loss ("residual + X"), which sees S's own stage maps and S's logits under T's head. T is frozen throughout and in eval
 mode. k = 1 is the paper's single assistant A. Only the abstract of the paper and a summary of its journal version are
@@ -12,6 +15,10 @@ public: the order of the steps, the choice of D and where X is applied are this 
 """
 
 from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +44,23 @@ def explained(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
     return 1 - mse_loss(sum_NCHW, target_NCHW) / target_NCHW.square().mean()
 
 
+def over_stages(
+    distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """D + v sum_j D_j over the stages before the last, and D at the last alone."""
+    *early, last = [distance(sized_like(t, m), m) for t, m in zip(targets, maps, strict=True)]
+    return (last + stage_weight * torch.stack(early).sum() if early else last), last
+
+
 class StudentStep(Method):
     """S learns to give T's map.
 
     Args:
         teacher: T, frozen.
-        model: S, its assistants and head; only S and its adapter are trained.
+        model: S, its assistants and head; only S and its adapters are trained.
         weight: w, of D in the loss.
         distance: D.
+        stage_weight: v.
         base: b X, or None.
     """
 
@@ -55,23 +71,25 @@ class StudentStep(Method):
         weight: float,
         *,
         distance: Distance = mse,
+        stage_weight: float = 1.0,
         base: WeightedLoss | None = None,
     ) -> None:
         super().__init__()
         self.teacher, self.model, self.base = teacher, model.requires_grad_(True), base
-        self.distance, self.weight = distance, weight
-        self.freeze(teacher, model.assistants, model.assistant_adapters, model.head)
+        self.distance, self.weight, self.stage_weight = distance, weight, stage_weight
+        others = [module for branch in range(1, len(model.branches())) for module in model.parts(branch)]
+        self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_S = w D(f_T, P_S f_S) [+ b X]."""
         seen = view_teacher(self.teacher, x_NCHW)
         maps = self.model.student.features(x_NCHW)
-        f_S = self.model.student_adapter(maps[-1])
+        levels = self.model.levels(0, maps)
+        f_S = levels[-1]
         z_S = self.model.head(pool(f_S))
-        f_T = sized_like(seen.maps[-1], f_S)
-        error = self.distance(f_T, f_S)
+        error, last = over_stages(self.distance, self.stage_weight, self.model.targets(seen.maps), levels)
         total = self.weight * error
-        parts = {"student": error.detach(), "explained": explained(f_T, f_S)}
+        parts = {"student": last.detach(), "explained": explained(sized_like(seen.maps[-1], f_S), f_S)}
         if self.base is not None:
             weighted, parts["base"] = self.base(seen, View(maps, z_S), y_N)
             total = total + weighted
@@ -96,32 +114,44 @@ class AssistantStep(Method):
 
     Args:
         teacher: T, frozen.
-        model: S, its assistants and head; only A_i and its adapter are trained.
+        model: S, its assistants and head; only A_i and its adapters are trained.
         weight: w, of D in the loss.
         distance: D.
+        stage_weight: v.
         number: i, from 1.
     """
 
     def __init__(
-        self, teacher: Staged, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
+        self,
+        teacher: Staged,
+        model: ResidualStudent,
+        weight: float,
+        *,
+        distance: Distance = mse,
+        stage_weight: float = 1.0,
+        number: int = 1,
     ) -> None:
         super().__init__()
         self.teacher, self.model, self.number = teacher, model.requires_grad_(True), number
-        self.distance, self.weight = distance, weight
-        others = [module for index, pair in enumerate(model.branches()) if index != number for module in pair]
+        self.distance, self.weight, self.stage_weight = distance, weight, stage_weight
+        others = [m for branch in range(len(model.branches())) if branch != number for m in model.parts(branch)]
         self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
+        model, networks = self.model, [network for network, _ in self.model.branches()]
         with torch.no_grad():
-            s = self.model.summed_map(x_NCHW, assistants=self.number - 1)
-            f_T = sized_like(self.teacher.features(x_NCHW)[-1], s)
-            r = f_T - s
-        f_A = self.model.assistant_map(x_NCHW, self.number)
-        error = self.distance(r, f_A)
+            before = [model.levels(b, networks[b].features(x_NCHW)) for b in range(self.number)]
+            s = [functools.reduce(operator.add, maps) for maps in zip(*before, strict=True)]
+            targets = model.targets(self.teacher.features(x_NCHW))
+            f_T = [sized_like(target, one) for target, one in zip(targets, s, strict=True)]
+            r = [target - one for target, one in zip(f_T, s, strict=True)]
+        f_A = model.levels(self.number, networks[self.number].features(x_NCHW))
+        error, last = over_stages(self.distance, self.stage_weight, r, f_A)
         with torch.no_grad():
-            parts = {"assistant": error.detach(), "explained": explained(f_T, s + f_A)}
-            logits_NK = self.model.head(pool(s + f_A))
+            total = s[-1] + f_A[-1]
+            parts = {"assistant": last.detach(), "explained": explained(f_T[-1], total)}
+            logits_NK = model.head(pool(total))
         return Losses(self.weight * error, parts, logits_NK)
 
     def deployable(self) -> nn.Module:
