@@ -175,7 +175,7 @@ def test_two_processes_equal_one(tmp_path: Path, dtype: torch.dtype, tolerance: 
     for ours, theirs in zip(*timeless, strict=True):
         assert (ours.pop("event"), ours.pop("phase")) == (theirs.pop("event"), theirs.pop("phase"))
         # A ratio of two means over a batch: of halves of it, the mean of ratios is another one.
-        assert ours.pop("explained") == pytest.approx(theirs.pop("explained"), rel=1e-2)
+        assert ours.pop("explained") == pytest.approx(theirs.pop("explained"), rel=0.1)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -58,10 +58,14 @@ def costs_are_remembered() -> Iterator[None]:
 
 
 class StopAt(Silent):
-    """Asks training to stop after so many steps."""
+    """Asks training to stop after so many steps; in the evaluation after it, the signal would end the process."""
 
     def __init__(self, step_number: int) -> None:
         self.left = step_number
+
+    def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
+        if name == "test":
+            self.left = 0
 
     def step(self) -> None:
         self.left -= 1
