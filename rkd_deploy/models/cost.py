@@ -30,7 +30,7 @@ max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_
 view _unsafe_view reshape flatten squeeze unsqueeze permute transpose t expand cat stack split split_with_sizes chunk
 slice select clone copy_ detach contiguous _to_copy alias constant_pad_nd empty empty_like new_empty new_zeros zeros
 zeros_like ones full arange upsample_nearest2d upsample_bilinear2d channel_shuffle native_channel_shuffle roll
-as_strided unbind lift_fresh
+as_strided as_strided_ unbind lift_fresh
 """
 _FREE = frozenset(_FREE_NAMES.split())
 
