@@ -76,11 +76,13 @@ class Channels:
 
     Attributes:
         axes: By (tensor, dimension), the unit of each index, or `STAYS`.
+        output: The unit of each channel that comes out, or `STAYS`.
         spaces: Each unit is in one of them; in the order of the layers.
         widths: Channels of each width before anything is removed.
     """
 
     axes: dict[tuple[str, int], Indices]
+    output: Indices
     spaces: tuple[Space, ...]
     widths: tuple[int, ...]
 
@@ -105,7 +107,12 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     """
     network = copy.deepcopy(network).cpu().float().requires_grad_(True)
     with torch.enable_grad():
-        graph = _Graph().build_dependency(network, torch.zeros(1, 3, *input_size), verbose=False)
+        graph = _Graph().build_dependency(
+            network,
+            torch.zeros(1, 3, *input_size),
+            output_transform=lambda y: y * 1,  # else the last layer stands for the output
+            verbose=False,
+        )
     coupling = _Coupling(network, graph)
     importance = tp.importance.GroupMagnitudeImportance()
     for group in graph.get_all_groups():
@@ -269,7 +276,8 @@ class _Coupling:
         movable = np.append(np.where(np.isin(spaces, order), units, STAYS), STAYS)
         axes = {key: movable[owner] for key, owner in self._tensor_axes() if (movable[owner] != STAYS).any()}
         full = {space.width: space.channels for space in members.values()}
-        return Channels(axes, tuple(members.values()), tuple(full[index] for index in range(len(full))))
+        output = next((owner for (_, side), owner in self._owner.items() if side == "output"), movable[:0])
+        return Channels(axes, movable[output[output != STAYS]], tuple(members.values()), tuple(full[index] for index in range(len(full))))
 
     def _footprints(
         self, units: Indices, spaces: Indices
@@ -283,7 +291,7 @@ class _Coupling:
                 _, counts = np.unique(units[channels[spaces[channels] == space]], return_counts=True)
                 if len(counts) != len(np.unique(units[spaces == space])) or len(set(counts)) > 1:
                     self._stuck.add(space)  # how many channels the layer has would depend on which units are kept
-                if side == "split":
+                if side in ("split", "output"):
                     continue
                 per_layer[space].add((int(counts[0]), layer.num_groups if isinstance(layer, nn.GroupNorm) else 1))
                 if side == "out" and isinstance(layer, nn.Conv2d | nn.Linear):
@@ -305,6 +313,8 @@ class _Coupling:
             yield ("out", size_out) if out else ("in", size_in * groups)
         elif isinstance(layer, (*_NORMS, nn.PReLU)):
             yield "out", len(layer.weight if layer.weight is not None else layer.running_mean)
+        elif isinstance(layer, tp.ops._OutputOp):
+            yield "output", layer.shape[1]
         elif offsets := self._offsets(layer):
             yield "split", offsets[-1]
         elif layer in self._names:

@@ -11,36 +11,36 @@ channels silenced (where nothing mixes positions or normalises over channels: no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.channels import STAYS, Channels, Indices
 
 
-def inherit(branches: Sequence[nn.Module], source: nn.Module, channels: Channels) -> None:
+@torch.no_grad()
+def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tensor], channels: Channels) -> None:
     """Overwrite the weights of narrower networks by those of the network they were cut from.
 
     Args:
-        branches: S, A_1, .. A_k, or one network: of the topology of `source`, at any widths. Their tensors that it does
-            not have keep their values.
-        source: The trained network.
+        branches: State dicts of S, A_1, .. A_k, or of one network, overwritten in place. They are of the topology of
+            the trained network, at any widths; tensors that it does not have keep their values.
+        source: State dict of the trained network.
         channels: Its channels, with their importances.
 
     Raises:
-        UsageError: A branch has a layer that is no part of the trained network's.
+        UsageError: A branch narrows a layer in a way of its own.
     """
     ranked = [space.units[np.argsort(-space.importance, kind="stable")] for space in channels.spaces]
     begin = [0] * len(ranked)
     for branch in branches:
-        state = source.state_dict()
-        wanted = {name: tensor for name, tensor in branch.state_dict().items() if name in state}
+        wanted = {name: tensor for name, tensor in branch.items() if name in source}
         selection = _Selection(channels, ranked, begin, wanted)
-        taken = {name: selection.of(name, state[name], tensor.shape) for name, tensor in wanted.items()}
-        branch.load_state_dict(taken, strict=False)
+        for name, tensor in wanted.items():
+            tensor.copy_(selection.of(name, source[name], tensor.shape))
         begin = [first + count for first, count in zip(begin, selection.counts, strict=True)]
 
 
@@ -48,7 +48,7 @@ class _Selection:
     """Which channels one branch keeps, by the shapes that it has."""
 
     def __init__(
-        self, channels: Channels, ranked: Sequence[Indices], begin: Sequence[int], wanted: dict[str, Tensor]
+        self, channels: Channels, ranked: Sequence[Indices], begin: Sequence[int], wanted: Mapping[str, Tensor]
     ) -> None:
         self._axes, self._ranked, self._begin = channels.axes, ranked, begin
         self._space_of = {int(unit): number for number, units in enumerate(ranked) for unit in units}

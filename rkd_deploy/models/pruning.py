@@ -58,6 +58,10 @@ class Pruner:
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
         _run(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
 
+    def __deepcopy__(self, memo: Any) -> Pruner:
+        """Itself: it never changes, and every copy of a network that it has narrowed would copy the whole original."""
+        return self
+
     def steps(self, round_to: int) -> Widths:
         """What each width is a multiple of: `round_to`, and whole groups of grouped convolutions."""
         return self.channels.steps(round_to)
@@ -73,6 +77,10 @@ class Pruner:
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
         """MACs of one image, and parameters, at these widths."""
         return self._prices(widths)
+
+    def output_channels(self, widths: Sequence[int]) -> int:
+        """Channels of what comes out of the network, before anything is flattened."""
+        return self._prices.output_channels(widths)
 
     def narrowed(self, widths: Sequence[int]) -> nn.Module:
         """A copy with the first so many channels of each width."""
@@ -115,7 +123,13 @@ class _Prices:
                 shares.append(np.bincount(own, minlength=len(channels.widths)) / channels.widths)
             tensors.append((*axes, rest, used_at.get(name, 0)))
         self._stays, self._shares = np.array(stays), np.stack(shares)
+        own = [width_of[int(unit)] for unit in channels.output if unit != STAYS]
+        self._output_stays = len(channels.output) - len(own)
+        self._output_shares = np.bincount(own, minlength=len(channels.widths)) / channels.widths
         self._first, self._second, self._rest, self._used_at = np.array(tensors, dtype=np.int64).T
+
+    def output_channels(self, widths: Sequence[int]) -> int:
+        return int(self._output_stays + np.rint(self._output_shares @ np.array(widths)))
 
     def __call__(self, widths: Sequence[int]) -> tuple[int, int]:
         sizes = self._stays + np.rint(self._shares @ np.array(widths)).astype(np.int64)

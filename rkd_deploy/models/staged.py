@@ -6,6 +6,7 @@ and nothing else of it. Letters: N batch, C channels, H height, W width, K class
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -76,6 +77,10 @@ class Staged(FeatureNetwork):
     @abstractmethod
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Staged:
         """The same topology with other widths and fresh weights; no head when `num_classes` is None."""
+
+    def steps(self, round_to: int) -> tuple[int, ...]:
+        """What each width shall be a multiple of, for channel counts that are multiples of `round_to`."""
+        return (math.lcm(round_to, self.multiple_of),) * len(self.widths)
 
     def without_head(self) -> Staged:
         """The same widths without a head, with fresh weights."""
