@@ -96,12 +96,24 @@ class StudentRecipe:
     """Table `[student]`: the given network S0, and how S and A are cut from its cost."""
 
     name: str = "resnet8"
+    """As for T; or teacher: S0 is the teacher's own network, narrowed to `fraction` of its cost, weights inherited."""
+    fraction: float | None = None
+    """Only where name = "teacher": what S0 costs in units of T, by `budget`."""
     checkpoint: str | None = None
-    """Trained weights of S0, for the baseline. Default: S0 is trained here."""
+    """Trained weights of S0, for the baseline and to be inherited. Default: S0 is trained here."""
+    weights: str | None = None
+    """inherited: S and A (and S0 where name = "teacher") begin with the most important channels of the trained network
+    they are cut from. fresh: they begin at random. Default: inherited where there is one, the teacher or a checkpoint."""
     baseline: bool = True
     """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
     budget: str = "macs"
-    """What must not exceed S0's: macs or params."""
+    """What must not exceed S0's: macs, params, or latency, which is measured on this machine before training."""
+    backend: str | None = None
+    """Only for budget = "latency": what runs the networks, onnxruntime or openvino. Default: onnxruntime."""
+    latency_batches: tuple[int, ...] | None = None
+    """Only for budget = "latency": S + A are no slower than S0 at each of these batch sizes. Default: 1 and 8."""
+    latency_threads: int | None = None
+    """Only for budget = "latency": CPU threads of the backend. Default: its own choice."""
     assistant_share: float = 0.2
     """Share of the budget that all assistants and their adapters may take; S gets what is left."""
     assistants: int = 1
@@ -109,11 +121,54 @@ class StudentRecipe:
     round_to: int = 8
     """Channel counts are multiples of this. 8 fits SIMD and tensor cores; odd widths run slower at equal MACs."""
 
+    @property
+    def inherits(self) -> bool:
+        """Whether S and A begin with weights of a trained network."""
+        return (self.weights or ("inherited" if self.name == "teacher" or self.checkpoint else "fresh")) == "inherited"
+
     def __post_init__(self) -> None:
-        _choice("student.budget", self.budget, ("macs", "params"))
+        _choice("student.budget", self.budget, ("macs", "params", "latency"))
+        self._check_source()
+        self._check_latency()
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         _range("student.assistants", self.assistants, 1, 16)
         _range("student.round_to", self.round_to, 1, 256)
+
+    def _check_source(self) -> None:
+        is_teacher = self.name == "teacher"
+        if is_teacher != (self.fraction is not None):
+            raise RecipeError(
+                f'student.fraction = {self.fraction} and student.name = "{self.name}": the fraction says what the '
+                'teacher\'s own network is narrowed to. Set both, e.g. name = "teacher" and fraction = 0.5, or neither.'
+            )
+        if self.fraction is not None:
+            _range("student.fraction", self.fraction, 0.01, 1)
+        if is_teacher and self.checkpoint is not None:
+            raise RecipeError(
+                f'student.checkpoint = {self.checkpoint!r} gives S0 trained, and student.name = "teacher" cuts S0 from '
+                "the teacher. Leave one of them out; a trained teacher is given by teacher.checkpoint."
+            )
+        if self.weights is not None:
+            _choice("student.weights", self.weights, ("inherited", "fresh"))
+        if self.weights == "inherited" and not is_teacher and self.checkpoint is None:
+            raise RecipeError(
+                'student.weights = "inherited" needs a trained network to inherit from: set student.checkpoint, or '
+                'student.name = "teacher".'
+            )
+
+    def _check_latency(self) -> None:
+        for name in ("backend", "latency_batches", "latency_threads"):
+            if (value := getattr(self, name)) is not None and self.budget != "latency":
+                raise RecipeError(
+                    f'student.{name} = {value!r} says how latency is measured, and student.budget = "{self.budget}". '
+                    'Leave it out, or set student.budget = "latency".'
+                )
+        if self.backend is not None:
+            _choice("student.backend", self.backend, ("onnxruntime", "openvino"))
+        if self.latency_threads is not None:
+            _range("student.latency_threads", self.latency_threads, 1)
+        if self.latency_batches is not None and (not self.latency_batches or min(self.latency_batches) < 1):
+            raise RecipeError(f"student.latency_batches = {list(self.latency_batches)} must be batch sizes from 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,8 +86,12 @@ class ExportStopwatch:
             finally:
                 for backend, _ in models.values():
                     backend.close()
+        percentile = 50 if confirm else 10
         reading = Reading(
-            ratios={batch: timing["candidate"].p50 / timing["given"].p50 for batch, timing in timings.items()},
+            ratios={
+                batch: timing["candidate"].percentile(percentile) / timing["given"].percentile(percentile)
+                for batch, timing in timings.items()
+            },
             candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
             given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
             runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},

@@ -220,10 +220,11 @@ class _Coupling:
                 self._stuck.add(number)  # its bounds are written in the network's code
             for side, size in self._sides(layer, item.dep.handler):
                 owner = self._owner.setdefault((layer, side), np.full(size, STAYS, dtype=np.int64))
-                for index, root in zip(item.idxs, item.root_idxs, strict=True):
-                    if owner[index] == STAYS:
-                        owner[index] = first + root
-                    self._together([owner[index], first + root])
+                indices, roots = np.array(item.idxs), first + np.array(item.root_idxs)
+                free = owner[indices] == STAYS
+                owner[indices[free]] = roots[free]
+                for index in np.flatnonzero(owner[indices] != roots):  # already known as another channel
+                    self._together([owner[indices[index]], roots[index]])
 
     def tie_grouped_convolutions(self) -> None:
         """Their groups are kept or removed whole."""
@@ -260,7 +261,9 @@ class _Coupling:
             self._widths.join((home, self._spaces.root(home)))
         stuck = {self._widths.root(home) for home in self._stuck}
         widths = self._widths.roots()
-        order = [space for _, space in sorted((first[space][0], space) for space in first if widths[space] not in stuck)]
+        order = [
+            space for _, space in sorted((first[space][0], space) for space in first if widths[space] not in stuck)
+        ]
         numbers = {width: index for index, width in enumerate(dict.fromkeys(widths[space] for space in order))}
         score, members = np.array(self._score), {}
         for space in order:
@@ -277,7 +280,12 @@ class _Coupling:
         axes = {key: movable[owner] for key, owner in self._tensor_axes() if (movable[owner] != STAYS).any()}
         full = {space.width: space.channels for space in members.values()}
         output = next((owner for (_, side), owner in self._owner.items() if side == "output"), movable[:0])
-        return Channels(axes, movable[output[output != STAYS]], tuple(members.values()), tuple(full[index] for index in range(len(full))))
+        return Channels(
+            axes,
+            movable[output[output != STAYS]],
+            tuple(members.values()),
+            tuple(full[index] for index in range(len(full))),
+        )
 
     def _footprints(
         self, units: Indices, spaces: Indices

@@ -74,7 +74,9 @@ class _Selection:
 
     def _indices(self, name: str, dim: int, size: int, units: Indices) -> Tensor:
         spaces = self._spaces(name, dim)
-        counts = {space: self._count(name, dim, size, space) if len(spaces) == 1 else self.counts[space] for space in spaces}
+        counts = {
+            space: self._count(name, dim, size, space) if len(spaces) == 1 else self.counts[space] for space in spaces
+        }
         kept = {STAYS}
         for space, count in counts.items():
             kept |= set(np.roll(self._ranked[space], -self._begin[space])[:count].tolist())

@@ -30,7 +30,8 @@ class Reading:
     """A candidate and S0, timed in turn in one run.
 
     Attributes:
-        ratios: By batch size: the candidate's median latency over S0's.
+        ratios: By batch size: the candidate's latency over S0's: of the medians where it was to be confirmed, else of
+            the 10th percentiles, because what else runs on a machine only ever adds to a latency.
         candidate_ms: Its median latency by batch size.
         given_ms: That of S0.
         runs: How many calls of each were timed, by batch size.
@@ -108,7 +109,7 @@ class _Search:
             reading = self._measure(fraction, candidate, confirm=True)
             if reading.worst <= self._target:
                 return Fitting(candidate.widths, self._record(fraction, reading))
-            fraction *= 0.99 * self._target / reading.worst
+            fraction *= max(0.9, 0.99 * self._target / reading.worst)  # one reading may be far off
         raise BudgetError(
             f"{self._best()}, and no candidate stayed within {self._target:g} when it was measured anew, "
             f"{CONFIRMATIONS} times: this machine is too busy to measure on. Try again when it is not, or set "
@@ -130,7 +131,7 @@ class _Search:
     def _between(self, low: tuple[float, float] | None, high: tuple[float, float]) -> float:
         """Where a line through two points, or through one and the origin, meets the target."""
         if low is None:
-            return high[0] * min(0.95, self._target / high[1])
+            return high[0] * min(0.95, max(0.5, self._target / high[1]))
         part = (self._target - low[1]) / (high[1] - low[1])
         return low[0] + (high[0] - low[0]) * min(0.75, max(0.25, part))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Pruned(Staged):
         self.widths: Widths = tuple(widths)
         self.pruner = pruner
         self._origin = (origin,)  # in a tuple: a module would be registered as a part of this one
-        self.backbone = origin.rewrapped(pruner.narrowed(widths))
+        self.backbone = origin if self.widths == pruner.widths else origin.rewrapped(pruner.narrowed(widths))
         if self.backbone.channels != self.channels_at(widths):
             raise UsageError(
                 f"S0 cannot be narrowed: its last stage, {origin.stages[-1]}, has {self.backbone.channels} channels where "
@@ -55,7 +56,7 @@ class Pruned(Staged):
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
         """The same layers with other numbers of channels and fresh weights."""
-        network = Pruned(self._origin[0], self.pruner, widths, num_classes)
+        network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes))
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -84,7 +85,9 @@ def narrowable(given: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
     if isinstance(given, Staged):
         return given
     if not isinstance(given, External):
-        raise UsageError(f"S0 cannot be narrowed: nothing is known of the layers of a {type(given).__name__}. {WAY_OUT}")
+        raise UsageError(
+            f"S0 cannot be narrowed: nothing is known of the layers of a {type(given).__name__}. {WAY_OUT}"
+        )
     origin = given.without_head()
     pruner = Pruner(origin.network, input_size)
     return Pruned(origin, pruner, pruner.widths, given.num_classes)

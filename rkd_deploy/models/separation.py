@@ -110,12 +110,8 @@ def separate(
     cut = _Cut(given, size, budget, num_classes, given.channels if channels is None else channels, round_to)
     cut.share, cut.assistants = assistant_share, assistants
     records = {}
-    if fraction is not None and stopwatch is not None:
-        found = fastest_fitting(cut.given_candidate, stopwatch, given, fraction)
-        cut.narrow_given(found.widths[0])
-        records["given"] = found.record
-    elif fraction is not None:
-        cut.narrow_given(cut.given_within(fraction))
+    if fraction is not None:
+        records |= cut.narrow_given(given, fraction, stopwatch)
     if stopwatch is None:
         student, assistant = cut.split(cut.limit)
     else:
@@ -138,6 +134,23 @@ def separate(
     return made
 
 
+def narrow(
+    model: FeatureNetwork,
+    fraction: float,
+    *,
+    num_classes: int,
+    input_size: tuple[int, int],
+    budget: str = "macs",
+    round_to: int = 8,
+    stopwatch: Stopwatch | None = None,
+) -> Widths:
+    """The widths at which a model costs a fraction of what it costs; arguments and errors as for `separate`."""
+    _check(budget, 1, fraction, "fresh", stopwatch)
+    cut = _Cut(model, input_size, budget, num_classes, model.channels, round_to)
+    cut.narrow_given(model, fraction, stopwatch)
+    return cut.full
+
+
 def _check(budget: str, assistants: int, fraction: float | None, weights: str, stopwatch: Stopwatch | None) -> None:
     if assistants < 1:
         raise UsageError(f"assistants = {assistants} must be at least 1: without one, train S0 alone.")
@@ -149,7 +162,7 @@ def _check(budget: str, assistants: int, fraction: float | None, weights: str, s
         raise UsageError(f"fraction = {fraction} must lie above 0 and not above 1.")
     if (budget == "latency") != (stopwatch is not None):
         raise UsageError(
-            f"budget = {budget!r} and a stopwatch {'is' if stopwatch else 'is not'} given; the budget \"latency\" needs "
+            f'budget = {budget!r} and a stopwatch {"is" if stopwatch else "is not"} given; the budget "latency" needs '
             "one and no other budget does: pass stopwatch=rkd_deploy.export.latency.ExportStopwatch(...)."
         )
 
@@ -177,9 +190,16 @@ class _Cut:
             else (own.macs if self.unit == "macs" else own.parameters)
         )
 
-    def narrow_given(self, widths: Widths) -> None:
-        """Let S0 be the model at these widths."""
+    def narrow_given(self, model: FeatureNetwork, fraction: float, stopwatch: Stopwatch | None) -> dict[str, Any]:
+        """Let S0 be the model at a fraction of its cost; gives what was measured for that."""
+        record = {}
+        if stopwatch is None:
+            widths = self.given_within(fraction)
+        else:
+            found = fastest_fitting(self.given_candidate, stopwatch, model, fraction)
+            [widths], record = found.widths, {"given": found.record}
         self.full, self.limit = widths, self.prices.network(widths, self._classes)
+        return record
 
     def given_within(self, fraction: float) -> Widths:
         """The widest S0 that costs at most a fraction of the model."""
@@ -274,7 +294,6 @@ def widest(price: Callable[[Widths], int], full: Widths, limit: int, round_to: i
     Returns:
         The widths, or None when even the narrowest are too dear.
     """
-
     steps = (round_to,) * len(full) if isinstance(round_to, int) else round_to
 
     def scaled(numerator: int) -> Widths:

@@ -49,12 +49,13 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
     """
     device = _device(recipe.train.device)
     images = load_images(recipe.data, recipe.train.seed)
-    facts = networks.gather_facts(recipe, images)
+    display = display or Silent()
+    facts = networks.gather_facts(recipe, images, display.note)
     trainer = _Trainer(recipe, facts, images, device)  # loads the given weights, so that bad ones leave no run behind
     run = create_run(root, recipe)
     write_json(run.folder / "environment.json", provenance())
     write_json(run.folder / "facts.json", facts)
-    return trainer.run(run, display or Silent())
+    return trainer.run(run, display)
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
@@ -65,7 +66,7 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     images = load_images(recipe.data, recipe.train.seed)
     if not (run.folder / "facts.json").exists():  # killed in its first moments
         write_json(run.folder / "environment.json", provenance())
-        write_json(run.folder / "facts.json", networks.gather_facts(recipe, images))
+        write_json(run.folder / "facts.json", networks.gather_facts(recipe, images, (display or Silent()).note))
     facts = run.read_json("facts.json")
     return _Trainer(recipe, facts, images, _device(recipe.train.device)).run(run, display or Silent())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import nn
 
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
+from rkd_deploy.export.latency import ExportStopwatch
 from rkd_deploy.models import zoo
+from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.separation import separate
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.separation import narrow, separate
+from rkd_deploy.models.staged import FeatureNetwork, Staged
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -47,7 +50,8 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
     method = recipe.method
     own = ("fused", "student") if method.residual else ()
     given = ("s0",) if recipe.student.baseline else ()
-    return own + given + (() if method.name == "cross_entropy" else ("teacher",))
+    taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
+    return own + given + (("teacher",) if taught else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
@@ -77,8 +81,13 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
+def gather_facts(recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """What building the networks needs and the recipe does not say; written to facts.json.
+
+    Args:
+        recipe: What is asked for.
+        images: What it is trained on.
+        note: Told what is being measured, where the budget is latency.
 
     Raises:
         BudgetError: No S and A fit.
@@ -94,21 +103,68 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
         "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
         "channels": zoo.create(recipe.teacher.name, classes).channels,
     }
-    return facts | _separation_facts(recipe, images, facts["channels"]) if recipe.method.residual else facts
+    with contextlib.ExitStack() as stack:
+        stopwatch = stack.enter_context(_stopwatch(recipe, images, note)) if _measures(recipe) else None
+        if recipe.method.residual:
+            return facts | _separation_facts(recipe, images, facts["channels"], stopwatch)
+        if recipe.student.fraction is not None:
+            facts["given_widths"] = list(_given_widths(recipe, images, stopwatch))
+        return facts
 
 
-def _separation_facts(recipe: Recipe, images: ImageSet, channels: int) -> dict[str, Any]:
-    separation = separate(
-        recipe.student.name,
+def _measures(recipe: Recipe) -> bool:
+    return recipe.student.budget == "latency" and (recipe.method.residual or recipe.student.fraction is not None)
+
+
+def _stopwatch(recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None) -> ExportStopwatch:
+    student = recipe.student
+    return ExportStopwatch(
+        student.backend or "onnxruntime",
+        student.latency_batches or (1, 8),
+        input_size=images.image_size,
+        threads=student.latency_threads,
+        note=note,
+    )
+
+
+def _given_widths(recipe: Recipe, images: ImageSet, stopwatch: ExportStopwatch | None) -> tuple[int, ...]:
+    """Widths of an S0 that is a fraction of the teacher and is not split."""
+    assert recipe.student.fraction is not None
+    return narrow(
+        _original(recipe, len(images.classes)),
+        recipe.student.fraction,
         num_classes=len(images.classes),
         input_size=images.image_size,
         budget=recipe.student.budget,
-        assistant_share=recipe.student.assistant_share,
-        assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
+        stopwatch=stopwatch,
+    )
+
+
+def _original(recipe: Recipe, classes: int) -> FeatureNetwork:
+    """The network that S0 is, or is cut from."""
+    name = recipe.teacher.name if recipe.student.fraction is not None else recipe.student.name
+    return zoo.create(name, classes)
+
+
+def _separation_facts(
+    recipe: Recipe, images: ImageSet, channels: int, stopwatch: ExportStopwatch | None
+) -> dict[str, Any]:
+    student = recipe.student
+    separation = separate(
+        recipe.teacher.name if student.fraction is not None else student.name,
+        num_classes=len(images.classes),
+        input_size=images.image_size,
+        budget=student.budget,
+        assistant_share=student.assistant_share,
+        assistants=student.assistants,
+        round_to=student.round_to,
         channels=channels,
+        fraction=student.fraction,
+        stopwatch=stopwatch,
     )
     return {
+        "given_widths": list(separation.given_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
         "separation": {
@@ -116,6 +172,7 @@ def _separation_facts(recipe: Recipe, images: ImageSet, channels: int) -> dict[s
             "budget": separation.budget,
             "cost": separation.cost,
             "parts": separation.parts,
+            "latency": separation.latency,
         },
     }
 
@@ -130,17 +187,19 @@ def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged | ReusedClas
     """S0 with fresh weights; as SimKD ships it, where that is the method."""
     classes = len(facts["classes"])
     with seeded(recipe.train.seed, "init/s0"):
-        given = zoo.create(recipe.student.name, classes)
+        given = _original(recipe, classes)
+        if recipe.student.fraction is not None:
+            given = narrowable(given, tuple(facts["image_size"])).rebuilt(facts["given_widths"], classes)
         if recipe.method.name != "simkd":
             return given
-        backbone = given.rebuilt(given.widths, None)
+        backbone = given.without_head()
         return ReusedClassifier(backbone, facts["channels"], classes, recipe.method.simkd_factor)
 
 
 def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
     """S and its assistants with fresh weights, at the widths of the facts."""
     with seeded(recipe.train.seed, "init/residual"):
-        given = zoo.create(recipe.student.name, 1)
+        given = narrowable(_original(recipe, len(facts["classes"])), tuple(facts["image_size"]))
         return ResidualStudent(
             given.rebuilt(facts["student_widths"], None),
             [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)],

@@ -10,6 +10,7 @@ end_to_end   scheme end_to_end: S, the assistants and the head at once
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any
 
 from torch import nn
 
+from rkd_deploy.models.pruned import inherit_weights
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.staged import FeatureNetwork, Staged
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
 from rkd_deploy.train.methods.base import Method
@@ -66,7 +68,17 @@ class Planner:
         if nets.given is not None and "s0" not in ready:
             yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
         if nets.model is not None:
-            yield from self._residual(nets.model)
+            first, *others = self._residual(nets.model)
+            yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
+            yield from others
+
+    def _begun(self, model: ResidualStudent, method: Callable[[], Method]) -> Method:
+        """What trains S and A first, once they have what they inherit: their source may be trained in this run."""
+        if self.recipe.student.inherits:
+            source = self._teacher() if self.recipe.student.fraction is not None else self.nets.given
+            assert isinstance(source, FeatureNetwork)
+            inherit_weights([branch for branch, _ in model.branches()], source, tuple(self.facts["image_size"]))
+        return method()
 
     def check(self) -> None:
         """Build the borrowed loss once for nothing, so that one which does not fit these networks leaves no run behind.
@@ -93,6 +105,9 @@ class Planner:
 
     def _s0(self, given: Staged | ReusedClassifier) -> Method:
         method = self.recipe.method
+        if self.recipe.student.fraction is not None and self.recipe.student.inherits:
+            narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
+            inherit_weights([narrowed], self._teacher(), tuple(self.facts["image_size"]))
         if method.loss == "none":
             return CrossEntropy(given)
         if isinstance(given, ReusedClassifier):
