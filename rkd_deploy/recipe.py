@@ -77,8 +77,13 @@ class TeacherRecipe:
     """Table `[teacher]`: the network T that is imitated."""
 
     name: str = "resnet20"
+    """A family's (resnet56), tv:NAME of torchvision, timm:NAME, or your own nn.Module as package.module:attribute."""
     checkpoint: str | None = None
     """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
+    pretrained: bool = False
+    """Start from the weights that torchvision or timm publish. With other classes than theirs T is trained on here."""
+    stages: tuple[str, ...] | None = None
+    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
     epochs: int | None = None
     """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
     mean: tuple[float, ...] | None = None
@@ -88,6 +93,7 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _range("teacher.epochs", self.epochs, 1)
+        _external("teacher", self)
         _normalisation("teacher", self.mean, self.std)
 
 
@@ -96,8 +102,13 @@ class StudentRecipe:
     """Table `[student]`: the given network S0, and how S and A are cut from its cost."""
 
     name: str = "resnet8"
+    """As teacher.name."""
     checkpoint: str | None = None
     """Trained weights of S0, for the baseline. Default: S0 is trained here."""
+    pretrained: bool = False
+    """Start S0's training from the weights that torchvision or timm publish."""
+    stages: tuple[str, ...] | None = None
+    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
     baseline: bool = True
     """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
     budget: str = "macs"
@@ -110,6 +121,7 @@ class StudentRecipe:
     """Channel counts are multiples of this. 8 fits SIMD and tensor cores; odd widths run slower at equal MACs."""
 
     def __post_init__(self) -> None:
+        _external("student", self)
         _choice("student.budget", self.budget, ("macs", "params"))
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         _range("student.assistants", self.assistants, 1, 16)
@@ -292,6 +304,25 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
+
+
+def _external(table: str, network: TeacherRecipe | StudentRecipe) -> None:
+    """Keys that only networks of others have."""
+    name = f"{table}.name = {network.name!r}"
+    if network.stages is not None and ":" not in network.name:
+        raise RecipeError(f"{table}.stages names stages of {name}, and those of a family are given. Leave it out.")
+    if network.stages == ():
+        raise RecipeError(f"{table}.stages = [] names no stage. Leave it out, and they are found.")
+    if network.pretrained and not network.name.startswith(("tv:", "timm:")):
+        raise RecipeError(
+            f"{table}.pretrained = true, and {name}: only tv:NAME and timm:NAME have published weights. "
+            f"Give a file with {table}.checkpoint, or leave it out."
+        )
+    if network.pretrained and network.checkpoint is not None:
+        raise RecipeError(
+            f"{table}.pretrained = true and {table}.checkpoint = {network.checkpoint!r} both give weights. "
+            "Leave one of them out."
+        )
 
 
 def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:

@@ -95,7 +95,7 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
     if before is not None and 0 <= tokens - before[0] * before[1] <= _MOST_PREFIX_TOKENS:
         return Layout("NLC", before, tokens - before[0] * before[1])
     side = math.isqrt(tokens)
-    if tokens - side**2 <= _MOST_PREFIX_TOKENS and _fits((side, side), image) and image[0] == image[1]:
+    if side > 1 and tokens - side**2 <= _MOST_PREFIX_TOKENS and _fits((side, side), image) and image[0] == image[1]:
         return Layout("NLC", (side, side), tokens - side**2)
     return None
 
@@ -130,6 +130,8 @@ def find_stages(steps: Sequence[Step], image: Size) -> list[str]:
     smallest = math.inf
     for (height, width), name in last.items():
         if height * width < smallest:
+            if height * width > smallest / 2:  # padding and cropping change the size too, by little
+                stages.pop()
             stages.append(name)
             smallest = height * width
     return stages

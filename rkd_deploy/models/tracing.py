@@ -268,7 +268,7 @@ class _Tracer(fx.Tracer):
 def _acts(node: fx.Node) -> bool:
     """Whether an operation does something beside what it gives: `x.add_(y)` counts even if nobody reads the result."""
     in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return in_place or node.is_impure()
+    return in_place or node.is_impure(impure_random=False)
 
 
 def _unrooted(path: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.distance import Distance
@@ -56,7 +56,7 @@ class EndToEnd(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         distance: Distance,
         weights: Weights,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, sized, view_teacher
 from rkd_deploy.train.methods.distance import Distance, mse
@@ -49,7 +49,7 @@ class StudentStep(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         weight: float,
         *,
@@ -102,7 +102,7 @@ class AssistantStep(Method):
     """
 
     def __init__(
-        self, teacher: Staged, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
+        self, teacher: FeatureNetwork, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
     ) -> None:
         super().__init__()
         self.teacher, self.model, self.number = teacher, model.requires_grad_(True), number
