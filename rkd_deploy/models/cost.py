@@ -58,15 +58,29 @@ def count(module: nn.Module, input_size: int | tuple[int, int]) -> Cost:
         input_size: Height and width in pixels, or one number for both.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    return _counted(module, (1, 3, height, width))
+
+
+def count_head(head: nn.Module, channels: int) -> Cost:
+    """Cost of a head for one image's pooled map [1, C].
+
+    Args:
+        head: Left as it is.
+        channels: C.
+    """
+    return _counted(head, (1, channels))
+
+
+def _counted(module: nn.Module, shape: tuple[int, ...]) -> Cost:
     shadow = copy.deepcopy(module).to("meta").eval()
     for layer in shadow.modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             # It keeps the shape and costs 0, but half of the time here: without data it runs as a dozen operators.
             layer.forward = nn.Identity().forward
-    x_NCHW = torch.empty(1, 3, height, width, device="meta", dtype=torch.float32)
+    x = torch.empty(shape, device="meta", dtype=torch.float32)
     operators = _Operators()
     with torch.no_grad(), operators:
-        shadow(x_NCHW)
+        shadow(x)
     return Cost(
         macs=operators.flops // 2,
         parameters=sum(parameter.numel() for parameter in module.parameters()),

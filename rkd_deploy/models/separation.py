@@ -21,10 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rkd_deploy.errors import BudgetError, UsageError, unknown_name
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cost import count
+from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.staged import Staged
 
 Widths = tuple[int, ...]
@@ -67,6 +68,7 @@ def separate(
     assistants: int = 1,
     round_to: int = 8,
     channels: int | None = None,
+    head: nn.Module | None = None,
 ) -> Separation:
     """Cut S and A from the cost of S0.
 
@@ -80,6 +82,7 @@ def separate(
         round_to: Every width is a multiple of this (or S0's own width, where that is smaller), and of what the family
             asks for: `Staged.multiple_of`.
         channels: C_T, the channels that the adapters lead to. Default: those of S0's last map.
+        head: h, from C_T channels. Default: a linear layer.
 
     Raises:
         BudgetError: Even the narrowest S and A cost more than S0; the message has the numbers.
@@ -90,7 +93,10 @@ def separate(
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
     if budget not in ("macs", "params"):
         raise UsageError(unknown_name("budget", budget, ("macs", "params")))
-    prices = _Prices(given, num_classes, input_size, budget, given.channels if channels is None else channels)
+    if not isinstance(given, Staged):
+        raise UsageError(f"{model!r} is no network of a family: S and A cannot be cut from it by widths.")
+    C_T = given.channels if channels is None else channels
+    prices = _Prices(given, num_classes, input_size, budget, C_T, head)
     limit = prices.network(given.widths, num_classes)
     step = math.lcm(round_to, given.multiple_of)
 
@@ -171,7 +177,13 @@ class _Prices:
     """Costs in one unit; networks are built without data and each is counted once."""
 
     def __init__(
-        self, given: Staged, num_classes: int, input_size: int | tuple[int, int], unit: str, channels: int
+        self,
+        given: Staged,
+        num_classes: int,
+        input_size: int | tuple[int, int],
+        unit: str,
+        channels: int,
+        head: nn.Module | None,
     ) -> None:
         self._given, self._input_size, self._unit, self._channels = given, input_size, unit, channels
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
@@ -180,6 +192,9 @@ class _Prices:
             last = given.rebuilt(given.widths, None).eval().features(torch.empty(1, 3, height, width))[-1]
         self._positions = last.shape[-2] * last.shape[-1]
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
+        if head is not None:
+            cost = count_head(head, channels)
+            self.head = cost.macs if unit == "macs" else cost.parameters
 
     def network(self, widths: Widths, num_classes: int | None) -> int:
         return self._counted(widths, num_classes)[0]

@@ -58,4 +58,3 @@ def create(
             "num_classes, or name a network made for these classes."
         )
     return network
-

@@ -17,7 +17,9 @@ from rkd_deploy.train.methods.reviewkd import ReviewKD
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
 
 
-def base_loss(recipe: MethodRecipe, teacher: FeatureNetwork, network: nn.Module, image_size: Sequence[int]) -> WeightedLoss:
+def base_loss(
+    recipe: MethodRecipe, teacher: FeatureNetwork, network: nn.Module, image_size: Sequence[int]
+) -> WeightedLoss:
     """The borrowed loss of a recipe, with fresh adapters between these two networks, on the network's device.
 
     Args:

@@ -12,6 +12,7 @@ average-pooled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 

@@ -26,9 +26,7 @@ class Taught(Method):
         ce_weight: c.
     """
 
-    def __init__(
-        self, teacher: FeatureNetwork, network: FeatureNetwork, base: WeightedLoss, ce_weight: float
-    ) -> None:
+    def __init__(self, teacher: FeatureNetwork, network: FeatureNetwork, base: WeightedLoss, ce_weight: float) -> None:
         super().__init__()
         self.teacher, self.network, self.base, self.ce_weight = teacher, network.requires_grad_(True), base, ce_weight
         self.freeze(teacher)
