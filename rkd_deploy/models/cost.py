@@ -21,16 +21,18 @@ from torch.utils.flop_counter import flop_registry
 _FREE_NAMES = """
 native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm
 native_layer_norm native_group_norm relu relu_ leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_
-hardtanh hardtanh_ silu silu_ gelu sigmoid sigmoid_ tanh elu elu_ mish _softmax _log_softmax clamp clamp_
+hardtanh hardtanh_ silu silu_ gelu sigmoid sigmoid_ tanh elu elu_ mish _softmax _safe_softmax _log_softmax clamp clamp_
+clamp_min linalg_vector_norm
 
-add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt exp native_dropout dropout fill_
+add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt exp sin cos native_dropout dropout fill_ masked_fill eq ne
+bitwise_not cumsum
 
 max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean sum amax max
 
 view _unsafe_view reshape flatten squeeze unsqueeze permute transpose t expand cat stack split split_with_sizes chunk
 slice select clone copy_ detach contiguous _to_copy alias constant_pad_nd empty empty_like new_empty new_zeros zeros
 zeros_like ones full arange upsample_nearest2d upsample_bilinear2d channel_shuffle native_channel_shuffle roll
-as_strided unbind lift_fresh
+as_strided as_strided_ unbind lift_fresh index
 """
 _FREE = frozenset(_FREE_NAMES.split())
 

@@ -35,6 +35,9 @@ class Traced:
     Args:
         network: Its weights stay where they are.
 
+    Attributes:
+        one_answer: Whether the network gives one tensor in both modes.
+
     Raises:
         Exception: Whatever the network raises when it meets a symbol in place of a tensor.
     """
@@ -45,6 +48,7 @@ class Traced:
         for training in (True, False):
             with in_mode(network, training):
                 self._graphs[training] = Trace(network)
+        self.one_answer = all(graph.one_answer for graph in self._graphs.values())
 
     def knows(self, stage: str) -> bool:
         """Whether both graphs have an operation of this name."""
@@ -107,6 +111,8 @@ class Trace:
         self.graph = tracer.trace(self.root)
         if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
             raise NotImplementedError("A tensor made in the forward pass became a constant of the graph.")
+        [result] = (node for node in self.graph.nodes if node.op == "output")
+        self.one_answer = isinstance(result.args[0], fx.Node)
         self.names = tracer.names
         self.outputs = {path: node for path, node in tracer.outputs.items() if path}
 

@@ -97,11 +97,9 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
     }
     teacher = _created(recipe.teacher, facts)
     facts["channels"] = teacher.channels
-    facts["stages"] = {
-        table: list(network.stages)
-        for table, network in (("teacher", teacher), ("student", _created(recipe.student, facts)))
-        if isinstance(network, External)
-    }
+    for table, network in (("teacher", teacher), ("student", _created(recipe.student, facts))):
+        if isinstance(network, External):
+            facts[f"{table}_stages"] = list(network.stages)
     if needs_teacher_head(recipe):
         _check_head(recipe, teacher)
     return facts | _separation_facts(recipe, images, teacher) if recipe.method.residual else facts
