@@ -10,6 +10,7 @@ A user's own is named ``package.module:attribute``; the current directory can be
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import inspect
 import sys
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from rkd_deploy.errors import CheckpointError, UsageError, require, unknown_name
+from rkd_deploy.errors import CheckpointError, UsageError, require
 
 PREFIXES = ("tv", "timm")
 
@@ -100,7 +101,7 @@ def _torchvision(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module
 
     names = torchvision.models.list_models(module=torchvision.models)
     if own not in names:
-        raise UsageError(unknown_name("classifier of torchvision", own, names))
+        raise UsageError(_unknown("torchvision", own, names))
     settings: dict[str, Any] = {}
     if own.startswith("vit_"):
         settings["image_size"] = _side(f"tv:{own}", size)
@@ -113,11 +114,16 @@ def _timm(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     timm = require("timm", "timm")
     architecture = own.partition(".")[0]
     if not timm.is_model(architecture):
-        raise UsageError(unknown_name("classifier of timm", architecture, timm.list_models()))
+        raise UsageError(_unknown("timm", architecture, timm.list_models()))
     settings = {}
     if timm.get_pretrained_cfg_value(architecture, "fixed_input_size"):
         settings["img_size"] = _side(f"timm:{own}", size)
     return cast(nn.Module, timm.create_model(own, num_classes=num_classes, **settings))
+
+
+def _unknown(library: str, name: str, names: list[str]) -> str:
+    near = ", ".join(difflib.get_close_matches(name, names, n=8, cutoff=0.5)) or "none"  # a thousand are too many
+    return f"Unknown classifier {name!r} of {library}. Near it, of {len(names)}: {near}."
 
 
 def _side(name: str, size: tuple[int, int]) -> int:

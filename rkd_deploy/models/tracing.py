@@ -112,7 +112,8 @@ class Trace:
         if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
             raise NotImplementedError("A tensor made in the forward pass became a constant of the graph.")
         [result] = (node for node in self.graph.nodes if node.op == "output")
-        self.one_answer = isinstance(result.args[0], fx.Node)
+        answer = result.args[0]
+        self.one_answer = isinstance(answer, fx.Node) and not isinstance(answer.target, type)  # a named tuple is a type
         self.names = tracer.names
         self.outputs = {path: node for path, node in tracer.outputs.items() if path}
 

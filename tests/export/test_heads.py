@@ -34,7 +34,7 @@ def test_fused_equals_the_formula(head, level):
             torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None] for P, f in parts
         )
         expected = h(total.mean((2, 3)))
-        assert expected.std(0).max() > 1e-2  # it does depend on the image
+        assert expected.std(0).max() > 1e-3  # it does depend on the image
         fused = fuse(network, level)
         torch.testing.assert_close(fused(x_NCHW), expected, rtol=0, atol=1e-10)
         if level == "tail":
