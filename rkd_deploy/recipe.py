@@ -77,8 +77,13 @@ class TeacherRecipe:
     """Table `[teacher]`: the network T that is imitated."""
 
     name: str = "resnet20"
+    """A family's (resnet56), tv:NAME of torchvision, timm:NAME, or your own nn.Module as package.module:attribute."""
     checkpoint: str | None = None
     """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
+    pretrained: bool = False
+    """Start from the weights that torchvision or timm publish. With other classes than theirs T is trained on here."""
+    stages: tuple[str, ...] | None = None
+    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
     epochs: int | None = None
     """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
     mean: tuple[float, ...] | None = None
@@ -88,6 +93,7 @@ class TeacherRecipe:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _range("teacher.epochs", self.epochs, 1)
+        _external("teacher", self)
         _normalisation("teacher", self.mean, self.std)
 
 
@@ -103,7 +109,11 @@ class StudentRecipe:
     """Trained weights of S0, for the baseline and to be inherited. Default: S0 is trained here."""
     weights: str | None = None
     """inherited: S and A (and S0 where name = "teacher") begin with the most important channels of the trained network
-    they are cut from. fresh: they begin at random. Default: inherited where there is one, the teacher or a checkpoint."""
+    they are cut from. fresh: they begin at random. Default: inherited where there is a trained one."""
+    pretrained: bool = False
+    """Start S0's training from the weights that torchvision or timm publish."""
+    stages: tuple[str, ...] | None = None
+    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
     baseline: bool = True
     """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
     budget: str = "macs"
@@ -124,10 +134,16 @@ class StudentRecipe:
     @property
     def inherits(self) -> bool:
         """Whether S and A begin with weights of a trained network."""
-        return (self.weights or ("inherited" if self.name == "teacher" or self.checkpoint else "fresh")) == "inherited"
+        return (self.weights or ("inherited" if self._trained else "fresh")) == "inherited"
+
+    @property
+    def _trained(self) -> bool:
+        return self.name == "teacher" or self.checkpoint is not None or self.pretrained
 
     def __post_init__(self) -> None:
         _choice("student.budget", self.budget, ("macs", "params", "latency"))
+        if self.name != "teacher":
+            _external("student", self)
         self._check_source()
         self._check_latency()
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
@@ -143,17 +159,23 @@ class StudentRecipe:
             )
         if self.fraction is not None:
             _range("student.fraction", self.fraction, 0.01, 1)
-        if is_teacher and self.checkpoint is not None:
-            raise RecipeError(
-                f'student.checkpoint = {self.checkpoint!r} gives S0 trained, and student.name = "teacher" cuts S0 from '
-                "the teacher. Leave one of them out; a trained teacher is given by teacher.checkpoint."
-            )
+        for name in ("checkpoint", "pretrained", "stages"):
+            if is_teacher and (value := getattr(self, name)):
+                raise RecipeError(
+                    f'student.{name} = {value!r} is about an S0 of its own, and student.name = "teacher" cuts S0 from '
+                    f"the teacher. Leave one of them out; the teacher has a key teacher.{name}."
+                )
         if self.weights is not None:
             _choice("student.weights", self.weights, ("inherited", "fresh"))
-        if self.weights == "inherited" and not is_teacher and self.checkpoint is None:
+        if self.weights == "inherited" and not self._trained:
             raise RecipeError(
-                'student.weights = "inherited" needs a trained network to inherit from: set student.checkpoint, or '
-                'student.name = "teacher".'
+                'student.weights = "inherited" needs a trained network to inherit from: set student.checkpoint or '
+                'student.pretrained, or student.name = "teacher".'
+            )
+        if self.inherits and not is_teacher and not self.baseline:
+            raise RecipeError(
+                "student.baseline = false leaves S0 out, and S and A are to inherit its weights. Leave that key out, "
+                'or set student.weights = "fresh" and give no weights of S0.'
             )
 
     def _check_latency(self) -> None:
@@ -347,6 +369,25 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
+
+
+def _external(table: str, network: TeacherRecipe | StudentRecipe) -> None:
+    """Keys that only networks of others have."""
+    name = f"{table}.name = {network.name!r}"
+    if network.stages is not None and ":" not in network.name:
+        raise RecipeError(f"{table}.stages names stages of {name}, and those of a family are given. Leave it out.")
+    if network.stages == ():
+        raise RecipeError(f"{table}.stages = [] names no stage. Leave it out, and they are found.")
+    if network.pretrained and not network.name.startswith(("tv:", "timm:")):
+        raise RecipeError(
+            f"{table}.pretrained = true, and {name}: only tv:NAME and timm:NAME have published weights. "
+            f"Give a file with {table}.checkpoint, or leave it out."
+        )
+    if network.pretrained and network.checkpoint is not None:
+        raise RecipeError(
+            f"{table}.pretrained = true and {table}.checkpoint = {network.checkpoint!r} both give weights. "
+            "Leave one of them out."
+        )
 
 
 def _normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:

@@ -19,7 +19,13 @@ maps no longer exists, so it cannot be an output. Any number of branches is fold
 columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A.
 
 Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
-beta its affine parameters and sd its standard deviation), by PyTorch's own fuser.
+beta its affine parameters and sd its standard deviation), by PyTorch's own fuser; where a network cannot be traced by
+it, or has a batch norm of its own making, that is left to the runtime.
+
+A head that is not linear (T's norm or perceptron before its linear layer) cannot take the adapters in. GAP and adapters
+still commute, so level `tail` applies the adapters to the pooled maps, where they cost H W times less, and then h:
+
+    z = h([U_S | U_A] [GAP(s); GAP(a)] + c_S + c_A)
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 
 LEVELS = ("sum", "tail")
 
@@ -73,17 +79,17 @@ class FoldedTail(nn.Module):
         head: C_T to K.
     """
 
-    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Conv2d], head: nn.Linear) -> None:
+    def __init__(self, backbones: Sequence[nn.Module], adapters: Sequence[nn.Conv2d], head: nn.Module) -> None:
         super().__init__()
         self.backbones = nn.ModuleList(backbones)
-        W, b = head.weight, head.bias
-        U = [adapter.weight.flatten(1) for adapter in adapters]
+        U = torch.cat([adapter.weight.flatten(1) for adapter in adapters], dim=1)
         c = torch.stack([cast(Tensor, adapter.bias) for adapter in adapters]).sum(0)
-        folded = torch.cat([W @ U_i for U_i in U], dim=1)
-        self.head = nn.Linear(folded.shape[1], folded.shape[0], dtype=folded.dtype, device=folded.device)
-        with torch.no_grad():
-            self.head.weight.copy_(folded)
-            self.head.bias.copy_(b + W @ c)
+        self.head: nn.Module
+        if type(head) is nn.Linear:
+            W, b = head.weight, head.bias
+            self.head = _linear(W @ U, W @ c if b is None else b + W @ c)
+        else:
+            self.head = nn.Sequential(_linear(U, c), head)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
@@ -91,10 +97,18 @@ class FoldedTail(nn.Module):
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
 
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
+
+
 class _LastMap(nn.Module):
     """A backbone as a function from images to its last stage map."""
 
-    def __init__(self, backbone: Staged) -> None:
+    def __init__(self, backbone: FeatureNetwork) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -116,8 +130,15 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     if level not in LEVELS:
         raise UsageError(unknown_name("fusion level", level, LEVELS))
     if not isinstance(model, ResidualStudent | StudentAlone):
-        return fold_batch_norm(model.eval())
-    backbones = [fold_batch_norm(_LastMap(backbone).eval()) for backbone, _ in model.branches()]
+        return _folded(model.eval())
+    backbones = [_folded(_LastMap(backbone).eval()) for backbone, _ in model.branches()]
     adapters = [adapter for _, adapter in model.branches()]
     owner = SummedBranches if level == "sum" else FoldedTail
     return owner(backbones, adapters, model.head).eval()
+
+
+def _folded(network: nn.Module) -> nn.Module:
+    try:
+        return fold_batch_norm(network)
+    except Exception:  # a symbol in place of a tensor breaks Python code in any way; then nothing is folded here
+        return network

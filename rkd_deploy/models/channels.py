@@ -315,7 +315,7 @@ class _Coupling:
             yield "in", layer.in_channels
             yield "out", layer.out_channels
         elif isinstance(layer, nn.Conv2d | nn.Linear):
-            size_out, size_in = layer.weight.shape[:2]
+            size_out, size_in = layer.weight.size(0), layer.weight.size(1)
             groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
             out = self._graph.is_out_channel_pruning_fn(handler)
             yield ("out", size_out) if out else ("in", size_in * groups)
@@ -335,7 +335,7 @@ class _Coupling:
         """Where the parts begin and end of channels that are split, or shuffled: seen as a matrix and transposed."""
         if isinstance(layer, tp.ops._SplitOp):
             return layer.offsets or []
-        sizes = getattr(self._graph.module2node[layer].grad_fn, "_saved_self_sym_sizes", ())
+        sizes: list[int] = list(getattr(self._graph.module2node[layer].grad_fn, "_saved_self_sym_sizes", ()))
         if isinstance(layer, tp.ops._ReshapeOp) and len(sizes) == 5:  # [N, C / parts, parts, H, W]
             return [part * sizes[1] for part in range(sizes[2] + 1)]
         return []

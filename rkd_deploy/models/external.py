@@ -70,7 +70,7 @@ class External(FeatureNetwork):
             self._layouts = _layouts(source, x_NCHW, self.stages, head)
             self._read_maps = source.reader(self.stages, answer=False)
             self._read_all = source.reader(self.stages, answer=True) if head else None
-            self._channels, self.num_classes = self._measured(x_NCHW)
+            self._channels, self.num_classes = self._measured(source, x_NCHW)
             self._head = self._proven_head(source) if head else None
 
     @property
@@ -115,13 +115,20 @@ class External(FeatureNetwork):
     def _as_maps(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
 
-    def _measured(self, x_NCHW: Tensor) -> tuple[int, int | None]:
+    def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
         """C and K, of one pass."""
         with in_mode(self, False):
             if self._read_all is None:
                 return self.features(x_NCHW)[-1].shape[1], None
             maps, logits_NK = self.maps_and_logits(x_NCHW)
-        return maps[-1].shape[1], logits_NK.shape[1]
+        shape = tuple(logits_NK.shape) if isinstance(logits_NK, Tensor) else ()
+        if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.one_answer:
+            raise UsageError(
+                f"{_name(source)} must give logits [N, K] in training as in evaluation, one row for each image; for "
+                f"{len(x_NCHW)} images it gave {f'a tensor {shape}' if shape else 'something else, or more'}. "
+                "Wrap it in a module that gives the logits alone."
+            )
+        return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
         """Path of a linear layer, or a module (in a tuple, because its weights are registered with the network)."""

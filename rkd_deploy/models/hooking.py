@@ -21,6 +21,9 @@ class Hooked:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
+    one_answer = True
+    """Not known before it is run in training."""
+
     def knows(self, stage: str) -> bool:
         """Whether there is a module of this name."""
         return bool(stage) and stage in dict(self.network.named_modules())

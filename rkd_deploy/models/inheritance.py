@@ -80,7 +80,8 @@ class _Selection:
         kept = {STAYS}
         for space, count in counts.items():
             kept |= set(np.roll(self._ranked[space], -self._begin[space])[:count].tolist())
-        return torch.tensor([index for index, unit in enumerate(units.tolist()) if unit in kept])
+        indices = [index for index, unit in enumerate(units.tolist()) if unit in kept]
+        return torch.tensor(indices, dtype=torch.int64)
 
     def _count(self, name: str, dim: int, size: int, space: int) -> int:
         units = self._axes[name, dim]

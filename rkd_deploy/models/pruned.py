@@ -39,9 +39,9 @@ class Pruned(Staged):
         self.backbone = origin if self.widths == pruner.widths else origin.rewrapped(pruner.narrowed(widths))
         if self.backbone.channels != self.channels_at(widths):
             raise UsageError(
-                f"S0 cannot be narrowed: its last stage, {origin.stages[-1]}, has {self.backbone.channels} channels where "
-                f"{self.channels_at(widths)} were expected: it is not what the network's last layers give. Name another "
-                f"last stage. {WAY_OUT}"
+                f"S0 cannot be narrowed: its last stage, {origin.stages[-1]}, has {self.backbone.channels} channels "
+                f"and {self.channels_at(widths)} were expected: it is not what the network's last layers give. Name "
+                f"another last stage. {WAY_OUT}"
             )
         self.fc = None if num_classes is None else nn.Linear(self.backbone.channels, num_classes)
 
@@ -93,7 +93,7 @@ def narrowable(given: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
     return Pruned(origin, pruner, pruner.widths, given.num_classes)
 
 
-def inherit_weights(branches: Sequence[Staged], source: FeatureNetwork, input_size: tuple[int, int]) -> None:
+def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, input_size: tuple[int, int]) -> None:
     """Overwrite the weights of narrowed networks by a selection of those they were cut from (`inheritance.py`).
 
     Args:
@@ -109,7 +109,7 @@ def inherit_weights(branches: Sequence[Staged], source: FeatureNetwork, input_si
     inherit([_state(branch, source) for branch in branches], network.state_dict(), channels)
 
 
-def _state(branch: Staged, source: FeatureNetwork) -> dict[str, Tensor]:
+def _state(branch: FeatureNetwork, source: FeatureNetwork) -> dict[str, Tensor]:
     """The tensors of a narrowed network by the names that the trained one gives them."""
     if not isinstance(branch, Pruned):
         return branch.state_dict()

@@ -84,7 +84,7 @@ class Pruner:
 
     def narrowed(self, widths: Sequence[int]) -> nn.Module:
         """A copy with the first so many channels of each width."""
-        kept = {}
+        kept: dict[int, None] = {}
         for space in self.channels.spaces:
             kept |= dict.fromkeys(space.units[: widths[space.width] // space.size].tolist())
         network = copy.deepcopy(self._network)
@@ -146,7 +146,8 @@ def _sliced(tensor: Tensor, name: str, channels: Channels, kept: Mapping[int, An
 
 def indices_of(units: Indices, kept: Mapping[int, Any]) -> Tensor:
     """Which indices of an axis are left when some units are kept."""
-    return torch.tensor([index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in kept])
+    indices = [index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in kept]
+    return torch.tensor(indices, dtype=torch.int64)
 
 
 def _describe(module: nn.Module) -> None:
@@ -184,8 +185,8 @@ def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dic
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(functools.partial(_note_positions, used_at, f"{path}.weight"))
         elif type(layer) is nn.BatchNorm2d:  # without data it runs as a dozen operators, half of the time here
-            layer.forward = functools.partial(_as_it_is, layer.num_features)
-    tracker, operators = ModuleTracker(), _Operators()  # type: ignore[no-untyped-call]
+            layer.forward = functools.partial(_as_it_is, layer.num_features)  # type: ignore[method-assign]
+    tracker, operators = ModuleTracker(), _Operators()
     with tracker:
         try:
             with torch.no_grad(), operators:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from rkd_deploy.errors import BudgetError, UsageError, unknown_name
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cost import count
+from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.latency import Candidate, Stopwatch, fastest_fitting
 from rkd_deploy.models.pruned import Pruned, inherit_weights, narrowable
 from rkd_deploy.models.residual import ResidualStudent
@@ -80,6 +81,7 @@ def separate(
     fraction: float | None = None,
     weights: str = "fresh",
     stopwatch: Stopwatch | None = None,
+    head: nn.Module | None = None,
 ) -> Separation:
     """Cut S and A from the cost of S0.
 
@@ -98,6 +100,7 @@ def separate(
         fraction: S0 is not the model itself but the model narrowed to this fraction of its cost.
         weights: ``"fresh"``, or ``"inherited"``: S and the assistants begin with weights of the model.
         stopwatch: Measures, where the budget is latency: `rkd_deploy.export.latency.ExportStopwatch`.
+        head: h, from C_T channels. Default: a linear layer.
 
     Raises:
         BudgetError: Even the narrowest S and A cost more than S0; the message has the numbers.
@@ -107,9 +110,9 @@ def separate(
     _check(budget, assistants, fraction, weights, stopwatch)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
-    cut = _Cut(given, size, budget, num_classes, given.channels if channels is None else channels, round_to)
+    cut = _Cut(given, size, budget, num_classes, given.channels if channels is None else channels, round_to, head)
     cut.share, cut.assistants = assistant_share, assistants
-    records = {}
+    records: dict[str, Any] = {}
     if fraction is not None:
         records |= cut.narrow_given(given, fraction, stopwatch)
     if stopwatch is None:
@@ -174,25 +177,29 @@ class _Cut:
     assistants: int
 
     def __init__(
-        self, given: FeatureNetwork, size: tuple[int, int], budget: str, classes: int, channels: int, round_to: int
+        self,
+        given: FeatureNetwork,
+        size: tuple[int, int],
+        budget: str,
+        classes: int,
+        channels: int,
+        round_to: int,
+        head: nn.Module | None = None,
     ) -> None:
         self.network = narrowable(given, size)
         self.unit = "macs" if budget == "latency" else budget
         self.full, self.steps = self.network.widths, self.network.steps(round_to)
-        self._classes, self._channels = classes, channels
-        self.prices = _Prices(self.network, classes, size, self.unit, channels)
-        # Its own head counts, which a pruned network does not have: that of a VGG costs more than all the rest.
-        own = count(given, size)
-        is_family = isinstance(given, Staged)
-        self.limit = (
-            self.prices.network(self.full, classes)
-            if is_family
-            else (own.macs if self.unit == "macs" else own.parameters)
-        )
+        self._classes, self._channels, self._head = classes, channels, head
+        self.prices = _Prices(self.network, classes, size, self.unit, channels, head)
+        if isinstance(given, Staged):
+            self.limit = self.prices.network(self.full, classes)
+        else:  # with its own head, which may cost more than a linear layer: that of a VGG more than all the rest
+            own = count(given, size)
+            self.limit = own.macs if self.unit == "macs" else own.parameters
 
     def narrow_given(self, model: FeatureNetwork, fraction: float, stopwatch: Stopwatch | None) -> dict[str, Any]:
         """Let S0 be the model at a fraction of its cost; gives what was measured for that."""
-        record = {}
+        record: dict[str, Any] = {}
         if stopwatch is None:
             widths = self.given_within(fraction)
         else:
@@ -239,6 +246,7 @@ class _Cut:
                 [self.network.rebuilt(assistant, None) for _ in range(self.assistants)],
                 self._channels,
                 self._classes,
+                copy.deepcopy(self._head),
             ),
         )
 
@@ -269,8 +277,8 @@ class _Cut:
         return BudgetError(
             f"The budget is too small for {what}: S0 costs {limit:,}, of which assistant_share = {self.share} "
             f"gives {'the assistant' if k == 1 else f'each of {k} assistants'} {int(self.share * limit / k):,}; "
-            f"at the narrowest widths {_few(narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an assistant "
-            f"costs {branch:,} and a student with the head {branch + self.prices.head:,}. "
+            f"at the narrowest widths {_few(narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an "
+            f"assistant costs {branch:,} and a student with the head {branch + self.prices.head:,}. "
             f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, change student.assistant_share, "
             "or give a larger S0."
         )
@@ -326,7 +334,9 @@ def widest(price: Callable[[Widths], int], full: Widths, limit: int, round_to: i
 class _Prices:
     """Costs in one unit; networks are built without data and each is counted once."""
 
-    def __init__(self, given: Staged, num_classes: int, size: tuple[int, int], unit: str, channels: int) -> None:
+    def __init__(
+        self, given: Staged, num_classes: int, size: tuple[int, int], unit: str, channels: int, head: nn.Module | None
+    ) -> None:
         self._given, self._size, self._unit, self._channels = given, size, unit, channels
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         with torch.no_grad():
@@ -334,6 +344,9 @@ class _Prices:
             last = shadow.features(torch.empty(1, 3, *size, device="meta"))[-1]
         self._positions = last.shape[-2] * last.shape[-1]
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
+        if head is not None:
+            cost = count_head(head, channels)
+            self.head = cost.macs if unit == "macs" else cost.parameters
 
     def network(self, widths: Widths, num_classes: int | None) -> int:
         return self._counted(widths, num_classes)[0]

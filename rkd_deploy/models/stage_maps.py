@@ -82,7 +82,7 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
     Args:
         shape: Of the tensor.
         image: Height and width of the image.
-        before: Height and width of the last map before it: tokens are counted in these.
+        before: Height and width of the map that tokens come of. None: they are taken for those of a square.
     """
     if len(shape) == 4:
         _, first, second, third = shape
@@ -92,10 +92,11 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
     if len(shape) != 3:
         return None
     tokens = shape[1]
-    if before is not None and 0 <= tokens - before[0] * before[1] <= _MOST_PREFIX_TOKENS:
-        return Layout("NLC", before, tokens - before[0] * before[1])
+    if before is not None:
+        prefix = tokens - before[0] * before[1]
+        return Layout("NLC", before, prefix) if 0 <= prefix <= _MOST_PREFIX_TOKENS else None
     side = math.isqrt(tokens)
-    if tokens - side**2 <= _MOST_PREFIX_TOKENS and _fits((side, side), image) and image[0] == image[1]:
+    if side > 1 and tokens - side**2 <= _MOST_PREFIX_TOKENS and _fits((side, side), image) and image[0] == image[1]:
         return Layout("NLC", (side, side), tokens - side**2)
     return None
 
@@ -106,6 +107,8 @@ def layouts_of(steps: Iterable[Step], image: Size) -> dict[str, Layout]:
     before: Size | None = None
     for step in steps:
         layout = layout_of(step.shape, image, before)
+        if layout is None and step.is_module:  # fewer tokens than before: pooled. Loose ones may be class or register
+            layout = layout_of(step.shape, image, None)
         if layout is not None and step.name:
             found[step.name] = layout
             if layout.order != "NLC" and layout.grid != (1, 1):  # what pools and excites is no map that tokens come of
@@ -130,6 +133,8 @@ def find_stages(steps: Sequence[Step], image: Size) -> list[str]:
     smallest = math.inf
     for (height, width), name in last.items():
         if height * width < smallest:
+            if height * width > smallest / 2:  # padding and cropping change the size too, by little
+                stages.pop()
             stages.append(name)
             smallest = height * width
     return stages
@@ -183,9 +188,7 @@ def _pools_globally(step: Step, layout: Layout | None) -> bool:
 
 
 def _fits(size: Size, image: Size) -> bool:
-    """Whether a map of this size can come of an image: both sides smaller by the same whole number, roughly."""
-    strides = [max(1, round(whole / part)) for whole, part in zip(image, size, strict=True)]
-    one_stride = any(
-        all(abs(part - whole / stride) <= 1 for whole, part in zip(image, size, strict=True)) for stride in strides
-    )
-    return one_stride and all(part <= whole + 1 for whole, part in zip(image, size, strict=True))
+    """Whether a map of this size can come of an image: no larger, and of its proportions to less than a pixel."""
+    (height, width), (whole_height, whole_width) = size, image
+    proportional = abs(height * whole_width - width * whole_height) < max(image)
+    return proportional and height <= whole_height + 1 and width <= whole_width + 1

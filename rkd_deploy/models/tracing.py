@@ -35,6 +35,9 @@ class Traced:
     Args:
         network: Its weights stay where they are.
 
+    Attributes:
+        one_answer: Whether the network gives one tensor in both modes.
+
     Raises:
         Exception: Whatever the network raises when it meets a symbol in place of a tensor.
     """
@@ -45,6 +48,7 @@ class Traced:
         for training in (True, False):
             with in_mode(network, training):
                 self._graphs[training] = Trace(network)
+        self.one_answer = all(graph.one_answer for graph in self._graphs.values())
 
     def knows(self, stage: str) -> bool:
         """Whether both graphs have an operation of this name."""
@@ -107,6 +111,9 @@ class Trace:
         self.graph = tracer.trace(self.root)
         if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
             raise NotImplementedError("A tensor made in the forward pass became a constant of the graph.")
+        [result] = (node for node in self.graph.nodes if node.op == "output")
+        answer = result.args[0]
+        self.one_answer = isinstance(answer, fx.Node) and not isinstance(answer.target, type)  # a named tuple is a type
         self.names = tracer.names
         self.outputs = {path: node for path, node in tracer.outputs.items() if path}
 
@@ -268,7 +275,7 @@ class _Tracer(fx.Tracer):
 def _acts(node: fx.Node) -> bool:
     """Whether an operation does something beside what it gives: `x.add_(y)` counts even if nobody reads the result."""
     in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return in_place or node.is_impure()
+    return in_place or node.is_impure(impure_random=False)
 
 
 def _unrooted(path: str) -> str:

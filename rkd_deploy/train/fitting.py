@@ -127,7 +127,13 @@ class _Trainer:
             ("teacher", "teacher", self.nets.teacher),
             ("student", "s0", self.nets.given),
         ):
-            checkpoint = getattr(recipe, table).checkpoint
+            settings = getattr(recipe, table)
+            if module is not None and settings.pretrained:
+                complete = networks.load_published_weights(module, table, settings.name, self.facts)
+                if complete and part == "teacher":  # S0's go on being trained: it is what S and A are compared with
+                    self.ready[part] = module
+                    self._check_sanity(module, table, f"{settings.name}, pretrained", True)
+            checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
             known = networks.load_given_weights(module, table, checkpoint, recipe, self.facts)

@@ -20,7 +20,7 @@ from torch import nn
 
 from rkd_deploy.models.pruned import inherit_weights
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import FeatureNetwork, Staged
+from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
 from rkd_deploy.train.methods.base import Method
@@ -103,7 +103,7 @@ class Planner:
         if recipe.method.head != "teacher":
             yield Plan("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
 
-    def _s0(self, given: Staged | ReusedClassifier) -> Method:
+    def _s0(self, given: FeatureNetwork) -> Method:
         method = self.recipe.method
         if self.recipe.student.fraction is not None and self.recipe.student.inherits:
             narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
@@ -120,7 +120,8 @@ class Planner:
 
     def _student(self, model: ResidualStudent) -> Method:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
-        model.head.load_state_dict(self._teacher_head().state_dict())
+        if networks.needs_teacher_head(self.recipe) or type(self._teacher().fc) is nn.Linear:
+            model.head.load_state_dict(self._teacher_head().state_dict())
         method = self.recipe.method
         distance, base = DISTANCES[method.distance], self._base_of(model)
         return StudentStep(self._teacher(), model, method.feature_weight, distance=distance, base=base)
@@ -163,15 +164,16 @@ class Planner:
             return None
         return base_loss(self.recipe.method, self._teacher(), model.student, self.facts["image_size"])
 
-    def _freshen(self, head: nn.Linear) -> None:
+    def _freshen(self, head: nn.Module) -> None:
+        assert isinstance(head, nn.Linear)
         with networks.seeded(self.recipe.train.seed, "init/head"):
             head.reset_parameters()
 
-    def _teacher(self) -> Staged:
+    def _teacher(self) -> FeatureNetwork:
         assert self.nets.teacher is not None
         return self.nets.teacher
 
-    def _teacher_head(self) -> nn.Linear:
+    def _teacher_head(self) -> nn.Module:
         head = self._teacher().fc
         assert head is not None
         return head

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
 from rkd_deploy.train.methods.distance import Distance
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import explained, sized_like
+from rkd_deploy.train.methods.residual import explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class EndToEnd(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         distance: Distance,
         weights: Weights,
@@ -76,10 +76,10 @@ class EndToEnd(Method):
         seen = view_teacher(self.teacher, x_NCHW)
         maps = model.student.features(x_NCHW)
         s = model.student_adapter(maps[-1])
-        f_T = sized_like(seen.maps[-1], s)
+        f_T, sized_s = alike(seen.maps[-1], s)
         parts: dict[str, Tensor] = {}
 
-        error = self.distance(f_T, s)
+        error = self.distance(f_T, sized_s)
         total, parts["student"] = w.feature * error, error.detach()
         if self.base is not None:
             weighted, parts["base"] = self.base(seen, View(maps, model.head(pool(s))), y_N)
@@ -87,13 +87,14 @@ class EndToEnd(Method):
 
         k = len(model.assistants)
         for i in range(1, k + 1):
-            r = f_T - s
+            r = f_T - sized_s
             f_A = model.assistant_map(x_NCHW, i)
-            error = self.distance(r.detach() if self.detach else r, f_A)
+            _, sized_f_A = alike(r, f_A)
+            error = self.distance(r.detach() if self.detach else r, sized_f_A)
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
             parts["assistant" if i == 1 else f"assistant_{i}"] = error.detach()
-            s = s + f_A
-        parts["explained"] = explained(f_T, s)
+            s, sized_s = s + f_A, sized_s + sized_f_A
+        parts["explained"] = explained(f_T, sized_s)
 
         z = model.head(pool(s))
         ce, kl = cross_entropy(z, y_N), kd_loss(seen.logits_NK, z, w.temperature)

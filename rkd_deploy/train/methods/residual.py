@@ -7,8 +7,10 @@
 
 f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`distance.py`), w its weight, X a borrowed
 loss ("residual + X"), which sees S's own stage maps and S's logits under T's head. T is frozen throughout and in eval
-mode. k = 1 is the paper's single assistant A. Only the abstract of the paper and a summary of its journal version are
-public: the order of the steps, the choice of D and where X is applied are this project's.
+mode. Maps of T and of the sum that differ in height or width are compared at the smaller of both sizes, the larger map
+average-pooled to it (SimKD's rule); the sum itself keeps S's size. k = 1 is the paper's single assistant A. Only the
+abstract of the paper and a summary of its journal version are public: the order of the steps, the choice of D and where
+X is applied are this project's.
 """
 
 from __future__ import annotations
@@ -18,16 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, sized, view_teacher
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
 from rkd_deploy.train.methods.distance import Distance, mse
-
-
-def sized_like(target_NCHW: Tensor, map_NCHW: Tensor) -> Tensor:
-    """The target, average-pooled to the height and width of the map where they differ (as SimKD does)."""
-    height, width = map_NCHW.shape[-2:]
-    return sized(target_NCHW, height, width)
 
 
 @torch.no_grad()
@@ -49,7 +45,7 @@ class StudentStep(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         weight: float,
         *,
@@ -67,7 +63,7 @@ class StudentStep(Method):
         maps = self.model.student.features(x_NCHW)
         f_S = self.model.student_adapter(maps[-1])
         z_S = self.model.head(pool(f_S))
-        f_T = sized_like(seen.maps[-1], f_S)
+        f_T, f_S = alike(seen.maps[-1], f_S)
         error = self.distance(f_T, f_S)
         total = self.weight * error
         parts = {"student": error.detach(), "explained": explained(f_T, f_S)}
@@ -102,7 +98,13 @@ class AssistantStep(Method):
     """
 
     def __init__(
-        self, teacher: Staged, model: ResidualStudent, weight: float, *, distance: Distance = mse, number: int = 1
+        self,
+        teacher: FeatureNetwork,
+        model: ResidualStudent,
+        weight: float,
+        *,
+        distance: Distance = mse,
+        number: int = 1,
     ) -> None:
         super().__init__()
         self.teacher, self.model, self.number = teacher, model.requires_grad_(True), number
@@ -114,12 +116,13 @@ class AssistantStep(Method):
         """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
         with torch.no_grad():
             s = self.model.summed_map(x_NCHW, assistants=self.number - 1)
-            f_T = sized_like(self.teacher.features(x_NCHW)[-1], s)
-            r = f_T - s
+            f_T, sized_s = alike(self.teacher.features(x_NCHW)[-1], s)
+            r = f_T - sized_s
         f_A = self.model.assistant_map(x_NCHW, self.number)
-        error = self.distance(r, f_A)
+        _, sized_f_A = alike(r, f_A)
+        error = self.distance(r, sized_f_A)
         with torch.no_grad():
-            parts = {"assistant": error.detach(), "explained": explained(f_T, s + f_A)}
+            parts = {"assistant": error.detach(), "explained": explained(f_T, sized_s + sized_f_A)}
             logits_NK = self.model.head(pool(s + f_A))
         return Losses(self.weight * error, parts, logits_NK)
 
