@@ -31,7 +31,7 @@ from torchvision import datasets, transforms
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
 from rkd_deploy.models import zoo
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.methods.base_loss import WeightedLoss
 from rkd_deploy.train.methods.kd import KD
@@ -73,7 +73,7 @@ def _compare(
     return ratio_of_medians(f"KD epoch {teacher} to {student}, over mdistiller's loop", limit, ours_s, theirs_s)
 
 
-def _student(name: str, device: torch.device) -> Staged:
+def _student(name: str, device: torch.device) -> FeatureNetwork:
     torch.manual_seed(0)
     return zoo.create(name, 100).to(device)
 
@@ -81,7 +81,7 @@ def _student(name: str, device: torch.device) -> Staged:
 class Ours:
     """What `rkd-deploy train --set method.name=kd` does in an epoch."""
 
-    def __init__(self, T: Staged, S: Staged, split: Split) -> None:
+    def __init__(self, T: FeatureNetwork, S: FeatureNetwork, split: Split) -> None:
         self.device = device = split.labels_N.device
         normalise = Normaliser(MEAN, STD, device)
         self.loader = DeviceLoader(

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,11 @@ def write_exits(folder: Path, model: ResidualStudent, card: ModelCard, asked: Ea
         GateError: A partial sum is not PyTorch's.
         UsageError: Neither a threshold nor images to choose it on.
     """
+    if type(model.head) is not nn.Linear:
+        raise UsageError(
+            "Early exit adds up the logits of S and of each assistant, which a head that is not linear does not allow. "
+            'Train with method.head = "trained", or export without it.'
+        )
     files, macs = _write_graphs(folder, model, card.preprocess)
     held_out = _Seen(folder, files, card.preprocess, asked.held_out)
     if asked.threshold is None and not held_out.images:
@@ -115,7 +120,7 @@ def _write_graphs(folder: Path, model: ResidualStudent, preprocess: Preprocess) 
     """File names and MACs, as they run: adapters and head folded."""
     files, macs = [], []
     for number, (backbone, adapter) in enumerate(model.branches()):
-        head = copy.deepcopy(model.head)
+        head = cast(nn.Linear, copy.deepcopy(model.head))
         if number:
             nn.init.zeros_(head.bias)  # b is S's
         network = fuse_branch(backbone, adapter, head)

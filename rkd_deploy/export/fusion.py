@@ -20,7 +20,13 @@ columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both
 and A exchange their maps at every stage (`exchange.py`), level `tail` folds those adapters too.
 
 Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
-beta its affine parameters and sd its standard deviation), by PyTorch's own fuser.
+beta its affine parameters and sd its standard deviation), by PyTorch's own fuser; where a network cannot be traced by
+it, or has a batch norm of its own making, that is left to the runtime.
+
+A head that is not linear (T's norm or perceptron before its linear layer) cannot take the adapters in. GAP and adapters
+still commute, so level `tail` applies the adapters to the pooled maps, where they cost H W times less, and then h:
+
+    z = h([U_S | U_A] [GAP(s); GAP(a)] + c_S + c_A)
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.exchange import ExchangingBranches, joined
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 
 LEVELS = ("sum", "tail")
 
@@ -75,16 +81,16 @@ class FoldedTail(nn.Module):
         head: C_T to K.
     """
 
-    def __init__(self, branches: nn.Module, adapters: Sequence[nn.Conv2d], head: nn.Linear) -> None:
+    def __init__(self, branches: nn.Module, adapters: Sequence[nn.Conv2d], head: nn.Module) -> None:
         super().__init__()
         self.branches = branches
-        W, b = head.weight, head.bias
         U, c = joined(adapters)
-        folded = W @ U
-        self.head = nn.Linear(folded.shape[1], folded.shape[0], dtype=folded.dtype, device=folded.device)
-        with torch.no_grad():
-            self.head.weight.copy_(folded)
-            self.head.bias.copy_(b + W @ c)
+        self.head: nn.Module
+        if type(head) is nn.Linear:
+            W, b = head.weight, head.bias
+            self.head = _linear(W @ U, W @ c if b is None else b + W @ c)
+        else:
+            self.head = nn.Sequential(_linear(U, c), head)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
@@ -92,10 +98,18 @@ class FoldedTail(nn.Module):
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
 
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
+
+
 class _LastMaps(nn.Module):
     """S and its assistants as one function from images to their last stage maps."""
 
-    def __init__(self, backbones: Sequence[Staged]) -> None:
+    def __init__(self, backbones: Sequence[FeatureNetwork]) -> None:
         super().__init__()
         self.backbones = nn.ModuleList(backbones)
 
@@ -123,11 +137,18 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         branches = _LastMaps([backbone for backbone, _ in model.branches()])
         adapters = [adapter for _, adapter in model.branches()]
     else:
-        return fold_batch_norm(model.eval())
+        return _folded(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
-    return owner(fold_batch_norm(branches.eval()), adapters, model.head).eval()
+    return owner(_folded(branches.eval()), adapters, model.head).eval()
 
 
-def fuse_branch(backbone: Staged, adapter: nn.Conv2d, head: nn.Linear) -> nn.Module:
-    """One branch alone under a head, in eval mode: images to W (U GAP(f) + c) + b."""
-    return FoldedTail(fold_batch_norm(_LastMaps([backbone]).eval()), [adapter], head).eval()
+def fuse_branch(backbone: FeatureNetwork, adapter: nn.Conv2d, head: nn.Module) -> nn.Module:
+    """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
+    return FoldedTail(_folded(_LastMaps([backbone]).eval()), [adapter], head).eval()
+
+
+def _folded(network: nn.Module) -> nn.Module:
+    try:
+        return fold_batch_norm(network)
+    except Exception:  # a symbol in place of a tensor breaks Python code in any way; then nothing is folded here
+        return network

@@ -21,16 +21,18 @@ from torch.utils.flop_counter import flop_registry
 _FREE_NAMES = """
 native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm
 native_layer_norm native_group_norm relu relu_ leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_
-hardtanh hardtanh_ silu silu_ gelu sigmoid sigmoid_ tanh elu elu_ mish _softmax _log_softmax clamp clamp_
+hardtanh hardtanh_ silu silu_ gelu sigmoid sigmoid_ tanh elu elu_ mish _softmax _safe_softmax _log_softmax clamp clamp_
+clamp_min linalg_vector_norm
 
-add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt exp native_dropout dropout fill_
+add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt exp sin cos native_dropout dropout fill_ masked_fill eq ne
+bitwise_not cumsum
 
 max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d mean sum amax max
 
 view _unsafe_view reshape flatten squeeze unsqueeze permute transpose t expand cat stack split split_with_sizes chunk
 slice select clone copy_ detach contiguous _to_copy alias constant_pad_nd empty empty_like new_empty new_zeros zeros
 zeros_like ones full arange upsample_nearest2d upsample_bilinear2d channel_shuffle native_channel_shuffle roll
-as_strided unbind lift_fresh
+as_strided as_strided_ unbind lift_fresh index
 """
 _FREE = frozenset(_FREE_NAMES.split())
 
@@ -58,15 +60,29 @@ def count(module: nn.Module, input_size: int | tuple[int, int]) -> Cost:
         input_size: Height and width in pixels, or one number for both.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    return _counted(module, (1, 3, height, width))
+
+
+def count_head(head: nn.Module, channels: int) -> Cost:
+    """Cost of a head for one image's pooled map [1, C].
+
+    Args:
+        head: Left as it is.
+        channels: C.
+    """
+    return _counted(head, (1, channels))
+
+
+def _counted(module: nn.Module, shape: tuple[int, ...]) -> Cost:
     shadow = copy.deepcopy(module).to("meta").eval()
     for layer in shadow.modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             # It keeps the shape and costs 0, but half of the time here: without data it runs as a dozen operators.
             layer.forward = nn.Identity().forward
-    x_NCHW = torch.empty(1, 3, height, width, device="meta", dtype=torch.float32)
+    x = torch.empty(shape, device="meta", dtype=torch.float32)
     operators = _Operators()
     with torch.no_grad(), operators:
-        shadow(x_NCHW)
+        shadow(x)
     return Cost(
         macs=operators.flops // 2,
         parameters=sum(parameter.numel() for parameter in module.parameters()),

@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
 class StageAdapters(nn.Module):
@@ -54,25 +54,33 @@ class ResidualStudent(nn.Module):
         assistants: A_1 .. A_k, k >= 1, without a head; their last maps have the size of S's.
         channels: C_T, channels of the teacher's last stage map.
         num_classes: K.
+        head: h, from pooled maps [N, C_T] to logits. Default: a fresh linear layer.
     """
 
-    def __init__(self, student: Staged, assistants: Sequence[Staged], channels: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        student: FeatureNetwork,
+        assistants: Sequence[FeatureNetwork],
+        channels: int,
+        num_classes: int,
+        head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         assert assistants
         self.student = student
         self.assistants = nn.ModuleList(assistants)
         self.student_adapter = nn.Conv2d(student.channels, channels, 1)
         self.assistant_adapters = nn.ModuleList(nn.Conv2d(one.channels, channels, 1) for one in assistants)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, num_classes) if head is None else head
         self.stage_adapters: StageAdapters | None = None
         # An assistant adds exactly nothing before it has learnt: the sum starts at S.
         for parameter in self.assistant_adapters.parameters():
             nn.init.zeros_(parameter)
 
-    def branches(self) -> list[tuple[Staged, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
         """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
-        return [(self.student, self.student_adapter), *cast("list[tuple[Staged, nn.Conv2d]]", list(pairs))]
+        return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, nn.Conv2d]]", list(pairs))]
 
     def parts(self, branch: int) -> list[nn.Module]:
         """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters."""
@@ -129,7 +137,7 @@ class StudentAlone(nn.Module):
         self.student_adapter = model.student_adapter
         self.head = model.head
 
-    def branches(self) -> list[tuple[Staged, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
         """(S, P_S)."""
         return [(self.student, self.student_adapter)]
 

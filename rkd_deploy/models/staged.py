@@ -6,9 +6,10 @@ and nothing else of it. Letters: N batch, C channels, H height, W width, K class
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,47 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError
 
 
-class Staged(nn.Module, ABC):
-    """A network that shows its stage maps and can be built again at other widths.
+class FeatureNetwork(nn.Module, ABC):
+    """A network that shows its stage maps.
+
+    Attributes:
+        fc: The classifier on the pooled last map, [N, C] to [N, K]: logits = fc(GAP(last map)). None for a bare feature
+            extractor, and for a classifier whose logits are no function of its pooled last map.
+    """
+
+    if TYPE_CHECKING:
+        # Not a property when run: most families have a layer of this name. The others keep the name that the public
+        # checkpoints give the layer, and make `fc` a property that leads to it.
+        @property
+        def fc(self) -> nn.Module | None: ...  # noqa: D102
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the last stage map."""
+
+    @abstractmethod
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The map after each stage, [N, C_i, H_i, W_i], deepest last. The last one is what the head pools."""
+
+    @abstractmethod
+    def without_head(self) -> FeatureNetwork:
+        """A feature extractor of the same topology with weights of its own."""
+
+    def maps_and_logits(self, x_NCHW: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Stage maps and logits [N, K] of one pass."""
+        maps = self.features(x_NCHW)
+        assert self.fc is not None
+        return maps, self.fc(pool(maps[-1]))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K], or the pooled last map [N, C] of a network without a head."""
+        pooled_NC = pool(self.features(x_NCHW)[-1])
+        return pooled_NC if self.fc is None else cast(Tensor, self.fc(pooled_NC))
+
+
+class Staged(FeatureNetwork):
+    """A network that can also be built again at other widths.
 
     Attributes:
         widths: What may be narrowed, from the stem on: enough numbers to build the network again. Each may shrink on
@@ -25,21 +65,15 @@ class Staged(nn.Module, ABC):
             channels of the stem and of every stage; where channels are tied to each other they are the free numbers
             behind them, and the family's docstring says which.
         multiple_of: Every width is a multiple of this, e.g. because convolutions are grouped.
-        fc: The linear classifier on the pooled last map, or None for a bare feature extractor.
     """
 
     widths: tuple[int, ...]
     multiple_of: ClassVar[int] = 1
 
     if TYPE_CHECKING:
-        # Not a property when run: most families have a layer of this name. The others keep the name that the public
-        # checkpoints give the layer, and make `fc` a property that leads to it.
+
         @property
         def fc(self) -> nn.Linear | None: ...  # noqa: D102
-
-    @abstractmethod
-    def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """The map after each stage, [N, C_i, H_i, W_i], deepest last. The last one is what the head pools."""
 
     @abstractmethod
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Staged:
@@ -59,15 +93,18 @@ class Staged(nn.Module, ABC):
             '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.names).'
         )
 
+    def steps(self, round_to: int) -> tuple[int, ...]:
+        """What each width shall be a multiple of, for channel counts that are multiples of `round_to`."""
+        return (math.lcm(round_to, self.multiple_of),) * len(self.widths)
+
+    def without_head(self) -> Staged:
+        """The same widths without a head, with fresh weights."""
+        return self.rebuilt(self.widths, None)
+
     @property
     def channels(self) -> int:
         """Channels of the last stage map."""
         return self.widths[-1]
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K], or the pooled last map [N, C] of a network without a head."""
-        pooled_NC = pool(self.features(x_NCHW)[-1])
-        return pooled_NC if self.fc is None else self.fc(pooled_NC)
 
 
 def pool(map_NCHW: Tensor) -> Tensor:

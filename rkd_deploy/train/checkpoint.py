@@ -23,8 +23,8 @@ from rkd_deploy.storage import write_bytes
 
 _FACTS = "rkd_deploy"
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-_PREFIXES = ("module.", "_orig_mod.")
-_HEADS = ("fc.", "head.", "classifier.", "linear.")
+_PREFIXES = ("module.", "_orig_mod.", "network.")  # parallel, compiled, and wrapped by External
+_HEADS = ("fc.", "head.", "heads.", "classifier.", "linear.")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict of any checkpoint, unwrapped and without the prefixes of parallel or compiled training, and its facts.
+    """State dict of any checkpoint, unwrapped and without the prefixes of wrapped training, and its facts.
 
     Raises:
         CheckpointError: Missing, damaged, or holding more than weights.

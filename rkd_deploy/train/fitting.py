@@ -63,12 +63,13 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
-        facts = group.first(lambda: networks.gather_facts(recipe, images))
+        display = display or Silent()
+        facts = group.first(lambda: networks.gather_facts(recipe, images, display.note))
         # Loads the given weights, so that bad ones leave no run behind.
         trainer = _Trainer(recipe, facts, images, device, group)
         run = group.first(lambda: create_run(root, recipe))
         group.first(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
-        return trainer.run(run, display or Silent())
+        return trainer.run(run, display)
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
@@ -78,9 +79,10 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
             return run
         recipe = run.recipe
         images = _load_images(recipe, group, run)
-        facts = group.first(lambda: _facts(run, images))
+        display = display or Silent()
+        facts = group.first(lambda: _facts(run, images, display))
         trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
-        return trainer.run(run, display or Silent())
+        return trainer.run(run, display)
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
@@ -90,9 +92,10 @@ def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageS
     return load_images(data, recipe.train.seed)
 
 
-def _facts(run: Run, images: ImageSet) -> dict[str, Any]:
+def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
     if not (run.folder / "facts.json").exists():  # killed in its first moments
-        _write_facts(run, networks.gather_facts(run.recipe, images) | {"given": _given_files(run.recipe)})
+        facts = networks.gather_facts(run.recipe, images, display.note)
+        _write_facts(run, facts | {"given": _given_files(run.recipe)})
     return run.read_json("facts.json")
 
 
@@ -172,7 +175,13 @@ class _Trainer:
             ("teacher", "teacher", self.nets.teacher),
             ("student", "s0", self.nets.given),
         ):
-            checkpoint = getattr(recipe, table).checkpoint
+            settings = getattr(recipe, table)
+            if module is not None and settings.pretrained:
+                complete = networks.load_published_weights(module, table, settings.name, self.facts)
+                if complete and part == "teacher":  # S0's go on being trained: it is what S and A are compared with
+                    self.ready[part] = module
+                    self._check_sanity(module, table, f"{settings.name}, pretrained", True)
+            checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
             known = networks.load_given_weights(module, table, checkpoint, recipe, self.facts)

@@ -30,6 +30,9 @@ from rkd_deploy.train.sums import EpochSums
 class Display(Protocol):
     """What shows a person how training goes; `rkd_deploy.train.progress` has one for terminals."""
 
+    def note(self, text: str) -> None:
+        """A line about what is done before training, e.g. a measurement."""
+
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
         """A phase begins, or is resumed after `done` steps."""
 

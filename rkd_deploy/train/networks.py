@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,12 +17,15 @@ from torch import nn
 from rkd_deploy.data.pictures import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import CheckpointError, RecipeError, UsageError, unknown_name
-from rkd_deploy.models import zoo
+from rkd_deploy.export.latency import ExportStopwatch
+from rkd_deploy.models import catalogues, zoo
+from rkd_deploy.models.external import External
 from rkd_deploy.models.progressive import ProgressiveStudent, paired_channels, progressive_student
+from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
-from rkd_deploy.models.separation import separate
-from rkd_deploy.models.staged import Staged, stage_shapes
-from rkd_deploy.recipe import DataRecipe, Recipe
+from rkd_deploy.models.separation import narrow, separate
+from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
+from rkd_deploy.recipe import DataRecipe, Recipe, StudentRecipe, TeacherRecipe
 from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
@@ -40,8 +44,8 @@ class Networks:
         model: S, its assistants and head.
     """
 
-    teacher: Staged | None
-    given: Staged | ReusedClassifier | None
+    teacher: FeatureNetwork | None
+    given: FeatureNetwork | None
     model: ResidualStudent | ProgressiveStudent | None
 
 
@@ -50,7 +54,8 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
     method = recipe.method
     own = ("fused", "student") if method.residual else ()
     given = ("s0",) if recipe.student.baseline else ()
-    return own + given + (() if method.name == "cross_entropy" else ("teacher",))
+    taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
+    return own + given + (("teacher",) if taught else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
@@ -121,14 +126,19 @@ def _teacher_normalisation(recipe: Recipe) -> dict[str, Any]:
     return stated
 
 
-def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
+def gather_facts(recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """What building the networks needs and the recipe does not say; written to facts.json.
+
+    Args:
+        recipe: What is asked for.
+        images: What it is trained on.
+        note: Told what is being measured, where the budget is latency.
 
     Raises:
         BudgetError: No S and A fit.
         UsageError: Unknown network.
+        RecipeError: T's head cannot be reused.
     """
-    classes = len(images.classes)
     facts: dict[str, Any] = {
         "data": images.name,
         "classes": list(images.classes),
@@ -136,21 +146,32 @@ def gather_facts(recipe: Recipe, images: ImageSet) -> dict[str, Any]:
         "std": list(images.std),
         "image_size": list(images.image_size),
         "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
-        "channels": zoo.create(recipe.teacher.name, classes).channels,
     }
     if images.sources:
         facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
         facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
+    teacher = _created(recipe.teacher, facts)
+    facts["channels"] = teacher.channels
+    given = teacher if recipe.student.fraction is not None else _created(recipe.student, facts)
+    for table, network in (("teacher", teacher), ("student", given)):
+        if isinstance(network, External):
+            facts[f"{table}_stages"] = list(network.stages)
+    if needs_teacher_head(recipe):
+        _check_head(recipe, teacher)
     if recipe.method.scheme == "progressive" or recipe.method.stages:
-        facts["stage_channels"] = _stage_channels(recipe, images)
-    return facts | _separation_facts(recipe, images, facts) if recipe.method.residual else facts
+        facts["stage_channels"] = _stage_channels(recipe, images, teacher, given)
+    with _stopwatch(recipe, images, note) as stopwatch:
+        if recipe.method.residual:
+            return facts | _separation_facts(recipe, images, facts, teacher, given, stopwatch)
+        if recipe.student.fraction is not None:
+            facts["given_widths"] = list(_given_widths(recipe, images, teacher, stopwatch))
+    return facts
 
 
-def _stage_channels(recipe: Recipe, images: ImageSet) -> list[int]:
+def _stage_channels(recipe: Recipe, images: ImageSet, T: FeatureNetwork, S0: FeatureNetwork) -> list[int]:
     """Channels of T's stage maps that have a partner among S's, counted from the deepest."""
-    T, S0 = (zoo.create(name, len(images.classes)) for name in (recipe.teacher.name, recipe.student.name))
     if recipe.method.scheme == "progressive":
-        S0.stages()  # refuses here what cannot be cut
+        narrowable(S0, images.image_size).stages()  # refuses here what cannot be cut
     maps_T, maps_S0 = (stage_shapes(network, images.image_size) for network in (T, S0))
     channels, stages, last = paired_channels(maps_T, maps_S0), recipe.method.stages, len(maps_S0)
     first = last - len(channels) + 1
@@ -162,20 +183,94 @@ def _stage_channels(recipe: Recipe, images: ImageSet) -> list[int]:
     return channels
 
 
-def _separation_facts(recipe: Recipe, images: ImageSet, facts: Mapping[str, Any]) -> dict[str, Any]:
-    stage_channels = tuple(facts["stage_channels"]) if recipe.method.scheme == "progressive" else None
+@contextmanager
+def _stopwatch(
+    recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None
+) -> Iterator[ExportStopwatch | None]:
+    """What measures, where anything is measured."""
+    student = recipe.student
+    if student.budget != "latency" or not (recipe.method.residual or student.fraction is not None):
+        yield None
+        return
+    with ExportStopwatch(
+        student.backend or "onnxruntime",
+        student.latency_batches or (1, 8),
+        input_size=images.image_size,
+        threads=student.latency_threads,
+        note=note,
+    ) as stopwatch:
+        yield stopwatch
+
+
+def _given_widths(
+    recipe: Recipe, images: ImageSet, teacher: FeatureNetwork, stopwatch: ExportStopwatch | None
+) -> tuple[int, ...]:
+    """Widths of an S0 that is a fraction of the teacher and is not split."""
+    assert recipe.student.fraction is not None
+    return narrow(
+        teacher,
+        recipe.student.fraction,
+        num_classes=len(images.classes),
+        input_size=images.image_size,
+        budget=recipe.student.budget,
+        round_to=recipe.student.round_to,
+        stopwatch=stopwatch,
+    )
+
+
+def _original(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
+    """The network that S0 is, or is cut from."""
+    return _created(recipe.student if recipe.student.fraction is None else recipe.teacher, facts)
+
+
+def needs_teacher_head(recipe: Recipe) -> bool:
+    """Whether what is trained classifies by T's head, or starts from it."""
+    return recipe.method.head != "trained" if recipe.method.residual else recipe.method.name == "simkd"
+
+
+def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
+    if recipe.method.scheme == "progressive" and not _linear_head(recipe, teacher):
+        raise RecipeError(
+            f'method.scheme = "progressive" needs a linear head, and that of {recipe.teacher.name} is another. '
+            'Set method.head = "trained".'
+        )
+    if teacher.fc is None:
+        what, instead = (
+            (f'method.head = "{recipe.method.head}"', 'Set method.head = "trained".')
+            if recipe.method.residual
+            else ('method.name = "simkd"', "Choose another method, or another teacher.")
+        )
+        raise RecipeError(
+            f"{what} classifies pooled maps by T's head, and the logits of {recipe.teacher.name} are no function of "
+            f"its pooled last map (a class token, a flattened map, another layer in between). {instead}"
+        )
+
+
+def _separation_facts(
+    recipe: Recipe,
+    images: ImageSet,
+    facts: Mapping[str, Any],
+    teacher: FeatureNetwork,
+    given: FeatureNetwork,
+    stopwatch: ExportStopwatch | None,
+) -> dict[str, Any]:
     separation = separate(
-        recipe.student.name,
+        # By its name where it has one, which is the same each time: tests remember separations.
+        recipe.student.name if isinstance(given, Staged) and given is not teacher else given,
         num_classes=len(images.classes),
         input_size=images.image_size,
         budget=recipe.student.budget,
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
-        channels=facts["channels"],
-        stage_channels=stage_channels,
+        channels=teacher.channels,
+        head=None if _linear_head(recipe, teacher) else teacher.fc,
+        fraction=recipe.student.fraction,
+        stopwatch=stopwatch,
+        stage_channels=tuple(facts["stage_channels"]) if recipe.method.scheme == "progressive" else None,
     )
     return {
+        "given_widths": list(separation.given_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
         "separation": {
@@ -183,37 +278,57 @@ def _separation_facts(recipe: Recipe, images: ImageSet, facts: Mapping[str, Any]
             "budget": separation.budget,
             "cost": separation.cost,
             "parts": separation.parts,
+            "latency": separation.latency,
         },
     }
 
 
-def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> Staged:
+def _created(table: TeacherRecipe | StudentRecipe, facts: Mapping[str, Any]) -> FeatureNetwork:
+    return zoo.create(table.name, len(facts["classes"]), input_size=facts["image_size"], stages=table.stages)
+
+
+def _linear_head(recipe: Recipe, teacher: FeatureNetwork) -> bool:
+    """Whether h is one linear layer: a fresh head, and that of most teachers."""
+    return not needs_teacher_head(recipe) or (type(teacher.fc) is nn.Linear and teacher.fc.bias is not None)
+
+
+def _head(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:
+    """The head h with fresh weights, built as T's where T's is to be its start."""
+    if catalogues.is_external(recipe.teacher.name) and needs_teacher_head(recipe):
+        teacher = _created(recipe.teacher, facts)
+        if not _linear_head(recipe, teacher):
+            return copy.deepcopy(cast(nn.Module, teacher.fc))
+    return nn.Linear(facts["channels"], len(facts["classes"]))
+
+
+def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
     """T with fresh weights."""
     with seeded(recipe.train.seed, "init/teacher"):
-        return zoo.create(recipe.teacher.name, len(facts["classes"]))
+        return _created(recipe.teacher, facts)
 
 
-def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> Staged | ReusedClassifier:
+def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
     """S0 with fresh weights; as SimKD ships it, where that is the method."""
-    classes = len(facts["classes"])
     with seeded(recipe.train.seed, "init/s0"):
-        given = zoo.create(recipe.student.name, classes)
+        given = _original(recipe, facts)
+        if recipe.student.fraction is not None:
+            given = narrowable(given, tuple(facts["image_size"])).rebuilt(facts["given_widths"], len(facts["classes"]))
         if recipe.method.name != "simkd":
             return given
-        backbone = given.rebuilt(given.widths, None)
-        return ReusedClassifier(backbone, facts["channels"], classes, recipe.method.simkd_factor)
+        head = _head(recipe, facts)
+        return ReusedClassifier(given.without_head(), facts["channels"], head, recipe.method.simkd_factor)
 
 
 def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent | ProgressiveStudent:
     """S and its assistants with fresh weights, at the widths of the facts."""
     classes = len(facts["classes"])
     with seeded(recipe.train.seed, "init/residual"):
-        given = zoo.create(recipe.student.name, 1)
+        given = narrowable(_original(recipe, facts), tuple(facts["image_size"]))
         student = given.rebuilt(facts["student_widths"], None)
         assistants = [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)]
         if recipe.method.scheme == "progressive":
             return progressive_student(student, assistants, facts["stage_channels"], classes, facts["image_size"])
-        model = ResidualStudent(student, assistants, facts["channels"], classes)
+        model = ResidualStudent(student, assistants, facts["channels"], classes, _head(recipe, facts))
         if early := recipe.method.stages[:-1]:
             own = [[shape[0] for shape in stage_shapes(one, facts["image_size"])] for one in (student, *assistants)]
             channels = [facts["stage_channels"][j - 1 - len(own[0])] for j in early]
@@ -252,7 +367,7 @@ def load_given_weights(
     """
     name = getattr(recipe, table).name
     state, own = load_foreign(Path(checkpoint))
-    load_weights(module, state, checkpoint, f"{table} {name}")
+    load_weights(module.network if isinstance(module, External) else module, state, checkpoint, f"{table} {name}")
     if own.get("classes") not in (None, facts["classes"]):
         theirs, ours = own["classes"], facts["classes"]
         index = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
@@ -262,13 +377,50 @@ def load_given_weights(
         )
     stated = {key: getattr(recipe.teacher, key) if table == "teacher" else None for key in ("mean", "std")}
     known = {key: own.get(key) or stated[key] for key in ("mean", "std")}
-    for key, value in known.items():
+    check_normalisation(f"{table} {name}", known, facts)
+    return all(value is not None for value in known.values())
+
+
+def load_published_weights(module: nn.Module, table: str, name: str, facts: Mapping[str, Any]) -> bool:
+    """Load the weights that torchvision or timm publish for T or S0.
+
+    Args:
+        module: An `External`; its classifier stays fresh where the data have another number of classes.
+        table: ``"teacher"`` or ``"student"``.
+        name: Of the network.
+        facts: Normalisation of the data.
+
+    Returns:
+        Whether the classifier is among the weights: else the network has to be trained first.
+
+    Raises:
+        CheckpointError: There are none, or they could not be fetched.
+        RecipeError: Another normalisation than that of the data.
+    """
+    assert isinstance(module, External)
+    weights = catalogues.published(name, module.network)
+    check_normalisation(f"{table} {name}", {"mean": weights.mean, "std": weights.std}, facts)
+    module.network.load_state_dict({**module.network.state_dict(), **weights.state})
+    return weights.complete
+
+
+def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None], facts: Mapping[str, Any]) -> None:
+    """Refuse weights that expect images of another normalisation than the data's.
+
+    Args:
+        what: The network, for the message.
+        expected: mean and std, None where they are not known.
+        facts: Normalisation of the data.
+
+    Raises:
+        RecipeError: They do.
+    """
+    for key, value in expected.items():
         if value is not None and max(abs(a - b) for a, b in zip(value, facts[key], strict=True)) > 1e-3:
             raise RecipeError(
-                f"{table} {name} expects images normalised with {key} {list(value)}; the data use {facts[key]}. "
-                f"Use the {table}'s: --set 'data.{key}={list(value)}'"
+                f"{what} expects images normalised with {key} {list(value)}; the data use {facts[key]}. "
+                f"Use the {what.split()[0]}'s: --set 'data.{key}={list(value)}'"
             )
-    return all(value is not None for value in known.values())
 
 
 def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:

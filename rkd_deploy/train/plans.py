@@ -12,6 +12,7 @@ stage_1_student, stage_1_assistant, stage_2_student, ..
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from typing import Any
 from torch import nn
 
 from rkd_deploy.models.progressive import ProgressiveStudent
+from rkd_deploy.models.pruned import inherit_weights
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged
+from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
 from rkd_deploy.train.methods.base import Method
@@ -71,7 +73,18 @@ class Planner:
         if nets.given is not None and "s0" not in ready:
             yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
         if nets.model is not None:
-            yield from self._residual(nets.model)
+            first, *others = self._residual(nets.model)
+            yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
+            yield from others
+
+    def _begun(self, model: ResidualStudent | ProgressiveStudent, method: Callable[[], Method]) -> Method:
+        """What trains S and A first, once they have what they inherit: their source may be trained in this run."""
+        # Between the stages of scheme progressive lie fresh adapters, behind which trained weights are worth nothing.
+        if self.recipe.student.inherits and isinstance(model, ResidualStudent):
+            source = self._teacher() if self.recipe.student.fraction is not None else self.nets.given
+            assert isinstance(source, FeatureNetwork)
+            inherit_weights([branch for branch, _ in model.branches()], source, tuple(self.facts["image_size"]))
+        return method()
 
     def check(self) -> None:
         """Build the borrowed loss once for nothing, so that one which does not fit these networks leaves no run behind.
@@ -116,8 +129,11 @@ class Planner:
                     functools.partial(self._step, model, stage, branch),
                 )
 
-    def _s0(self, given: Staged | ReusedClassifier) -> Method:
+    def _s0(self, given: FeatureNetwork) -> Method:
         method = self.recipe.method
+        if self.recipe.student.fraction is not None and self.recipe.student.inherits:
+            narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
+            inherit_weights([narrowed], self._teacher(), tuple(self.facts["image_size"]))
         if method.loss == "none":
             return CrossEntropy(given)
         if isinstance(given, ReusedClassifier):
@@ -130,7 +146,8 @@ class Planner:
 
     def _student(self, model: ResidualStudent) -> Method:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
-        model.head.load_state_dict(self._teacher_head().state_dict())
+        if networks.needs_teacher_head(self.recipe) or type(self._teacher().fc) is nn.Linear:
+            model.head.load_state_dict(self._teacher_head().state_dict())
         method = self.recipe.method
         return StudentStep(
             self._teacher(),
@@ -200,15 +217,16 @@ class Planner:
         student = model.student if isinstance(model, ResidualStudent) else model
         return base_loss(self.recipe.method, self._teacher(), student, self.facts["image_size"])
 
-    def _freshen(self, head: nn.Linear) -> None:
+    def _freshen(self, head: nn.Module) -> None:
+        assert isinstance(head, nn.Linear)
         with networks.seeded(self.recipe.train.seed, "init/head"):
             head.reset_parameters()
 
-    def _teacher(self) -> Staged:
+    def _teacher(self) -> FeatureNetwork:
         assert self.nets.teacher is not None
         return self.nets.teacher
 
-    def _teacher_head(self) -> nn.Linear:
+    def _teacher_head(self) -> nn.Module:
         head = self._teacher().fc
         assert head is not None
         return head

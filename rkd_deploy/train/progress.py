@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 class Silent:
     """Shows nothing."""
 
+    def note(self, text: str) -> None:
+        """Nothing."""
+
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
         """Nothing."""
 
@@ -54,6 +57,10 @@ class Progress:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of what is done before training."""
+        self.console.print(text, highlight=False)
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
         """Open the bar of a phase."""
@@ -135,3 +142,7 @@ def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console
     budget = facts.get("separation")  # a baseline has none
     if budget is not None:
         console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")
+        if (latency := budget.get("latency")) is not None:
+            console.print(
+                f"Latency of S + A over that of S0, measured: {latency['fused']['worst_ratio']:.3f} at worst."
+            )

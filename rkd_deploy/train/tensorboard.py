@@ -39,6 +39,10 @@ class TensorBoard:
         self._phase, self._next_epoch = "", 1
         self._writer: Any = None
 
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._display.note(text)
+
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
         """Remember where it begins: after a kill, epochs from there on are written again and hide the old ones."""
         self.close()

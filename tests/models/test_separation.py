@@ -160,6 +160,7 @@ def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separatio
     return Separation(
         student=made.student.rebuilt(widths, None),
         assistants=made.assistants,
+        given_widths=made.given_widths,
         cost=sum(parts.values()),
         budget=made.budget,
         unit=made.unit,
@@ -282,7 +283,8 @@ def test_adapters_to_a_wide_teacher_can_be_too_dear() -> None:
     ("model", "budget", "message"),
     [
         ("resnet9", "macs", r"Unknown network 'resnet9'\. Did you mean"),
-        ("resnet8", "latency", r"Unknown budget 'latency'\..*Choices: macs, params"),
+        ("resnet8", "flops", r"Unknown budget 'flops'\..*Choices: latency, macs, params"),
+        ("resnet8", "latency", r"budget = 'latency' and a stopwatch is not given"),
     ],
 )
 def test_unknown_names_are_refused(model: str, budget: str, message: str) -> None:

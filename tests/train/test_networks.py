@@ -55,6 +55,8 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         assistants=1,
         round_to=8,
         channels=256,
+        fraction=None,
+        stopwatch=None,
     )
     assert facts == {
         "data": "digits",
@@ -63,10 +65,11 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         "std": [0.318] * 3,
         "image_size": [8, 8],
         "images": {"train": 80, "val": 20, "test": 50},
+        "given_widths": [16, 16, 32, 64],
         "student_widths": list(made.student.widths),
         "assistant_widths": list(made.assistant.widths),
         "channels": 256,  # the teacher's
-        "separation": {"unit": "macs", "budget": made.budget, "cost": made.cost, "parts": made.parts},
+        "separation": {"unit": "macs", "budget": made.budget, "cost": made.cost, "parts": made.parts, "latency": None},
     }
     model = build_residual(recipe, facts)
     assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)

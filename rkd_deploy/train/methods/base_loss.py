@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork
 
 
 class View(NamedTuple):
@@ -77,11 +77,9 @@ class WeightedLoss(nn.Module):
 
 
 @torch.no_grad()
-def view_teacher(teacher: Staged, x_NCHW: Tensor) -> View:
+def view_teacher(teacher: FeatureNetwork, x_NCHW: Tensor) -> View:
     """T's view, without a graph behind it."""
-    maps = teacher.features(x_NCHW)
-    assert teacher.fc is not None
-    return View(maps, teacher.fc(pool(maps[-1])))
+    return View(*teacher.maps_and_logits(x_NCHW))
 
 
 def promoted(x: Tensor) -> Tensor:

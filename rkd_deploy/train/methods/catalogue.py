@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rkd_deploy.models.staged import Staged, stage_shapes
+from rkd_deploy.models.staged import FeatureNetwork, stage_shapes
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.train.methods.attention import AttentionTransfer
 from rkd_deploy.train.methods.base_loss import BaseLoss, WeightedLoss
@@ -17,7 +17,9 @@ from rkd_deploy.train.methods.reviewkd import ReviewKD
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
 
 
-def base_loss(recipe: MethodRecipe, teacher: Staged, network: nn.Module, image_size: Sequence[int]) -> WeightedLoss:
+def base_loss(
+    recipe: MethodRecipe, teacher: FeatureNetwork, network: nn.Module, image_size: Sequence[int]
+) -> WeightedLoss:
     """The borrowed loss of a recipe, with fresh adapters between these two networks, on the network's device.
 
     Args:

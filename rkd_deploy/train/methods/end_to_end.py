@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.distance import Distance
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import explained, over_stages, sized_like
+from rkd_deploy.train.methods.residual import added, alike_each, explained, over_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class EndToEnd(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         distance: Distance,
         weights: Weights,
@@ -77,10 +77,10 @@ class EndToEnd(Method):
         seen = view_teacher(self.teacher, x_NCHW)
         maps = model.student.features(x_NCHW)
         s = model.levels(0, maps)
-        f_T = [sized_like(target, one) for target, one in zip(model.targets(seen.maps), s, strict=True)]
+        f_T, sized_s = alike_each(model.targets(seen.maps), s)
         parts: dict[str, Tensor] = {}
 
-        error, last = over_stages(self.distance, w.stage, f_T, s)
+        error, last = over_stages(self.distance, w.stage, f_T, sized_s)
         total, parts["student"] = w.feature * error, last.detach()
         if self.base is not None:
             weighted, parts["base"] = self.base(seen, View(maps, model.head(pool(s[-1]))), y_N)
@@ -88,13 +88,15 @@ class EndToEnd(Method):
 
         k = len(model.assistants)
         for i, (assistant, _) in enumerate(model.branches()[1:], 1):
-            r = [target - one for target, one in zip(f_T, s, strict=True)]
+            r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
             f_A = model.levels(i, assistant.features(x_NCHW))
-            error, last = over_stages(self.distance, w.stage, [one.detach() for one in r] if self.detach else r, f_A)
+            _, sized_f_A = alike_each(r, f_A)
+            known = [one.detach() for one in r] if self.detach else r
+            error, last = over_stages(self.distance, w.stage, known, sized_f_A)
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
             parts["assistant" if i == 1 else f"assistant_{i}"] = last.detach()
-            s = [one + more for one, more in zip(s, f_A, strict=True)]
-        parts["explained"] = explained(f_T[-1], s[-1])
+            s, sized_s = added(s, f_A), added(sized_s, sized_f_A)
+        parts["explained"] = explained(f_T[-1], sized_s[-1])
 
         z = model.head(pool(s[-1]))
         ce, kl = cross_entropy(z, y_N), kd_loss(seen.logits_NK, z, w.temperature)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.models.progressive import ProgressiveStudent
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
 from rkd_deploy.train.methods.distance import Distance
-from rkd_deploy.train.methods.residual import explained, sized_like
+from rkd_deploy.train.methods.residual import explained
 
 
 class ProgressiveStep(Method):
@@ -42,7 +42,7 @@ class ProgressiveStep(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ProgressiveStudent,
         weight: float,
         *,
@@ -70,10 +70,14 @@ class ProgressiveStep(Method):
             done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
         f = step.map(s_before)
         m = step.adapter(f)
-        f_T = sized_like(seen.maps[self.stage - 1 - len(rows)], m)
         s = sum(done, torch.zeros_like(m))
-        error = self.distance(f_T - s, m)
-        parts = {"assistant" if self.branch else "student": error.detach(), "explained": explained(f_T, s + m)}
+        f_T, sized_s = alike(seen.maps[self.stage - 1 - len(rows)], s)
+        _, sized_m = alike(f_T, m)
+        error = self.distance(f_T - sized_s, sized_m)
+        parts = {
+            "assistant" if self.branch else "student": error.detach(),
+            "explained": explained(f_T, sized_s + sized_m),
+        }
         z = self.model.head(pool(s + m)) if self.last else None
         total = self.weight * error
         if self.base is not None:

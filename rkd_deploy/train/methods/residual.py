@@ -10,14 +10,15 @@ training only; D then stands for D(..) + v sum_j D(f_T^j - .., R_b^j f_b^j), eac
 
 f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`distance.py`), w its weight, X a borrowed
 loss ("residual + X"), which sees S's own stage maps and S's logits under T's head. T is frozen throughout and in eval
-mode. k = 1 is the paper's single assistant A. Only the abstract of the paper and a summary of its journal version are
-public: the order of the steps, the choice of D and where X is applied are this project's.
+mode. Maps of T and of the sum that differ in height or width are compared at the smaller of both sizes, the larger map
+average-pooled to it (SimKD's rule); the sum itself keeps S's size. k = 1 is the paper's single assistant A. Only the
+abstract of the paper and a summary of its journal version are public: the order of the steps, the choice of D and where
+X is applied are this project's.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -26,16 +27,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, sized, view_teacher
+from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
 from rkd_deploy.train.methods.distance import Distance, mse
-
-
-def sized_like(target_NCHW: Tensor, map_NCHW: Tensor) -> Tensor:
-    """The target, average-pooled to the height and width of the map where they differ (as SimKD does)."""
-    height, width = map_NCHW.shape[-2:]
-    return sized(target_NCHW, height, width)
 
 
 @torch.no_grad()
@@ -48,8 +43,19 @@ def over_stages(
     distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """D + v sum_j D_j over the stages before the last, and D at the last alone."""
-    *early, last = [distance(sized_like(t, m), m) for t, m in zip(targets, maps, strict=True)]
+    *early, last = [distance(target, one) for target, one in zip(targets, maps, strict=True)]
     return (last + stage_weight * torch.stack(early).sum() if early else last), last
+
+
+def alike_each(ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps of T and of S at each stage, both at the smaller height and width of the two."""
+    pairs = [alike(one, other) for one, other in zip(ones, others, strict=True)]
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
+def added(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """The sum at each stage."""
+    return [one + other for one, other in zip(ones, others, strict=True)]
 
 
 class StudentStep(Method):
@@ -66,7 +72,7 @@ class StudentStep(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         weight: float,
         *,
@@ -85,11 +91,11 @@ class StudentStep(Method):
         seen = view_teacher(self.teacher, x_NCHW)
         maps = self.model.student.features(x_NCHW)
         levels = self.model.levels(0, maps)
-        f_S = levels[-1]
-        z_S = self.model.head(pool(f_S))
-        error, last = over_stages(self.distance, self.stage_weight, self.model.targets(seen.maps), levels)
+        z_S = self.model.head(pool(levels[-1]))
+        f_T, sized = alike_each(self.model.targets(seen.maps), levels)
+        error, last = over_stages(self.distance, self.stage_weight, f_T, sized)
         total = self.weight * error
-        parts = {"student": last.detach(), "explained": explained(sized_like(seen.maps[-1], f_S), f_S)}
+        parts = {"student": last.detach(), "explained": explained(f_T[-1], sized[-1])}
         if self.base is not None:
             weighted, parts["base"] = self.base(seen, View(maps, z_S), y_N)
             total = total + weighted
@@ -123,7 +129,7 @@ class AssistantStep(Method):
 
     def __init__(
         self,
-        teacher: Staged,
+        teacher: FeatureNetwork,
         model: ResidualStudent,
         weight: float,
         *,
@@ -142,16 +148,15 @@ class AssistantStep(Method):
         model, networks = self.model, [network for network, _ in self.model.branches()]
         with torch.no_grad():
             before = [model.levels(b, networks[b].features(x_NCHW)) for b in range(self.number)]
-            s = [functools.reduce(operator.add, maps) for maps in zip(*before, strict=True)]
-            targets = model.targets(self.teacher.features(x_NCHW))
-            f_T = [sized_like(target, one) for target, one in zip(targets, s, strict=True)]
-            r = [target - one for target, one in zip(f_T, s, strict=True)]
+            s = functools.reduce(added, before)
+            f_T, sized_s = alike_each(model.targets(self.teacher.features(x_NCHW)), s)
+            r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
         f_A = model.levels(self.number, networks[self.number].features(x_NCHW))
-        error, last = over_stages(self.distance, self.stage_weight, r, f_A)
+        _, sized_f_A = alike_each(r, f_A)
+        error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A)
         with torch.no_grad():
-            total = s[-1] + f_A[-1]
-            parts = {"assistant": last.detach(), "explained": explained(f_T[-1], total)}
-            logits_NK = model.head(pool(total))
+            parts = {"assistant": last.detach(), "explained": explained(f_T[-1], sized_s[-1] + sized_f_A[-1])}
+            logits_NK = model.head(pool(s[-1] + f_A[-1]))
         return Losses(self.weight * error, parts, logits_NK)
 
     def deployable(self) -> nn.Module:

@@ -12,12 +12,11 @@ average-pooled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike
 
 
@@ -30,30 +29,38 @@ def projector(channels: int, out_channels: int, factor: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class ReusedClassifier(nn.Module):
+class ReusedClassifier(FeatureNetwork):
     """S0's stages, R, and the teacher's head: what SimKD ships.
 
     Args:
         backbone: S0 without a head.
         channels: C_T.
-        num_classes: K.
+        head: h_T, or one like it.
         factor: f.
     """
 
-    def __init__(self, backbone: Staged, channels: int, num_classes: int, factor: int) -> None:
+    fc: nn.Module
+
+    def __init__(self, backbone: FeatureNetwork, channels: int, head: nn.Module, factor: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector(backbone.channels, channels, factor)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = head
+        self._channels = channels
+
+    @property
+    def channels(self) -> int:
+        """C_T."""
+        return self._channels
+
+    def without_head(self) -> FeatureNetwork:
+        """R belongs to the head: without both, S0 is left."""
+        return self.backbone.without_head()
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
         """S0's stage maps, the last one as R f_S, [N, C_T, H', W']."""
         *maps, f_S = self.backbone.features(x_NCHW)
         return (*maps, self.projector(f_S))
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
-        return cast(Tensor, self.fc(pool(self.features(x_NCHW)[-1])))
 
 
 class SimKD(BaseLoss):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rkd_deploy.models.staged import Staged, pool
+from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -26,9 +26,7 @@ class Taught(Method):
         ce_weight: c.
     """
 
-    def __init__(
-        self, teacher: Staged, network: Staged | ReusedClassifier, base: WeightedLoss, ce_weight: float
-    ) -> None:
+    def __init__(self, teacher: FeatureNetwork, network: FeatureNetwork, base: WeightedLoss, ce_weight: float) -> None:
         super().__init__()
         self.teacher, self.network, self.base, self.ce_weight = teacher, network.requires_grad_(True), base, ce_weight
         self.freeze(teacher)
@@ -37,9 +35,7 @@ class Taught(Method):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """The sum c CE + b X."""
-        maps = self.network.features(x_NCHW)
-        assert self.network.fc is not None
-        z = self.network.fc(pool(maps[-1]))
+        maps, z = self.network.maps_and_logits(x_NCHW)
         ce = cross_entropy(z, y_N)
         weighted, value = self.base(view_teacher(self.teacher, x_NCHW), View(maps, z), y_N)
         parts = {"ce": ce.detach(), "base": value}

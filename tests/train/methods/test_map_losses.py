@@ -142,7 +142,7 @@ def test_reviewkd(views: tuple[View, View, Tensor]) -> None:
 
 def test_simkd_and_the_classifier_that_it_reuses() -> None:
     T, S0 = (scrambled(CifarResNet(8, widths, CLASSES)) for widths in ((4, 4, 6, 8), (3, 3, 4, 5)))
-    reused = scrambled(ReusedClassifier(S0.rebuilt(S0.widths, None), 8, CLASSES, 2))
+    reused = scrambled(ReusedClassifier(S0.rebuilt(S0.widths, None), 8, nn.Linear(8, CLASSES), 2))
     reused.fc.load_state_dict(T.fc.state_dict())
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_taught_adds_cross_entropy_and_the_weighted_loss() -> None:
 
 def test_the_reused_head_is_not_trained() -> None:
     T, S0 = (CifarResNet(8, widths, CLASSES) for widths in ((4, 4, 6, 8), (3, 3, 4, 5)))
-    reused = ReusedClassifier(S0.rebuilt(S0.widths, None), 8, CLASSES, 2)
+    reused = ReusedClassifier(S0.rebuilt(S0.widths, None), 8, nn.Linear(8, CLASSES), 2)
     method = Taught(T, reused, base_loss(MethodRecipe(name="simkd"), T, reused, (8, 8)), ce_weight=1.0).train()
     method(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])).total.backward()
     assert {n for n, p in reused.named_parameters() if p.grad is None} == {"fc.weight", "fc.bias"}

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.train.methods.base import Method
+from rkd_deploy.train.methods.base_loss import alike
 from rkd_deploy.train.methods.distance import mse
 from rkd_deploy.train.methods.residual import (
     AssistantStep,
     HeadStep,
     StudentStep,
     explained,
-    sized_like,
 )
 
 CHANNELS, CLASSES, WEIGHT = 10, 4, 3.0
@@ -75,10 +75,12 @@ def test_distance_is_the_mean_over_all_elements() -> None:
     assert mse(target.repeat(5, 3, 1, 1), map_.repeat(5, 3, 1, 1)).item() == 7.5
 
 
-def test_a_larger_target_is_pooled_to_the_map() -> None:
-    target = torch.arange(16.0).view(1, 1, 4, 4)
-    assert sized_like(target, torch.zeros(1, 1, 2, 2)).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
-    assert sized_like(target, torch.zeros(1, 7, 4, 4)) is target
+def test_the_larger_of_two_maps_is_pooled_to_the_smaller() -> None:
+    large, small = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 7, 2, 2)
+    for one, other in (alike(large, small), alike(small, large)[::-1]):
+        assert one.tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+        assert other is small
+    assert alike(large, large)[0] is large
 
 
 def test_explained_is_0_for_silence_and_1_for_the_target() -> None:

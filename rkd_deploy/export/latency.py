@@ -1,0 +1,122 @@
+"""Times networks against S0 as they would be deployed: fused, exported, run by a backend."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from torch import nn
+
+from rkd_deploy.card import Preprocess
+from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.models.latency import Reading
+from rkd_deploy.serve.backends import Backend, check_backend, load_backend
+from rkd_deploy.serve.bench.provenance import provenance
+from rkd_deploy.serve.bench.timing import measure_interleaved
+
+BACKENDS = ("onnxruntime", "openvino")
+"""Those that run an ONNX file."""
+
+_SECONDS = {False: (0.8, 0.2), True: (2.5, 0.5)}
+"""Timed and untimed, of each network at each batch size; by whether it is to be confirmed."""
+
+
+class ExportStopwatch:
+    """Exports two classifiers and times them in turn: see `rkd_deploy.models.latency.Stopwatch`.
+
+    Args:
+        backend: One of `BACKENDS`.
+        batches: Batch sizes; a candidate has to be fast at each.
+        input_size: Height and width of the images in pixels.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Of the backend on a CPU. Default: its own choice.
+        note: Told what is being done.
+
+    Raises:
+        UsageError: Unknown backend.
+        MissingDependencyError: The backend is not installed.
+    """
+
+    def __init__(
+        self,
+        backend: str = "onnxruntime",
+        batches: tuple[int, ...] = (1, 8),
+        *,
+        input_size: tuple[int, int],
+        device: str = "cpu",
+        threads: int | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        check_backend(backend)
+        self._backend, self._batches, self._device, self._threads = backend, batches, device, threads
+        self._preprocess = Preprocess(
+            height=input_size[0], width=input_size[1], mean=(0.5,) * 3, std=(0.5,) * 3, embedded=False
+        )
+        self._note = note or (lambda text: None)
+        self._folder = tempfile.TemporaryDirectory(prefix="rkd-latency-")
+        self._given: tuple[nn.Module, Path] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def compare(self, candidate: nn.Module, given: nn.Module, *, confirm: bool) -> Reading:
+        """Time both in turn, batch size by batch size, in sessions of their own."""
+        if self._given is None or self._given[0] is not given:
+            self._given = (given, self._export(given, "given"))
+        files = {"given": self._given[1], "candidate": self._export(candidate, "candidate")}
+        seconds, warmup = _SECONDS[confirm]
+        timings = {}
+        for batch in self._batches:
+            x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
+            models: dict[str, tuple[Backend, Any]] = {name: (self._load(file), x) for name, file in files.items()}
+            try:
+                timings[batch] = measure_interleaved(
+                    models, min_seconds=seconds, min_runs=10, warmup_seconds=warmup, warmup_runs=2
+                )
+            finally:
+                for backend, _ in models.values():
+                    backend.close()
+        percentile = 50 if confirm else 10
+        reading = Reading(
+            ratios={
+                batch: timing["candidate"].percentile(percentile) / timing["given"].percentile(percentile)
+                for batch, timing in timings.items()
+            },
+            candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
+            given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
+            runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
+        )
+        ratios = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
+        self._note(f"Latency over that of S0 on {self._backend}{', confirmed' if confirm else ''}: {ratios}")
+        return reading
+
+    def describe(self) -> dict[str, Any]:
+        """Backend, device and machine."""
+        facts = provenance()
+        return {
+            "backend": self._backend,
+            "version": facts["versions"].get(self._backend),
+            "device": self._device,
+            "threads": self._threads,
+            "cpu": facts["cpu"],
+            "cores": facts["cores"],
+        }
+
+    def _export(self, network: nn.Module, name: str) -> Path:
+        file = Path(self._folder.name) / f"{name}.onnx"
+        graph = ExportGraph(fuse(network.eval()), self._preprocess)
+        file.write_bytes(to_onnx(graph, self._preprocess).SerializeToString())
+        return file
+
+    def _load(self, file: Path) -> Backend:
+        return load_backend(self._backend, file, device=self._device, threads=self._threads)

@@ -1,0 +1,362 @@
+"""Which channels of a network belong together: removing one of them anywhere means removing it everywhere.
+
+Torch-Pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900) says which layers share their channels: through
+additions, concatenations, depthwise convolutions, gates. From it follow
+
+    unit    channels that can only go together: one channel, or a whole group of a grouped convolution
+    space   units in one order, shared by every layer that has them, e.g. the output of a residual stage
+    width   how many channels of a space are kept; spaces that must stay equally wide share one, e.g. the two halves
+            that ShuffleNetV2 splits and joins
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import types
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from rkd_deploy.errors import UsageError
+
+Indices = npt.NDArray[np.int64]
+STAYS = -1
+"""In place of a unit: this index is never removed."""
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units in one order.
+
+    Attributes:
+        name: Path of the first layer that makes its channels.
+        units: Numbers of its units, in the order of its channels.
+        size: Channels of one unit in that layer.
+        width: Index of the width that says how many channels are kept.
+        importance: Of each unit; the more important, the rather it is kept.
+        per_layer: For each layer that has the space, how many of its channels one unit is, and what the number of
+            its channels must be a multiple of.
+    """
+
+    name: str
+    units: Indices
+    size: int
+    width: int
+    importance: npt.NDArray[np.float64]
+    per_layer: frozenset[tuple[int, int]]
+
+    @property
+    def channels(self) -> int:
+        """How many there are before anything is removed."""
+        return len(self.units) * self.size
+
+    def step(self, round_to: int) -> int:
+        """The least number of channels that is, in every layer, a multiple of `round_to`."""
+        units = 1
+        for channels, multiple_of in self.per_layer:
+            wanted = math.lcm(round_to, multiple_of)
+            units = math.lcm(units, wanted // math.gcd(wanted, channels))
+        return units * self.size
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What of a network can be removed.
+
+    Attributes:
+        axes: By (tensor, dimension), the unit of each index, or `STAYS`.
+        output: The unit of each channel that comes out, or `STAYS`.
+        spaces: Each unit is in one of them; in the order of the layers.
+        widths: Channels of each width before anything is removed.
+    """
+
+    axes: dict[tuple[str, int], Indices]
+    output: Indices
+    spaces: tuple[Space, ...]
+    widths: tuple[int, ...]
+
+    def steps(self, round_to: int) -> tuple[int, ...]:
+        """Each width is a multiple of this many channels."""
+        return tuple(
+            math.lcm(*(space.step(round_to) for space in self.spaces if space.width == index))
+            for index in range(len(self.widths))
+        )
+
+
+def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
+    """Find what can be removed.
+
+    Args:
+        network: RGB images to what is used of it; layers that do not run are not narrowed. Left as it is: a copy is run
+            once, on the CPU. Its weights decide on the importances alone.
+        input_size: Height and width in pixels.
+
+    Raises:
+        UsageError: It has a layer whose channels cannot be removed; the message names it.
+    """
+    network = copy.deepcopy(network).cpu().float().requires_grad_(True)
+    with torch.enable_grad():
+        graph = _Graph().build_dependency(
+            network,
+            torch.zeros(1, 3, *input_size),
+            output_transform=lambda y: y * 1,  # else the last layer stands for the output
+            verbose=False,
+        )
+    coupling = _Coupling(network, graph)
+    importance = tp.importance.GroupMagnitudeImportance()
+    for group in graph.get_all_groups():
+        coupling.add(group, importance(group))
+    coupling.tie_grouped_convolutions()
+    coupling.tie_splits()
+    return coupling.numbered()
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's graph, put right where it fails on ShuffleNet's split, join and shuffle of channels.
+
+    It takes every reshape for a flattening that multiplies the channels, and then divides by zero. In a feature
+    extractor nothing is flattened but 1x1 maps, which keeps the channels: every reshape is taken for an element-wise
+    operation. Through a shuffle the number of channels thus stays right, and not their order.
+    """
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = super()._trace(*args, **kwargs)
+        for node in nodes.values():
+            if node.type == tp.ops.OPTYPE.RESHAPE:
+                node.type = tp.ops.OPTYPE.ELEMENTWISE
+            elif node.type == tp.ops.OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size"):
+                self._describe_split(node)
+        return nodes
+
+    def get_in_channels(self, module_or_node: Any) -> Any:
+        """The channels of a split too: the base guesses them, and leaves joins out where it has guessed wrong."""
+        if getattr(module_or_node, "type", None) == tp.ops.OPTYPE.SPLIT and module_or_node.module.offsets:
+            return module_or_node.module.offsets[-1]
+        return super().get_in_channels(module_or_node)
+
+    def _describe_split(self, node: Any) -> None:
+        """Tell the sizes and the order of the parts: torch.chunk's are neither found nor put in order by the base."""
+        sizes, size = node.grad_fn._saved_self_sym_sizes, node.grad_fn._saved_split_size
+        dim = int(np.array(node.grad_fn._saved_dim, dtype=np.uint64).astype(np.int64)) % len(sizes)
+        parts = [min(size, sizes[dim] - start) for start in range(0, sizes[dim], size)]
+        readers = {
+            number: reader
+            for reader in node.outputs
+            for function, number in reader.grad_fn.next_functions
+            if function is node.grad_fn
+        }
+        if dim == 1 and (len(node.outputs) != len(parts) or len(readers) != len(parts)):
+            raise UsageError(
+                f"S0 cannot be narrowed: it splits {sizes[dim]} channels into {len(parts)} parts (operator "
+                f"{node.grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
+                "only parts that are read by one layer each can be followed. Give another S0."
+            )
+        node.outputs = [readers[number] for number in sorted(readers)] if dim == 1 else node.outputs
+        node.grad_fn = types.SimpleNamespace(_saved_dim=dim, _saved_split_sizes=parts)
+
+
+class _Forest:
+    """Union-find: numbers that were joined have the same root."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def grow(self, count: int) -> None:
+        self._parent += range(len(self), len(self) + count)
+
+    def root(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, items: Iterable[int]) -> None:
+        roots = sorted({self.root(item) for item in items})
+        for other in roots[1:]:
+            self._parent[other] = roots[0]  # the first: numbers stay in the order of the channels
+
+    def roots(self) -> Indices:
+        return np.array([self.root(item) for item in range(len(self))], dtype=np.int64)
+
+
+class _Coupling:
+    """Collects which index of which axis is which channel, and which channels go together."""
+
+    def __init__(self, network: nn.Module, graph: Any) -> None:
+        self._graph = graph
+        self._names: dict[Any, str] = {module: name for name, module in network.named_modules()}
+        self._names |= {parameter: name for name, parameter in network.named_parameters()}
+        self._places = {name: place for place, name in enumerate(self._names.values())}
+        self._owner: dict[tuple[Any, str], Indices] = {}  # by (layer, side): the channel of each index, or STAYS
+        self._units, self._spaces, self._widths = _Forest(), _Forest(), _Forest()
+        self._home: list[int] = []  # of each channel, the number of its group of Torch-Pruning's
+        self._score: list[float] = []
+        self._stuck: set[int] = set()  # groups of which nothing can be removed
+
+    def add(self, group: Any, importance: Tensor | None) -> None:
+        """A group of Torch-Pruning's: the channels of one layer, and where else they are."""
+        first, count, number = len(self._units), len(group[0].idxs), len(self._spaces)
+        for forest, more in ((self._units, count), (self._spaces, 1), (self._widths, 1)):
+            forest.grow(more)
+        self._home += [number] * count
+        self._score += [0.0] * count if importance is None else importance.tolist()
+        for item in group:
+            layer = item.dep.target.module
+            if isinstance(layer, tp.ops._SliceOp) and layer.dim == 1:
+                self._stuck.add(number)  # its bounds are written in the network's code
+            for side, size in self._sides(layer, item.dep.handler):
+                owner = self._owner.setdefault((layer, side), np.full(size, STAYS, dtype=np.int64))
+                indices, roots = np.array(item.idxs), first + np.array(item.root_idxs)
+                free = owner[indices] == STAYS
+                owner[indices[free]] = roots[free]
+                for index in np.flatnonzero(owner[indices] != roots):  # already known as another channel
+                    self._together([owner[indices[index]], roots[index]])
+
+    def tie_grouped_convolutions(self) -> None:
+        """Their groups are kept or removed whole."""
+        for layer in list(self._names):
+            if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+                continue
+            sides = [self._owner[layer, side] for side in ("in", "out") if (layer, side) in self._owner]
+            if len(sides) < 2 or any((side == STAYS).any() for side in sides):
+                self._stuck.update(self._homes(np.concatenate([*sides, [STAYS]])))
+                continue
+            for block in np.concatenate([side.reshape(layer.groups, -1) for side in sides], axis=1):
+                self._together(block)
+
+    def tie_splits(self) -> None:
+        """Equal parts stay equally wide; the sizes of unequal ones are written in the network's code."""
+        for (layer, side), owner in self._owner.items():
+            if side != "split":
+                continue
+            parts = [owner[start:end] for start, end in itertools.pairwise(self._offsets(layer))]
+            if len({len(part) for part in parts}) > 1 or (owner == STAYS).any():
+                self._stuck.update(self._homes(owner))
+                continue
+            for column in np.stack(parts, axis=1):
+                if len(homes := self._homes(column)) == 1:
+                    self._together(column)
+                else:
+                    self._widths.join(homes)
+
+    def numbered(self) -> Channels:
+        """What was collected, without what is stuck."""
+        units, spaces = self._units.roots(), self._spaces.roots()[self._home]  # of each channel
+        per_layer, first = self._footprints(units, spaces)
+        for home in range(len(self._spaces)):
+            self._widths.join((home, self._spaces.root(home)))
+        stuck = {self._widths.root(home) for home in self._stuck}
+        widths = self._widths.roots()
+        order = [
+            space for _, space in sorted((first[space][0], space) for space in first if widths[space] not in stuck)
+        ]
+        numbers = {width: index for index, width in enumerate(dict.fromkeys(widths[space] for space in order))}
+        score, members = np.array(self._score), {}
+        for space in order:
+            its_units = np.unique(units[spaces == space])
+            members[space] = Space(
+                name=list(self._names.values())[first[space][0]],
+                units=its_units,
+                size=first[space][1],
+                width=numbers[widths[space]],
+                importance=np.array([score[units == unit].mean() for unit in its_units]),
+                per_layer=frozenset(per_layer[space]),
+            )
+        movable = np.append(np.where(np.isin(spaces, order), units, STAYS), STAYS)
+        axes = {key: movable[owner] for key, owner in self._tensor_axes() if (movable[owner] != STAYS).any()}
+        full = {space.width: space.channels for space in members.values()}
+        output = next((owner for (_, side), owner in self._owner.items() if side == "output"), movable[:0])
+        return Channels(
+            axes,
+            movable[output[output != STAYS]],
+            tuple(members.values()),
+            tuple(full[index] for index in range(len(full))),
+        )
+
+    def _footprints(
+        self, units: Indices, spaces: Indices
+    ) -> tuple[dict[int, set[tuple[int, int]]], dict[int, tuple[int, int]]]:
+        """Of each space: `Space.per_layer`; and the place of the first layer that makes it, with a unit's channels."""
+        per_layer: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        first: dict[int, tuple[int, int]] = {}
+        for (layer, side), owner in self._owner.items():
+            channels = owner[owner != STAYS]
+            for space in np.unique(spaces[channels]).tolist():
+                _, counts = np.unique(units[channels[spaces[channels] == space]], return_counts=True)
+                if len(counts) != len(np.unique(units[spaces == space])) or len(set(counts)) > 1:
+                    self._stuck.add(space)  # how many channels the layer has would depend on which units are kept
+                if side in ("split", "output"):
+                    continue
+                per_layer[space].add((int(counts[0]), layer.num_groups if isinstance(layer, nn.GroupNorm) else 1))
+                if side == "out" and isinstance(layer, nn.Conv2d | nn.Linear):
+                    place = (self._places[self._names[layer]], int(counts[0]))
+                    first[space] = min(first.get(space, place), place)
+        return per_layer, first
+
+    def _sides(self, layer: Any, handler: Any) -> Iterator[tuple[str, int]]:
+        """Which axes of a layer an item of a group is about, and how long they are."""
+        if isinstance(layer, nn.Parameter):
+            yield "out", layer.shape[self._graph.module2node[layer].pruning_dim]
+        elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
+            yield "in", layer.in_channels
+            yield "out", layer.out_channels
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            size_out, size_in = layer.weight.size(0), layer.weight.size(1)
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            out = self._graph.is_out_channel_pruning_fn(handler)
+            yield ("out", size_out) if out else ("in", size_in * groups)
+        elif isinstance(layer, (*_NORMS, nn.PReLU)):
+            yield "out", len(layer.weight if layer.weight is not None else layer.running_mean)
+        elif isinstance(layer, tp.ops._OutputOp):
+            yield "output", layer.shape[1]
+        elif offsets := self._offsets(layer):
+            yield "split", offsets[-1]
+        elif layer in self._names:
+            raise UsageError(
+                f"S0 cannot be narrowed: layer {self._names[layer]} is a {type(layer).__name__}, whose channels cannot "
+                "be removed. Give another S0: a convolutional network. Any network can be the teacher."
+            )
+
+    def _offsets(self, layer: Any) -> list[int]:
+        """Where the parts begin and end of channels that are split, or shuffled: seen as a matrix and transposed."""
+        if isinstance(layer, tp.ops._SplitOp):
+            return layer.offsets or []
+        sizes: list[int] = list(getattr(self._graph.module2node[layer].grad_fn, "_saved_self_sym_sizes", ()))
+        if isinstance(layer, tp.ops._ReshapeOp) and len(sizes) == 5:  # [N, C / parts, parts, H, W]
+            return [part * sizes[1] for part in range(sizes[2] + 1)]
+        return []
+
+    def _tensor_axes(self) -> Iterator[tuple[tuple[str, int], Indices]]:
+        """The axes as they are in the tensors."""
+        for (layer, side), owner in self._owner.items():
+            name = self._names.get(layer, "")
+            if isinstance(layer, nn.Parameter):
+                yield (name, self._graph.module2node[layer].pruning_dim), owner
+            elif isinstance(layer, nn.Conv2d | nn.Linear) and side == "in":
+                if getattr(layer, "groups", 1) == 1:  # else a whole group has the same number of inputs as before
+                    yield (f"{name}.weight", 1), owner
+            elif name:
+                for tensor in ("weight", "bias", "running_mean", "running_var"):
+                    if getattr(layer, tensor, None) is not None:
+                        yield (f"{name}.{tensor}", 0), owner
+
+    def _together(self, channels: Iterable[int]) -> None:
+        self._units.join(channels := list(map(int, channels)))
+        self._spaces.join({self._home[channel] for channel in channels})
+
+    def _homes(self, owner: Indices) -> set[int]:
+        return {self._home[channel] for channel in owner.tolist() if channel != STAYS}

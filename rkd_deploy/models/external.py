@@ -1,0 +1,267 @@
+"""Any classifier seen through its stage maps: torchvision's, timm's, or a user's own.
+
+The network is wrapped, not rewritten: its modules, weights and names stay, its logits are its own. Where its stages end
+is found by running it once (`stage_maps.py`) or said by the user. The maps come from its traced graph (`tracing.py`);
+from hooks on its modules (`hooking.py`) where it cannot be traced, and then only modules can be stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from rkd_deploy.errors import UsageError
+from rkd_deploy.models.hooking import Hooked
+from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
+from rkd_deploy.models.staged import FeatureNetwork, pool
+from rkd_deploy.models.tracing import Holder, Traced, in_mode
+
+_ENLARGED = 64
+"""Pixels. On smaller images the deep maps of several resolutions all come down to one position."""
+
+
+class External(FeatureNetwork):
+    """Stage maps and head of a classifier that this package has not written.
+
+    A pruned copy of the network is seen in the same way: ``External(pruned, given.stages, input_size=...)``, with
+    ``head=False`` where the copy is one of `without_head`.
+
+    Args:
+        network: RGB images [N, 3, H, W] to logits [N, K]. Not copied.
+        stages: Where the stages end, deepest last: names of modules, or of operations as torchvision's feature
+            extraction has them. Default: the last map of each resolution.
+        input_size: Height and width of the images in pixels, or one number for both.
+        head: Whether it classifies; False for a feature extractor, of which nothing after the last stage is run.
+
+    Attributes:
+        network: What was given.
+        stages: Names of the stages.
+        input_size: Height and width.
+        num_classes: K, or None without a head.
+
+    Raises:
+        UsageError: The network does not run on such images or gives no logits; a stage that is not there or is no map;
+            no stage could be found.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Sequence[str] | None = None,
+        *,
+        input_size: int | tuple[int, int] = 224,
+        head: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        source = _source(network)
+        x_NCHW = _images(network, self.input_size)
+        with torch.no_grad():
+            self.stages = _stages(source, x_NCHW) if stages is None else tuple(stages)
+            self._layouts = _layouts(source, x_NCHW, self.stages, head)
+            self._read_maps = source.reader(self.stages, answer=False)
+            self._read_all = source.reader(self.stages, answer=True) if head else None
+            self._channels, self.num_classes = self._measured(source, x_NCHW)
+            self._head = self._proven_head(source) if head else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the last stage map."""
+        return self._channels
+
+    @property
+    def fc(self) -> nn.Module | None:
+        """The classifier on the pooled last map, where the logits are a function of it: proven by value, not by name.
+
+        The network's own linear layer where that is all; else (a norm before it, a small perceptron) everything that
+        the network does after its last map, as a module of its own that shares the network's weights.
+        """
+        return self.network.get_submodule(self._head) if isinstance(self._head, str) else self._head and self._head[0]
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The stage maps, [N, C_i, H_i, W_i], deepest last, whatever the network's own layout."""
+        return self._as_maps(self._read_maps(self, x_NCHW))
+
+    def maps_and_logits(self, x_NCHW: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Stage maps and the network's own logits [N, K] of one pass."""
+        assert self._read_all is not None
+        *values, logits_NK = self._read_all(self, x_NCHW)
+        return self._as_maps(values), logits_NK
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """The network's own logits [N, K], or the pooled last map [N, C] without a head."""
+        return pool(self.features(x_NCHW)[-1]) if self._read_all is None else cast(Tensor, self.network(x_NCHW))
+
+    def without_head(self) -> External:
+        """A feature extractor with a copy of the weights: modules that no stage map needs become identities."""
+        with torch.no_grad():
+            used = _source(self.network).used_modules(_images(self.network, self.input_size), self.stages)
+        network = _copy_of_used(self.network, used)
+        return External(network, self.stages, input_size=self.input_size, head=False)
+
+    def rewrapped(self, network: nn.Module) -> External:
+        """Another network of the same topology, e.g. a pruned copy of this one's, seen in the same way."""
+        return External(network, self.stages, input_size=self.input_size, head=self._read_all is not None)
+
+    def _as_maps(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
+
+    def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
+        """C and K, of one pass."""
+        with in_mode(self, False):
+            if self._read_all is None:
+                return self.features(x_NCHW)[-1].shape[1], None
+            maps, logits_NK = self.maps_and_logits(x_NCHW)
+        shape = tuple(logits_NK.shape) if isinstance(logits_NK, Tensor) else ()
+        if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.one_answer:
+            raise UsageError(
+                f"{_name(source)} must give logits [N, K] in training as in evaluation, one row for each image; for "
+                f"{len(x_NCHW)} images it gave {f'a tensor {shape}' if shape else 'something else, or more'}. "
+                "Wrap it in a module that gives the logits alone."
+            )
+        return maps[-1].shape[1], shape[1]
+
+    def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
+        """Path of a linear layer, or a module (in a tuple, because its weights are registered with the network)."""
+        x_NCHW = _images(self.network, self.input_size)
+        with torch.no_grad():
+            network, values, logits_NK = self.network, *self._answer(self.network, x_NCHW)
+            if torch.allclose(logits_NK[0], logits_NK[1]):
+                # Some networks start with a head of zeros, with which every claim agrees: judged by other weights.
+                network = _shaken(self.network)
+                values, logits_NK = self._answer(network, x_NCHW)
+            pooled_NC = pool(self._layouts[-1].to_map(values[-1]))
+
+            def right(head: nn.Module) -> bool:
+                return torch.allclose(head(pooled_NC), logits_NK, rtol=1e-4, atol=1e-4 * float(logits_NK.abs().max()))
+
+            shape = (logits_NK.shape[1], self.channels)
+            for path, module in reversed(list(network.named_modules())):
+                if type(module) is nn.Linear and module.weight.shape == shape and right(module):
+                    return str(path)
+            tail = _source(network).tail(self.stages[-1])
+            if tail is None or not right(PooledHead(tail, self._layouts[-1]).eval()):
+                return None
+        return (PooledHead(cast(nn.Module, source.tail(self.stages[-1])), self._layouts[-1]),)
+
+    def _answer(self, network: nn.Module, x_NCHW: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the stages and the head of another network of this topology give, in eval mode."""
+        assert self._read_all is not None
+        with in_mode(network, False):
+            *values, logits_NK = self._read_all(Holder(network).eval(), x_NCHW)
+        return values, logits_NK
+
+
+class PooledHead(nn.Module):
+    """What a network does after its last map, as a function of that map's average: [N, C] to [N, K].
+
+    Args:
+        tail: From the last map, in the network's own layout, to the logits.
+        layout: Of that map.
+    """
+
+    def __init__(self, tail: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.tail, self.layout = tail, layout
+
+    def forward(self, pooled_NC: Tensor) -> Tensor:
+        """Logits of pooled maps: pooling a map of one position changes nothing."""
+        return cast(Tensor, self.tail(self.layout.from_pooled(pooled_NC)))
+
+
+Source = Traced | Hooked
+
+
+def _source(network: nn.Module) -> Source:
+    try:
+        return Traced(network)
+    except Exception:  # symbols break a forward that looks at values in any way that Python code can break
+        return Hooked(network)
+
+
+def _images(network: nn.Module, size: Size) -> Tensor:
+    """Two, so that the batch is told from everything else of size 1; noise, and the same each time."""
+    like = next(network.parameters(), torch.empty(0))
+    x_NCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    return x_NCHW.to(like)
+
+
+def _size(x_NCHW: Tensor) -> Size:
+    height, width = x_NCHW.shape[-2:]
+    return height, width
+
+
+def _stages(source: Source, x_NCHW: Tensor) -> tuple[str, ...]:
+    size = _size(x_NCHW)
+    factor = math.ceil(_ENLARGED / min(size))
+    found: list[str] = []
+    if factor > 1:
+        with contextlib.suppress(Exception):  # a network for one size only
+            larger = interpolate(x_NCHW, scale_factor=factor)
+            found = find_stages(source.steps(larger, (), answer=True), _size(larger))
+    found = found or find_stages(_steps(source, x_NCHW, (), answer=True), size)
+    if not found:
+        raise UsageError(
+            f"No stage map was found in {_name(source)}: nothing that it computes has the layout [N, C, H, W], "
+            "[N, H, W, C] or [N, tokens, C]. Name its stages, or give another network."
+        )
+    return tuple(found)
+
+
+def _layouts(source: Source, x_NCHW: Tensor, stages: tuple[str, ...], head: bool) -> tuple[Layout, ...]:
+    size = _size(x_NCHW)
+    known = [stage for stage in stages if source.knows(stage)]
+    layouts = layouts_of(steps := _steps(source, x_NCHW, known, head), size)
+    wrong = [stage for stage in stages if stage not in layouts]
+    if wrong or not stages:
+        choices = ", ".join(f"{name} {shape}" for name, shape in candidates(steps, size).items())
+        raise UsageError(
+            f"stages = {list(stages)}: {wrong or 'an empty list'} of {_name(source)} names no feature map. The maps of "
+            f"one image, deepest last: {choices}. Choose from these, or name maps inside of them."
+        )
+    return tuple(layouts[stage] for stage in stages)
+
+
+def _steps(source: Source, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
+    try:
+        return source.steps(x_NCHW, stages, answer)
+    except Exception as error:
+        height, width = x_NCHW.shape[-2:]
+        raise UsageError(
+            f"{_name(source)} does not run on RGB images of {height} x {width} pixels: {error}. "
+            "Give it images of the size that it was made for."
+        ) from error
+
+
+def _name(source: Source) -> str:
+    return f"the network {type(source.network).__name__}"
+
+
+def _shaken(network: nn.Module) -> nn.Module:
+    """A copy with other weights."""
+    shaken = copy.deepcopy(network).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in shaken.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.02)
+    return shaken
+
+
+def _copy_of_used(network: nn.Module, used: set[str]) -> nn.Module:
+    """A copy with identities for layers that hold weights and are not used; what they stand in keeps its attributes."""
+    unused = {}
+    for path, module in network.named_modules():
+        within_used = any(path == name or path.startswith(f"{name}.") for name in used)
+        holds_used = any(name.startswith(f"{path}.") for name in used)
+        layer = path and not list(module.children()) and list(module.parameters())
+        if layer and not within_used and not holds_used:
+            unused[id(module)] = nn.Identity()
+    return copy.deepcopy(network, unused)

@@ -1,0 +1,290 @@
+"""A network's computation as a graph that can be cut: from images to chosen maps, or from a map to the logits.
+
+torch.fx runs the network once with symbols in place of tensors. What it writes down can be cut at any operation, also
+between two lines of a `forward`, where no module ends: the last ReLU of a DenseNet is such a line. Graphs hold no
+weights. They are turned into functions that read the weights of the network where they are, so that moving, copying,
+training and pruning it works as if there were no graph. A network that chooses its way by the values of tensors cannot
+be traced so; `external.py` says what happens then.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from rkd_deploy.models.stage_maps import Step
+
+ROOT = "network"
+"""The attribute that holds the network in whatever a function of a graph is called on."""
+
+Reader = Callable[[nn.Module, Tensor], Any]
+"""From a holder and images to a tuple."""
+
+_RANDOM = ("DropPath", "StochasticDepth")  # by name: timm, torchvision and users each have their own
+
+
+class Traced:
+    """A network's graphs, one for training and one for evaluation: dropout and the like differ between the two.
+
+    Args:
+        network: Its weights stay where they are.
+
+    Attributes:
+        one_answer: Whether the network gives one tensor in both modes.
+
+    Raises:
+        Exception: Whatever the network raises when it meets a symbol in place of a tensor.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._graphs = {}
+        for training in (True, False):
+            with in_mode(network, training):
+                self._graphs[training] = Trace(network)
+        self.one_answer = all(graph.one_answer for graph in self._graphs.values())
+
+    def knows(self, stage: str) -> bool:
+        """Whether both graphs have an operation of this name."""
+        return all(graph.resolve(stage) is not None for graph in self._graphs.values())
+
+    def reader(self, stages: Sequence[str], answer: bool) -> Reader:
+        """From (holder, images) to the tuple of what stages give, with the network's answer last if it is wanted."""
+        function = {mode: graph.function(graph.nodes(stages), answer) for mode, graph in self._graphs.items()}
+        return lambda holder, x_NCHW: function[holder.training](holder, x_NCHW)
+
+    def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
+        """What the network does on the way from images to these stages, or to its answer, in eval mode."""
+        with in_mode(self.network, False):
+            return self._graphs[False].steps(x_NCHW, stages, answer)
+
+    def used_modules(self, x_NCHW: Tensor, stages: Sequence[str]) -> set[str]:
+        """Paths of modules and tensors that are read on the way to these stages, in either mode."""
+        return set().union(*(graph.used_modules(stages) for graph in self._graphs.values()))
+
+    def tail(self, stage: str) -> nn.Module | None:
+        """From what a stage gives to the network's answer, in eval mode; None where the answer needs more than that."""
+        return self._graphs[False].tail(stage)
+
+
+class Holder(nn.Module):
+    """A module that holds the network and does what the network does: the root of every graph.
+
+    Args:
+        network: Takes images first; its other arguments keep their defaults.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        """The network's own answer."""
+        return self.network(x)
+
+
+class Trace:
+    """The graph of a network in the mode it is in, training or evaluation, and the names of its operations.
+
+    Args:
+        network: Left as it is.
+
+    Attributes:
+        graph: Images to the network's answer.
+        names: Operations by name, in order: ``layer4`` is what a module puts out, ``layer1.0.relu_1`` the second call
+            of one, ``add`` an operation of the network's own `forward`, as torchvision's feature extraction has it.
+        outputs: Modules by the operation that they put out; several where one module ends in another.
+
+    Raises:
+        Exception: Whatever the network raises when it meets a symbol in place of a tensor.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.root = Holder(network)
+        tracer = _Tracer()
+        self.graph = tracer.trace(self.root)
+        if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
+            raise NotImplementedError("A tensor made in the forward pass became a constant of the graph.")
+        [result] = (node for node in self.graph.nodes if node.op == "output")
+        answer = result.args[0]
+        self.one_answer = isinstance(answer, fx.Node) and not isinstance(answer.target, type)  # a named tuple is a type
+        self.names = tracer.names
+        self.outputs = {path: node for path, node in tracer.outputs.items() if path}
+
+    def resolve(self, name: str) -> fx.Node | None:
+        """The operation of a name; a module's is the last one that it did."""
+        return self.names.get(name) or self.outputs.get(name)
+
+    def cut(self, nodes: Sequence[fx.Node], answer: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """The graph from images to the tuple of what some operations give, with the network's answer last.
+
+        Args:
+            nodes: Operations of this graph.
+            answer: Without it, nothing that only the answer needs is left.
+
+        Returns:
+            The graph, and its operations by those of the whole graph.
+        """
+        graph, env = fx.Graph(owning_module=cast(fx.GraphModule, self.root)), dict[fx.Node, fx.Node]()
+        result = graph.graph_copy(self.graph, env)
+        kept = [env[node] for node in nodes]
+        graph.output((*kept, result) if answer else tuple(kept))
+        graph.eliminate_dead_code(_acts)
+        return graph, env
+
+    def nodes(self, names: Sequence[str]) -> list[fx.Node]:
+        """The operations of names that are known."""
+        return [cast(fx.Node, self.resolve(name)) for name in names]
+
+    def function(self, nodes: Sequence[fx.Node], answer: bool) -> Reader:
+        """A cut graph as a function of a holder and images: it reads the weights of that holder's network."""
+        # The class that fx makes for one graph has it as a plain function: nothing else of it is needed.
+        return cast("Reader", type(fx.GraphModule(self.root, self.cut(nodes, answer)[0])).forward)
+
+    def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
+        """What is done on the way from images to these stages, or to the answer; found by running it."""
+        graph, env = self.cut(self.nodes(stages), answer)
+        found = _Shapes(self.root, graph).of(x_NCHW)
+        names: dict[fx.Node, list[tuple[str, bool]]] = {node: [] for node in self.graph.nodes}
+        for name, node in self.names.items():
+            names[node].append((name, node.op == "call_module"))
+        for path, node in self.outputs.items():
+            if path not in self.names:  # not a single operation
+                names[node].append((path, True))
+        return [
+            Step(name, self._what(name, node, is_module), found[env[node]], is_module)
+            for node in self.graph.nodes
+            if env.get(node) in found
+            for name, is_module in names[node]
+        ]
+
+    def used_modules(self, stages: Sequence[str]) -> set[str]:
+        """Paths of the modules and tensors that are read on the way from images to these stages."""
+        needed = self._leading_to(self.nodes(stages))
+        return {_unrooted(str(node.target)) for node in needed if node.op in ("call_module", "get_attr")}
+
+    def tail(self, stage: str) -> fx.GraphModule | None:
+        """From what one stage gives to the network's answer; None where the answer needs more than that."""
+        [start] = self.nodes([stage])
+        result = next(node for node in self.graph.nodes if node.op == "output")
+        needed = self._leading_to([result], stop=start)
+        if any(node.op == "placeholder" for node in needed):
+            return None
+        graph = fx.Graph()
+        env = {start: graph.placeholder("map_")}
+        for node in self.graph.nodes:
+            if node in needed:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        return fx.GraphModule(self.root, graph)
+
+    def _leading_to(self, nodes: Sequence[fx.Node], stop: fx.Node | None = None) -> set[fx.Node]:
+        needed, open_ends = set[fx.Node](), list(nodes)
+        while open_ends:
+            node = open_ends.pop()
+            if node not in needed and node is not stop:
+                needed.add(node)
+                open_ends += node.all_input_nodes
+        return needed
+
+    def _what(self, name: str, node: fx.Node, is_module: bool) -> str:
+        if is_module:
+            path = _unrooted(str(node.target)) if node.op == "call_module" and name in self.names else name
+            return type(self.root.network.get_submodule(path)).__name__
+        return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of what each operation gives."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self._found: dict[fx.Node, tuple[int, ...]] = {}
+
+    def of(self, x_NCHW: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+        """Shapes of all tensors, by the operation."""
+        self.run(x_NCHW)
+        return self._found
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation and note the shape."""
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self._found[n] = tuple(value.shape)
+        return value
+
+
+@contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """The network in one mode for a while; afterwards every module is in its own again."""
+    modes = {module: module.training for module in network.modules()}
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _Tracer(fx.Tracer):
+    """Names operations after the module that they stand in."""
+
+    def __init__(self) -> None:
+        modules, functions = _timm_leaves()
+        super().__init__(autowrap_modules=(math,), autowrap_functions=functions)
+        self._leaves = modules
+        self.names: dict[str, fx.Node] = {}
+        self.outputs: dict[str, fx.Node] = {}
+        self._seen: Counter[str] = Counter()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one operation: PyTorch's own, and those that draw random numbers."""
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            or isinstance(m, self._leaves)
+            or type(m).__name__ in _RANDOM
+        )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Note which operation a module puts out."""
+        value = super().call_module(m, forward, args, kwargs)
+        if isinstance(value, fx.Proxy):
+            self.outputs[_unrooted(self.path_of_module(m))] = value.node
+        return value
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Name an operation."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind in ("call_function", "call_method", "call_module"):
+            if kind == "call_module":
+                name = _unrooted(target)
+            else:
+                own = target if isinstance(target, str) else target.__name__
+                name = ".".join(part for part in (_unrooted(self.scope.module_path), own.strip("_")) if part)
+            times = self._seen[name]
+            self._seen[name] += 1
+            self.names[f"{name}_{times}" if times else name] = node
+        return node
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether an operation does something beside what it gives: `x.add_(y)` counts even if nobody reads the result."""
+    in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return in_place or node.is_impure(impure_random=False)
+
+
+def _unrooted(path: str) -> str:
+    return "" if path == ROOT else path.removeprefix(ROOT + ".")
+
+
+def _timm_leaves() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
+    """What timm has marked as not to be looked into; nothing as long as timm is not imported."""
+    layers = sys.modules.get("timm.layers")
+    if layers is None:
+        return (), ()
+    return tuple(layers.get_notrace_modules()), tuple(layers.get_notrace_functions())

@@ -1,0 +1,220 @@
+"""Networks that others wrote as T and as S0: every kind of pair trains, and runs go the whole way to ONNX."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from rkd_deploy.data.sources import load_images
+from rkd_deploy.errors import CheckpointError, RecipeError
+from rkd_deploy.models import catalogues, zoo
+from rkd_deploy.models.cost import count, count_head
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.staged import FeatureNetwork
+from rkd_deploy.pipeline import export_run
+from rkd_deploy.recipe import MethodRecipe
+from rkd_deploy.recipe_method import BASE_LOSSES
+from rkd_deploy.train.fitting import fit, resume
+from rkd_deploy.train.methods.catalogue import base_loss
+from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
+from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
+from rkd_deploy.train.methods.taught import Taught
+from rkd_deploy.train.networks import build_residual, gather_facts, load_part
+
+K, SIZE = 4, 64
+# Last maps of 16x16, 2x2, 4x4 and 2x2; 3, 5, 1 and 4 stages.
+NAMES = ("resnet8", "timm:test_resnet", "timm:test_vit", "timm:test_convnext")
+WEIGHTS = Weights(feature=1.0, assistant=1.0, ce=1.0, kl=1.0, temperature=4.0, step_decay=1.0)
+
+
+def made(name: str) -> FeatureNetwork:
+    return zoo.create(name, K, input_size=SIZE)
+
+
+def losses_of_steps(method: nn.Module, steps: int = 6) -> list[float]:
+    x_NCHW, y_N = torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % K
+    learnt = [parameter for parameter in method.train().parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(learnt, lr=3e-3)
+    values = []
+    for _ in range(steps):
+        total = method(x_NCHW, y_N).total
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        values.append(total.item())
+    return values
+
+
+@pytest.mark.parametrize("student", NAMES)
+@pytest.mark.parametrize("teacher", NAMES)
+def test_every_pair_learns(teacher, student):
+    T, S, A = made(teacher), made(student).without_head(), made(student).without_head()
+    model = ResidualStudent(S, [A], T.channels, K)
+    for method in (
+        StudentStep(T, model, 1.0),
+        AssistantStep(T, model, 1.0),
+        EndToEnd(T, model, mse, WEIGHTS, detach=True, train_head=True),
+    ):
+        before = [parameter.clone() for parameter in T.parameters()]
+        values = losses_of_steps(method)
+        assert all(torch.tensor(values).isfinite()), values
+        assert values[-1] < values[0], (type(method).__name__, values)
+        assert all(torch.equal(one, other) for one, other in zip(before, T.parameters(), strict=True))
+
+
+def test_unequal_maps_are_compared_at_the_smaller_size():
+    x_NCHW, y_N = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
+    for teacher, student in (("timm:test_resnet", "resnet8"), ("resnet8", "timm:test_resnet")):
+        T, S = made(teacher).eval(), made(student).without_head().eval()
+        model = ResidualStudent(S, [made(student).without_head()], T.channels, K).eval()
+        nn.init.normal_(model.assistant_adapters[0].weight)
+        with torch.no_grad():
+            f_T, s, a = T.features(x_NCHW)[-1], model.student_map(x_NCHW), model.assistant_map(x_NCHW)
+            size = min(f_T.shape[-1], s.shape[-1])
+            f_T, s, a = (one.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5)) for one in (f_T, s, a))
+            assert StudentStep(T, model, 1.0).eval()(x_NCHW, y_N).total.item() == pytest.approx(
+                (f_T - s).square().mean().item(), rel=1e-4
+            )
+            for method in (AssistantStep(T, model, 1.0),):
+                assert method.eval()(x_NCHW, y_N).total.item() == pytest.approx(
+                    (f_T - s - a).square().mean().item(), rel=1e-4
+                )
+            parts = EndToEnd(T, model, mse, WEIGHTS, detach=True, train_head=True).eval()(x_NCHW, y_N).parts
+            assert parts["student"].item() == pytest.approx((f_T - s).square().mean().item(), rel=1e-4)
+            assert parts["assistant"].item() == pytest.approx((f_T - s - a).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", BASE_LOSSES)
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("timm:test_resnet", "resnet8"),
+        ("resnet8", "timm:test_resnet"),
+        ("timm:test_vit", "timm:test_convnext"),
+        ("timm:test_convnext", "timm:test_vit"),
+    ],
+)
+def test_every_base_loss_between_networks_of_unlike_stages(teacher, student, loss):
+    T, S0 = made(teacher), made(student)
+    recipe = MethodRecipe(name=loss, **({"hint_stage": 1} if loss == "fitnet" else {}))
+    values = losses_of_steps(Taught(T, S0, base_loss(recipe, T, S0, (SIZE, SIZE)), 1.0))
+    assert all(torch.tensor(values).isfinite()), values
+    assert min(values[1:]) < values[0], values
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    T, S0 = made("timm:test_vit"), made("resnet8")
+    with pytest.raises(RecipeError, match="hint_stage = 2; T and S both have stages 1 to 1"):
+        base_loss(MethodRecipe(name="fitnet"), T, S0, (SIZE, SIZE))
+
+
+OWN = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.one, self.bn = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.two, self.fc = nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16, num_classes)
+    def forward(self, x):
+        return self.fc(self.two(self.bn(self.one(x)).relu()).relu().mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "own_net:Net"
+    sys.modules.pop("own_net", None)
+
+
+@pytest.mark.parametrize("name", ["tv:shufflenet_v2_x0_5", "timm:test_resnet", "own"])
+def test_a_run_from_recipe_to_onnx(name, own, tiny_recipe, tmp_path):
+    name = own if name == "own" else name
+    recipe = tiny_recipe(
+        f"student.name={name}", "method.name=cross_entropy", "data.image_size=32", "train.epochs=1", "train.lr=0.01"
+    )
+    run = fit(recipe, root=tmp_path / "runs")
+    module = load_part(run, "s0")
+    assert count(module, 32).macs == run.read_json("metrics.json")["parts"]["s0"]["macs"]
+    assert run.read_json("facts.json")["student_stages"] == list(module.stages)
+    exported = export_run(run)  # raises where ONNX Runtime answers otherwise than PyTorch
+    assert (exported.folder / "model.onnx").is_file()
+
+    run.metrics_path.unlink()  # as if killed before the end
+    (again,) = (resume(run),)
+    torch.testing.assert_close(load_part(again, "s0").state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+def test_external_teacher_of_a_family(own, tiny_recipe, tmp_path):
+    """A head that is more than a linear layer goes with S + A, is paid for, and is exported."""
+    recipe = tiny_recipe("teacher.name=timm:test_convnext", "data.image_size=32", "train.epochs=1", "train.lr=0.01")
+    run = fit(recipe, root=tmp_path)
+    T, model = load_part(run, "teacher"), load_part(run, "fused")
+    assert type(model.head) is type(T.fc)
+    torch.testing.assert_close(model.head.state_dict(), T.fc.state_dict(), rtol=0, atol=0)
+    facts = run.read_json("facts.json")
+    assert facts["separation"]["parts"]["head"] == count_head(T.fc, T.channels).macs
+    assert count(model, 32).macs <= facts["separation"]["budget"]
+    for level in ("sum", "tail"):
+        export_run(run, level=level, folder=tmp_path / level)
+
+
+def test_a_head_that_cannot_be_reused_is_refused_before_anything_is_computed(tiny_recipe, tmp_path):
+    settings = ("teacher.name=timm:test_vit", "data.image_size=160", "data.train_limit=20", "data.test_limit=10")
+    images = load_images(tiny_recipe(*settings).data, 0)
+    for setting, message in (
+        ("method.head=teacher", 'method.head = "teacher" classifies.*Set method.head = "trained"'),
+        ("method.head=finetuned", 'method.head = "finetuned" classifies'),
+        ("method.name=simkd", 'method.name = "simkd" classifies .* another teacher'),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            gather_facts(tiny_recipe(*settings, setting), images)
+    recipe = tiny_recipe(*settings, "method.head=trained")
+    assert type(build_residual(recipe, gather_facts(recipe, images)).head) is nn.Linear
+
+
+def test_checkpoints_of_others_and_our_own_load(own, tiny_recipe, tmp_path):
+    network = catalogues.build(own, 10, (32, 32))
+    torch.save(network.state_dict(), tmp_path / "theirs.pth")
+    settings = ("data.image_size=32", f"teacher.name={own}", "method.name=kd", "train.epochs=1")
+    chance = "trained on other classes"  # it loads, and its guesses are seen through
+    with pytest.raises(Exception, match=chance):
+        fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'theirs.pth'}"), root=tmp_path / "runs")
+    run = fit(tiny_recipe(*settings, "train.lr=0.1", "teacher.epochs=12"), root=tmp_path / "runs")
+    shutil.copy(run.weights("teacher"), tmp_path / "ours.safetensors")
+    again = fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'ours.safetensors'}"), root=tmp_path / "runs")
+    one, other = (load_part(each, "teacher").state_dict() for each in (run, again))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.save({"one.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match="is not a checkpoint of teacher own_net:Net"):
+        fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'foreign.pth'}"), root=tmp_path / "runs")
+
+
+def test_published_weights_are_what_training_begins_with(tiny_recipe, tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    source = catalogues.build("timm:test_resnet", 10, (32, 32)).state_dict()
+
+    def published(name, network):
+        body = {key: value for key, value in source.items() if not key.startswith("fc.")}
+        return catalogues.Published(body, mean, std, complete=False)
+
+    monkeypatch.setattr(catalogues, "published", published)
+    settings = ("data.image_size=32", "teacher.name=timm:test_resnet", "teacher.pretrained=true", "method.name=kd")
+    recipe = tiny_recipe(*settings, "train.epochs=1", "train.lr=1e-9", "train.weight_decay=0")
+    images = load_images(recipe.data, 0)
+    mean, std = images.mean, images.std
+    run = fit(recipe, root=tmp_path)
+    trained = load_part(run, "teacher").network.state_dict()
+    for key, value in source.items():
+        if not key.startswith("fc.") and value.is_floating_point() and "running" not in key:
+            torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)
+    assert not torch.allclose(trained["fc.weight"], source["fc.weight"])
+    mean = (0.9, 0.9, 0.9)
+    with pytest.raises(RecipeError, match=r"teacher timm:test_resnet expects .* mean \[0.9, 0.9, 0.9\]"):
+        fit(recipe, root=tmp_path)
