@@ -48,8 +48,7 @@ class TrainRecipe:
     amp: bool = False
     """bfloat16 autocast of the forward passes. Of use on GPUs, and on CPUs with AMX or AVX512-BF16."""
     channels_last: bool = False
-    """Keep maps and weights as NHWC in memory. Of use on GPUs with amp, and on CPUs for networks of 64 and more
-    channels; docs/training.md has what was measured."""
+    """Keep maps and weights as NHWC in memory, which tensor cores want: for GPUs with amp. Not measured yet."""
     compile: bool = False
     """torch.compile of the method's forward and backward passes. Costs a minute per phase at the start and needs a C++
     compiler on a CPU; of use for long runs."""

@@ -260,7 +260,8 @@ def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
 
 
 def test_seeds_end_with_mean_and_deviation_and_go_on_after_an_interruption(rkd, tmp_path):
-    settings = [*TINY, "train.curves=false", "train.tensorboard=false", "method.name=cross_entropy"]
+    settings = [*TINY, "train.curves=false", "train.tensorboard=false"]
+    settings += ["method.name=cross_entropy", "method.feature_weight=1.0"]
     words = [word for value in settings for word in ("--set", value)]
     made = rkd("train", "--seeds", "1,2", "--json", *words)
     assert made.code == 0, made.err

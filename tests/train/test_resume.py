@@ -143,7 +143,6 @@ class Crashes:
 
 def test_killed_before_within_and_after_every_write(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     how = ("method.head=trained", "student.baseline=false", "data.train_limit=20", "train.batch_size=9")
-    how += ("train.curves=true",)
     recipe = tiny_recipe(*QUICK, *how)
     whole = fit(recipe, root=tmp_path / "whole")
     root = tmp_path / "killed"
@@ -162,6 +161,25 @@ def test_killed_before_within_and_after_every_write(tmp_path: Path, tiny_recipe:
     assert len(crashes.done) >= 2 * writes + 3 * phases * epochs  # and within each line of the log
     run = newest_run(root, finished=True)
     assert differences(outcome(run), outcome(whole)) == []
+
+
+def test_killed_when_the_last_weights_are_written_it_has_its_curves(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """A phase that has its weights is not entered again: nothing that belongs to it may come after them."""
+    recipe = tiny_recipe(*QUICK, "method.name=cross_entropy", "method.feature_weight=1.0", "train.curves=true")
+    replace = Path.replace
+
+    def crashing(path: Path, target: Path) -> Path:
+        replace(path, target)
+        if target.name == "s0.safetensors":
+            raise Crash
+        return target
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", crashing)
+        with pytest.raises(Crash):
+            fit(recipe, root=tmp_path)
+    run = resume(newest_run(tmp_path, finished=False))
+    assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Real processes, really killed
