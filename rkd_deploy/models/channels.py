@@ -124,7 +124,8 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     except (IndexError, ValueError, RuntimeError) as error:  # channels that Torch-Pruning loses track of
         raise UsageError(
             f"S0 cannot be narrowed: the channels of module {latest} cannot be followed through the network "
-            f"({type(error).__name__}: {error}). Give another S0: a convolutional network. Any network can be the teacher."
+            f"({type(error).__name__}: {error}). Give another S0: a convolutional network. Any network can be the "
+            "teacher."
         ) from error
     coupling.tie_grouped_convolutions()
     coupling.tie_splits()

@@ -1,4 +1,4 @@
-"""Structural pruning: costs counted on what was built, weights held against the trained network with channels silenced."""
+"""Structural pruning: costs counted on what was built, weights held against the network with channels silenced."""
 
 from __future__ import annotations
 
