@@ -60,9 +60,16 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "student": {
         "name": texts,
-        "checkpoint": st.none() | texts,
+        "fraction": st.none(),  # with name = "teacher" only: test_a_fraction_of_the_teacher
+        "checkpoint": st.none(),
+        "weights": st.none() | st.just("fresh"),
+        "pretrained": st.just(False),
+        "stages": st.none(),
         "baseline": st.booleans(),
-        "budget": st.sampled_from(["macs", "params"]),
+        "budget": st.just("latency"),
+        "backend": st.none() | st.sampled_from(["onnxruntime", "openvino"]),
+        "latency_batches": st.none() | st.lists(st.integers(1, 64), min_size=1, max_size=3).map(tuple),
+        "latency_threads": optional,
         "assistant_share": st.floats(0.01, 0.9),
         "assistants": st.integers(1, 16),
         "round_to": st.integers(1, 256),
@@ -538,3 +545,20 @@ def test_anything_after_set_gives_a_recipe_or_an_error_of_recipes(key: str, valu
     except RecipeError:
         return  # a refusal is an answer; any other exception is none
     assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_a_fraction_of_the_teacher() -> None:
+    recipe = read_recipe(None, ["student.name=teacher", "student.fraction=0.5"])
+    assert (recipe.student.fraction, recipe.student.inherits) == (0.5, True)
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    for wrong in (
+        ["student.fraction=0.5"],
+        ["student.name=teacher"],
+        ["student.name=teacher", "student.fraction=0.5", "student.checkpoint=x"],
+        ["student.weights=inherited"],
+        ["student.backend=onnxruntime"],
+        ["student.budget=latency", "student.backend=pytorch"],
+        ["student.budget=latency", "student.latency_batches=[0]"],
+    ):
+        with pytest.raises(RecipeError, match="student"):
+            read_recipe(None, wrong)

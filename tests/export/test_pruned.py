@@ -46,7 +46,7 @@ def test_a_network_is_split_within_its_cost_learns_and_is_exported(name):
     x_NCHW, y_N = torch.randn(8, 3, side, side), torch.arange(8) % CLASSES
     model.train()
     torch.nn.init.normal_(model.assistant_adapters[0].weight, std=0.01)  # zero, else: A would get no gradient
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.002)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0005)
     losses = []
     for _ in range(4):
         torch.manual_seed(1)  # the same dropout
