@@ -54,6 +54,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "teacher": {
         "name": texts,
         "checkpoint": st.none() | texts,
+        "pretrained": st.just(False),
+        "stages": st.none(),
         "epochs": optional,
         "mean": channels,
         "std": deviations,
@@ -381,7 +383,7 @@ def test_true_is_not_one(key: str) -> None:
         ("teacher.epochs", [0], "must be at least 1"),
         ("teacher.mean", [[0.5, 0.5]], "has 2 values; there are 3 channels"),
         ("teacher.std", [[0.0, 0.5, 0.5]], "must be positive"),
-        ("student.budget", ["latency"], "Unknown value of student.budget 'latency'.*Choices: macs, params"),
+        ("student.budget", ["flops"], "Unknown value of student.budget 'flops'.*Choices: latency, macs, params"),
         ("student.assistant_share", [0.0, 0.91, float("nan")], "must be between 0.01 and 0.9"),
         ("student.round_to", [0, 257], "must be between 1 and 256"),
         ("student.assistants", [0, 17], "must be between 1 and 16"),
