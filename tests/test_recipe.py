@@ -68,6 +68,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "teacher": {
         "name": texts,
         "checkpoint": st.none() | texts,
+        "pretrained": st.just(False),
+        "stages": st.none(),
         "epochs": optional,
         "lr": st.none() | st.floats(1e-9, 1e9),
         "mean": channels,
@@ -75,9 +77,16 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "student": {
         "name": texts,
-        "checkpoint": st.none() | texts,
+        "fraction": st.none(),  # with name = "teacher" only: test_a_fraction_of_the_teacher
+        "checkpoint": st.none(),
+        "weights": st.none() | st.just("fresh"),
+        "pretrained": st.just(False),
+        "stages": st.none(),
         "baseline": st.booleans(),
-        "budget": st.sampled_from(["macs", "params"]),
+        "budget": st.just("latency"),
+        "backend": st.none() | st.sampled_from(["onnxruntime", "openvino"]),
+        "latency_batches": st.none() | st.lists(st.integers(1, 64), min_size=1, max_size=3).map(tuple),
+        "latency_threads": optional,
         "assistant_share": st.floats(0.01, 0.9),
         "assistants": st.integers(1, 16),
         "round_to": st.integers(1, 256),
@@ -444,7 +453,7 @@ def test_true_is_not_one(key: str) -> None:
         ("teacher.epochs", [0], "must be at least 1"),
         ("teacher.mean", [[0.5, 0.5]], "has 2 values; there are 3 channels"),
         ("teacher.std", [[0.0, 0.5, 0.5]], "must be positive"),
-        ("student.budget", ["latency"], "Unknown value of student.budget 'latency'.*Choices: macs, params"),
+        ("student.budget", ["flops"], "Unknown value of student.budget 'flops'.*Choices: latency, macs, params"),
         ("student.assistant_share", [0.0, 0.91, float("nan")], "must be between 0.01 and 0.9"),
         ("student.round_to", [0, 257], "must be between 1 and 256"),
         ("student.assistants", [0, 17], "must be between 1 and 16"),
@@ -692,3 +701,18 @@ def test_the_teachers_normalisation_must_be_stated_somewhere() -> None:
         Recipe(data=asked)
     Recipe(data=asked, teacher=TeacherRecipe(mean=(0.5,) * 3, std=(0.5,) * 3))
     Recipe(data=asked, teacher=TeacherRecipe(checkpoint="t.safetensors"))
+def test_a_fraction_of_the_teacher() -> None:
+    recipe = read_recipe(None, ["student.name=teacher", "student.fraction=0.5"])
+    assert (recipe.student.fraction, recipe.student.inherits) == (0.5, True)
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    for wrong in (
+        ["student.fraction=0.5"],
+        ["student.name=teacher"],
+        ["student.name=teacher", "student.fraction=0.5", "student.checkpoint=x"],
+        ["student.weights=inherited"],
+        ["student.backend=onnxruntime"],
+        ["student.budget=latency", "student.backend=pytorch"],
+        ["student.budget=latency", "student.latency_batches=[0]"],
+    ):
+        with pytest.raises(RecipeError, match="student"):
+            read_recipe(None, wrong)

@@ -115,8 +115,18 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
         )
     coupling = _Coupling(network, graph)
     importance = tp.importance.GroupMagnitudeImportance()
-    for group in graph.get_all_groups():
-        coupling.add(group, importance(group))
+    groups = graph.get_all_groups()
+    latest = "its input"
+    try:
+        for group in groups:
+            latest = graph._module2name.get(group[0].dep.target.module, latest)
+            coupling.add(group, importance(group))
+    except (IndexError, ValueError, RuntimeError) as error:  # channels that Torch-Pruning loses track of
+        raise UsageError(
+            f"S0 cannot be narrowed: the channels of module {latest} cannot be followed through the network "
+            f"({type(error).__name__}: {error}). Give another S0: a convolutional network. Any network can be the "
+            "teacher."
+        ) from error
     coupling.tie_grouped_convolutions()
     coupling.tie_splits()
     return coupling.numbered()
