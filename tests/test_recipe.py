@@ -701,6 +701,8 @@ def test_the_teachers_normalisation_must_be_stated_somewhere() -> None:
         Recipe(data=asked)
     Recipe(data=asked, teacher=TeacherRecipe(mean=(0.5,) * 3, std=(0.5,) * 3))
     Recipe(data=asked, teacher=TeacherRecipe(checkpoint="t.safetensors"))
+
+
 def test_a_fraction_of_the_teacher() -> None:
     recipe = read_recipe(None, ["student.name=teacher", "student.fraction=0.5"])
     assert (recipe.student.fraction, recipe.student.inherits) == (0.5, True)
