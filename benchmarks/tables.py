@@ -3,7 +3,7 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `limits`, `recipes`, or the file of a record.
 """
 
 from __future__ import annotations
