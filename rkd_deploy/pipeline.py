@@ -17,9 +17,11 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.export.selection import Target
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
+from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
@@ -53,13 +55,15 @@ def export_run(
     with_pytorch: bool = False,
     test_images: bool = True,
     folder: Path | None = None,
+    target: Target | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
 
     Args:
         run: From `fit`.
         part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
-        level: Fusion level, sum or tail.
+        level: Fusion level: tail, sum, wide, wide-grouped, or auto.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
         tolerance: Largest allowed difference of a logit.
@@ -67,6 +71,8 @@ def export_run(
         test_images: Classify every test image with both; else 64 random images stand in, and nothing is said of
             accuracy.
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
+        target: What level auto measures on.
+        progress: Told how far that is.
 
     Raises:
         GateError: The exported graph does not do what the trained model does.
@@ -84,6 +90,8 @@ def export_run(
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
+        target=target,
+        progress=progress,
     )
     return Exported(chosen, proof)
 

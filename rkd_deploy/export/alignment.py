@@ -56,13 +56,11 @@ def _projection(branch: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return [node, node.next] if _kind(branch, node.next) == "norm" else [node]
 
 
-def _insert(
-    branch: fx.GraphModule, join: fx.Node, slot: int, layers: Sequence[nn.Module], x_NCHW: Tensor
-) -> fx.Node:
+def _insert(branch: fx.GraphModule, join: fx.Node, slot: int, layers: Sequence[nn.Module], x_NCHW: Tensor) -> fx.Node:
     """Put identities of the kind of `layers` before one operand of a join; the first of them is returned."""
     operand = join.args[slot]
     assert isinstance(operand, fx.Node)
-    ShapeProp(branch).propagate(x_NCHW)  # type: ignore[no-untyped-call]
+    ShapeProp(branch).propagate(x_NCHW)
     channels = operand.meta["tensor_meta"].shape[1]
     made: list[fx.Node] = []
     for layer in layers:

@@ -13,12 +13,11 @@ Only operations that were thought about are listed: one that mixes channels must
 from __future__ import annotations
 
 import operator
-import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 _CHANNELWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
@@ -30,12 +29,15 @@ _MOVE = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
 _RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d")
 """Nothing in eval mode. By name: timm, torchvision and users each have their own."""
 
+_FUNCTIONAL = (
+    "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus max_pool2d avg_pool2d "
+    "adaptive_avg_pool2d adaptive_max_pool2d interpolate"
+)
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "channelwise": (
-        F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish,
-        F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid, F.tanh, torch.tanh, F.softplus, torch.clamp,
-        F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
-        torch.mean, torch.neg, operator.neg, torch.square,
+        *(getattr(functional, name) for name in _FUNCTIONAL.split()),
+        torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.max_pool2d, torch.mean, torch.square,
+        torch.neg, operator.neg,
     ),
     "join": (
         operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, operator.sub, operator.isub,
@@ -44,9 +46,9 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "move": (
         torch.cat, torch.concat, torch.chunk, torch.split, torch.reshape, torch.flatten, torch.unflatten,
         torch.transpose, torch.permute, torch.swapaxes, torch.unbind, torch.stack, torch.narrow, torch.squeeze,
-        torch.unsqueeze, F.channel_shuffle, torch.channel_shuffle, operator.getitem, getattr,
+        torch.unsqueeze, functional.channel_shuffle, operator.getitem, getattr,
     ),
-    "functional norm": (F.batch_norm,),
+    "functional norm": (functional.batch_norm,),
 }  # fmt: skip
 _METHODS = {
     "channelwise": "relu relu_ sigmoid sigmoid_ tanh clamp clamp_ mean neg square",
@@ -86,7 +88,7 @@ def kind_of_function(target: Any) -> str:
     """As listed at the top of this file, of a function, or of a tensor's method by its name."""
     if getattr(target, "__name__", "") == "stochastic_depth":
         return "identity"
-    if target in (F.dropout, F.dropout2d):
+    if target in (functional.dropout, functional.dropout2d):
         return "identity"
     return _KINDS.get(target, "other")
 
@@ -113,9 +115,17 @@ def batch_norm(
         return None
     norm = nn.BatchNorm2d(x.shape[1], eps=eps, affine=False)
     norm.running_mean, norm.running_var = running_mean, running_var
-    norm.weight = None if weight is None else nn.Parameter(weight)
-    norm.bias = None if bias is None else nn.Parameter(bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            norm.register_parameter(name, nn.Parameter(value))
     return norm.eval()
+
+
+def reads_alone(node: fx.Node) -> bool:
+    """Whether no other operation reads the values of what this one reads; its shape may be read."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return all(user is node or user.target in (getattr, "size", "dim") for user in source.users)
 
 
 def in_place(node: fx.Node, owner: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, 
         grouped: Whether blocks of one size are grouped where the branches' convolutions are not.
     """
     sets = _sets(convs, p, grouped)
-    inputs = [torch.cat([block.inputs for block in blocks]).unique() for blocks in sets]  # sorted
+    inputs = [torch.cat([block.inputs for block in blocks]).unique() for blocks in sets]  # type: ignore[no-untyped-call]
     order = torch.cat(inputs)
     first = convs[0]
     conv = nn.Conv2d(
@@ -96,6 +96,11 @@ def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, 
     return MergedConv(conv, None if torch.equal(order, torch.arange(channels)) else order, q)
 
 
+def can_group(convs: Sequence[nn.Conv2d], p: Sequence[Tensor]) -> bool:
+    """Whether `grouped` makes a difference to these convolutions."""
+    return len(_sets(convs, p, grouped=True)) != len(_sets(convs, p, grouped=False))
+
+
 def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> list[list[_Block]]:
     blocks = [
         _Block(branch, inputs, slice(k * (rows := one.out_channels // one.groups), (k + 1) * rows))
@@ -103,7 +108,7 @@ def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> lis
         for k, inputs in enumerate(positions.chunk(one.groups))
     ]
     all_inputs = torch.cat([block.inputs for block in blocks])
-    shared = len(all_inputs.unique()) < len(all_inputs)
+    shared = len(set(all_inputs.tolist())) < len(all_inputs)
     groups = {one.groups for one in convs}
     if shared or (groups == {1} and not grouped):
         return [blocks]
@@ -121,7 +126,9 @@ def merge_norms(norms: Sequence[nn.BatchNorm2d], p: Sequence[Tensor], channels: 
     merged = nn.BatchNorm2d(channels, eps=0.0, dtype=_mean(norms[0]).dtype)
     with torch.no_grad():
         for norm, positions in zip(norms, p, strict=True):
-            assert merged.running_mean is not None and merged.running_var is not None and norm.running_var is not None
+            assert merged.running_mean is not None
+            assert merged.running_var is not None
+            assert norm.running_var is not None
             merged.running_mean[positions] = _mean(norm)
             merged.running_var[positions] = norm.running_var + norm.eps  # eps may differ between branches
             merged.weight[positions] = torch.ones_like(_mean(norm)) if norm.weight is None else norm.weight
@@ -130,7 +137,7 @@ def merge_norms(norms: Sequence[nn.BatchNorm2d], p: Sequence[Tensor], channels: 
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """w' = w g / sd, c' = beta + (c - mean) g / sd, in place: the convolution then does what both did.
+    """W' = W g / sd, c' = beta + (c - mean) g / sd, in place: the convolution then does what both did.
 
     Args:
         conv: Its output is the norm's input, channel by channel.
