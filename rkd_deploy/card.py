@@ -126,6 +126,7 @@ class ModelCard:
             )
         try:
             preprocess = Preprocess(**_known(Preprocess, content.pop("preprocess")))
+            content["outputs"]  # an app must not guess which output is which
             return cls(preprocess=preprocess, **_known(cls, content))
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(

@@ -30,8 +30,8 @@ _RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d")
 """Nothing in eval mode. By name: timm, torchvision and users each have their own."""
 
 _FUNCTIONAL = (
-    "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus max_pool2d avg_pool2d "
-    "adaptive_avg_pool2d adaptive_max_pool2d interpolate"
+    "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
+    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d interpolate"
 )
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "channelwise": (
