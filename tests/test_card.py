@@ -142,7 +142,7 @@ def test_a_corrupt_card_is_refused_and_its_file_named(text: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("name", 3, 'name is 3, and must be a string'),
+        ("name", 3, "name is 3, and must be a string"),
         ("macs", "many", 'macs is "many", and must be a whole number'),
         ("macs", True, "macs is true, and must be a whole number"),
         ("labels", ["a", 1], "labels is .* must be a list of strings"),
