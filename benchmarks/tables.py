@@ -3,7 +3,7 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `runtimes`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "runtimes.md")
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -31,6 +31,16 @@ def claims() -> str:
             limit = "" if claim["limit"] is None else f"{claim['limit']:g}{unit}"
             where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
             rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
+    return "\n".join(rows) + "\n"
+
+
+def runtimes() -> str:
+    """What each runtime made of each bundle, by the newest record."""
+    record = json.loads(max(HERE.glob("runtimes_*.json")).read_text(encoding="utf-8"))
+    rows = ["| runtime | version | bundle | largest difference of a logit |", "| --- | --- | --- | ---: |"]
+    for row in record["runtimes"]:
+        found = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
+        rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {found} |")
     return "\n".join(rows) + "\n"
 
 
@@ -73,8 +83,8 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
-        make: Callable[[], str] = claims if name == "claims" else lambda: run_record(HERE / name)
-        return match.group(1) + make() + match.group(4)
+        made: dict[str, Callable[[], str]] = {"claims": claims, "runtimes": runtimes}
+        return match.group(1) + made.get(name, lambda: run_record(HERE / name))() + match.group(4)
 
     return _BLOCK.sub(table, text)
 
