@@ -21,14 +21,16 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def claims() -> str:
-    """Every claim of every record, newest record of each theme and hardware."""
+    """Every claim that has a limit, of the newest record of each theme and hardware."""
     newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
     for path in newest.values():
         record = json.loads(path.read_text(encoding="utf-8"))
         for claim in record.get("claims", []):
+            if claim["limit"] is None:
+                continue
             unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
-            limit = "" if claim["limit"] is None else f"{claim['limit']:g}{unit}"
+            limit = f"{claim['limit']:g}{unit}"
             where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
             rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
     return "\n".join(rows) + "\n"
