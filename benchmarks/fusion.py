@@ -3,7 +3,7 @@
     uv run python benchmarks/fusion.py [SECONDS]
 
 S and A are cut from S0 by MACs, widths multiples of 8; all weights are random. Networks take turns of 0.1 s on one
-backend and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run. `auto` is the
+backend, one thread and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run. `auto` is the
 level that its rule (`rkd_deploy/export/selection.py`) takes from these medians. Each export runs in a process of its
 own: uint8 in, 64 random images through the gate, at level tail.
 """
@@ -65,7 +65,8 @@ def _speed(name: str, seconds: float) -> Iterator[Claim]:
         for file, network in zip(files, networks.values(), strict=True):
             file.write_bytes(to_onnx(ExportGraph(network.eval(), preprocess), preprocess).SerializeToString())
         for backend in BACKENDS:
-            results = bench(files, backend=backend, batches=BATCHES, min_seconds=seconds, min_runs=10)
+            print(f"{name} on {backend}", file=sys.stderr)
+            results = bench(files, backend=backend, batches=BATCHES, threads=1, min_seconds=seconds, min_runs=10)
             yield from _claims(f"{name}, {backend}", list(networks), results)
 
 
