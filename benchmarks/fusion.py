@@ -3,9 +3,9 @@
     uv run python benchmarks/fusion.py [SECONDS]
 
 S and A are cut from S0 by MACs, widths multiples of 8; all weights are random. Networks take turns of 0.1 s on one
-backend, one thread and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run. `auto` is the
-level that its rule (`rkd_deploy/export/selection.py`) takes from these medians. Each export runs in a process of its
-own: uint8 in, 64 random images through the gate, at level tail.
+backend, one thread and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run.
+`auto` is the level that its rule (`rkd_deploy/export/selection.py`) takes from these medians. Each export runs in a
+process of its own: uint8 in, 64 random images through the gate, at level tail.
 """
 
 from __future__ import annotations
