@@ -3,7 +3,8 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, `runtimes`, or the file
+of a record.
 """
 
 from __future__ import annotations
@@ -19,21 +20,33 @@ from rkd_deploy.recipe import read_recipe
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "train"
-PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md", HERE.parent / "docs" / "runtimes.md")
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def claims() -> str:
-    """Every claim of every record, newest record of each theme and hardware."""
+    """Every claim that has a limit, of the newest record of each theme and hardware."""
     newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
     for path in newest.values():
         record = json.loads(path.read_text(encoding="utf-8"))
         for claim in record.get("claims", []):
+            if claim["limit"] is None:
+                continue
             unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
-            limit = "" if claim["limit"] is None else f"{claim['limit']:g}{unit}"
+            limit = f"{claim['limit']:g}{unit}"
             where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
             rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
+    return "\n".join(rows) + "\n"
+
+
+def runtimes() -> str:
+    """What each runtime made of each bundle, by the newest record."""
+    record = json.loads(max(HERE.glob("runtimes_*.json")).read_text(encoding="utf-8"))
+    rows = ["| runtime | version | bundle | largest difference of a logit |", "| --- | --- | --- | ---: |"]
+    for row in record["runtimes"]:
+        found = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
+        rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {found} |")
     return "\n".join(rows) + "\n"
 
 
@@ -90,7 +103,7 @@ def comment(path: Path) -> dict[str, str]:
 
 def render(text: str) -> str:
     """A page with every table made anew."""
-    makers: dict[str, Callable[[], str]] = {"claims": claims, "recipes": recipes}
+    makers: dict[str, Callable[[], str]] = {"runtimes": runtimes, "claims": claims, "recipes": recipes}
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
