@@ -1,6 +1,6 @@
 """What fusion buys: S + A at every level against S0, and what an export costs.
 
-    uv run python benchmarks/fusion.py [SECONDS]
+    uv run python benchmarks/fusion.py [SECONDS [NAME ..]]
 
 S and A are cut from S0 by MACs, widths multiples of 8; all weights are random. Networks take turns of 0.1 s on one
 backend, one thread and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run.
@@ -50,8 +50,9 @@ def main() -> None:
         print(json.dumps(_exported(sys.argv[2])))
         return
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
-    claims = [claim for name in CASES for claim in _speed(name, seconds)]
-    claims += [claim for name, limit in EXPORT_SECONDS.items() for claim in _export(name, limit)]
+    names = sys.argv[2:] or list(CASES)
+    claims = [claim for name in names for claim in _speed(name, seconds)]
+    claims += [claim for name in names if name in EXPORT_SECONDS for claim in _export(name, EXPORT_SECONDS[name])]
     save("fusion", claims)
 
 

@@ -217,6 +217,13 @@ def test_what_cannot_be_is_said_with_its_exit_code(rkd, tmp_path, arguments, cod
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--backend", "--device", "--batch", "--threads"])
+def test_an_option_of_auto_is_refused_at_a_fixed_level(rkd, runs, option):
+    outcome = rkd("export", "--fuse", "tail", option, "1")
+    assert outcome.code == 2
+    assert f"{option} 1 says what --fuse auto measures on; --fuse tail measures nothing." in outcome.err
+
+
 def test_json_tells_of_errors_too(rkd):
     outcome = rkd("export", "--json")
     assert outcome.json["exit_code"] == outcome.code == 1
