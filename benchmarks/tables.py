@@ -3,7 +3,8 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `limits`, `recipes`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, `runtimes`, or the file
+of a record.
 """
 
 from __future__ import annotations
@@ -15,26 +16,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rkd_deploy.compare.report import markdown
+from rkd_deploy.compare.rows import Comparison, Row
+
 from rkd_deploy.recipe import read_recipe
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "train"
-PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md", HERE.parent / "docs" / "runtimes.md")
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def claims() -> str:
-    """Every claim of every record, newest record of each theme and hardware."""
+    """Every claim that has a limit, of the newest record of each theme and hardware."""
     newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
     for path in newest.values():
         record = json.loads(path.read_text(encoding="utf-8"))
         for claim in record.get("claims", []):
+            if claim["limit"] is None:
+                continue
             unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
-            limit = "" if claim["limit"] is None else f"{claim['limit']:g}{unit}"
+            limit = f"{claim['limit']:g}{unit}"
             where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
             rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
     return "\n".join(rows) + "\n"
+
+
+def runtimes() -> str:
+    """What each runtime made of each bundle, by the newest record."""
+    record = json.loads(max(HERE.glob("runtimes_*.json")).read_text(encoding="utf-8"))
+    rows = ["| runtime | version | bundle | largest difference of a logit |", "| --- | --- | --- | ---: |"]
+    for row in record["runtimes"]:
+        found = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
+        rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {found} |")
+    return "\n".join(rows) + "\n"
+
+
+def of_record(path: Path) -> str:
+    """The table of one record: a comparison, or a training run."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return comparison(record) if record.get("kind") == "compare" else run_record(path)
+
+
+def comparison(record: dict[str, Any]) -> str:
+    """What `rkd-deploy compare` wrote, as it writes it."""
+    rows = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in record["rows"])
+    held = Comparison(
+        data=record["data"],
+        test_images=record["test_images"],
+        rows=rows,
+        networks=(),
+        missing=tuple(record["missing"]),
+    )
+    facts, settings = record["provenance"], record["settings"]
+    where = f"Latency: batch {settings['batch']}, {settings['backend']}, {facts['cpu']}, {facts['cores']} cores."
+    return markdown(held) + f"\n{where}\n"
 
 
 def run_record(path: Path) -> str:
@@ -90,11 +127,11 @@ def comment(path: Path) -> dict[str, str]:
 
 def render(text: str) -> str:
     """A page with every table made anew."""
-    makers: dict[str, Callable[[], str]] = {"claims": claims, "recipes": recipes}
+    makers: dict[str, Callable[[], str]] = {"runtimes": runtimes, "claims": claims, "recipes": recipes}
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
-        made = makers[name]() if name in makers else run_record(HERE / name)
+        made = makers[name]() if name in makers else of_record(HERE / name)
         return match.group(1) + made + match.group(4)
 
     return _BLOCK.sub(table, text)

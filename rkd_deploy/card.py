@@ -7,7 +7,7 @@ Standard library only: an app reads it without torch, and other languages read t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -81,6 +81,8 @@ class ModelCard:
     part: str = "fused"
     """Which network of the run this is: fused (S + A), student (S alone), s0, teacher."""
     fusion: str = "none"
+    fusion_search: Mapping[str, Any] = field(default_factory=dict)
+    """Where the fusion was chosen by measuring: on what, the medians in ms, the choice. Samples are in fusion.json."""
     precision: str = "fp32"
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
@@ -94,6 +96,8 @@ class ModelCard:
     source: Mapping[str, Any] = field(default_factory=dict)
     """The run, the recipe and the SHA-256 of the weights."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of every file of the bundle (`rkd_deploy.serve.checksums`); empty in the card inside an ONNX file."""
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives the equal card back."""
@@ -108,7 +112,7 @@ class ModelCard:
             where: The file it comes from, for messages.
 
         Raises:
-            ModelFileError: No JSON, a newer schema, or fields missing.
+            ModelFileError: No JSON, a newer schema, fields missing or of the wrong type.
         """
         try:
             content = json.loads(text)
@@ -123,12 +127,9 @@ class ModelCard:
                 "Update with: pip install -U rkd-deploy"
             )
         try:
-            preprocess = _known(Preprocess, content.pop("preprocess"))
-            for name in ("mean", "std"):
-                preprocess[name] = tuple(preprocess[name])
-            for name in ("labels", "outputs"):
-                content[name] = tuple(content[name])
-            return cls(preprocess=Preprocess(**preprocess), **_known(cls, content))
+            preprocess = Preprocess(**_known(Preprocess, content.pop("preprocess")))
+            content["outputs"]  # an app must not guess which output is which
+            return cls(preprocess=preprocess, **_known(cls, content))
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(
                 f"The model card in {where} lacks a field or has a wrong one ({error}). "
@@ -137,6 +138,46 @@ class ModelCard:
 
 
 def _known(owner: type[Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a class, each of its type; lists become tuples.
+
+    Raises:
+        TypeError: One is of another type.
+    """
     # Fields added within one schema are optional facts: an older reader may leave them out.
-    names = {item.name for item in fields(owner)}
-    return {key: value for key, value in content.items() if key in names}
+    known = {}
+    for item in fields(owner):
+        if item.name in content:
+            what, fits = _JSON_TYPES[str(item.type)]
+            value = content[item.name]
+            if not fits(value):
+                raise TypeError(f"{item.name} is {json.dumps(value)[:60]}, and must be {what}")
+            known[item.name] = tuple(value) if isinstance(value, list) else value
+    return known
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_count(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_JSON_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a string", _is_text),
+    "int": ("a whole number", _is_count),
+    "float": ("a number", _is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "tuple[str, ...]": ("a list of strings", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "tuple[float, ...]": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "Mapping[str, Any]": ("an object", lambda value: isinstance(value, dict)),
+    "Mapping[str, str]": (
+        "an object of strings",
+        lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    ),
+}
+"""By the annotation of a field: what its value in JSON must be, and whether it is."""

@@ -157,8 +157,17 @@ def export(
         typer.Option("--part", help="fused (S + A; default), student (S alone), s0 (default of a baseline), teacher."),
     ] = None,
     level: Annotated[
-        str, typer.Option("--fuse", help="tail (adapters and head folded into one matrix) or sum.")
+        str,
+        typer.Option("--fuse", help="tail (adapters and head one matrix), sum, wide, wide-grouped; auto measures."),
     ] = "tail",
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="What --fuse auto measures on. Default: onnxruntime.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="For --fuse auto. Default: cpu.")] = None,
+    batches: Annotated[
+        str | None, typer.Option("--batch", help="For --fuse auto: all count alike, e.g. 1,8. Default: 1.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="For --fuse auto: CPU threads.")] = None,
     outputs: Annotated[
         str, typer.Option("--outputs", help="Any of logits,probabilities,features (features need --fuse sum).")
     ] = "logits",
@@ -194,13 +203,14 @@ def export(
     _choose("format", output_format, ("onnx",))
     _choose("input", layout, ("uint8", "float32"))
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
+    target = _fusion_target(level, backend, device, batches, threads)
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import print_exits, status
     from rkd_deploy.serve.bundles import describe
     from rkd_deploy.train.runs import newest_run, open_run
 
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
-    with status(f"Exporting {part or 'the network'} of {chosen.folder}"):
+    with status(f"Exporting {part or 'the network'} of {chosen.folder}") as update:
         made = export_run(
             chosen,
             part=part,
@@ -213,6 +223,8 @@ def export(
             early_exit=early_exit,
             exit_threshold=exit_threshold,
             folder=output,
+            target=target,
+            progress=update,
         )
     proof = made.proof
     console = _console(as_json)
@@ -422,41 +434,63 @@ def predict(
 @app.command()
 def verify(
     model: Newest = None,
-    backend: BackendName = "onnxruntime",
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="Default: every one that is installed and can run the bundle.")
+    ] = None,
     device: DeviceName = "cpu",
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Default: the bundle's own.")] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Prove a bundle again from its golden data."""
+    """Prove a bundle again from its golden data.
+
+    Its files are compared with their checksums, its logits with the stored ones.
+    """
     from rkd_deploy.serve.bench.parity import gate
     from rkd_deploy.serve.bench.parity import verify as verify_bundle
+    from rkd_deploy.serve.bench.verification import Verdict, verify_everywhere
 
     chosen = model or _newest_bundle(root)
-    parity = verify_bundle(chosen, backend, device=device, tolerance=tolerance)
-    if as_json and parity.passed:
-        _emit({"bundle": str(chosen), "backend": backend, "parity": parity.to_dict()})
-    gate(parity, f"{chosen} on {backend}")
-    typer.echo(
-        f"{chosen} on {backend}: logits differ by at most {parity.max_abs_diff:.2g} "
-        f"(tolerance {parity.tolerance:g}) over {parity.n} images.",
-        err=as_json,
-    )
+    if backend is None:
+        verdicts = verify_everywhere(chosen, device=device, tolerance=tolerance)
+    else:
+        verdicts = [Verdict(backend, verify_bundle(chosen, backend, device=device, tolerance=tolerance), None)]
+    for verdict in verdicts:
+        if (parity := verdict.parity) is None:
+            line = f"not run: {verdict.reason}"
+        else:
+            line = (
+                f"logits differ by at most {parity.max_abs_diff:.2g} "
+                f"(tolerance {parity.tolerance:g}) over {parity.n} images."
+            )
+        typer.echo(f"{chosen} on {verdict.backend}: {line}", err=as_json)
+    for verdict in verdicts:
+        if verdict.parity is not None:
+            gate(verdict.parity, f"{chosen} on {verdict.backend}")
+    if as_json:
+        found = [{"backend": one.backend, "parity": one.parity and one.parity.to_dict()} for one in verdicts]
+        _emit({"bundle": str(chosen), "backends": found})
 
 
 @app.command()
 def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None:
-    """Show the card of a bundle or an ONNX file."""
+    """Show the card of a bundle or an ONNX file.
+
+    Precision, fusion, checksums, what it was exported with. Files that were changed are an error.
+    """
     from rkd_deploy.serve.bundles import describe
 
     card = json.loads(describe(model or _newest_bundle(root)).to_json())
     if as_json:
         _emit(card)
         return
-    labels = card.pop("labels")
+    labels, checksums, versions = card.pop("labels"), card.pop("checksums"), card.pop("versions")
     for key, value in card.items():
-        typer.echo(f"{key:>11}  {json.dumps(value) if isinstance(value, dict) else value}")
-    typer.echo(f"{'labels':>11}  {len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}")
+        typer.echo(f"{key:>13}  {json.dumps(value) if isinstance(value, dict) else value}")
+    typer.echo(f"{'labels':>13}  {len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}")
+    for name, checksum in checksums.items():
+        typer.echo(f"{'unchanged':>13}  {name}, SHA-256 {checksum}")
+    typer.echo(f"{'exported with':>13}  {', '.join(f'{key} {value}' for key, value in versions.items())}")
 
 
 @app.command()
@@ -490,6 +524,25 @@ def main() -> None:
         if "--json" in sys.argv:
             _emit({"error": message, "exit_code": code})
         sys.exit(code)
+
+
+def _fusion_target(
+    level: str, backend: str | None, device: str | None, batches: str | None, threads: int | None
+) -> Any:
+    """What --fuse auto measures on; None for a level that is not measured."""
+    given = {"--backend": backend, "--device": device, "--batch": batches, "--threads": threads}
+    if level != "auto":
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"{option} {value} says what --fuse auto measures on; --fuse {level} measures nothing."
+                )
+        return None
+    from rkd_deploy.export.selection import Target
+    from rkd_deploy.serve.backends import check_backend
+
+    check_backend(backend or "onnxruntime")
+    return Target(backend or "onnxruntime", device or "cpu", threads, tuple(_sizes(batches or "1")))
 
 
 def _newest_bundle(root: Path) -> Path:

@@ -19,9 +19,11 @@ from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
+from rkd_deploy.export.selection import Target
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
+from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
@@ -58,13 +60,15 @@ def export_run(
     early_exit: bool = False,
     exit_threshold: float | None = None,
     folder: Path | None = None,
+    target: Target | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
 
     Args:
         run: From `fit`.
         part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
-        level: Fusion level, sum or tail.
+        level: Fusion level: tail, sum, wide, wide-grouped, or auto.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
         tolerance: Largest allowed difference of a logit.
@@ -75,6 +79,8 @@ def export_run(
         exit_threshold: The confidence at which an image leaves. Default: the lowest that loses nothing on the held-out
             images. Giving one asks for early exit.
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
+        target: What level auto measures on.
+        progress: Told how far that is.
 
     Raises:
         GateError: The exported graph does not do what the trained model does.
@@ -97,6 +103,8 @@ def export_run(
         tolerance=tolerance,
         with_pytorch=with_pytorch,
         early_exit=exits,
+        target=target,
+        progress=progress,
     )
     return Exported(chosen, proof)
 

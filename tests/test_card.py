@@ -40,6 +40,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "outputs": st.lists(texts, max_size=3).map(tuple),
     "part": texts,
     "fusion": texts,
+    "fusion_search": facts,
     "precision": texts,
     "macs": counts,
     "parameters": counts,
@@ -47,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "parity": facts,
     "source": facts,
     "versions": st.dictionaries(texts, texts),
+    "checksums": st.dictionaries(texts, texts),
 }
 
 
@@ -78,6 +80,7 @@ def test_json_is_what_other_languages_expect() -> None:
         "outputs": ["logits"],
         "part": "fused",
         "fusion": "none",
+        "fusion_search": {},
         "precision": "fp32",
         "macs": 0,
         "parameters": 0,
@@ -85,6 +88,7 @@ def test_json_is_what_other_languages_expect() -> None:
         "parity": {},
         "source": {},
         "versions": {},
+        "checksums": {},
     }
 
 
@@ -133,6 +137,41 @@ def test_another_schema_is_refused_with_the_way_out(schema: object) -> None:
 def test_a_corrupt_card_is_refused_and_its_file_named(text: str) -> None:
     with pytest.raises(ModelFileError, match=r"b/model\.json.*Export .* again.* rkd-deploy export"):
         ModelCard.from_json(text, "b/model.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("name", 3, "name is 3, and must be a string"),
+        ("macs", "many", 'macs is "many", and must be a whole number'),
+        ("macs", True, "macs is true, and must be a whole number"),
+        ("labels", ["a", 1], "labels is .* must be a list of strings"),
+        ("labels", "ab", 'labels is "ab", and must be a list of strings'),
+        ("metrics", [], "metrics is .* must be an object"),
+        ("checksums", {"model.onnx": 7}, "checksums is .* must be an object of strings"),
+        ("precision", None, "precision is null, and must be a string"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field: str, value: object, rule: str) -> None:
+    with pytest.raises(ModelFileError, match=f"b/model.json lacks a field or has a wrong one .*{rule}"):
+        ModelCard.from_json(changed(**{field: value}), "b/model.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("height", 32.5, "height is 32.5, and must be a whole number"),
+        ("mean", ["0.5", 0.5, 0.5], "mean is .* must be a list of numbers"),
+        ("std", [True, 1, 1], "std is .* must be a list of numbers"),
+        ("embedded", 1, "embedded is 1, and must be true or false"),
+        ("crop_fraction", "1", 'crop_fraction is "1", and must be a number'),
+        ("interpolation", 2, "interpolation is 2, and must be a string"),
+    ],
+)
+def test_a_value_of_another_type_in_the_preprocessing_is_refused(field: str, value: object, rule: str) -> None:
+    preprocess = json.loads(CARD.to_json())["preprocess"] | {field: value}
+    with pytest.raises(ModelFileError, match=rule):
+        ModelCard.from_json(changed(preprocess=preprocess), "b/model.json")
 
 
 @given(st.data())

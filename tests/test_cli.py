@@ -79,8 +79,17 @@ def test_train_export_bench_without_an_argument_take_the_newest(rkd, tmp_path):
     record = json.loads(Path(timed.json["record"]).read_text())
     assert len(record["results"][0]["samples_ms"]) == record["results"][0]["runs"] >= 5
 
-    assert rkd("verify").code == 0
-    assert rkd("info", "--json").json["labels"] == [str(digit) for digit in range(10)]
+    proven = rkd("verify", "--json")
+    assert proven.code == 0, proven.err
+    rows = {row["backend"]: row["parity"] for row in proven.json["backends"]}
+    assert rows["onnxruntime"]["passed"]
+    assert rows["pytorch"] is None  # works here, but the bundle has no model.pt2
+    assert "on pytorch: not run: " in proven.err
+    card = rkd("info", "--json").json
+    assert card["labels"] == [str(digit) for digit in range(10)]
+    shown = rkd("info").out
+    for fact in ("fp32", "tail", card["checksums"]["model.onnx"], f"torch {card['versions']['torch']}"):
+        assert fact in shown
 
 
 def test_compare_takes_the_newest_run_and_writes_where_it_says(rkd, runs):
@@ -129,6 +138,10 @@ def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, runs):
     weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
     onnx.save(model, path)
     outcome = rkd("verify", "--json")
+    assert outcome.code == 1
+    assert "model.onnx changed (by the checksums in model.json)" in outcome.err
+    (runs / "bundle/model.json").unlink()  # without its sums there is still the proof
+    outcome = rkd("verify", runs / "bundle", "--backend", "onnxruntime", "--json")
     assert outcome.code == 3
     assert "Parity failed" in outcome.err
     assert outcome.json["exit_code"] == 3
@@ -202,6 +215,13 @@ def test_what_cannot_be_is_said_with_its_exit_code(rkd, tmp_path, arguments, cod
         assert word in outcome.err
     assert "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--backend", "--device", "--batch", "--threads"])
+def test_an_option_of_auto_is_refused_at_a_fixed_level(rkd, runs, option):
+    outcome = rkd("export", "--fuse", "tail", option, "1")
+    assert outcome.code == 2
+    assert f"{option} 1 says what --fuse auto measures on; --fuse tail measures nothing." in outcome.err
 
 
 def test_json_tells_of_errors_too(rkd):

@@ -1,14 +1,16 @@
 """The bundle: one folder with everything an app needs, proven before it gets its name.
 
     model.onnx                one file, the card inside
-    model.json                the same card, for readers without ONNX metadata
+    model.json                the same card with the SHA-256 of every file, for readers without ONNX metadata
     labels.txt                one class name a line
     preprocessor_config.json  Hugging Face's field names
     golden.npz                inputs, PyTorch's logits for them, and the tolerance
     model.pt2                 on request: the same graph as an exported PyTorch program
     student.onnx, assistant_1.onnx, ..   on request: S and each A alone, for early exit
+    fusion.json               where the level was chosen by measuring: the whole measurement
 
-The folder appears whole or not at all. The same model and settings give the same bytes.
+The folder appears whole or not at all. The same model and settings give the same bytes; level `auto` alone depends on
+the moment, and the card says which level it chose.
 """
 
 from __future__ import annotations
@@ -29,18 +31,21 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import GateError
+from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export.early_exit import EarlyExit, check, write_exits
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
+from rkd_deploy.export.selection import Choice, Target, choose_level
 from rkd_deploy.serve.backends import infer_many, load_backend
 from rkd_deploy.serve.backends.pytorch import PyTorchBackend
 from rkd_deploy.serve.bench.accuracy import top1
 from rkd_deploy.serve.bench.parity import GOLDEN_NAME, Parity, compare, gate, verify
+from rkd_deploy.serve.bench.timing import Progress
+from rkd_deploy.serve.checksums import CARD_NAME, sealed
 from rkd_deploy.serve.files import ONNX_NAME
 from rkd_deploy.serve.images import normalise
-from rkd_deploy.storage import new_folder, write_bytes, write_text
+from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""
@@ -81,6 +86,8 @@ def export_bundle(
     tolerance: float = TOLERANCE,
     with_pytorch: bool = False,
     early_exit: EarlyExit | None = None,
+    target: Target | None = None,
+    progress: Progress | None = None,
 ) -> Proof:
     """Fuse, export, prove, and only then let the folder appear.
 
@@ -90,26 +97,30 @@ def export_bundle(
         folder: Where the bundle goes; must not exist.
         batches: Real images, uint8 [n, H, W, C], with labels [n]: every one is run through both. Without any, random
             images take their place and nothing is said of accuracy.
-        level: Fusion level (`rkd_deploy.export.fusion`); of a classifier without adapters only batch norm is folded.
+        level: Fusion level (`rkd_deploy.export.fusion`), or ``"auto"``; of a classifier without adapters only batch
+            norm is folded.
         outputs: Any of logits, probabilities, features.
         tolerance: Largest allowed difference of a logit.
         with_pytorch: Write model.pt2 too.
         early_exit: Write a graph of each branch too, to run one after the other (`rkd_deploy.export.early_exit`).
+        target: What level `auto` measures on. Default: ONNX Runtime on the CPU, batch 1.
+        progress: Told how far that is.
 
     Raises:
         GateError: The exported graph does not do what the model does; nothing is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
-        UsageError: Unknown level or outputs, or early exit of a network that has no branches.
+        UsageError: Unknown level or outputs, a target without level `auto`; early exit of a network
+            that has no branches.
     """
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model)
-    fused = fuse(model.cpu(), level)
-    graph = ExportGraph(fused, preprocess, outputs).eval()
-    proto = to_onnx(graph, preprocess)
+    choice = _fused(model.cpu(), preprocess, outputs, level, target, progress)
+    graph, proto = ExportGraph(choice.network, preprocess, outputs).eval(), choice.proto
     card = dataclasses.replace(
         card,
         outputs=tuple(outputs),
-        fusion=level if fused is not model and card.part in ("fused", "student") else "none",
+        fusion=choice.level if card.part in ("fused", "student") else "none",
+        fusion_search=choice.summary,
         versions={name: _version(name) for name in ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")},
     )
     with new_folder(folder) as temporary:
@@ -123,7 +134,6 @@ def export_bundle(
             card = dataclasses.replace(card, early_exit=write_exits(temporary, branches, card, early_exit, tolerance))
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
-        write_text(temporary / "model.json", card.to_json() + "\n")
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
         write_bytes(temporary / GOLDEN_NAME, golden)
@@ -131,8 +141,32 @@ def export_bundle(
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
+        if choice.record:
+            write_json(temporary / "fusion.json", choice.record)
+        write_text(temporary / CARD_NAME, sealed(card, temporary))
         gate(verify(temporary), f"{ONNX_NAME} against its golden data")
     return proof
+
+
+def _fused(
+    model: nn.Module,
+    preprocess: Preprocess,
+    outputs: Sequence[str],
+    level: str,
+    target: Target | None,
+    progress: Progress | None,
+) -> Choice:
+    def convert(network: nn.Module) -> Any:
+        return to_onnx(ExportGraph(network, preprocess, outputs).eval(), preprocess)
+
+    if level == "auto":
+        return choose_level(model, convert, target or Target(), progress)
+    if target is not None:
+        raise UsageError(
+            f"A target to measure on was given with level {level!r}, which is not measured: use level auto."
+        )
+    network = fuse(model, level)
+    return Choice(level, network, convert(network))
 
 
 def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:

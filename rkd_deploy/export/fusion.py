@@ -19,9 +19,19 @@ maps no longer exists, so it cannot be an output. Any number of branches is fold
 columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A. Where S
 and A exchange their maps at every stage (`exchange.py`), level `tail` folds those adapters too.
 
-Batch norm is folded into the convolutions before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
+Level `wide` has the tail of `tail`, and each pair of layers of S and A as one (`wide.py`): half as many operations, and
+as many multiplications more as the weights got zeros. With p_S, p_A the places of their channels in the merged map m,
+
+    z = V GAP(m) + (b + W (c_S + c_A)),    V[:, p_S] = W U_S,  V[:, p_A] = W U_A
+
+`wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
+level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`selection.py`).
+
+Batch norm is folded into the convolution before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
 beta its affine parameters and sd its standard deviation), by PyTorch's own fuser; where a network cannot be traced by
-it, or has a batch norm of its own making, that is left to the runtime.
+it, or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
+ResNet) stays: the other reader of that sum needs it without the norm, and the ReLU after it keeps it from the next
+convolution. It is one operation, per channel.
 
 A head that is not linear (T's norm or perceptron before its linear layer) cannot take the adapters in. GAP and adapters
 still commute, so level `tail` applies the adapters to the pooled maps, where they cost H W times less, and then h:
@@ -42,11 +52,12 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.exchange import ExchangingBranches, joined
+from rkd_deploy.export.wide import Merged, merge
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
-LEVELS = ("sum", "tail")
+LEVELS = ("sum", "tail", "wide", "wide-grouped")
 
 
 class SummedBranches(nn.Module):
@@ -84,18 +95,46 @@ class FoldedTail(nn.Module):
     def __init__(self, branches: nn.Module, adapters: Sequence[nn.Conv2d], head: nn.Module) -> None:
         super().__init__()
         self.branches = branches
-        U, c = joined(adapters)
-        self.head: nn.Module
-        if type(head) is nn.Linear:
-            W, b = head.weight, head.bias
-            self.head = _linear(W @ U, W @ c if b is None else b + W @ c)
-        else:
-            self.head = nn.Sequential(_linear(U, c), head)
+        tail = _tail(adapters, head)
+        self.head: nn.Module = tail if len(tail) > 1 else tail[0]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
         pooled = [pool(f) for f in self.branches(x_NCHW)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
+
+
+class WideBranches(nn.Module):
+    """Level `wide`.
+
+    Args:
+        merged: All backbones as one.
+        adapters: 1x1 convolutions to C_T channels, one for each backbone.
+        head: C_T to K.
+    """
+
+    def __init__(self, merged: Merged, adapters: Sequence[nn.Conv2d], head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.can_group = merged.backbone, merged.can_group
+        tail = _tail(adapters, head)
+        first = cast(nn.Linear, tail[0])
+        V = first.weight.new_zeros(first.out_features, merged.channels)
+        V[:, torch.cat(merged.p)] = first.weight
+        tail[0] = _linear(V, first.bias)
+        self.head: nn.Module = tail if len(tail) > 1 else tail[0]
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return cast(Tensor, self.head(pool(self.backbone(x_NCHW))))
+
+
+def _tail(adapters: Sequence[nn.Conv2d], head: nn.Module) -> nn.Sequential:
+    """From all pooled maps, one after the other, to logits: one matrix, and h after it where h is more than that."""
+    U, c = joined(adapters)
+    if type(head) is not nn.Linear:
+        return nn.Sequential(_linear(U, c), head)
+    W, b = head.weight, head.bias
+    return nn.Sequential(_linear(W @ U, W @ c if b is None else b + W @ c))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -117,19 +156,32 @@ class _LastMaps(nn.Module):
         return tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
 
 
+class _LastMap(nn.Module):
+    """One branch as a function from images to its last stage map."""
+
+    def __init__(self, backbone: FeatureNetwork) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.backbone.features(x_NCHW)[-1]
+
+
 def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     """One network to export, in eval mode, equal in value to the model's up to rounding.
 
     Args:
         model: S with its assistants (`ResidualStudent`, `ProgressiveStudent`), S alone, or any classifier, of which
             only batch norm is folded. Left as it is.
-        level: ``"sum"`` or ``"tail"``.
+        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `selection.choose_level`.
 
     Raises:
-        UsageError: Unknown level.
+        UsageError: Unknown level, or a level that these branches cannot be brought to.
     """
     if level not in LEVELS:
         raise UsageError(unknown_name("fusion level", level, LEVELS))
+    if level.startswith("wide") and isinstance(model, ResidualStudent | StudentAlone | ProgressiveStudent):
+        return _wide(model, grouped=level == "wide-grouped")
     branches: nn.Module
     if isinstance(model, ProgressiveStudent):
         branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
@@ -140,6 +192,18 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         return _folded(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
     return owner(_folded(branches.eval()), adapters, model.head).eval()
+
+
+def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped: bool) -> nn.Module:
+    if isinstance(model, ProgressiveStudent):
+        raise UsageError(
+            "Level wide cannot merge the branches: they exchange their maps at every stage (scheme progressive). "
+            "Use --fuse tail, which folds the adapters between them and is equal in value."
+        )
+    backbones = [_LastMap(backbone).eval() for backbone, _ in model.branches()]
+    with torch.no_grad():
+        merged = merge(backbones, grouped=grouped)
+        return WideBranches(merged, [adapter for _, adapter in model.branches()], model.head).eval()
 
 
 def fuse_branch(backbone: FeatureNetwork, adapter: nn.Conv2d, head: nn.Module) -> nn.Module:

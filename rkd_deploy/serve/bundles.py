@@ -7,6 +7,7 @@ from pathlib import Path
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import ModelFileError
 from rkd_deploy.serve.backends import load_backend
+from rkd_deploy.serve.checksums import check_files
 from rkd_deploy.serve.files import model_path, read_card
 
 
@@ -29,10 +30,11 @@ def describe(path: Path) -> ModelCard:
     """The card of a bundle or an ONNX file.
 
     Raises:
-        ModelFileError: The model is missing or corrupt, or has no card.
+        ModelFileError: The model is missing or corrupt, or has no card; a file of the bundle is not as it was written.
         MissingDependencyError: Only the ONNX file is there, and no onnxruntime to read it.
     """
     file = model_path(path)
+    check_files(path, complete=True)
     metadata = {}
     if not file.with_suffix(".json").exists():
         with load_backend("onnxruntime", file) as backend:

@@ -1,6 +1,7 @@
 """The bundle appears whole and proven, or not at all."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -35,7 +36,9 @@ def test_everything_an_app_needs_is_there(model, card, tmp_path):
     assert proof.torch_top1 == proof.onnx_top1 == 90.0  # 4 of 40 were mislabelled
     written = ModelCard.from_json((tmp_path / "bundle/model.json").read_text(), "model.json")
     session = onnxruntime.InferenceSession(tmp_path / "bundle/model.onnx")
-    assert written.to_json() in session.get_modelmeta().custom_metadata_map.values()
+    unsealed = replace(written, checksums={})  # a file cannot hold its own sum
+    assert unsealed.to_json() in session.get_modelmeta().custom_metadata_map.values()
+    assert set(written.checksums) == files
     assert written.fusion == "tail"
     assert written.parity["onnx_top1"] == 90.0
     assert (tmp_path / "bundle/labels.txt").read_text() == "a\nb\nc\nd\ne\n"
@@ -95,8 +98,6 @@ def test_an_existing_folder_is_never_touched(model, card, tmp_path):
 
 
 def test_float32_bundles_prove_themselves_too(model, card, tmp_path):
-    from dataclasses import replace
-
     card = replace(card, preprocess=replace(card.preprocess, embedded=False))
     proof = export_bundle(model, card, tmp_path / "bundle", batches=batches(model, card))
     assert proof.onnx_top1 == 90.0

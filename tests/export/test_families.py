@@ -1,15 +1,22 @@
 """Every family through the whole export: fused in float64, and as an ONNX file run by ONNX Runtime."""
 
+import copy
+from collections import Counter
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxscript import optimizer
 from torch import nn
 
+from rkd_deploy.card import Preprocess
 from rkd_deploy.export.fusion import LEVELS, fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.mobilenet import MobileNetV2
-from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.resnet50 import ResNet50
 from rkd_deploy.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from rkd_deploy.models.vgg import VGG
@@ -17,20 +24,16 @@ from rkd_deploy.models.wide_resnet import WideResNet
 
 NARROW = {
     "wrn": (WideResNet(10, (8, 8, 8, 16), None), WideResNet(10, (4, 6, 8, 8), None)),
-    "vgg": (VGG((1, 2, 1, 1, 1), (8, 8, 8, 16, 16), None), VGG((1, 1, 1, 1, 1), (4, 5, 6, 7, 8), None)),
+    "cifar": (CifarResNet(8, (4, 4, 8, 12), None), CifarResNet(8, (6, 4, 8, 8), None)),
+    "vgg": (VGG((1, 2, 1, 1, 1), (8, 8, 8, 16, 16), None), VGG((1, 2, 1, 1, 1), (4, 5, 6, 7, 8), None)),
     "mobilenetv2": (MobileNetV2((8,) * 9, None), MobileNetV2((4, 5, 6, 7, 8, 8, 8, 8, 16), None)),
     "shufflenetv1": (ShuffleNetV1((12, 12, 24, 24), None), ShuffleNetV1((12, 12, 12, 12), None)),
     "shufflenetv2": (ShuffleNetV2((4, 8, 8, 16, 16), None), ShuffleNetV2((4, 6, 8, 10, 12), None)),
     "resnet50": (ResNet50((8, 8, 8, 8, 8), None), ResNet50((4, 4, 4, 4, 4), None)),
 }
 # A batch norm after an addition or a concatenation has no convolution to go into: in a Wide ResNet that of the first
-# block where the shortcut takes the stem's output too, those of later blocks, and the last.
-LEFT = {"wrn": (3 + 1) + (2 + 1)}
-
-
-@pytest.fixture(params=NARROW)
-def family(request):
-    return request.param
+# block where the shortcut takes the stem's output too, those of later blocks, and the last. Merged, two are one.
+LEFT = {"wrn": {"sum": (3 + 1) + (2 + 1), "tail": (3 + 1) + (2 + 1), "wide": 3 + 1, "wide-grouped": 3 + 1}}
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def residual(family):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", NARROW)
 @torch.no_grad()
 def test_fused_equals_the_formula_in_float64(residual, family, level):
     model = residual.double()
@@ -66,17 +70,40 @@ def test_fused_equals_the_formula_in_float64(residual, family, level):
     assert (expected[0] - expected[1]).abs().max() > 0.01  # it does depend on the image
     fused = fuse(model, level)
     torch.testing.assert_close(fused(x_NCHW), expected, rtol=0, atol=1e-10)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == LEFT.get(family, 0)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == LEFT.get(family, {}).get(level, 0)
 
 
-def test_the_file_answers_as_pytorch_does(residual, card):
-    alone = StudentAlone(residual).eval()  # one branch has every operator of the family, and exports in half the time
-    proto = to_onnx(ExportGraph(fuse(alone, "tail"), card.preprocess), card.preprocess)
+# Levels sum and wide-grouped have no operator that tail and wide have not: one family stands for all.
+EXPORTED = [(name, level) for name in NARROW for level in (LEVELS if name == "cifar" else ("tail", "wide"))]
+
+
+@pytest.mark.parametrize(("family", "level"), EXPORTED)
+def test_the_file_answers_as_pytorch_does_and_nothing_is_left_to_optimise(residual, level, cifar100, tmp_path):
+    preprocess = Preprocess(height=32, width=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    proto = to_onnx(ExportGraph(fuse(residual, level), preprocess), preprocess)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        x = np.random.default_rng(batch).integers(0, 256, (batch, 8, 8, 3), dtype=np.uint8)
-        normalised = (x / 255 - np.array(card.preprocess.mean)) / np.array(card.preprocess.std)
+    real = cifar100.test.images_NCHW[:6].permute(0, 2, 3, 1).numpy()
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    for x in (real, noise, real[:1]):
+        normalised = (x / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
         with torch.no_grad():
-            expected = alone.double()(torch.from_numpy(normalised.transpose(0, 3, 1, 2))).numpy()
+            expected = residual.double()(torch.from_numpy(normalised.transpose(0, 3, 1, 2))).numpy()
         assert np.ptp(expected) > 0.01
         np.testing.assert_allclose(session.run(["logits"], {"input": x})[0], expected, rtol=0, atol=1e-4)
+    assert optimised_away(proto, tmp_path) == {}
+
+
+def optimised_away(proto, folder):
+    """What ONNX Runtime's basic optimisation, the part that any provider gets, and onnxscript's would remove."""
+    before = Counter(node.op_type for node in proto.graph.node)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folder / "basic.onnx")
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    basic = onnx.load(folder / "basic.onnx")
+    script = optimizer.optimize(copy.deepcopy(proto))
+    return {
+        name: removed
+        for name, model in (("ONNX Runtime", basic), ("onnxscript", script))
+        if (removed := before - Counter(node.op_type for node in model.graph.node))
+    }

@@ -18,6 +18,7 @@ import numpy as np
 
 from rkd_deploy.errors import GateError, ModelFileError, UsageError
 from rkd_deploy.serve.backends import Array, infer_many, load_backend
+from rkd_deploy.serve.checksums import check_files
 from rkd_deploy.serve.files import model_path
 
 GOLDEN_NAME = "golden.npz"
@@ -138,9 +139,11 @@ def verify(
         The parity, passed or not; give it to `gate` to stop where it is not.
 
     Raises:
-        ModelFileError: The model or golden.npz is missing, corrupt, or they do not belong together.
+        ModelFileError: The model or golden.npz is missing, corrupt, or they do not belong together; a file of the
+            bundle is not as it was written.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
+    check_files(bundle_path, complete=True)
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
     inputs, logits_NK, stored = read_golden(golden)
     with load_backend(backend, bundle_path, device=device, threads=threads) as loaded:

@@ -1,0 +1,177 @@
+"""What fusion buys: S + A at every level against S0, and what an export costs.
+
+    uv run python benchmarks/fusion.py [SECONDS [NAME ..]]
+
+S and A are cut from S0 by MACs, widths multiples of 8; all weights are random. Networks take turns of 0.1 s on one
+backend, one thread and one batch size (`rkd_deploy.serve.bench`); a ratio is that of two medians of one such run.
+`auto` is the level that its rule (`rkd_deploy/export/selection.py`) takes from these medians. Each export runs in a
+process of its own: uint8 in, 64 random images through the gate, at level tail.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from record import Claim, save
+from torch import Tensor, nn
+
+from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.export.selection import by_level, fastest
+from rkd_deploy.models import zoo
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.separation import separate
+from rkd_deploy.models.staged import Staged
+from rkd_deploy.serve.bench import Result, bench
+
+BATCHES = (1, 8, 32)
+BACKENDS = ("onnxruntime", "openvino")
+LEVELS = ("sum", "tail", "wide")
+CLASSES = 100
+LIMIT = 1.05
+EXPORT_SECONDS = {"resnet8x4": 15.0, "ResNet-18": 40.0}
+
+
+def main() -> None:
+    """Measure and record; in a child process, export one network."""
+    if sys.argv[1:2] == ["--export"]:
+        print(json.dumps(_exported(sys.argv[2])))
+        return
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+    names = sys.argv[2:] or list(CASES)
+    claims = [claim for name in names for claim in _speed(name, seconds)]
+    claims += [claim for name in names if name in EXPORT_SECONDS for claim in _export(name, EXPORT_SECONDS[name])]
+    save("fusion", claims)
+
+
+def _speed(name: str, seconds: float) -> Iterator[Claim]:
+    size, make = CASES[name]
+    S0, model = make()
+    networks = {"S0": fuse(S0), **{level: fuse(model, level) for level in LEVELS}}
+    preprocess = _preprocess(size)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{level}.onnx" for level in networks]
+        for file, network in zip(files, networks.values(), strict=True):
+            file.write_bytes(to_onnx(ExportGraph(network.eval(), preprocess), preprocess).SerializeToString())
+        for backend in BACKENDS:
+            print(f"{name} on {backend}", file=sys.stderr)
+            results = bench(files, backend=backend, batches=BATCHES, threads=1, min_seconds=seconds, min_runs=10)
+            yield from _claims(f"{name}, {backend}", list(networks), results)
+
+
+def _claims(where: str, levels: Sequence[str], results: Sequence[Result]) -> Iterator[Claim]:
+    p50_ms = by_level(levels, results)
+    samples = {
+        (levels[number % len(levels)], one.batch): {"ms": [round(sample, 4) for sample in one.samples_ms]}
+        for number, one in enumerate(results)
+    }
+    for batch in BATCHES:
+        times = {level: p50_ms[level][str(batch)] for level in levels}
+        chosen, _ = fastest({level: {"": times[level]} for level in LEVELS})
+        what = f"{where}, batch {batch}"
+        yield Claim(f"{what}: S0", times["S0"], "ms", None, samples["S0", batch])
+        for level in LEVELS:
+            ratio = times[level] / times["S0"]
+            yield Claim(f"{what}: S + A, level {level}, over S0", ratio, "ratio", None, samples[level, batch])
+        yield Claim(f"{what}: S + A, level auto ({chosen}), over S0", times[chosen] / times["S0"], "ratio", LIMIT)
+
+
+def _export(name: str, limit: float) -> Iterator[Claim]:
+    done = subprocess.run([sys.executable, __file__, "--export", name], check=True, capture_output=True, text=True)
+    seconds, peak, allowed = json.loads(done.stdout.splitlines()[-1])
+    yield Claim(f"{name}: export with parity gate", seconds, "s", limit, {"seconds": [seconds]})
+    yield Claim(f"{name}: peak memory of an export, limit 4 x the model + 1 GB", peak, "MB", allowed)
+
+
+def _exported(name: str) -> tuple[float, float, float]:
+    """Seconds, peak memory and its limit in MB."""
+    size, make = CASES[name]
+    _, model = make()
+    card = ModelCard(name=name, labels=tuple(map(str, range(CLASSES))), preprocess=_preprocess(size))
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        export_bundle(model, card, Path(folder) / "bundle")
+        seconds = time.perf_counter() - began
+    kilobytes = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    model_mb = 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return seconds, kilobytes * 1024 / 1e6, 4 * model_mb + 1000
+
+
+def _preprocess(size: int) -> Preprocess:
+    return Preprocess(height=size, width=size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def _of_the_zoo(name: str) -> tuple[nn.Module, ResidualStudent]:
+    torch.manual_seed(0)
+    S0 = zoo.create(name, CLASSES)
+    cut = separate(S0, num_classes=CLASSES, input_size=32)
+    return S0.eval(), ResidualStudent(cut.student, cut.assistants, S0.channels, CLASSES).eval()
+
+
+class ResNet18(Staged):
+    """torchvision's ResNet-18 with other widths, for 224 x 224 pixels."""
+
+    def __init__(self, widths: Sequence[int], num_classes: int | None) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.network = torchvision.models.resnet18()
+        before, *stages = self.widths
+        self.network.conv1, self.network.bn1 = nn.Conv2d(3, before, 7, 2, 3, bias=False), nn.BatchNorm2d(before)
+        for number, width in enumerate(stages, start=1):
+            blocks: list[nn.Module] = []
+            for stride in (1 if number == 1 else 2, 1):
+                shortcut = None
+                if stride != 1 or before != width:
+                    shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+                blocks.append(torchvision.models.resnet.BasicBlock(before, width, stride, shortcut))
+                before = width
+            setattr(self.network, f"layer{number}", nn.Sequential(*blocks))
+        self.network.fc = nn.Identity()
+        self.linear = None if num_classes is None else nn.Linear(self.channels, num_classes)
+
+    @property
+    def fc(self) -> nn.Linear | None:
+        """The linear classifier."""
+        return self.linear
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The four stage maps."""
+        network: Any = self.network
+        maps = [network.maxpool(network.relu(network.bn1(network.conv1(x_NCHW))))]
+        for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+            maps.append(layer(maps[-1]))
+        return tuple(maps[1:])
+
+    def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
+        """The same depth at other widths."""
+        return ResNet18(widths, num_classes)
+
+
+def _resnet18() -> tuple[nn.Module, ResidualStudent]:
+    torch.manual_seed(0)
+    S0 = ResNet18((64, 64, 128, 256, 512), CLASSES)
+    cut = separate(S0, num_classes=CLASSES, input_size=224)
+    return S0.eval(), ResidualStudent(cut.student, cut.assistants, S0.channels, CLASSES).eval()
+
+
+CASES: dict[str, tuple[int, Callable[[], tuple[nn.Module, ResidualStudent]]]] = {
+    "ResNet-20": (32, lambda: _of_the_zoo("resnet20")),
+    "resnet8x4": (32, lambda: _of_the_zoo("resnet8x4")),
+    "ResNet-18": (224, _resnet18),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Level auto: the rule, by figures worked out here; and a bundle that says what was measured."""
+
+import json
+
+import pytest
+
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import UsageError
+from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.selection import Target, fastest
+from rkd_deploy.models.residual import StudentAlone
+from rkd_deploy.serve.bench.parity import verify
+
+
+def test_every_batch_size_counts_alike():
+    # Twice as fast at batch 1, 1.5 times as slow at batch 32: sqrt(0.5 * 1.5) = 0.866, though all in all it is slower.
+    level, ratios = fastest({"tail": {"1": 1.0, "32": 30.0}, "wide": {"1": 0.5, "32": 45.0}})
+    assert level == "wide"
+    assert ratios == pytest.approx({"tail": 1.0, "wide": 0.75**0.5})
+
+
+@pytest.mark.parametrize(("wide", "chosen"), [(0.97, "wide"), (0.981, "tail"), (1.0, "tail"), (1.4, "tail")])
+def test_tail_stays_where_nothing_is_two_percent_faster(wide, chosen):
+    assert fastest({"tail": {"1": 10.0}, "wide": {"1": 10 * wide}})[0] == chosen
+
+
+def test_the_least_of_several_wins():
+    assert fastest({"tail": {"1": 9.0}, "wide": {"1": 8.0}, "wide-grouped": {"1": 7.0}})[0] == "wide-grouped"
+
+
+def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
+    told = []
+    target = Target(batches=(1, 2), min_seconds=0.01, threads=1)
+    folder = tmp_path / "bundle"
+    export_bundle(model, card, folder, level="auto", target=target, progress=lambda name, share: told.append(name))
+    written = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
+    search = written.fusion_search
+    assert written.fusion == search["chosen"]
+    assert (search["backend"], search["batches"], search["threads"]) == ("onnxruntime", [1, 2], 1)
+    assert set(search["p50_ms"]) == {"tail", "wide", "wide-grouped"}  # S and A are equally wide in the first stage
+    assert fastest(search["p50_ms"]) == (search["chosen"], search["ratio_to_tail"])
+    record = json.loads((folder / "fusion.json").read_text())
+    assert len(record["results"]) == 3 * 2
+    for row in record["results"]:
+        middle = sorted(row["samples_ms"])[(len(row["samples_ms"]) + 1) // 2 - 1]
+        assert middle == row["p50_ms"] == search["p50_ms"][row["model"]][str(row["batch"])]
+    assert {"1 tail", "2 wide"} <= set(told)
+    assert verify(folder).passed
+
+
+def test_one_network_alone_leaves_nothing_to_choose(model, card, tmp_path):
+    export_bundle(StudentAlone(model), card, tmp_path / "bundle", level="auto")
+    written = ModelCard.from_json((tmp_path / "bundle/model.json").read_text(), "model.json")
+    assert (written.fusion, written.fusion_search) == ("tail", {})
+
+
+def test_a_target_without_auto_is_refused(model, card, tmp_path):
+    with pytest.raises(UsageError, match="level 'tail', which is not measured"):
+        export_bundle(model, card, tmp_path / "bundle", target=Target())
+    assert list(tmp_path.iterdir()) == []
