@@ -45,7 +45,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     backend: str = "onnxruntime",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     max_batch: int = 256,
 ) -> Classifier:
@@ -54,7 +54,7 @@ def load(
     Args:
         path: Bundle folder, or an ONNX file with a model card inside or beside it.
         backend: As for `load_backend`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         max_batch: Largest number of images run at once; more are run in chunks.
 
