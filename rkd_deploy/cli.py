@@ -224,9 +224,9 @@ def export(
         timing_cache=timing_cache,
     )
     if settings is not None and run is not None and _is_model(run):
-        engine = _export_engine(run, output_format, settings, output, as_json)
+        alone = _export_engine(run, output_format, settings, output, as_json)
         if as_json:
-            _emit({"engine": engine})
+            _emit({"engine": alone})
         return
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.pipeline import export_run
@@ -484,9 +484,7 @@ def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
     if output_format == "onnx":
         if chosen:
             named = ", ".join(sorted(name.replace("_", " ") for name in chosen))
-            raise UsageError(
-                f"--format onnx builds no engine, and options of one were given ({named}). Leave them out."
-            )
+            raise UsageError(f"--format onnx builds no engine, and has no use for: {named}. Leave it out.")
         return None
     from rkd_deploy.serve.engines.flavours import load_flavour
     from rkd_deploy.serve.engines.settings import EngineSettings, Profile
