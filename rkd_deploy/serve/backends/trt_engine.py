@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,9 @@ class Run:
         self._shape = None
         graph, self._graph = self._graph, None
         buffers, self._buffers = self._buffers, {}
+        if buffers:
+            with suppress(BackendError):  # a run that broke off may have left copies behind that still use the memory
+                self._stream.synchronize()
         if graph is not None:
             graph.close()
         for buffer in buffers.values():

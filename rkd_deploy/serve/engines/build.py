@@ -103,7 +103,7 @@ def build_engine(
             onnx_sha256=source.sha256,
             engine_sha256=hashlib.sha256(plan).hexdigest(),
             engine_bytes=len(plan),
-            build_seconds=round(seconds, 3),
+            build_seconds=round(seconds, 6),
             layers=layers,
             layers_of=layers_of,
             metadata=source.metadata,
