@@ -449,9 +449,7 @@ def tensorrt(device, version="11.4.0", rtx=False):
 
             def run():
                 (name,) = self._engine.inputs
-                dtype = np.dtype(
-                    {"FLOAT": "f4", "UINT8": "u1", "HALF": "f2"}[self._engine.tensors[name].dtype.name]
-                )
+                dtype = np.dtype({"FLOAT": "f4", "UINT8": "u1", "HALF": "f2"}[self._engine.tensors[name].dtype.name])
                 size = int(np.prod(shape)) * dtype.itemsize
                 x = device.at(addresses[name], size, "device").view(dtype).reshape(shape).copy()
                 names = [value.name for value in self._engine.model.graph.output]

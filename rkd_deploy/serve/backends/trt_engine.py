@@ -58,10 +58,11 @@ class LoadedEngine:
             raise BackendError("This engine is closed. Load it again.")
         if self.library.is_rtx:
             # Kernels for a new shape are compiled at its first run; later ones would miss the captured graph.
-            config = self._engine.create_runtime_config()
-            strategies = self.library.trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-            context = self._engine.create_execution_context(config)
+            runtime_config = self._engine.create_runtime_config()
+            runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+                self.library.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            context = self._engine.create_execution_context(runtime_config)
         else:
             context = self._engine.create_execution_context()
         if context is None:
@@ -102,10 +103,10 @@ def load_engine(plan: bytes, record: EngineRecord | None, library: Flavour, gpu:
 
 
 def _describe(engine: Any, runtime: Any, library: Flavour, file: Path) -> LoadedEngine:
-    mode = library.trt.TensorIOMode
+    trt = library.trt
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
-    outputs = [name for name in names if engine.get_tensor_mode(name) == mode.OUTPUT]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    outputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
     shape = tuple(engine.get_tensor_shape(inputs[0])) if len(inputs) == 1 else ()
     if not shape or -1 in shape[1:]:
         raise BackendError(

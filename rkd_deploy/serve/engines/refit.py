@@ -49,8 +49,8 @@ def refit_engine(engine: str | os.PathLike[str], path: str | os.PathLike[str], *
     if loaded is None:
         raise BackendError(f"{Path(engine)} cannot be loaded on {gpu.name}: {library.drain()}.")
     refitter = trt.Refitter(loaded, library.log)
-    parser = trt.OnnxParserRefitter(refitter, library.log)
-    if not parser.refit_from_bytes(source.content) or not refitter.refit_cuda_engine():
+    weights = trt.OnnxParserRefitter(refitter, library.log)
+    if not weights.refit_from_bytes(source.content) or not refitter.refit_cuda_engine():
         raise BackendError(
             f"The weights of {source.file} do not fit {Path(engine)}: {library.drain()}. Both must be exports of one "
             "network with the same settings; build a new engine otherwise."
