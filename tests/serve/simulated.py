@@ -200,7 +200,8 @@ def tensorrt(device, version="11.4.0", rtx=False):
     enumeration("ProfilingVerbosity", "LAYER_NAMES_ONLY", "NONE", "DETAILED")
     enumeration("LayerInformationFormat", "ONELINE", "JSON")
     enumeration("BuilderFlag", "TF32", "REFIT", "VERSION_COMPATIBLE")
-    enumeration("HardwareCompatibilityLevel", "NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
+    levels = ["NONE", "AMPERE_PLUS"] + ["SAME_COMPUTE_CAPABILITY"] * (not version.startswith("10.3"))
+    enumeration("HardwareCompatibilityLevel", *levels)
     enumeration("MemoryPoolType", "WORKSPACE")
     ten = version.startswith("10.")
     enumeration("NetworkDefinitionCreationFlag", *(["EXPLICIT_BATCH", "STRONGLY_TYPED"] if ten else ["STRONGLY_TYPED"]))
@@ -281,7 +282,7 @@ def tensorrt(device, version="11.4.0", rtx=False):
             return not self._errors
 
     class IOptimizationProfile:
-        def set_shape(self, input, min, opt, max):  # noqa: A002
+        def set_shape(self, input, min, opt, max):
             self.shapes = [list(min), list(opt), list(max)]
 
     class ITimingCache:
@@ -495,7 +496,7 @@ def tensorrt(device, version="11.4.0", rtx=False):
 
         def refit_from_bytes(self, content):
             new = onnx.load_model_from_string(content)
-            if [n.op_type for n in new.graph.node] != [n.op_type for n in self._engine.model.graph.node]:
+            if [n.output for n in new.graph.node] != [n.output for n in self._engine.model.graph.node]:
                 self._logger.log(ILogger.ERROR, "the graphs differ")
                 return False
             self._engine.model = new

@@ -43,8 +43,9 @@ def build_engine(
 ) -> Engine:
     """Build an engine from a bundle or an ONNX file.
 
-    TensorRT builds for the GPU it runs on; TensorRT-RTX needs none. Two builds by TensorRT-RTX of one file with the
-    same settings give the same bytes; TensorRT times kernels, and may choose otherwise the next time.
+    TensorRT builds for the GPU it runs on; TensorRT-RTX needs none. Two builds by TensorRT-RTX of one file agree to the
+    byte where every profile is one batch size; for a range of sizes it orders its shape constants by chance, and the
+    two agree in size and layers. TensorRT times kernels, and may choose otherwise the next time.
 
     Args:
         path: Bundle folder or ONNX file, in any precision.

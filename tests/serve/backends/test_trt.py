@@ -194,7 +194,7 @@ def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
         assert "rkd_deploy.card" in backend.metadata()
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     zoo.build(model, bias=(1.0, 0.0, 0.0))
-    with pytest.raises(ModelFileError, match="another model than the model.onnx beside it"):
+    with pytest.raises(ModelFileError, match=r"another model than the model\.onnx beside it"):
         load_backend(flavour, model.parent)
 
 
@@ -229,8 +229,13 @@ def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(
 
 @pytest.mark.parametrize(
     ("hardware", "capability", "runs"),
-    [("ampere+", (8, 0), True), ("ampere+", (7, 5), False)]
-    + [("same-capability", (9, 0), True), ("same-capability", (8, 6), False), ("none", (9, 0), False)],
+    [
+        ("ampere+", (8, 0), True),
+        ("ampere+", (7, 5), False),
+        ("same-capability", (9, 0), True),
+        ("same-capability", (8, 6), False),
+        ("none", (9, 0), False),
+    ],
 )
 def test_hardware_compatibility_says_where_else_it_runs(gpu, model, hardware, capability, runs):
     record = export_engine(model, "tensorrt", EngineSettings(hardware=hardware)).record

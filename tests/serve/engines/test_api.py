@@ -33,7 +33,8 @@ NEWER_THAN_10_3 = {"create_runtime_config"}  # RTX only in our sources, though T
 # What an object of the library is called in our sources, and the class it is of.
 CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "error": "ParserError",
-    "config": "IBuilderConfig", "runtime_config": "IRuntimeConfig", "profile": "IOptimizationProfile", "weights": "OnnxParserRefitter",
+    "config": "IBuilderConfig", "runtime_config": "IRuntimeConfig", "profile": "IOptimizationProfile",
+    "weights": "OnnxParserRefitter",
     "tensor": "ITensor", "layer": "ILayer", "runtime": "Runtime", "engine": "ICudaEngine", "_engine": "ICudaEngine",
     "_context": "IExecutionContext", "inspector": "EngineInspector", "loaded": "ICudaEngine", "refitter": "Refitter",
 }  # fmt: skip
