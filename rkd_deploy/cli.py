@@ -315,6 +315,64 @@ def bench(
         _emit({"record": str(report.record), "results": _brief(results)})
 
 
+@app.command("bench-compare")
+def bench_compare(
+    a: Annotated[Path, typer.Argument(help="A bench.json, or a model.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The same kind of thing, compared with A.", show_default=False)],
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="B may be slower by this share before the exit code is 3.")
+    ] = 0.0,
+    backend: BackendName = "onnxruntime",
+    device: DeviceName = "cpu",
+    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, for models.")] = "1,8,32",
+    threads: Threads = None,
+    min_seconds: Annotated[float, typer.Option("--seconds", help="Time each model at each batch so long.")] = 3.0,
+    as_json: Json = False,
+) -> None:
+    """Say whether B is faster or slower than A.
+
+    Two models are measured side by side, now; two records (bench.json) as they lie. Exit code 3: B is slower, and
+    chance does not explain it.
+    """
+    from rkd_deploy.errors import GateError
+    from rkd_deploy.serve.bench import ratio
+    from rkd_deploy.serve.bench.display import status
+
+    records = [path.suffix == ".json" for path in (a, b)]
+    differing: list[str] = []
+    if all(records):
+        one, other = ratio.read_record(a), ratio.read_record(b)
+        found = ratio.recorded_ratios(one["results"], other["results"])
+        differing = ratio.differing_environment(one["provenance"], other["provenance"])
+    elif any(records):
+        raise UsageError(f"{a} and {b}: give two models, or two records (bench.json), not one of each.")
+    else:
+        with status(f"Measuring on {backend}") as update:
+            found = ratio.measure_ratios(
+                a,
+                b,
+                batches=_sizes(batches),
+                min_seconds=min_seconds,
+                backend=backend,
+                device=device,
+                threads=threads,
+                progress=update,
+            )
+    console = _console(as_json)
+    ratio.print_ratios(found, console)
+    for line in differing:
+        console.print(f"Measured under different conditions: {line}", style="yellow")
+    slower = [one for one in found if one.low > 1 + tolerance]
+    if as_json and not slower:
+        _emit({"ratios": [one.to_dict() for one in found], "differing": differing})
+    if slower:
+        worst = max(slower, key=lambda one: one.low)
+        raise GateError(
+            f"{worst.b} is slower than {worst.a} at batch {worst.batch}: {worst.ratio:.3f} times its latency, at least "
+            f"{worst.low:.3f} times; {1 + tolerance:.3f} is allowed (--tolerance {tolerance:g})."
+        )
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Finished run folders. Default: the newest.")] = None,

@@ -93,6 +93,22 @@ def test_compare_takes_the_newest_run_and_writes_where_it_says(rkd, runs):
     assert {path.name for path in Path("side").iterdir()} == {"compare.json", "compare.md", "compare.png"}
 
 
+def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, runs):
+    assert rkd("export").code == 0
+    assert rkd("export", "--part", "teacher").code == 0
+    options = ("--batch", 32, "--seconds", 0.2, "--threads", 1)
+    faster = rkd("bench-compare", runs / "bundle", runs / "bundle-teacher", *options, "--tolerance", 1000, "--json")
+    assert faster.code == 0, faster.err
+    (one,) = faster.json["ratios"]
+    assert one["count"] == 8
+    assert one["low"] <= one["ratio"] <= one["high"]
+    slow = rkd("bench-compare", runs / "bundle", runs / "bundle-teacher", *options, "--tolerance", -1)
+    assert slow.code == 3
+    assert "times its latency" in slow.err
+    mixed = rkd("bench-compare", runs / "bundle", "bench.json")
+    assert mixed.code == 2
+
+
 def test_predict_names_the_class_of_an_image_file(rkd, runs, tmp_path):
     assert rkd("export").code == 0
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "black.png")

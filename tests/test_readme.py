@@ -56,7 +56,7 @@ def test_every_command_and_option_named_in_a_page_exists():
     seen = set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name, rest in re.findall(r"rkd-deploy ([a-z]+)([^`#\n|;)]*)", text):
+        for name, rest in re.findall(r"rkd-deploy ([a-z]+(?:-[a-z]+)*)([^`#\n|;)]*)", text):
             if name in ("in", "as", "trains", "does"):
                 continue
             assert name in commands, f"{page.name}: rkd-deploy {name}"

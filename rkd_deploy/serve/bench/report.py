@@ -59,6 +59,8 @@ class Result:
     macs: int | None
     """Multiply-adds of one image."""
     file_bytes: int
+    round_medians_ms: list[float] = field(repr=False)
+    """Median of each turn of 0.1 s: what `rkd-deploy bench-compare` compares."""
     samples_ms: list[float] = field(repr=False)
     build_seconds: float | None = None
     """What building the engine took, where it was built just now; no part of any other number."""
@@ -88,6 +90,7 @@ class Result:
             runs=len(timing.samples_ms),
             warmup_runs=timing.warmup_runs,
             warmup_seconds=timing.warmup_seconds,
+            round_medians_ms=list(timing.round_medians_ms),
             samples_ms=list(timing.samples_ms),
         )
 

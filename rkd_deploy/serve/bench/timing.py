@@ -42,6 +42,15 @@ class Timing:
     warmup_runs: int
     """Untimed calls, those after each change of model included."""
     warmup_seconds: float
+    rounds: tuple[int, ...] = ()
+    """How many of the samples fell into each turn of 0.1 s, in order: drift is within turns small, between them not."""
+
+    @cached_property
+    def round_medians_ms(self) -> tuple[float, ...]:
+        """Median (nearest rank) of each turn, in order."""
+        ends = np.cumsum(self.rounds).tolist()
+        turns = [sorted(self.samples_ms[end - count : end]) for end, count in zip(ends, self.rounds, strict=True)]
+        return tuple(turn[_rank(50, len(turn)) - 1] for turn in turns)
 
     @cached_property
     def _sorted(self) -> tuple[float, ...]:
@@ -237,6 +246,7 @@ class _Runner:
         self._clock = clock
         self._batch, self._transfers = len(x), transfers
         self._samples: list[int] = []
+        self._rounds: list[int] = []
         self._total = 0
         self._warmups = 0
         self._warmup_total = 0
@@ -251,11 +261,12 @@ class _Runner:
         self._warmup_total += total
 
     def run_round(self, min_ns: int, min_runs: int) -> None:
-        end = self._total + ROUND_NS
+        end, before = self._total + ROUND_NS, len(self._samples)
         while self._total < end and self.done(min_ns, min_runs) < 1:
             sample = self._time()
             self._samples.append(sample)
             self._total += sample
+        self._rounds.append(len(self._samples) - before)
 
     def done(self, min_ns: int, min_runs: int) -> float:
         """Share of the measurement that is done; 1 when both limits are reached."""
@@ -269,6 +280,7 @@ class _Runner:
             first_run_ms=self._first / 1e6,
             warmup_runs=self._warmups,
             warmup_seconds=self._warmup_total / 1e9,
+            rounds=tuple(self._rounds),
         )
 
     def _time(self) -> int:

@@ -1,0 +1,112 @@
+"""Ratios of latencies: values by hand, coverage by simulation, the command by its exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.serve.bench import ratio
+from rkd_deploy.serve.bench.ratio import (
+    differing_environment,
+    paired_ratio,
+    read_record,
+    recorded_ratio,
+    recorded_ratios,
+)
+
+
+def result(medians, model="net", batch=1, **facts):
+    known = {"backend": "onnxruntime", "device": "cpu", "batch": batch, "threads": None, "transfers": True}
+    return {"model": model, **known, **facts, "round_medians_ms": medians}
+
+
+def test_a_paired_ratio_is_the_median_of_the_ratios_and_eight_bound_it_by_the_extremes():
+    a = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0]
+    factors = [1.1, 0.9, 1.2, 1.0, 1.3, 1.05, 1.15, 0.95]
+    # Of 8, all lie on one side of the median with probability 2 / 2^8 = 0.8 %; 7 or more would be 7 %, too likely.
+    assert paired_ratio(a, [x * f for x, f in zip(a, factors, strict=True)]) == pytest.approx((1.05, 0.9, 1.3))
+
+
+def test_too_few_sessions_bound_nothing():
+    assert paired_ratio([1.0] * 5, [2.0] * 5) == (2.0, 0.0, math.inf)
+
+
+def test_drift_that_hits_both_does_not_widen_a_paired_ratio_but_a_recorded_one():
+    drift = np.linspace(1, 3, 20)
+    assert paired_ratio(drift.tolist(), (1.1 * drift).tolist()) == pytest.approx((1.1, 1.1, 1.1))
+    _, low, high = recorded_ratio(drift.tolist(), (1.1 * drift).tolist())
+    assert low < 1 < 1.1 < high
+
+
+@pytest.mark.parametrize("judge", [paired_ratio, recorded_ratio])
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says(judge):
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        # Log-normal, skewed as latencies are: the median is exp(0) = 1 for A and 1.05 for B.
+        a, b = np.exp(generator.normal(0, 0.1, (2, 20)))
+        _, low, high = judge(a.tolist(), (1.05 * b).tolist())
+        covered += low <= 1.05 <= high
+    # Binomial(400, 0.95) lies above 362 with 99.9 %; a method of 85 % would be found.
+    assert covered > 362
+
+
+@pytest.mark.parametrize(
+    ("b", "verdict"), [([0.9] * 20, "faster"), ([1.1] * 20, "slower"), ([0.9, 1.1] * 10, "not shown")]
+)
+def test_a_verdict_needs_an_interval_without_1(b, verdict):
+    (found,) = recorded_ratios([result([1.0] * 20)], [result(b)])
+    assert found.verdict == verdict
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == verdict
+
+
+def test_records_are_joined_by_the_conditions_they_share():
+    found = recorded_ratios(
+        [result([1.0] * 9), result([2.0] * 9, batch=8)], [result([3.0] * 9, batch=8), result([1.0] * 9, batch=32)]
+    )
+    assert [(one.batch, one.ratio, one.unit, one.count) for one in found] == [(8, 1.5, "turns", 9)]
+
+
+def test_records_without_a_common_condition_and_with_several_models_are_refused():
+    with pytest.raises(UsageError, match="same conditions"):
+        recorded_ratios([result([1.0])], [result([1.0], backend="openvino")])
+    with pytest.raises(UsageError, match=r"several models \(net, other\)"):
+        recorded_ratios([result([1.0]), result([1.0], model="other")], [result([1.0])])
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '{"kind": "bench", "schema": 99, "results": []}'])
+def test_what_is_no_record_is_refused(tmp_path, content):
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(ModelFileError, match="rkd-deploy bench"):
+        read_record(tmp_path / "bench.json")
+
+
+def test_differences_of_machine_and_versions_are_named():
+    one = {"cpu": "X", "cores": 2, "versions": {"onnxruntime": "1.32", "torch": None}}
+    other = {"cpu": "Y", "cores": 2, "versions": {"onnxruntime": "1.33"}}
+    assert differing_environment(one, other) == ["cpu: X and Y", "onnxruntime: 1.32 and 1.33"]
+    assert differing_environment(one, one) == []
+
+
+def test_both_models_are_loaded_first_by_turns_and_keep_their_sides(monkeypatch):
+    from types import SimpleNamespace
+
+    loaded = []
+
+    def bench(models, *, batches, **condition):
+        loaded.append(tuple(models))
+        facts = {"backend": "onnxruntime", "device": "cpu", "threads": None}
+        times = {"a": 1.0, "b": 1.5}
+        return [SimpleNamespace(model=m, batch=n, p50_ms=n * times[m], **facts) for n in batches for m in models]
+
+    monkeypatch.setattr(ratio, "bench", bench)  # its times are known here; the real one is run by the command's test
+    found = ratio.measure_ratios("a", "b", batches=(1, 8))
+    assert loaded == [("a", "b"), ("b", "a")] * 4
+    assert [(one.a, one.b, one.batch, one.ratio, one.low, one.high) for one in found] == [
+        ("a", "b", 1, 1.5, 1.5, 1.5),
+        ("a", "b", 8, 1.5, 1.5, 1.5),
+    ]
