@@ -224,6 +224,15 @@ def export(
         timing_cache=timing_cache,
     )
     if settings is not None and run is not None and _is_model(run):
+        _no_run_options(
+            part=part is not None,
+            fuse=level != "tail",
+            outputs=outputs != "logits",
+            input=layout != "uint8",
+            tolerance=tolerance != 1e-4,
+            random_images=not test_images,
+            with_pytorch=with_pytorch,
+        )
         alone = _export_engine(run, output_format, settings, output, as_json)
         if as_json:
             _emit({"engine": alone})
@@ -544,15 +553,23 @@ def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
             named = ", ".join(sorted(name.replace("_", " ") for name in chosen))
             raise UsageError(f"--format onnx builds no engine, and has no use for: {named}. Leave it out.")
         return None
+    from rkd_deploy.serve.engines.build import gpu_to_build_on
     from rkd_deploy.serve.engines.flavours import load_flavour
     from rkd_deploy.serve.engines.settings import EngineSettings, Profile
 
     for name, read in (("profiles", Profile.parse), ("compute_capabilities", str)):
         if name in chosen:
             chosen[name] = tuple(read(text) for text in chosen[name])
-    settings = EngineSettings(**chosen)
-    settings.check(load_flavour(output_format))  # before minutes of exporting, not after
+    settings, library = EngineSettings(**chosen), load_flavour(output_format)
+    settings.check(library)  # before minutes of exporting, not after
+    gpu_to_build_on(library, settings)
     return settings
+
+
+def _no_run_options(**given: bool) -> None:
+    named = ", ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given)
+    if named:
+        raise UsageError(f"An engine of an ONNX file is what that file is, and has no use for {named}: export a run.")
 
 
 def _is_model(path: Path) -> bool:

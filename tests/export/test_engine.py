@@ -335,6 +335,8 @@ def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
         (["--format", RTX, "--optimization", "9"], UsageError, "must be 0 to 5"),
         (["--format", RTX, "--hardware", "ampere+"], UsageError, "finished on the GPU"),
         (["--format", "tensorrt-rx"], UsageError, "tensorrt-rtx"),
+        (["--format", RTX, "--fuse", "sum", "--with-pytorch"], UsageError, "has no use for --fuse, --with-pytorch"),
+        (["--format", RTX, "--refit"], BackendError, "CUDA device 0 cannot be used here"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_exported(files, options, error, said):

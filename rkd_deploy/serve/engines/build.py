@@ -64,7 +64,7 @@ def build_engine(
     library = load_flavour(flavour)
     settings.check(library)
     source = read_source(path)
-    gpu = _gpu(library, settings, device)
+    gpu = gpu_to_build_on(library, settings, device)
     library.messages.clear()
     started = time.perf_counter()
     # A second build by the same builder gives other bytes: each gets its own.
@@ -119,8 +119,12 @@ def create_network(library: Flavour, builder: Any) -> Any:
     return builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def _gpu(library: Flavour, settings: EngineSettings, device: int) -> Gpu | None:
-    """The GPU to build on; TensorRT-RTX does without, unless the weights are to stay replaceable."""
+def gpu_to_build_on(library: Flavour, settings: EngineSettings, device: int = 0) -> Gpu | None:
+    """The GPU that a build would use; TensorRT-RTX does without, unless the weights are to stay replaceable.
+
+    Raises:
+        BackendError: One is needed, and is not there.
+    """
     if library.is_rtx and not settings.refit:
         return find_gpu(device, needed=False)
     return find_gpu(device, needed=True)
