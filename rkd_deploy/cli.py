@@ -522,8 +522,6 @@ def backends(as_json: Json = False) -> None:
         state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
         version = f" {status.version}" if status.version else ""
         typer.echo(f"{status.name + version:<24} {state}", err=as_json)
-        if status.version is None:
-            typer.echo(f"{'':<24} {status.install}", err=as_json)
     if as_json:
         _emit({"backends": [_plain(status) for status in found]})
 
