@@ -18,7 +18,6 @@ from typing import Any
 
 from rkd_deploy.compare.report import markdown
 from rkd_deploy.compare.rows import Comparison, Row
-
 from rkd_deploy.recipe import read_recipe
 
 HERE = Path(__file__).parent

@@ -20,6 +20,8 @@ from rkd_deploy.errors import RkdError, UsageError, require, unknown_name
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rkd_deploy.serve.engines.settings import EngineSettings
+
 app = typer.Typer(
     name="rkd-deploy",
     help="Residual knowledge distillation for image classifiers: train, export, measure, embed.",
@@ -33,12 +35,38 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
 BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime, pytorch, ...: see rkd-deploy backends.")]
-DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N. Default: cpu; cuda where a backend has only that.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: the runtime's choice.")]
 Model = Annotated[Path, typer.Argument(help="A bundle folder or an ONNX file.", show_default=False)]
 Newest = Annotated[Path | None, typer.Argument(help="Default: the newest.", show_default=False)]
 
 RUNS = Path("runs")
+
+# How to build an engine: --format tensorrt and tensorrt-rtx only; EngineSettings says more of each.
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option("--profile", help="Engine: MIN:OPT:MAX batch, or one fixed batch; repeatable. Default: 1:8:32."),
+]
+Capabilities = Annotated[
+    list[str] | None,
+    typer.Option("--compute-capability", help="Engine, RTX: a GPU to build for, e.g. 8.6; repeatable. Default: all."),
+]
+Hardware = Annotated[
+    str | None, typer.Option("--hardware", help="Engine, TensorRT: runs on ampere+ or same-capability GPUs, not one.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Engine, TensorRT: runs in later versions too, slower.")
+]
+Refit = Annotated[bool, typer.Option("--refit", help="Engine: weights can be replaced without a new build.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Engine: let float32 products round to 10 bits of mantissa.")]
+Effort = Annotated[int | None, typer.Option("--optimization", help="Engine: 0 to 5, how long to look for kernels.")]
+Workspace = Annotated[int | None, typer.Option("--workspace", help="Engine: most scratch memory, in MiB.")]
+TimingCache = Annotated[
+    Path | None, typer.Option("--timing-cache", help="Engine, TensorRT: file of kernel timings, read and written.")
+]
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
 
 
 @app.callback(invoke_without_command=True)
@@ -150,8 +178,13 @@ def train(
 
 @app.command()
 def export(
-    run: Newest = None,
-    output_format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run; for an engine a bundle or an ONNX file too. Default: the newest run."),
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="onnx; or an engine in the bundle as well: tensorrt, tensorrt-rtx.")
+    ] = "onnx",
     part: Annotated[
         str | None,
         typer.Option("--part", help="fused (S + A; default), student (S alone), s0 (default of a baseline), teacher."),
@@ -191,17 +224,53 @@ def export(
         typer.Option("--exit-threshold", help="Confidence at which an image leaves. Default: by held-out images."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the bundle. Default: bundle in the run folder.")
+        Path | None,
+        typer.Option("--output", help="Folder of the bundle, default bundle in the run; of an engine alone its file."),
     ] = None,
+    profiles: Profiles = None,
+    capabilities: Capabilities = None,
+    hardware: Hardware = None,
+    version_compatible: VersionCompatible = False,
+    refit: Refit = False,
+    tf32: Tf32 = False,
+    optimization: Effort = None,
+    workspace: Workspace = None,
+    timing_cache: TimingCache = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
     """Fuse, export and prove a run.
 
-    Default: the newest run. What is written is a bundle, proven against PyTorch.
+    Default: the newest run. What is written is a bundle, proven against PyTorch, with an engine in it on request.
     """
-    _choose("format", output_format, ("onnx",))
+    _choose("format", output_format, FORMATS)
     _choose("input", layout, ("uint8", "float32"))
+    settings = _engine_settings(
+        output_format,
+        profiles=profiles,
+        compute_capabilities=capabilities,
+        hardware=hardware,
+        version_compatible=version_compatible or None,
+        refit=refit or None,
+        tf32=tf32 or None,
+        optimization_level=optimization,
+        workspace_bytes=None if workspace is None else workspace << 20,
+        timing_cache=timing_cache,
+    )
+    if settings is not None and run is not None and _is_model(run):
+        _no_run_options(
+            part=part is not None,
+            fuse=level != "tail",
+            outputs=outputs != "logits",
+            input=layout != "uint8",
+            tolerance=tolerance != 1e-4,
+            random_images=not test_images,
+            with_pytorch=with_pytorch,
+        )
+        alone = _export_engine(run, output_format, settings, output, as_json)
+        if as_json:
+            _emit({"engine": alone})
+        return
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
     target = _fusion_target(level, backend, device, batches, threads)
     from rkd_deploy.pipeline import export_run
@@ -238,11 +307,13 @@ def export(
     if exits:
         print_exits(exits, console)
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
+    engine = None if settings is None else _export_engine(made.folder, output_format, settings, None, as_json)
     if as_json:
         facts = {"images": proof.images, "differing": proof.differing}
         accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
         written = {"bundle": str(made.folder), "parity": proof.parity.to_dict()}
-        _emit({**written, **facts, **accuracy, "early_exit": exits})
+        added = {} if engine is None else {"engine": engine}
+        _emit({**written, **facts, **accuracy, "early_exit": exits, **added})
 
 
 @app.command()
@@ -251,7 +322,7 @@ def bench(
         list[Path] | None, typer.Argument(help="Bundles or ONNX files. Default: the newest bundle.", show_default=False)
     ] = None,
     backend: BackendName = "onnxruntime",
-    device: DeviceName = "cpu",
+    device: DeviceName = None,
     batches: Annotated[str, typer.Option("--batch", help="Batch sizes, one after the other.")] = "1,8,32",
     threads: Threads = None,
     min_seconds: Annotated[
@@ -360,7 +431,7 @@ def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Finished run folders. Default: the newest.")] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Export and time every network too.")] = True,
     backend: BackendName = "onnxruntime",
-    device: DeviceName = "cpu",
+    device: DeviceName = None,
     batch: Annotated[int, typer.Option("--batch", help="Images in one timed call.")] = 1,
     threads: Threads = None,
     min_seconds: Annotated[float, typer.Option("--seconds", help="Time each network at least so long.")] = 1.0,
@@ -406,7 +477,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option("--top", help="How many classes of each.")] = 5,
     backend: BackendName = "onnxruntime",
-    device: DeviceName = "cpu",
+    device: DeviceName = None,
     threads: Threads = None,
     exit_threshold: Annotated[
         float | None,
@@ -437,7 +508,7 @@ def verify(
     backend: Annotated[
         str | None, typer.Option("--backend", help="Default: every one that is installed and can run the bundle.")
     ] = None,
-    device: DeviceName = "cpu",
+    device: DeviceName = None,
     tolerance: Annotated[float | None, typer.Option("--tolerance", help="Default: the bundle's own.")] = None,
     root: Root = RUNS,
     as_json: Json = False,
@@ -474,12 +545,16 @@ def verify(
 
 @app.command()
 def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None:
-    """Show the card of a bundle or an ONNX file.
+    """Show the card of a bundle or an ONNX file, or an engine's record.
 
     Precision, fusion, checksums, what it was exported with. Files that were changed are an error.
     """
     from rkd_deploy.serve.bundles import describe
+    from rkd_deploy.serve.engines.record import record_path
 
+    if model is not None and record_path(model).is_file():
+        _show_engine(model, as_json)
+        return
     card = json.loads(describe(model or _newest_bundle(root)).to_json())
     if as_json:
         _emit(card)
@@ -493,6 +568,23 @@ def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None
     typer.echo(f"{'exported with':>13}  {', '.join(f'{key} {value}' for key, value in versions.items())}")
 
 
+def _show_engine(file: Path, as_json: bool) -> None:
+    from rkd_deploy.serve.engines.layers import layer_table
+    from rkd_deploy.serve.engines.record import read_engine
+
+    record = read_engine(file)[1]
+    assert record is not None
+    content = record.to_dict()
+    if as_json:
+        _emit(content)
+        return
+    layers = content.pop("layers")
+    del content["metadata"]  # the model's card, which is shown of the model
+    for key, value in content.items():
+        typer.echo(f"{key:>20}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
+    typer.echo(layer_table(layers))
+
+
 @app.command()
 def backends(as_json: Json = False) -> None:
     """List the backends and what works here."""
@@ -503,8 +595,6 @@ def backends(as_json: Json = False) -> None:
         state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
         version = f" {status.version}" if status.version else ""
         typer.echo(f"{status.name + version:<24} {state}", err=as_json)
-        if status.install and not status.ok:
-            typer.echo(f"{'':<24} {status.install}", err=as_json)
     if as_json:
         _emit({"backends": [_plain(status) for status in found]})
 
@@ -543,6 +633,55 @@ def _fusion_target(
 
     check_backend(backend or "onnxruntime")
     return Target(backend or "onnxruntime", device or "cpu", threads, tuple(_sizes(batches or "1")))
+
+
+def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
+    """None for a format that is no engine, which none of these options then fits."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if output_format == "onnx":
+        if chosen:
+            named = ", ".join(sorted(name.replace("_", " ") for name in chosen))
+            raise UsageError(f"--format onnx builds no engine, and has no use for: {named}. Leave it out.")
+        return None
+    from rkd_deploy.serve.engines.build import gpu_to_build_on
+    from rkd_deploy.serve.engines.flavours import load_flavour
+    from rkd_deploy.serve.engines.settings import EngineSettings, Profile
+
+    for name, read in (("profiles", Profile.parse), ("compute_capabilities", str)):
+        if name in chosen:
+            chosen[name] = tuple(read(text) for text in chosen[name])
+    settings, library = EngineSettings(**chosen), load_flavour(output_format)
+    settings.check(library)  # before minutes of exporting, not after
+    gpu_to_build_on(library, settings)
+    return settings
+
+
+def _no_run_options(**given: bool) -> None:
+    named = ", ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given)
+    if named:
+        raise UsageError(f"An engine of an ONNX file is what that file is, and has no use for {named}: export a run.")
+
+
+def _is_model(path: Path) -> bool:
+    from rkd_deploy.serve.files import ONNX_NAME
+
+    return path.suffix == ".onnx" or (path / ONNX_NAME).exists()
+
+
+def _export_engine(
+    model: Path, flavour: str, settings: EngineSettings, output: Path | None, as_json: bool
+) -> dict[str, Any]:
+    from rkd_deploy.export.engine import export_engine
+    from rkd_deploy.serve.bench.display import status
+
+    with status(f"Building the {flavour} engine of {model}") as update:
+        made = export_engine(model, flavour, settings, output=output, progress=update)
+    record = made.record
+    _console(as_json).print(
+        f"Engine {made.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
+        f"built in {record.build_seconds:,.1f} s. Next: rkd-deploy bench {made.file} --backend {flavour}"
+    )
+    return {**{key: value for key, value in record.to_dict().items() if key != "layers"}, "file": str(made.file)}
 
 
 def _newest_bundle(root: Path) -> Path:

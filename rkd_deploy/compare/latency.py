@@ -16,7 +16,7 @@ def timed(
     comparison: Comparison,
     *,
     backend: str = "onnxruntime",
-    device: str = "cpu",
+    device: str | None = None,
     batch: int = 1,
     threads: int | None = None,
     min_seconds: float = 1.0,
@@ -30,7 +30,7 @@ def timed(
     Args:
         comparison: From `compare`.
         backend: As for `load_backend`, and so `device` and `threads`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
         batch: Images in one call.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         min_seconds: Time in timed calls of each network, at least.

@@ -47,7 +47,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     backend: str = "onnxruntime",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     max_batch: int = 256,
     exit_threshold: float | None = None,
@@ -60,7 +60,7 @@ def load(
     Args:
         path: Bundle folder, or an ONNX file with a model card inside or beside it.
         backend: As for `load_backend`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         max_batch: Largest number of images run at once; more are run in chunks.
         exit_threshold: Early exit: run the student's graph alone for images of which it is this confident (the largest

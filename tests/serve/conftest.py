@@ -6,8 +6,11 @@ The model of the zoo adds up pixels: logits[n, c] = scale * sum over h, w of x[n
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
+from rkd_deploy.serve.engines.flavours import load_flavour
 
 SCALE = 2.0**-8
 
@@ -113,3 +117,40 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.export.save(program, folder / "model.pt2")
     return folder
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def simulated() -> ModuleType:
+    """The simulated CUDA and TensorRT; see there."""
+    return _load("simulated")
+
+
+@pytest.fixture
+def gpu(simulated: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A simulated GPU with TensorRT and TensorRT-RTX on it, and a cache folder of the test's own.
+
+    Whatever was taken from the device has to be given back by the end of the test.
+    """
+    device = simulated.Device()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", simulated.cuda_runtime(device))
+    monkeypatch.setenv("RKD_DEPLOY_CACHE", str(tmp_path / "cache"))
+
+    def install(version: str = "11.4.0", rtx_version: str = "1.7.1") -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", simulated.tensorrt(device, version))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", simulated.tensorrt(device, rtx_version, rtx=True))
+        load_flavour.cache_clear()
+
+    install()
+    yield SimpleNamespace(device=device, install=install)
+    load_flavour.cache_clear()
+    assert not device.memory, "device or pinned memory was not given back"
+    assert not device.live, "streams or graphs were not given back"

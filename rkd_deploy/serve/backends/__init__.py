@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 from dataclasses import dataclass
 from typing import cast
@@ -41,8 +40,10 @@ class _Runtime:
     """Import name of the library."""
     extra: str
     """Extra of this package that brings it."""
-    driver: str | None
-    """Class of ours that drives it, as "module:class"; None: not in this release."""
+    driver: str
+    """Class of ours that drives it, as "module:class"."""
+    device: str = "cpu"
+    """Where it runs unless told otherwise."""
 
 
 _HERE = __name__
@@ -50,8 +51,8 @@ _RUNTIMES = {
     "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend"),
     "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend"),
     "openvino": _Runtime("openvino", "openvino", f"{_HERE}.ov:OpenVinoBackend"),
-    "tensorrt": _Runtime("tensorrt", "tensorrt", None),
-    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", None),
+    "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.trt:TensorRtBackend", "cuda"),
+    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.trt:TensorRtRtxBackend", "cuda"),
 }
 
 
@@ -72,14 +73,14 @@ class BackendStatus:
 
 
 def load_backend(
-    name: str, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None
+    name: str, path: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None
 ) -> Backend:
     """Load a model to run it.
 
     Args:
         name: One of onnxruntime, pytorch, openvino, tensorrt, tensorrt-rtx.
-        path: Bundle folder, or an .onnx file.
-        device: "cpu", "cuda" or "cuda:N".
+        path: Bundle folder, an .onnx file, or, for the two TensorRTs, an engine.
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own, a GPU for the two TensorRTs, else the CPU.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
 
     Raises:
@@ -89,6 +90,7 @@ def load_backend(
         ModelFileError: The model file is missing or corrupt.
     """
     module, _, driver = check_backend(name).partition(":")
+    device = device or _RUNTIMES[name].device
     return cast(Backend, getattr(importlib.import_module(module), driver).open(path, device=device, threads=threads))
 
 
@@ -104,54 +106,35 @@ def check_backend(name: str) -> str:
     Raises:
         UsageError: Unknown backend.
         MissingDependencyError: Its library is not installed.
-        BackendError: This release cannot drive it.
     """
     if name not in _RUNTIMES:
         raise UsageError(unknown_name("backend", name, _RUNTIMES))
     runtime = _RUNTIMES[name]
-    if runtime.driver is None:
-        working = [status.name for status in available() if status.ok]
-        raise BackendError(
-            f"Backend {name!r} cannot run here: {_undriven(name).reason} "
-            f"Backends that work here: {', '.join(working) or 'none'}."
-        )
     require(runtime.package, runtime.extra)
     return runtime.driver
 
 
 def available() -> list[BackendStatus]:
     """Status of every backend. Imports the runtimes that are installed, so the first call can take seconds."""
-    return [_undriven(name) if runtime.driver is None else _driven(name) for name, runtime in _RUNTIMES.items()]
+    return [_status(name) for name in _RUNTIMES]
 
 
-def _driven(name: str) -> BackendStatus:
+def _status(name: str) -> BackendStatus:
     runtime = _RUNTIMES[name]
     install = install_line(runtime.extra)
     try:
         library = require(runtime.package, runtime.extra)
-        devices = importlib.import_module(str(runtime.driver).partition(":")[0]).devices()
+        devices = importlib.import_module(runtime.driver.partition(":")[0]).devices()
     except MissingDependencyError as error:
         return BackendStatus(name, False, None, (), str(error), install)
+    except BackendError as error:
+        reason = f"{runtime.package} is installed, and finds no GPU to run on: {error}"
+        return BackendStatus(name, False, str(library.__version__), (), reason, install)
     except (ImportError, OSError) as error:
         # Installed and broken, a CUDA library missing say: a status has to report that, not to die of it.
         reason = f"{runtime.package} is installed but cannot be imported ({error}). Install it again with: {install}"
         return BackendStatus(name, False, _version(runtime.package), (), reason, install)
     return BackendStatus(name, True, str(library.__version__), devices, None, install)
-
-
-def _undriven(name: str) -> BackendStatus:
-    runtime = _RUNTIMES[name]
-    install = install_line(runtime.extra)
-    ours = f"rkd-deploy {_version('rkd-deploy') or ''}".strip()
-    if importlib.util.find_spec(runtime.package) is None:
-        reason = (
-            f"{runtime.package} is not installed (install it with: {install}), "
-            f"and {ours} cannot drive it yet: a later release will."
-        )
-        return BackendStatus(name, False, None, (), reason, install)
-    version = _version(runtime.package)
-    reason = f"{runtime.package} {version or ''} is installed, but {ours} cannot drive it yet: a later release will."
-    return BackendStatus(name, False, version, (), reason.replace("  ", " "), install)
 
 
 def _version(distribution: str) -> str | None:

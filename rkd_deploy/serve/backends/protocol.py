@@ -37,6 +37,10 @@ class Backend(Protocol):
     """NumPy name of the input's type."""
     outputs: tuple[str, ...]
     """Names of the outputs, the logits first."""
+    max_batch: int | None = None
+    """Largest batch where the caller chooses it; None: what the memory holds."""
+    build_seconds: float | None = None
+    """What building an engine took, where loading had to do that."""
 
     def infer(self, x: Array) -> Array:
         """Run once, host to host.
@@ -137,6 +141,7 @@ def infer_many(backend: Backend, x: Array, max_batch: int = 256) -> Array:
         UsageError: `x` does not fit the model.
     """
     fixed = backend.input_shape[0]
+    max_batch = min(max_batch, backend.max_batch or max_batch)
     count = len(x)
     if count <= max_batch if fixed is None else count == fixed:
         return backend.infer(x)

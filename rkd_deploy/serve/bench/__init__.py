@@ -36,7 +36,7 @@ def bench(
     models: Sequence[str | os.PathLike[str]],
     *,
     backend: str = "onnxruntime",
-    device: str = "cpu",
+    device: str | None = None,
     batches: Sequence[int] = (1, 8, 32),
     threads: int | None = None,
     min_seconds: float = 2.0,
@@ -51,7 +51,7 @@ def bench(
     Args:
         models: Bundle folders or ONNX files, with or without a card.
         backend: As for `load_backend`, and so `device` and `threads`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
         batches: Numbers of images in one call.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         min_seconds: Time in timed calls of each model at each batch size, at least.
@@ -121,7 +121,7 @@ def _open(
     number: int,
     path: str | os.PathLike[str],
     backend: str,
-    device: str,
+    device: str | None,
     threads: int | None,
     stack: ExitStack,
 ) -> _Subject:
@@ -146,5 +146,6 @@ def _result(subject: _Subject, timing: Timing, threads: int | None) -> Result:
         accuracy=float(accuracy) if isinstance(accuracy, int | float) else None,
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
+        build_seconds=subject.backend.build_seconds,
         file_bytes=subject.file.stat().st_size,
     )

@@ -122,7 +122,7 @@ def verify(
     bundle_path: str | os.PathLike[str],
     backend: str = "onnxruntime",
     *,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     tolerance: float | None = None,
 ) -> Parity:
@@ -131,7 +131,7 @@ def verify(
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
         backend: As for `load_backend`, and so the next two.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
         threads: Threads inside one operator on a CPU.
         tolerance: None takes the one that is stored with the logits.
 

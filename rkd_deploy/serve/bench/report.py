@@ -62,6 +62,8 @@ class Result:
     round_medians_ms: list[float] = field(repr=False)
     """Median of each turn of 0.1 s: what `rkd-deploy bench-compare` compares."""
     samples_ms: list[float] = field(repr=False)
+    build_seconds: float | None = None
+    """What building the engine took, where it was built just now; no part of any other number."""
 
     @classmethod
     def from_timing(cls, timing: Timing, **facts: Any) -> Self:
@@ -127,6 +129,7 @@ _COLUMNS: tuple[Column[Result], ...] = (
     Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
     Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
     Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    Column("Engine build, s", lambda r: None if r.build_seconds is None else f"{r.build_seconds:,.1f}"),
     Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
 )
 

@@ -4,18 +4,33 @@ import numpy as np
 import pytest
 
 from rkd_deploy.errors import BackendError, UsageError
-from rkd_deploy.serve.backends import load_backend
+from rkd_deploy.serve.backends import available, load_backend
+
+WORKING = [status.name for status in available() if status.ok]
+SIMULATED = {"tensorrt, simulated": "tensorrt", "tensorrt-rtx, simulated": "tensorrt-rtx"}
 
 
-@pytest.fixture(params=["onnxruntime", "pytorch", "openvino"])
-def backend(request, bundle):
-    with load_backend(request.param, bundle) as loaded:
+def on_a_gpu(name):
+    """The engines run on a CUDA device only; everywhere else the simulated device stands in."""
+    absent = pytest.mark.skipif(name not in WORKING, reason=f"{name} does not work on this machine")
+    return pytest.param(name, marks=[pytest.mark.gpu, absent])
+
+
+@pytest.fixture(
+    params=["onnxruntime", "pytorch", "openvino", *SIMULATED, on_a_gpu("tensorrt"), on_a_gpu("tensorrt-rtx")]
+)
+def backend(request, bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("RKD_DEPLOY_CACHE", str(tmp_path))
+    if request.param in SIMULATED:
+        request.getfixturevalue("gpu")
+    with load_backend(SIMULATED.get(request.param, request.param), bundle) as loaded:
         yield loaded
 
 
 def test_says_what_it_is(backend, request):
-    assert backend.name == request.node.callspec.params["backend"]
-    assert backend.device == "cpu"
+    name = request.node.callspec.params["backend"]
+    assert backend.name == SIMULATED.get(name, name)
+    assert backend.device == ("cuda:0" if "tensorrt" in name else "cpu")
     assert backend.precision == "fp32"
     assert backend.input_shape == (None, 4, 4, 3)
     assert backend.input_dtype == "uint8"

@@ -1,0 +1,352 @@
+"""Real engines, built by TensorRT-RTX on a machine without a GPU, from a real run's fused S + A."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from typer.testing import CliRunner
+
+from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.cli import app
+from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, StorageError, UsageError
+from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.engine import export_engine
+from rkd_deploy.serve.engines.build import build_engine
+from rkd_deploy.serve.engines.layers import layer_table
+from rkd_deploy.serve.engines.record import EngineRecord, read_engine
+from rkd_deploy.serve.engines.settings import EngineSettings, Profile
+
+RTX = "tensorrt-rtx"
+
+if os.environ.get("CI") == "true":
+    import tensorrt_rtx as trt
+else:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+
+class Digits(CalibrationDataReader):
+    """Two batches of noise."""
+
+    def __init__(self, shape):
+        self.left = [np.random.default_rng(seed).integers(0, 256, (4, *shape), dtype=np.uint8) for seed in range(2)]
+
+    def get_next(self):
+        return {"input": self.left.pop()} if self.left else None
+
+
+def restamped(model, precision, path):
+    """Save a model whose card says its precision, as the precision pass does."""
+    card = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
+    helper.set_model_props(model, {METADATA_KEY: json.dumps({**card, "precision": precision})})
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    """What the command says of a run's bundle with an engine in it."""
+    bundle = tmp_path_factory.mktemp("exported") / "bundle"
+    options = ["--format", RTX, "--random-images", "--output", str(bundle), "--json"]
+    result = CliRunner().invoke(app, ["export", str(tiny_run.folder), *options])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def files(exported, tmp_path_factory):
+    """Precision to ONNX file, all of the fused S + A."""
+    folder, bundle = tmp_path_factory.mktemp("engines"), Path(exported["bundle"])
+    whole = onnx.load(bundle / "model.onnx")
+    metadata = {entry.key: entry.value for entry in whole.metadata_props}
+    half = convert_float_to_float16(onnx.load(bundle / "model.onnx"), keep_io_types=True)
+    helper.set_model_props(half, metadata)
+    shape = [size.dim_value for size in whole.graph.input[0].type.tensor_type.shape.dim[1:]]
+    settings = {
+        "quant_format": QuantFormat.QDQ,
+        "activation_type": QuantType.QInt8,
+        "weight_type": QuantType.QInt8,
+        "per_channel": True,
+        "extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    }
+    quantize_static(bundle / "model.onnx", folder / "int8.onnx", Digits(shape), **settings)
+    quantised = onnx.load(folder / "int8.onnx")
+    helper.set_model_props(quantised, metadata)
+    quantize_static(bundle / "model.onnx", folder / "cpu_int8.onnx", Digits(shape), quant_format=QuantFormat.QDQ)
+    return {
+        "fp32": bundle / "model.onnx",
+        "fp16": restamped(half, "fp16", folder / "fp16/model.onnx"),
+        "int8": restamped(quantised, "int8", folder / "int8/model.onnx"),
+        "cpu int8": folder / "cpu_int8.onnx",
+    }
+
+
+def with_fixed_batch(source, target, batch):
+    model = onnx.load(source)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("batch", ["dynamic", "static"])
+def test_an_engine_of_every_precision_and_batch(files, tmp_path, precision, batch):
+    source = tmp_path / "model.onnx"
+    source.write_bytes(files[precision].read_bytes())
+    if batch == "static":
+        with_fixed_batch(files[precision], source, 8)
+    made = export_engine(source, RTX)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.onnx", "model.tensorrt-rtx.engine", "model.tensorrt-rtx.engine.json",
+    ]  # fmt: skip
+    plan, record = read_engine(made.file)
+    assert record == EngineRecord.from_json(json.dumps(made.record.to_dict()), "")
+    assert record.precision == precision
+    assert record.profiles == (("1:8:32",) if batch == "dynamic" else ())
+    assert record.onnx_sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert record.engine_sha256 == hashlib.sha256(plan).hexdigest()
+    assert ModelCard.from_json(record.metadata[METADATA_KEY], "").precision == precision
+    convolutions = [layer for layer in record.layers if layer["type"] == "convolution"]
+    nodes = [node for node in onnx.load(source).graph.node if node.op_type == "Conv"]
+    assert Counter(layer["name"] for layer in convolutions) == Counter(node.name for node in nodes)
+    assert {layer["dtype"] for layer in convolutions} == {"half" if precision == "fp16" else "float"}
+    assert {layer["shape"][0] for layer in convolutions} == {-1 if batch == "dynamic" else 8}
+    quantised = sum(layer["type"] == "quantize" for layer in record.layers)
+    assert (quantised >= len(nodes)) == (precision == "int8")
+    assert nodes[0].name in layer_table(record.layers)
+
+
+def by_hand(path, shapes):
+    """The same engine by the library's own calls: what trtexec would write."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(path))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("input", *((batch, *network.get_input(0).shape[1:]) for batch in shapes))
+    config.add_optimization_profile(profile)
+    return bytes(builder.build_serialized_network(network, config))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_two_builds_agree(files, precision):
+    fixed = EngineSettings(profiles=(Profile(4, 4, 4),))
+    one, two = (hashlib.sha256(build_engine(files[precision], RTX, fixed).plan).hexdigest() for _ in range(2))
+    assert one == two
+
+
+def test_two_builds_for_a_range_of_batches_agree_in_size_and_layers(files):
+    one, two = (build_engine(files["fp32"], RTX) for _ in range(2))
+    assert (len(one.plan), one.record.layers) == (len(two.plan), two.record.layers)
+
+
+def test_the_file_is_the_librarys_own_bytes(files):
+    ours = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(4, 4, 4),))).plan
+    assert ours == by_hand(files["fp32"], (4, 4, 4))
+    assert ours != by_hand(files["fp32"], (5, 5, 5))
+
+
+def test_settings_reach_the_engine(files):
+    plain = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1),)))
+    wider = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1), Profile(2, 8, 16))))
+    assert wider.record.profiles == ("1:1:1", "2:8:16")
+    assert len(wider.plan) > len(plain.plan)
+    one = EngineSettings(profiles=(Profile(1, 1, 1),), compute_capabilities=("8.6",), workspace_bytes=1 << 24)
+    named = build_engine(files["fp32"], RTX, one)
+    assert named.record.compute_capabilities == ("8.6",)
+    assert named.plan != plain.plan
+    tf32 = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1),), tf32=True))
+    assert tf32.plan != plain.plan
+
+
+@pytest.mark.slow
+def test_a_whole_bundle_of_resnet20(tmp_path, classifier_of):
+    model, card = classifier_of(depth=20, size=32)
+    export_bundle(model, card, tmp_path / "bundle")
+    made = export_engine(tmp_path / "bundle", RTX)
+    assert made.record.precision == "fp32"
+    # 19 of the main path, 2 of the shortcuts that change the width
+    assert sum(layer["type"] == "convolution" for layer in made.record.layers) == 21
+
+
+def test_progress_is_told(files):
+    seen = []
+    build_engine(files["fp32"], RTX, progress=lambda phase, share: seen.append((phase, share)))
+    assert seen[0] == ("Building engine", 0.0)
+    assert seen[-1] == ("Building engine", 1.0)
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares)
+
+
+def test_a_cpu_int8_file_is_refused_with_node_operator_and_way_out(files, tmp_path):
+    with pytest.raises(BackendError, match=r"at node \S+ \(\w+\).* Export the model again for this target"):
+        export_engine(files["cpu int8"], RTX, output=tmp_path / "model.engine")
+    assert not list(tmp_path.iterdir())
+
+
+def save(path, *nodes, initializers=(), shape=("n", 2)):
+    value = helper.make_tensor_value_info("input", TensorProto.FLOAT, list(shape))
+    result = helper.make_tensor_value_info("logits", TensorProto.FLOAT, list(shape))
+    graph = helper.make_graph(list(nodes), "g", [value], [result], list(initializers))
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def test_an_unknown_operator_is_named_with_its_node(tmp_path):
+    file = save(tmp_path / "model.onnx", helper.make_node("Frob", ["input"], ["logits"], "stage3.frob", domain="mine"))
+    with pytest.raises(BackendError, match=r"at node stage3\.frob \(Frob\).*run it on ONNX Runtime"):
+        export_engine(file, RTX)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("share", [0, 10, 50, 99])
+def test_a_damaged_file_is_refused_and_nothing_is_written(files, tmp_path, share):
+    whole = files["fp32"].read_bytes()
+    (tmp_path / "model.onnx").write_bytes(whole[: len(whole) * share // 100])
+    with pytest.raises(ModelFileError, match=r"model\.onnx cannot be loaded as a model"):
+        export_engine(tmp_path, RTX)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_card_of_a_newer_schema_is_refused(files, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(files["fp32"].read_bytes().replace(b'"schema": 1,', b'"schema": 9,'))
+    with pytest.raises(ModelFileError, match="schema 9"):
+        export_engine(tmp_path, RTX)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"), [(("n", 3, "h", "w"), "leaves more open than its batch"), ((), "leaves more open")]
+)
+def test_open_image_sizes_are_refused(tmp_path, shape, rule):
+    file = save(tmp_path / "model.onnx", helper.make_node("Relu", ["input"], ["logits"]), shape=shape)
+    with pytest.raises(BackendError, match=rule):
+        export_engine(file, RTX)
+
+
+def external(folder, location):
+    """A model whose weight [2] = (3, 4) lies in another file."""
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [2], [3.0, 4.0])
+    raw = np.array([3.0, 4.0], np.float32).tobytes()
+    weight.ClearField("float_data")
+    weight.data_location = TensorProto.EXTERNAL
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", location
+    (folder / location).write_bytes(raw)
+    model = helper.make_node("Mul", ["input", "weight"], ["logits"])
+    return save(folder / "model.onnx", model, initializers=[weight])
+
+
+def test_weights_in_another_file_must_lie_in_the_folder(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    assert build_engine(external(tmp_path / "bundle", "weights.bin"), RTX).plan
+    outside = external(tmp_path / "bundle", "../weights.bin")
+    with pytest.raises(ModelFileError, match=r"must lie in the same folder"):
+        export_engine(outside, RTX)
+    linked = external(tmp_path / "bundle", "weights.bin")
+    (tmp_path / "bundle/weights.bin").unlink()
+    with pytest.raises(ModelFileError, match=r"must lie in the same folder"):
+        export_engine(linked, RTX)
+    (tmp_path / "bundle/weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(ModelFileError, match=r"must lie in the same folder"):
+        export_engine(linked, RTX)
+    assert not list(tmp_path.rglob("*.engine*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "reason"),
+    [
+        ({"hardware": "ampere+"}, UsageError, "finished on the GPU that runs it"),
+        ({"version_compatible": True}, UsageError, "lean runtime"),
+        ({"timing_cache": "timings"}, UsageError, "times no kernels"),
+        ({"compute_capabilities": ("8.7",)}, UsageError, "Unknown compute capability '8.7'"),
+        ({"compute_capabilities": ()}, UsageError, "name at least one"),
+        ({"refit": True}, BackendError, "CUDA device 0 cannot be used here"),
+    ],
+)
+def test_what_rtx_cannot_do_is_refused_with_the_reason(files, tmp_path, settings, error, reason):
+    with pytest.raises(error, match=reason):
+        export_engine(files["fp32"], RTX, EngineSettings(**settings), output=tmp_path / "model.engine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_of_ours_is_replaced_and_nothing_else_is(files, tmp_path):
+    file = tmp_path / "model.engine"
+    first = export_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1),)), output=file)
+    second = export_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(2, 2, 2),)), output=file)
+    assert read_engine(file)[1] == second.record != first.record
+    file.with_name("model.engine.json").unlink()
+    whole = file.read_bytes()
+    with pytest.raises(StorageError, match="no engine that rkd-deploy wrote"):
+        export_engine(files["fp32"], RTX, output=file)
+    assert file.read_bytes() == whole
+
+
+def test_an_engine_without_its_record_is_not_left_behind(files, tmp_path):
+    (tmp_path / "model.engine.json").mkdir()
+    with pytest.raises(StorageError):
+        export_engine(files["fp32"], RTX, output=tmp_path / "model.engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.engine.json"]
+
+
+def test_the_command_builds_beside_a_bundle_and_info_shows_it(files):
+    bundle = str(files["fp32"].parent)
+    result = CliRunner().invoke(
+        app, ["export", bundle, "--format", RTX, "--profile", "1", "--profile", "2:4:8", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout.splitlines()[-1])["engine"]
+    assert made["profiles"] == ["1:1:1", "2:4:8"]
+    shown = CliRunner().invoke(app, ["info", made["file"]])
+    assert shown.exit_code == 0, shown.output
+    assert '"1:1:1", "2:4:8"' in shown.output
+    assert re.search(r"^layer +type +data type +shape$", shown.output, re.MULTILINE)
+    assert json.loads(CliRunner().invoke(app, ["info", made["file"], "--json"]).stdout)["flavour"] == RTX
+
+
+def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
+    assert exported["engine"]["file"] == exported["bundle"] + "/model.tensorrt-rtx.engine"
+    assert read_engine(exported["engine"]["file"])[1].onnx_name == "model.onnx"
+    assert exported["parity"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        (["--refit", "--profile", "4"], UsageError, "has no use for: profiles, refit"),
+        (["--format", RTX, "--profile", "8:1:32"], UsageError, "8:1:32 is no range"),
+        (["--format", RTX, "--profile", "x"], UsageError, "MIN:OPT:MAX"),
+        (["--format", RTX, "--optimization", "9"], UsageError, "must be 0 to 5"),
+        (["--format", RTX, "--hardware", "ampere+"], UsageError, "finished on the GPU"),
+        (["--format", "tensorrt-rx"], UsageError, "tensorrt-rtx"),
+        (["--format", RTX, "--fuse", "sum", "--with-pytorch"], UsageError, "has no use for --fuse, --with-pytorch"),
+        (["--format", RTX, "--refit"], BackendError, "CUDA device 0 cannot be used here"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_exported(files, options, error, said):
+    result = CliRunner().invoke(app, ["export", str(files["fp32"].parent), *options])
+    assert isinstance(result.exception, error)
+    assert said in str(result.exception)
+
+
+def test_a_library_that_is_not_installed_is_named_at_once(files, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    result = CliRunner().invoke(app, ["export", str(files["fp32"].parent), "--format", "tensorrt"])
+    assert isinstance(result.exception, MissingDependencyError)
+    assert "pip install 'rkd-deploy[tensorrt]'" in str(result.exception)

@@ -1,0 +1,343 @@
+"""The TensorRT backend on the simulated device: order of calls, graphs, memory, and what it refuses."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
+from rkd_deploy.export.engine import export_engine
+from rkd_deploy.serve.backends import available, infer_many, load_backend
+from rkd_deploy.serve.backends.trt import TensorRtBackend, TensorRtRtxBackend
+from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.engines.flavours import load_flavour
+from rkd_deploy.serve.engines.settings import EngineSettings, Profile
+
+FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
+
+
+@pytest.fixture(params=list(FLAVOURS))
+def flavour(request, gpu):
+    return request.param
+
+
+@pytest.fixture
+def model(zoo, tmp_path):
+    return zoo.build(tmp_path / "model.onnx", card=zoo.card())
+
+
+def calls(device):
+    """What was asked of the device since the last time, the current device aside."""
+    log = [entry[0] if isinstance(entry, tuple) else entry for entry in device.log if entry != "SetDevice"]
+    device.log.clear()
+    return log
+
+
+def test_a_new_shape_runs_once_and_is_captured_then_one_launch_is_a_run(gpu, flavour, model, zoo):
+    with load_backend(flavour, model) as backend:
+        calls(gpu.device)
+        backend.infer(zoo.pixels(3))
+        assert calls(gpu.device) == [
+            "set_input_shape",
+            *["Malloc", "HostAlloc"] * 2,
+            *["set_tensor_address"] * 2,
+            *["MemcpyAsync", "execute_async_v3", "MemcpyAsync", "StreamSynchronize"],
+            *["StreamBeginCapture", "MemcpyAsync", "execute_async_v3", "MemcpyAsync", "StreamEndCapture"],
+            *["GraphInstantiate", "GraphDestroy"],
+            *["GraphLaunch", "StreamSynchronize"],
+        ]
+        backend.infer(zoo.pixels(3, seed=5))
+        assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
+        assert backend.cuda_graph
+
+
+def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavour, model, zoo):
+    with load_backend(flavour, model) as backend:
+        backend.infer(zoo.pixels(3))
+        taken = len(gpu.device.memory)
+        calls(gpu.device)
+        for batch in (5, 3):
+            x = zoo.pixels(batch, seed=batch)
+            np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+            log = calls(gpu.device)
+            assert log[:6] == ["StreamSynchronize", "GraphExecDestroy", *["Free", "FreeHost"] * 2]
+            assert log.count("StreamBeginCapture") == 1
+            assert len(gpu.device.memory) == taken
+
+
+def test_without_a_graph_every_run_is_enqueued(gpu, flavour, model, zoo):
+    with FLAVOURS[flavour](model, cuda_graph=False) as backend:
+        backend.infer(zoo.pixels(1))
+        calls(gpu.device)
+        x = zoo.pixels(1, seed=1)
+        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+        assert calls(gpu.device) == ["MemcpyAsync", "execute_async_v3", "MemcpyAsync", "StreamSynchronize"]
+        assert not backend.cuda_graph
+
+
+def test_rtx_captures_only_what_it_says_can_be(gpu, model, zoo):
+    gpu.device.failing.add("is_stream_capturable")
+    with load_backend("tensorrt-rtx", model) as backend:
+        x = zoo.pixels(2)
+        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+        assert not backend.cuda_graph
+
+
+def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, model, zoo):
+    with load_backend(flavour, model) as backend:
+        x = zoo.pixels(2)
+        run = backend.prepare(x)
+        prepared = backend._runs[-1]
+        x[...] = 0
+        backend.infer(zoo.pixels(4))
+        calls(gpu.device)
+        run()
+        backend.synchronize()
+        assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
+        prepared._buffers["logits"].download(backend._stream)
+        backend.synchronize()
+        np.testing.assert_array_equal(prepared.outputs_host["logits"], zoo.answer(zoo.pixels(2)))
+
+
+def test_every_output_is_given_by_name_logits_first(gpu, zoo, tmp_path):
+    x = zoo.pixels(2)
+    with load_backend("tensorrt", zoo.build(tmp_path / "m.onnx", extra=True)) as backend:
+        assert backend.outputs == ("logits", "sums")
+        outputs = backend.infer_all(x)
+        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+    np.testing.assert_array_equal(outputs["logits"], zoo.answer(x))
+    np.testing.assert_array_equal(outputs["sums"], x.sum(axis=(1, 2), dtype=np.float32))
+
+
+def test_threads_take_turns(gpu, model, zoo):
+    with load_backend("tensorrt", model) as backend, ThreadPoolExecutor(4) as pool:
+        inputs = [zoo.pixels(1 + seed % 3, seed=seed) for seed in range(40)]
+        for x, answer in zip(inputs, pool.map(backend.infer, inputs), strict=True):
+            np.testing.assert_array_equal(answer, zoo.answer(x))
+
+
+def test_profiles_are_chosen_by_the_batch_and_only_changed_when_it_must_be(gpu, flavour, model, zoo):
+    settings = EngineSettings(profiles=(Profile(1, 1, 1), Profile(2, 8, 8)))
+    with FLAVOURS[flavour](model, settings=settings) as backend:
+        assert backend.max_batch == 8
+        gpu.device.log.clear()
+        for batch in (1, 4, 8, 1):
+            x = zoo.pixels(batch)
+            np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+        changes = [entry for entry in gpu.device.log if entry[0] == "set_optimization_profile_async"]
+        assert changes == [("set_optimization_profile_async", 1), ("set_optimization_profile_async", 0)]
+        with pytest.raises(UsageError, match=r"batch of 9.*1:1:1, 2:8:8.*--profile"):
+            backend.infer(zoo.pixels(9))
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+
+
+def test_many_inputs_run_in_chunks_that_the_engine_takes(gpu, zoo, model, tmp_path):
+    x = zoo.pixels(70)
+    with load_backend("tensorrt", model) as backend:
+        assert backend.input_shape == (None, 4, 4, 3)
+        np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
+    for settings, file in (
+        (EngineSettings(profiles=(Profile(8, 8, 8),)), model),
+        (EngineSettings(), zoo.build(tmp_path / "static.onnx", batch=8)),
+    ):
+        with TensorRtBackend(file, settings=settings) as backend:
+            assert backend.input_shape[0] == 8
+            np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
+
+
+def test_an_engine_is_built_once_and_kept_by_file_gpu_version_and_settings(gpu, flavour, model, zoo):
+    def built(**options):
+        with FLAVOURS[flavour](model, **options) as backend:
+            np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+            assert (backend.build_seconds is not None) == any(entry[0] == "build" for entry in gpu.device.log)
+            gpu.device.log.clear()
+            return backend.build_seconds is not None
+
+    assert built()
+    assert not built()
+    assert built(settings=EngineSettings(profiles=(Profile(1, 2, 4),)))
+    gpu.device.name = "Another GPU"
+    assert built()
+    gpu.install("11.5.0", "1.8.0")
+    assert built()
+    assert not built()
+    zoo.build(model, bias=(0.0, 0.0, 0.0), card=zoo.card(name="another"))
+    assert built()
+
+
+def test_a_damaged_engine_in_the_cache_is_built_again(gpu, model, tmp_path, zoo):
+    load_backend("tensorrt", model).close()
+    (kept,) = (tmp_path / "cache/engines").glob("*/model.engine")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with load_backend("tensorrt", model) as backend:
+        assert backend.build_seconds is not None
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(1)), zoo.answer(zoo.pixels(1)))
+
+
+def test_bench_says_how_long_the_build_took_once(gpu, model):
+    settings = {"backend": "tensorrt", "batches": (1, 8), "min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
+    first, second = bench([model], **settings), bench([model], **settings)
+    assert [result.device for result in first] == ["cuda:0", "cuda:0"]
+    assert all(result.build_seconds > 0 for result in first)
+    assert [result.build_seconds for result in second] == [None, None]
+
+
+def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
+    made = export_engine(model, flavour)
+    with load_backend(flavour, model.parent) as backend:
+        assert backend.engine_file == made.file
+        assert backend.build_seconds is None
+        assert backend.precision == "fp32"
+        assert "rkd_deploy.card" in backend.metadata()
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+    zoo.build(model, bias=(1.0, 0.0, 0.0))
+    with pytest.raises(ModelFileError, match=r"another model than the model\.onnx beside it"):
+        load_backend(flavour, model.parent)
+
+
+def test_a_foreign_engine_without_a_record_runs_where_the_library_takes_it(gpu, flavour, model, zoo, tmp_path):
+    plan = tmp_path / "by_hand.plan"
+    plan.write_bytes(export_engine(model, flavour).file.read_bytes())
+    with load_backend(flavour, plan) as backend:
+        assert (backend.precision, dict(backend.metadata())) == ("unknown", {})
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+    gpu.device.name = "Another GPU"
+    with pytest.raises((BackendError, ModelFileError), match=r"Another GPU \(9\.0\)"):
+        load_backend(flavour, plan)
+    plan.write_bytes(b"no engine")
+    gpu.device.failing.add("validity")
+    if flavour == "tensorrt":
+        with pytest.raises(ModelFileError, match="Magic tag does not match"):
+            load_backend(flavour, plan)
+
+
+def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(gpu, model):
+    engine = export_engine(model, "tensorrt").file
+    with pytest.raises(BackendError, match="is tensorrt's and cannot run on tensorrt-rtx"):
+        load_backend("tensorrt-rtx", engine)
+    gpu.device.name = "Another GPU"
+    with pytest.raises(BackendError, match=r"built for Simulated GPU \(9\.0\); here is Another GPU \(9\.0\)"):
+        load_backend("tensorrt", engine)
+    gpu.device.name = "Simulated GPU"
+    gpu.install("11.5.0")
+    with pytest.raises(BackendError, match=r"built by tensorrt 11\.4\.0; 11\.5\.0 is installed"):
+        load_backend("tensorrt", engine)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "capability", "runs"),
+    [
+        ("ampere+", (8, 0), True),
+        ("ampere+", (7, 5), False),
+        ("same-capability", (9, 0), True),
+        ("same-capability", (8, 6), False),
+        ("none", (9, 0), False),
+    ],
+)
+def test_hardware_compatibility_says_where_else_it_runs(gpu, model, hardware, capability, runs):
+    record = export_engine(model, "tensorrt", EngineSettings(hardware=hardware)).record
+    library, name = load_flavour("tensorrt"), ".".join(map(str, capability))
+    if runs:
+        record.check_fits(library, "Another GPU", name)
+    else:
+        with pytest.raises(BackendError, match="Another GPU"):
+            record.check_fits(library, "Another GPU", name)
+
+
+def test_errors_on_the_way_give_everything_back(gpu, flavour, model, zoo):
+    """The fixture checks that memory, streams and graphs are back; here every step fails once."""
+    for step in ("create_execution_context", "cudaStreamCreateWithFlags"):
+        gpu.device.failing = {step}
+        with pytest.raises(BackendError):
+            load_backend(flavour, model)
+    gpu.device.failing = set()
+    backend = load_backend(flavour, model)
+    for step in ("cudaHostAlloc", "execute_async_v3", "cudaMemcpyAsync", "cudaStreamBeginCapture"):
+        gpu.device.failing = {step}
+        for use in (backend.infer, backend.prepare):
+            with pytest.raises(BackendError):
+                use(zoo.pixels(2))
+    gpu.device.failing = set()
+    np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+    backend.close()
+
+
+def test_a_capture_that_breaks_off_leaves_the_stream_usable(gpu, model, zoo, monkeypatch):
+    with load_backend("tensorrt", model) as backend:
+        context, seen = backend._runs[0]._context, []
+        execute = context.execute_async_v3
+        monkeypatch.setattr(context, "execute_async_v3", lambda s: (seen.append(s), len(seen) != 2 and execute(s))[1])
+        with pytest.raises(BackendError, match="failed to run the model"):
+            backend.infer(zoo.pixels(2))  # the second call is the captured one
+        assert gpu.device.capturing is None
+        np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+
+
+def test_out_of_device_memory_says_how_much_was_asked_for(gpu, model, zoo):
+    with load_backend("tensorrt", model) as backend:
+        gpu.device.free_bytes = 100
+        with pytest.raises(BackendError, match=r"cudaMalloc failed.*192 bytes were asked for.*smaller batch"):
+            backend.infer(zoo.pixels(4))
+        x = zoo.pixels(2)
+        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+
+
+def test_a_build_that_fails_gives_the_librarys_own_words_and_keeps_nothing(gpu, flavour, model, tmp_path):
+    gpu.device.failing.add("build")
+    with pytest.raises(BackendError, match=r"could not build .*model\.onnx: Out of memory"):
+        load_backend(flavour, model)
+    assert not list((tmp_path / "cache").rglob("*engine*/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "rule"),
+    [
+        ({"device": "cpu"}, BackendError, "'cpu' was asked for"),
+        ({"device": "cuda:1"}, BackendError, "CUDA device 1 cannot be used here: there are 1"),
+        ({"device": "gpu"}, UsageError, "cpu, cuda, cuda:N"),
+        ({"threads": 0}, UsageError, "at least 1"),
+        ({"threads": 2}, UsageError, "no effect"),
+    ],
+)
+def test_refuses_other_devices_and_threads(gpu, flavour, model, options, error, rule):
+    with pytest.raises(error, match=rule):
+        load_backend(flavour, model, **options)
+
+
+def test_outputs_that_numpy_has_no_type_for_are_refused(gpu, zoo, tmp_path):
+    file = zoo.build(tmp_path / "m.onnx", result=TensorProto.BFLOAT16)
+    with pytest.raises(BackendError, match="bf16, which NumPy has not"):
+        load_backend("tensorrt", file)
+
+
+def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavour, monkeypatch):
+    def found():
+        return next(status for status in available() if status.name == flavour)
+
+    assert found().ok
+    assert found().devices == ("cuda",)
+    gpu.device.count = 0
+    assert not found().ok
+    assert "finds no GPU to run on: CUDA: cudaGetDeviceCount failed" in found().reason
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert "pip install cuda-bindings" in found().reason
+    with pytest.raises(MissingDependencyError, match="cuda-bindings"):
+        load_backend(flavour, "model.onnx")
+    monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
+    load_flavour.cache_clear()
+    assert f"pip install 'rkd-deploy[{flavour}]'" in found().reason
+
+
+def test_the_record_beside_the_engine_is_json_for_others(gpu, model):
+    made = export_engine(model, "tensorrt", EngineSettings(version_compatible=True))
+    written = json.loads(made.file.with_name("model.tensorrt.engine.json").read_text())
+    assert written["device"] == "Simulated GPU"
+    assert written["compute_capability"] == "9.0"
+    assert written["driver"] == 13020
+    assert written["layers_of"] == "engine"
+    assert written["layers"][0]["name"].startswith("fused Cast+ReduceSum")
+    gpu.install("11.5.0")
+    made.record.check_fits(load_flavour("tensorrt"), "Simulated GPU", "9.0")
