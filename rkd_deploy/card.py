@@ -82,6 +82,8 @@ class ModelCard:
     """Which network of the run this is: fused (S + A), student (S alone), s0, teacher."""
     fusion: str = "none"
     precision: str = "fp32"
+    lowering: Mapping[str, Any] = field(default_factory=dict)
+    """Of a file below fp32: target, calibration, layers kept in float32, what the gate measured and its limits."""
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
     parameters: int = 0

@@ -156,6 +156,26 @@ def export(
     with_pytorch: Annotated[
         bool, typer.Option("--with-pytorch", help="Write model.pt2 too, for --backend pytorch.")
     ] = False,
+    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16, int8 or fp8.")] = "fp32",
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of a lower precision: cpu (default), tensorrt or openvino.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder of images to calibrate on. Default: training images.")
+    ] = None,
+    calibration_count: Annotated[
+        int | None, typer.Option("--calibration-count", help="How many of them. Default: 256, or all there are.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws images to calibrate and to judge on.")] = 0,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Layers to leave in float32: NAME,NAME or auto, which finds those that hurt.")
+    ] = "",
+    min_agreement: Annotated[
+        float | None, typer.Option("--min-agreement", help="Least % of held-out images that keep their class.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="Most points of accuracy that may be lost on them.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the bundle. Default: bundle in the run folder.")
     ] = None,
@@ -169,10 +189,21 @@ def export(
     _choose("format", output_format, ("onnx",))
     _choose("input", layout, ("uint8", "float32"))
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
+    from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.train.runs import newest_run, open_run
 
+    options = PrecisionOptions(
+        precision=precision,
+        target=target,
+        calibration=calibration,
+        count=calibration_count,
+        seed=seed,
+        keep=tuple(name.strip() for name in keep.split(",") if name.strip()),
+        agreement=min_agreement,
+        drop=max_drop,
+    )
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
     with status(f"Exporting {part or 'the network'} of {chosen.folder}"):
         made = export_run(
@@ -185,6 +216,7 @@ def export(
             with_pytorch=with_pytorch,
             test_images=test_images,
             folder=output,
+            precision=options,
         )
     proof = made.proof
     console = _console(as_json)
@@ -194,11 +226,16 @@ def export(
     )
     if proof.torch_top1 is not None and proof.onnx_top1 is not None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
+    if proof.judgement is not None:
+        console.print(f"{precision}: {proof.judgement.in_words()}.")
+        if proof.lowered_top1 is not None:
+            console.print(f"Top-1 of the {precision} file on the test images: {proof.lowered_top1:.2f} %.")
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
     if as_json:
         facts = {"images": proof.images, "differing": proof.differing}
         accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
-        _emit({"bundle": str(made.folder), "parity": proof.parity.to_dict(), **facts, **accuracy})
+        lowered = {} if proof.judgement is None else {"precision": precision, "gate": proof.judgement.to_dict()}
+        _emit({"bundle": str(made.folder), "parity": proof.parity.to_dict(), **facts, **accuracy, **lowered})
 
 
 @app.command()

@@ -6,17 +6,16 @@ Everything here is glue; each step is a public function of its own package.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from rkd_deploy.card import ModelCard, Preprocess
-from rkd_deploy.data.sources import load_images
+from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.export.drawing import Batches, draw_lowering
+from rkd_deploy.export.precision import PrecisionOptions
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
@@ -26,7 +25,6 @@ from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
 PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
-CHUNK = 256
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -53,6 +51,7 @@ def export_run(
     with_pytorch: bool = False,
     test_images: bool = True,
     folder: Path | None = None,
+    precision: PrecisionOptions | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
 
@@ -67,9 +66,11 @@ def export_run(
         test_images: Classify every test image with both; else 64 random images stand in, and nothing is said of
             accuracy.
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
+        precision: Lower than float32: calibrated on a folder or on training images, judged on validation images or,
+            where the run has none, on other training images; test images are only reported on.
 
     Raises:
-        GateError: The exported graph does not do what the trained model does.
+        GateError: The exported graph does not do what the trained model does, or a lower precision loses too much.
     """
     part = part or parts_of(run.recipe)[0]
     model = load_part(run, part)
@@ -79,11 +80,12 @@ def export_run(
         model,
         card,
         chosen,
-        batches=_test_batches(run) if test_images else None,
+        batches=Batches(_images(run).test) if test_images else None,
         level=level,
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
+        lowering=draw_lowering(_images(run), precision, card.preprocess) if precision and precision.lowered else None,
     )
     return Exported(chosen, proof)
 
@@ -155,9 +157,5 @@ def _free_folder(run: Run, part: str) -> Path:
     return folder
 
 
-def _test_batches(run: Run) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    recipe = run.recipe
-    test = load_images(recipe.data, recipe.train.seed).test
-    for start in range(0, len(test), CHUNK):
-        images_NCHW = test.images_NCHW[start : start + CHUNK]
-        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), test.labels_N[start : start + CHUNK].numpy()
+def _images(run: Run) -> ImageSet:
+    return load_images(run.recipe.data, run.recipe.train.seed)

@@ -4,10 +4,15 @@
     model.json                the same card, for readers without ONNX metadata
     labels.txt                one class name a line
     preprocessor_config.json  Hugging Face's field names
-    golden.npz                inputs, PyTorch's logits for them, and the tolerance
+    golden.npz                inputs, the logits for them, and the tolerance
     model.pt2                 on request: the same graph as an exported PyTorch program
 
 The folder appears whole or not at all. The same model and settings give the same bytes.
+
+Golden logits are PyTorch's where the file is float32. A file of lower precision is not PyTorch's equal: there they are
+what the file itself gave on the backend that it was proven on, with PyTorch's beside them (`fp32_logits`), and the
+tolerance is the largest difference between the two on the held-out images. Whatever runs the file elsewhere may round
+otherwise, but not by more than the precision itself costs.
 """
 
 from __future__ import annotations
@@ -29,16 +34,19 @@ import torch
 from torch import nn
 
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import GateError
+from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
+from rkd_deploy.export.judging import HeldOut, Judgement, as_input, failed
+from rkd_deploy.export.lowering import Lowered, lower
+from rkd_deploy.export.precision import Lowering
+from rkd_deploy.export.weights import check_finite
 from rkd_deploy.serve.backends import infer_many, load_backend
 from rkd_deploy.serve.backends.pytorch import PyTorchBackend
 from rkd_deploy.serve.bench.accuracy import top1
 from rkd_deploy.serve.bench.parity import GOLDEN_NAME, Parity, compare, gate, verify
 from rkd_deploy.serve.files import ONNX_NAME
-from rkd_deploy.serve.images import normalise
-from rkd_deploy.storage import new_folder, write_bytes, write_text
+from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""
@@ -47,6 +55,8 @@ ALLOWED_PER_10000 = 2
 """Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
 
 Array = npt.NDArray[Any]
+Golden = dict[str, Any]
+"""Arrays of golden.npz by name."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class Proof:
         images: How many images were classified by both.
         differing: How many of them otherwise.
         torch_top1: PyTorch's accuracy on them in percent, where labels were given.
-        onnx_top1: The exported graph's.
+        onnx_top1: The exported float32 graph's.
+        judgement: Of the file of lower precision, on held-out images; None for float32.
+        lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
     """
 
     parity: Parity
@@ -66,6 +78,8 @@ class Proof:
     differing: int
     torch_top1: float | None
     onnx_top1: float | None
+    judgement: Judgement | None = None
+    lowered_top1: float | None = None
 
 
 def export_bundle(
@@ -78,6 +92,7 @@ def export_bundle(
     outputs: Sequence[str] = ("logits",),
     tolerance: float = TOLERANCE,
     with_pytorch: bool = False,
+    lowering: Lowering | None = None,
 ) -> Proof:
     """Fuse, export, prove, and only then let the folder appear.
 
@@ -86,17 +101,26 @@ def export_bundle(
         card: What is known of it; its fusion, outputs, parity and versions are filled in here.
         folder: Where the bundle goes; must not exist.
         batches: Real images, uint8 [n, H, W, C], with labels [n]: every one is run through both. Without any, random
-            images take their place and nothing is said of accuracy.
+            images take their place and nothing is said of accuracy. Gone through twice for a lower precision.
         level: Fusion level (`rkd_deploy.export.fusion`); of a classifier without adapters only batch norm is folded.
         outputs: Any of logits, probabilities, features.
         tolerance: Largest allowed difference of a logit.
         with_pytorch: Write model.pt2 too.
+        lowering: Lower the precision of the proven float32 graph, and judge what comes out of that on held-out images.
 
     Raises:
-        GateError: The exported graph does not do what the model does; nothing is left behind.
+        CheckpointError: A weight is NaN or infinite.
+        GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
+            allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
         UsageError: Unknown level or outputs.
     """
+    if with_pytorch and lowering is not None:
+        raise UsageError(
+            f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
+            "--precision out."
+        )
+    check_finite(model)
     preprocess = card.preprocess
     fused = fuse(model.cpu(), level)
     graph = ExportGraph(fused, preprocess, outputs).eval()
@@ -112,20 +136,65 @@ def export_bundle(
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
         reference = _reference(model, card)
-        proof, golden = _prove(reference, file, card, batches or [_random_batch(card)], tolerance)
+        images = batches or [_random_batch(card)]
+        proof, golden = _prove(reference, file, card, images, tolerance)
         card = dataclasses.replace(card, parity=_account(proof))
+        if lowering is not None:
+            lowered = _lowered(graph, proto, card, reference, lowering, folder)
+            proto = lowered.proto
+            write_bytes(file, proto.SerializeToString(deterministic=True))
+            proof, golden = _measure(proof, golden, lowered.judgement, file, card, images, lowering)
+            account = {**lowered.account(lowering), "test_top1": proof.lowered_top1}
+            card = dataclasses.replace(card, precision=lowering.options.precision, lowering=account)
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
         write_text(temporary / "model.json", card.to_json() + "\n")
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
-        write_bytes(temporary / GOLDEN_NAME, golden)
+        write_bytes(temporary / GOLDEN_NAME, _npz(golden))
         if with_pytorch:
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
-        gate(verify(temporary), f"{ONNX_NAME} against its golden data")
+        prover = "onnxruntime" if lowering is None else lowering.options.prover
+        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data")
     return proof
+
+
+def _lowered(
+    graph: ExportGraph, proto: Any, card: ModelCard, reference: PyTorchBackend, lowering: Lowering, folder: Path
+) -> Lowered:
+    """The graph in lower precision, if it passes its gate; else a report beside the folder, and an error."""
+    calibration = lowering.calibration
+    inputs = None if calibration is None else as_input(calibration.images_NHWC, card)
+    held_out = HeldOut(reference, lowering.held_out, card)
+    lowered = lower(graph, proto, card.preprocess, inputs, held_out, lowering.options)
+    if not lowered.judgement.passed:
+        report = folder.with_name(f"{folder.name}.report.json")
+        write_json(report, {"name": card.name, **lowered.account(lowering), "versions": dict(card.versions)})
+        raise failed(lowered.judgement, lowering.options.precision, lowered.kept, report)
+    return lowered
+
+
+def _measure(
+    proof: Proof,
+    golden: Golden,
+    judgement: Judgement,
+    file: Path,
+    card: ModelCard,
+    batches: Iterable[tuple[Array, Array]],
+    lowering: Lowering,
+) -> tuple[Proof, Golden]:
+    """The proof and the golden data of a file of lower precision."""
+    with load_backend(lowering.options.prover, file) as candidate:
+        found, labels = [], []
+        for images_NHWC, labels_n in batches:
+            found.append(infer_many(candidate, as_input(images_NHWC, card)))
+            labels.append(labels_n)
+    found_NK = np.concatenate(found)
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
+    return proof, {**golden, **own, "fp32_logits": golden["logits"]}
 
 
 def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:
@@ -137,7 +206,7 @@ def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:
 
 def _prove(
     reference: PyTorchBackend, file: Path, card: ModelCard, batches: Iterable[tuple[Array, Array]], tolerance: float
-) -> tuple[Proof, bytes]:
+) -> tuple[Proof, Golden]:
     """Run both over every image; gate on logits and on classes."""
     labels, expected, found, first = [], [], [], None
     with load_backend("onnxruntime", file) as candidate:
@@ -164,18 +233,11 @@ def _prove(
             f"allowed are {allowed} ({ALLOWED_PER_10000} in 10,000). Check the weights: float32 should not do that."
         )
     assert first is not None
-    return proof, _golden(first, expected_NK[: len(first)], tolerance)
+    return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
 
 
 def _top1(logits_NK: Array, labels_N: Array) -> float | None:
     return None if (labels_N < 0).any() else top1(logits_NK.argmax(1), labels_N)
-
-
-def as_input(images_NHWC: Array, card: ModelCard) -> Array:
-    """uint8 images as the exported graph takes them."""
-    if card.preprocess.embedded:
-        return images_NHWC
-    return normalise(images_NHWC, card.preprocess)
 
 
 def _random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
@@ -186,11 +248,11 @@ def _random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
     return images_NHWC, np.full(count, -1)
 
 
-def _golden(inputs: Array, logits_NK: Array, tolerance: float) -> bytes:
+def _npz(golden: Golden) -> bytes:
     """An .npz with fixed time stamps: np.savez would make every bundle differ."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, value in (("inputs", inputs), ("logits", logits_NK), ("tolerance", np.float64(tolerance))):
+        for name, value in golden.items():
             array = io.BytesIO()
             np.save(array, np.ascontiguousarray(value) if np.ndim(value) else value, allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array.getvalue())

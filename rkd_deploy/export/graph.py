@@ -84,12 +84,13 @@ def to_program(graph: ExportGraph, preprocess: Preprocess) -> torch.export.Expor
         return torch.export.export(graph.eval(), (example_input(preprocess),), dynamic_shapes=_dynamic_batch())
 
 
-def to_onnx(graph: ExportGraph, preprocess: Preprocess) -> Any:
+def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET) -> Any:
     """Convert to an ONNX model in memory and check it.
 
     Args:
         graph: Pre-processing, network and outputs.
         preprocess: For the type and shape of the input.
+        opset: Version of ONNX's operators.
 
     Returns:
         An onnx.ModelProto.
@@ -105,7 +106,7 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess) -> Any:
             (example_input(preprocess),),
             dynamo=True,
             dynamic_shapes=_dynamic_batch(),
-            opset_version=OPSET,
+            opset_version=opset,
             external_data=False,
             input_names=["input"],
             output_names=list(graph.outputs),
