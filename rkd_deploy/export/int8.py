@@ -37,18 +37,15 @@ class Int8Quantiser:
     """
 
     def __init__(self, proto: Any, inputs: npt.NDArray[Any], target: str) -> None:
-        self._proto = type(proto)()
-        self._proto.CopyFrom(proto)
-        # Tells the quantiser that shapes are known and constants folded, of which it reminds with a warning otherwise.
-        del self._proto.metadata_props[:]
-        entry = self._proto.metadata_props.add()
-        entry.key, entry.value = "onnx.quant.pre_process", "onnxruntime.quant"
         self._inputs, self._strict = inputs, target == "tensorrt"
+        self._input_name, self._preprocessing = proto.graph.input[0].name, preprocessing(proto)
         kept = WEIGHTED if self._strict else (*WEIGHTED, *_ARITHMETIC)
         self._kinds = kept if self._strict else (*kept, *_PASSING, *_SHAPING)
         self.nodes = quantisable(proto, kept)
         """What can be kept in float32: name for people to name of the node."""
         self._folder = tempfile.TemporaryDirectory(prefix="rkd-deploy-int8-")
+        self._source = Path(self._folder.name) / "float32.onnx"
+        self._source.write_bytes(_prepared(proto).SerializeToString())
 
     def __enter__(self) -> Self:
         return self
@@ -73,16 +70,16 @@ class Int8Quantiser:
         folder = Path(self._folder.name)
         ranges = folder / "ranges.json"
         quantization.quantize_static(
-            self._proto,
+            self._source,
             folder / "quantised.onnx",
-            None if ranges.exists() else _reader(quantization, self._proto.graph.input[0].name, self._inputs),
+            None if ranges.exists() else _reader(quantization, self._input_name, self._inputs),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(self._kinds),
             per_channel=True,
             activation_type=quantization.QuantType.QInt8 if self._strict else quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             nodes_to_quantize=list(only),
-            nodes_to_exclude=[*preprocessing(self._proto), *without],
+            nodes_to_exclude=[*self._preprocessing, *without],
             extra_options=self._extra_options(),
             calibration_cache_path=ranges,
         )
@@ -99,6 +96,16 @@ class Int8Quantiser:
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": list(WEIGHTED),
         }
+
+
+def _prepared(proto: Any) -> Any:
+    """A copy marked as folded, with shapes known: it is, and the quantiser warns where nothing says so."""
+    marked = type(proto)()
+    marked.CopyFrom(proto)
+    del marked.metadata_props[:]
+    entry = marked.metadata_props.add()
+    entry.key, entry.value = "onnx.quant.pre_process", "onnxruntime.quant"
+    return marked
 
 
 def _reader(quantization: Any, name: str, inputs: npt.NDArray[Any]) -> Any:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rkd_deploy.card import Preprocess
 from rkd_deploy.export.fp8 import to_fp8
 from rkd_deploy.export.graph import ExportGraph
-from rkd_deploy.export.half import to_bf16, to_fp16
+from rkd_deploy.export.half import to_half
 from rkd_deploy.export.int8 import Int8Quantiser
 from rkd_deploy.export.judging import HeldOut, Judgement
 from rkd_deploy.export.layers import WEIGHTED, chosen, quantisable
@@ -84,7 +84,7 @@ def lower(
             if options.precision == "int8"
             else _fp8(proto, inputs, held_out, options)
         )
-    lowered = to_fp16(proto) if options.precision == "fp16" else to_bf16(graph, preprocess)
+    lowered = to_half(graph, preprocess, options.precision)
     return Lowered(lowered, _judge(lowered, held_out, options), ())
 
 
