@@ -84,6 +84,8 @@ class ModelCard:
     fusion_search: Mapping[str, Any] = field(default_factory=dict)
     """Where the fusion was chosen by measuring: on what, the medians in ms, the choice. Samples are in fusion.json."""
     precision: str = "fp32"
+    lowering: Mapping[str, Any] = field(default_factory=dict)
+    """Of a file below fp32: target, calibration, layers kept in float32, what the gate measured and its limits."""
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
     parameters: int = 0

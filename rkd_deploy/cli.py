@@ -216,6 +216,26 @@ def export(
     with_pytorch: Annotated[
         bool, typer.Option("--with-pytorch", help="Write model.pt2 too, for --backend pytorch.")
     ] = False,
+    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16, int8 or fp8.")] = "fp32",
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of a lower precision: cpu (default), tensorrt or openvino.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder of images to calibrate on. Default: training images.")
+    ] = None,
+    calibration_count: Annotated[
+        int | None, typer.Option("--calibration-count", help="How many of them. Default: 256, or all there are.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Draws images to calibrate and to judge on.")] = 0,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Layers to leave in float32: NAME,NAME or auto, which finds those that hurt.")
+    ] = "",
+    min_agreement: Annotated[
+        float | None, typer.Option("--min-agreement", help="Least % of held-out images that keep their class.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="Most points of accuracy that may be lost on them.")
+    ] = None,
     early_exit: Annotated[
         bool, typer.Option("--early-exit", help="Write S and each A as graphs of their own too, and report the saving.")
     ] = False,
@@ -272,12 +292,23 @@ def export(
             _emit({"engine": alone})
         return
     _need("export", "torch", "safetensors", "onnx", "onnxscript")
-    target = _fusion_target(level, backend, device, batches, threads)
+    measured_on = _fusion_target(level, backend, device, batches, threads)
+    from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import print_exits, status
     from rkd_deploy.serve.bundles import describe
     from rkd_deploy.train.runs import newest_run, open_run
 
+    options = PrecisionOptions(
+        precision=precision,
+        target=target,
+        calibration=calibration,
+        count=calibration_count,
+        seed=seed,
+        keep=tuple(name.strip() for name in keep.split(",") if name.strip()),
+        agreement=min_agreement,
+        drop=max_drop,
+    )
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
     with status(f"Exporting {part or 'the network'} of {chosen.folder}") as update:
         made = export_run(
@@ -292,8 +323,9 @@ def export(
             early_exit=early_exit,
             exit_threshold=exit_threshold,
             folder=output,
-            target=target,
+            target=measured_on,
             progress=update,
+            precision=options,
         )
     proof = made.proof
     console = _console(as_json)
@@ -303,6 +335,10 @@ def export(
     )
     if proof.torch_top1 is not None and proof.onnx_top1 is not None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
+    if proof.judgement is not None:
+        console.print(f"{precision}: {proof.judgement.in_words()}.")
+        if proof.lowered_top1 is not None:
+            console.print(f"Top-1 of the {precision} file on the test images: {proof.lowered_top1:.2f} %.")
     exits = describe(made.folder).early_exit
     if exits:
         print_exits(exits, console)
@@ -312,7 +348,9 @@ def export(
         facts = {"images": proof.images, "differing": proof.differing}
         accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
         written = {"bundle": str(made.folder), "parity": proof.parity.to_dict()}
-        added = {} if engine is None else {"engine": engine}
+        added: dict[str, Any] = {} if engine is None else {"engine": engine}
+        if proof.judgement is not None:
+            added |= {"precision": precision, "gate": proof.judgement.to_dict()}
         _emit({**written, **facts, **accuracy, "early_exit": exits, **added})
 
 

@@ -6,32 +6,31 @@ Everything here is glue; each step is a public function of its own package.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from rkd_deploy.card import ModelCard, Preprocess
-from rkd_deploy.data.sources import load_images
+from rkd_deploy.data.sources import ImageSet, load_images
+from rkd_deploy.drawing import Batches, draw_lowering
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
+from rkd_deploy.export.precision import PrecisionOptions
 from rkd_deploy.export.selection import Target
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
 from rkd_deploy.serve.bench.timing import Progress
-from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, data_of, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
 PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
-CHUNK = 256
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -62,6 +61,7 @@ def export_run(
     folder: Path | None = None,
     target: Target | None = None,
     progress: Progress | None = None,
+    precision: PrecisionOptions | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
 
@@ -81,23 +81,25 @@ def export_run(
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
         target: What level auto measures on.
         progress: Told how far that is.
+        precision: Lower than float32: calibrated on a folder or on training images, judged on validation images or,
+            where the run has none, on other training images; test images are only reported on.
 
     Raises:
-        GateError: The exported graph does not do what the trained model does.
+        GateError: The exported graph does not do what the trained model does, or a lower precision loses too much.
     """
     part = part or parts_of(run.recipe)[0]
     model = load_part(run, part)
     card = _card(run, part, embedded)
     chosen = folder or _free_folder(run, part)
-    exits = None
+    images, exits = functools.cache(lambda: _images(run)), None
     if early_exit or exit_threshold is not None:
-        seen = _batches(run, "test") if test_images else ()
-        exits = EarlyExit(threshold=exit_threshold, held_out=_batches(run, "val"), test=seen)
+        seen = Batches(images().test) if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
     proof = export_bundle(
         model,
         card,
         chosen,
-        batches=_batches(run, "test") if test_images else None,
+        batches=Batches(images().test) if test_images else None,
         level=level,
         outputs=outputs,
         tolerance=tolerance,
@@ -105,6 +107,7 @@ def export_run(
         early_exit=exits,
         target=target,
         progress=progress,
+        lowering=draw_lowering(images(), precision, card.preprocess) if precision and precision.lowered else None,
     )
     return Exported(chosen, proof)
 
@@ -181,16 +184,11 @@ def _free_folder(run: Run, part: str) -> Path:
     return folder
 
 
-def _batches(run: Run, name: str) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    recipe = run.recipe
-    data = data_of(recipe, run)
-    if data.of_files:  # each image is read once
+def _images(run: Run) -> ImageSet:
+    data = data_of(run.recipe, run)
+    if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
-    split = getattr(load_images(data, recipe.train.seed), name)
-    labels_N, done = split.labels_N.numpy(), 0
-    for images_NCHW in split.chunks(min(CHUNK, batch_of(split.image_size))):
-        yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
-        done += len(images_NCHW)
+    return load_images(data, run.recipe.train.seed)
 
 
 def _test_split(facts: Mapping[str, Any]) -> str:

@@ -155,6 +155,24 @@ def test_an_impossible_tolerance_stops_the_export_with_3_and_leaves_nothing(rkd,
     assert sorted(runs.rglob("*")) == before
 
 
+def test_lower_precision_is_gated_with_exit_code_3_and_its_report_kept(rkd, runs):
+    asked = ["export", "--part", "teacher", "--precision", "int8", "--calibration-count", "32", "--json"]
+    passed = rkd(*asked, "--max-drop", "20", "--min-agreement", "50")
+    assert passed.code == 0, passed.err
+    assert passed.json["precision"] == "int8"
+    assert passed.json["gate"]["images"] == 30  # the run's validation images
+    card = rkd("info", runs / "bundle-teacher", "--json").json
+    assert card["precision"] == "int8"
+    assert card["lowering"]["calibration"]["images"] == 32
+    assert card["lowering"]["calibration"]["source"] == "digits training images"
+    assert card["lowering"]["held_out"] == "digits validation images"
+    for backend in ("onnxruntime", "openvino"):
+        assert rkd("verify", runs / "bundle-teacher", "--backend", backend).code == 0
+    missing = rkd(*asked, "--calibration", "nowhere")
+    assert (missing.code, "nowhere is no folder" in missing.err) == (1, True)
+    assert not list(runs.glob("bundle-teacher-2*"))
+
+
 def test_every_part_and_option_of_export(rkd, runs):
     for arguments in (
         ["--part", "teacher", "--random-images"],

@@ -4,13 +4,18 @@
     model.json                the same card with the SHA-256 of every file, for readers without ONNX metadata
     labels.txt                one class name a line
     preprocessor_config.json  Hugging Face's field names
-    golden.npz                inputs, PyTorch's logits for them, and the tolerance
+    golden.npz                inputs, the logits for them, and the tolerance
     model.pt2                 on request: the same graph as an exported PyTorch program
     student.onnx, assistant_1.onnx, ..   on request: S and each A alone, for early exit
     fusion.json               where the level was chosen by measuring: the whole measurement
 
 The folder appears whole or not at all. The same model and settings give the same bytes; level `auto` alone depends on
 the moment, and the card says which level it chose.
+
+Golden logits are PyTorch's where the file is float32. A file of lower precision is not PyTorch's equal: there they are
+what the file itself gave on the backend that it was proven on, with PyTorch's beside them (`fp32_logits`), and the
+tolerance is the largest difference between the two on the held-out images. Whatever runs the file elsewhere may round
+otherwise, but not by more than the precision itself costs.
 """
 
 from __future__ import annotations
@@ -36,7 +41,11 @@ from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export.early_exit import EarlyExit, check, write_exits
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
+from rkd_deploy.export.judging import HeldOut, Judgement, as_input, failed
+from rkd_deploy.export.lowering import Lowered, lower
+from rkd_deploy.export.precision import Lowering
 from rkd_deploy.export.selection import Choice, Target, choose_level
+from rkd_deploy.export.weights import check_finite
 from rkd_deploy.serve.backends import infer_many, load_backend
 from rkd_deploy.serve.backends.pytorch import PyTorchBackend
 from rkd_deploy.serve.bench.accuracy import top1
@@ -44,7 +53,6 @@ from rkd_deploy.serve.bench.parity import GOLDEN_NAME, Parity, compare, gate, ve
 from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.serve.checksums import CARD_NAME, sealed
 from rkd_deploy.serve.files import ONNX_NAME
-from rkd_deploy.serve.images import normalise
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 TOLERANCE = 1e-4
@@ -54,6 +62,8 @@ ALLOWED_PER_10000 = 2
 """Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
 
 Array = npt.NDArray[Any]
+Golden = dict[str, Any]
+"""Arrays of golden.npz by name."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ class Proof:
         images: How many images were classified by both.
         differing: How many of them otherwise.
         torch_top1: PyTorch's accuracy on them in percent, where labels were given.
-        onnx_top1: The exported graph's.
+        onnx_top1: The exported float32 graph's.
+        judgement: Of the file of lower precision, on held-out images; None for float32.
+        lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
     """
 
     parity: Parity
@@ -73,6 +85,8 @@ class Proof:
     differing: int
     torch_top1: float | None
     onnx_top1: float | None
+    judgement: Judgement | None = None
+    lowered_top1: float | None = None
 
 
 def export_bundle(
@@ -88,6 +102,7 @@ def export_bundle(
     early_exit: EarlyExit | None = None,
     target: Target | None = None,
     progress: Progress | None = None,
+    lowering: Lowering | None = None,
 ) -> Proof:
     """Fuse, export, prove, and only then let the folder appear.
 
@@ -96,7 +111,7 @@ def export_bundle(
         card: What is known of it; its fusion, outputs, parity and versions are filled in here.
         folder: Where the bundle goes; must not exist.
         batches: Real images, uint8 [n, H, W, C], with labels [n]: every one is run through both. Without any, random
-            images take their place and nothing is said of accuracy.
+            images take their place and nothing is said of accuracy. Gone through twice for a lower precision.
         level: Fusion level (`rkd_deploy.export.fusion`), or ``"auto"``; of a classifier without adapters only batch
             norm is folded.
         outputs: Any of logits, probabilities, features.
@@ -105,13 +120,28 @@ def export_bundle(
         early_exit: Write a graph of each branch too, to run one after the other (`rkd_deploy.export.early_exit`).
         target: What level `auto` measures on. Default: ONNX Runtime on the CPU, batch 1.
         progress: Told how far that is.
+        lowering: Lower the precision of the proven float32 graph, and judge what comes out of that on held-out images.
 
     Raises:
-        GateError: The exported graph does not do what the model does; nothing is left behind.
+        CheckpointError: A weight is NaN or infinite.
+        GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
+            allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
         UsageError: Unknown level or outputs, a target without level `auto`; early exit of a network
             that has no branches.
     """
+    if with_pytorch and lowering is not None:
+        raise UsageError(
+            f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
+            "--precision out."
+        )
+    if lowering is not None and (early_exit is not None or level == "auto"):
+        what = "early exit" if early_exit is not None else "level auto"
+        raise UsageError(
+            f"{what} and precision {lowering.options.precision}: graphs of early exit, and what auto measures, are "
+            "float32 in this version. Leave one of them out; a level that auto chose can be named."
+        )
+    check_finite(model)
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model)
     choice = _fused(model.cpu(), preprocess, outputs, level, target, progress)
@@ -128,15 +158,23 @@ def export_bundle(
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
         reference = _reference(model, card)
-        proof, golden = _prove(reference, file, card, batches or [_random_batch(card)], tolerance)
+        images = batches or [_random_batch(card)]
+        proof, golden = _prove(reference, file, card, images, tolerance)
         card = dataclasses.replace(card, parity=_account(proof))
         if early_exit is not None and branches is not None:
             card = dataclasses.replace(card, early_exit=write_exits(temporary, branches, card, early_exit, tolerance))
+        if lowering is not None:
+            lowered = _lowered(graph, proto, card, reference, lowering, folder)
+            proto = lowered.proto
+            write_bytes(file, proto.SerializeToString(deterministic=True))
+            proof, golden = _measure(proof, golden, lowered.judgement, file, card, images, lowering)
+            account = {**lowered.account(lowering), "test_top1": proof.lowered_top1}
+            card = dataclasses.replace(card, precision=lowering.options.precision, lowering=account)
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
-        write_bytes(temporary / GOLDEN_NAME, golden)
+        write_bytes(temporary / GOLDEN_NAME, _npz(golden))
         if with_pytorch:
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
@@ -144,7 +182,8 @@ def export_bundle(
         if choice.record:
             write_json(temporary / "fusion.json", choice.record)
         write_text(temporary / CARD_NAME, sealed(card, temporary))
-        gate(verify(temporary), f"{ONNX_NAME} against its golden data")
+        prover = "onnxruntime" if lowering is None else lowering.options.prover
+        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data")
     return proof
 
 
@@ -169,6 +208,42 @@ def _fused(
     return Choice(level, network, convert(network))
 
 
+def _lowered(
+    graph: ExportGraph, proto: Any, card: ModelCard, reference: PyTorchBackend, lowering: Lowering, folder: Path
+) -> Lowered:
+    """The graph in lower precision, if it passes its gate; else a report beside the folder, and an error."""
+    calibration = lowering.calibration
+    inputs = None if calibration is None else as_input(calibration.images_NHWC, card)
+    held_out = HeldOut(reference, lowering.held_out, card)
+    lowered = lower(graph, proto, card.preprocess, inputs, held_out, lowering.options)
+    if not lowered.judgement.passed:
+        report = folder.with_name(f"{folder.name}.report.json")
+        write_json(report, {"name": card.name, **lowered.account(lowering), "versions": dict(card.versions)})
+        raise failed(lowered.judgement, lowering.options.precision, lowered.kept, report)
+    return lowered
+
+
+def _measure(
+    proof: Proof,
+    golden: Golden,
+    judgement: Judgement,
+    file: Path,
+    card: ModelCard,
+    batches: Iterable[tuple[Array, Array]],
+    lowering: Lowering,
+) -> tuple[Proof, Golden]:
+    """The proof and the golden data of a file of lower precision."""
+    with load_backend(lowering.options.prover, file) as candidate:
+        found, labels = [], []
+        for images_NHWC, labels_n in batches:
+            found.append(infer_many(candidate, as_input(images_NHWC, card)))
+            labels.append(labels_n)
+    found_NK = np.concatenate(found)
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
+    return proof, {**golden, **own, "fp32_logits": golden["logits"]}
+
+
 def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:
     """The unfused model behind the same pre-processing: what the exported graph is held against."""
     graph = ExportGraph(model, card.preprocess)
@@ -178,7 +253,7 @@ def _reference(model: nn.Module, card: ModelCard) -> PyTorchBackend:
 
 def _prove(
     reference: PyTorchBackend, file: Path, card: ModelCard, batches: Iterable[tuple[Array, Array]], tolerance: float
-) -> tuple[Proof, bytes]:
+) -> tuple[Proof, Golden]:
     """Run both over every image; gate on logits and on classes."""
     labels, expected, found, first = [], [], [], None
     with load_backend("onnxruntime", file) as candidate:
@@ -205,18 +280,11 @@ def _prove(
             f"allowed are {allowed} ({ALLOWED_PER_10000} in 10,000). Check the weights: float32 should not do that."
         )
     assert first is not None
-    return proof, _golden(first, expected_NK[: len(first)], tolerance)
+    return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
 
 
 def _top1(logits_NK: Array, labels_N: Array) -> float | None:
     return None if (labels_N < 0).any() else top1(logits_NK.argmax(1), labels_N)
-
-
-def as_input(images_NHWC: Array, card: ModelCard) -> Array:
-    """uint8 images as the exported graph takes them."""
-    if card.preprocess.embedded:
-        return images_NHWC
-    return normalise(images_NHWC, card.preprocess)
 
 
 def _random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
@@ -227,11 +295,11 @@ def _random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
     return images_NHWC, np.full(count, -1)
 
 
-def _golden(inputs: Array, logits_NK: Array, tolerance: float) -> bytes:
+def _npz(golden: Golden) -> bytes:
     """An .npz with fixed time stamps: np.savez would make every bundle differ."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, value in (("inputs", inputs), ("logits", logits_NK), ("tolerance", np.float64(tolerance))):
+        for name, value in golden.items():
             array = io.BytesIO()
             np.save(array, np.ascontiguousarray(value) if np.ndim(value) else value, allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array.getvalue())

@@ -6,6 +6,7 @@ external data break ONNX Runtime's own tools and cannot be embedded as one artef
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ class ExportGraph(nn.Module):
                 "network without adapters has none. Export S + A with --fuse sum."
             )
         self.network, self.embedded, self.outputs = network, preprocess.embedded, tuple(outputs)
+        self.dtype = torch.float32
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
         self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
@@ -60,6 +62,7 @@ class ExportGraph(nn.Module):
         if self.embedded:
             # TensorRT transposes no uint8: cast first.
             x = x.float().permute(0, 3, 1, 2) * cast(Tensor, self.scale) + cast(Tensor, self.shift)
+        x = x.to(self.dtype)
         found: dict[str, Tensor] = {}
         if "features" in self.outputs:
             network = cast(SummedBranches, self.network)
@@ -67,10 +70,18 @@ class ExportGraph(nn.Module):
             found["logits"] = network.head(pool(found["features"]))
         else:
             found["logits"] = self.network(x)
+        found = {name: value.float() for name, value in found.items()}
         if "probabilities" in self.outputs:
             found["probabilities"] = found["logits"].softmax(dim=1)
         results = tuple(found[name] for name in self.outputs)
         return results[0] if len(results) == 1 else results
+
+    def lowered(self, dtype: torch.dtype) -> ExportGraph:
+        """A copy whose network computes in another type, between float32 pre-processing and float32 outputs."""
+        lowered = copy.deepcopy(self)
+        lowered.network.to(dtype)
+        lowered.dtype = dtype
+        return lowered
 
 
 def example_input(preprocess: Preprocess, batch: int = 2) -> Tensor:
@@ -84,12 +95,13 @@ def to_program(graph: ExportGraph, preprocess: Preprocess) -> torch.export.Expor
         return torch.export.export(graph.eval(), (example_input(preprocess),), dynamic_shapes=_dynamic_batch())
 
 
-def to_onnx(graph: ExportGraph, preprocess: Preprocess) -> Any:
+def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET) -> Any:
     """Convert to an ONNX model in memory and check it.
 
     Args:
         graph: Pre-processing, network and outputs.
         preprocess: For the type and shape of the input.
+        opset: Version of ONNX's operators.
 
     Returns:
         An onnx.ModelProto.
@@ -105,7 +117,7 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess) -> Any:
             (example_input(preprocess),),
             dynamo=True,
             dynamic_shapes=_dynamic_batch(),
-            opset_version=OPSET,
+            opset_version=opset,
             external_data=False,
             input_names=["input"],
             output_names=list(graph.outputs),

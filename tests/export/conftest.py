@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.data.sources import load_images
+from rkd_deploy.export.calibration import Calibration
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.export.precision import Lowering, PrecisionOptions
 from rkd_deploy.models import cifar
 from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.staged import Staged
+from rkd_deploy.train.networks import load_part
+from rkd_deploy.train.runs import Run
 
 CLASSES = 5
 SIZE = 8
@@ -77,3 +87,60 @@ def classifier_of():
         return model.eval(), ModelCard(name="deep", labels=tuple("abcde"), preprocess=preprocess)
 
     return make
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that has learnt something, its float32 graph, and images to calibrate and to judge on."""
+
+    model: Staged
+    card: ModelCard
+    graph: ExportGraph
+    proto: Any
+    calibration: Calibration
+    held_out: list[tuple[np.ndarray, np.ndarray]]
+
+    def lowering(self, **options: Any) -> Lowering:
+        chosen = PrecisionOptions(**options)
+        calibration = self.calibration if chosen.precision in ("int8", "fp8") else None
+        return Lowering(options=chosen, held_out=self.held_out, held_out_source="digits", calibration=calibration)
+
+    def logits(self, x_NHWC: np.ndarray) -> np.ndarray:
+        """What PyTorch says, normalised by hand."""
+        scaled = (x_NHWC / 255 - np.array(self.card.preprocess.mean)) / np.array(self.card.preprocess.std)
+        with torch.no_grad():
+            return self.model(torch.from_numpy(scaled.transpose(0, 3, 1, 2)).float()).numpy()
+
+
+def _trained(run: Run, model: Staged) -> Trained:
+    images = load_images(replace(run.recipe.data, train_limit=None, test_limit=None, val_fraction=0.0), 0)
+    height, width = images.image_size
+    preprocess = Preprocess(height=height, width=width, mean=images.mean, std=images.std)
+    card = ModelCard(name="digits", labels=images.classes, preprocess=preprocess, part="teacher")
+    graph = ExportGraph(fuse(model.eval()), preprocess).eval()
+    x_NHWC = images.train.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
+    held_out = (x_NHWC[64:464], images.train.labels_N[64:464].numpy())
+    proto = to_onnx(graph, preprocess)
+    return Trained(model, card, graph, proto, Calibration(x_NHWC[:64], "digits", 0), [held_out])
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run: Run) -> Trained:
+    """T of the shared run; read only."""
+    return _trained(tiny_run, load_part(tiny_run, "teacher"))
+
+
+@pytest.fixture(scope="session")
+def uneven(tiny_run: Run) -> Trained:
+    """The same function, hard to quantise: one channel before layer2.0.conv2 is 3000 times as large as it was.
+
+    ReLU(3000 z) = 3000 ReLU(z), and the next convolution divides by it again; but one range for all channels of that
+    map leaves the others a single step.
+    """
+    model = load_part(tiny_run, "teacher")
+    block = model.layer2[0]
+    with torch.no_grad():
+        block.bn1.weight[0] *= 3000
+        block.bn1.bias[0] *= 3000
+        block.conv2.weight[:, 0] /= 3000
+    return _trained(tiny_run, model)

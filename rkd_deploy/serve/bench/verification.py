@@ -56,7 +56,7 @@ def verify_everywhere(
     if all(verdict.parity is None for verdict in verdicts):
         reasons = " ".join(f"{verdict.backend}: {verdict.reason}" for verdict in verdicts)
         raise BackendError(
-            f"No backend here can run {os.fspath(bundle_path)} on {device or "its own device"}. {reasons or 'None is installed.'} "
+            f"No backend here can run {os.fspath(bundle_path)} on {device or 'its own device'}. {reasons or 'None is installed.'} "
             "Install one (rkd-deploy backends lists them), or verify on another machine."
         )
     return verdicts

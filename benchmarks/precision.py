@@ -1,0 +1,131 @@
+"""What lower precision costs in accuracy and wins in size and time.
+
+    uv run python benchmarks/precision.py WEIGHTS CIFAR [TEST_IMAGES]
+
+WEIGHTS is a state dict of a CIFAR-100 ResNet-56, CIFAR the folder that holds cifar-100-python/. Every file is made and
+judged as `rkd-deploy export` does it, calibrated on 256 training images and judged on 2,000 others, and then classifies
+the whole test split, by which nothing was chosen. Speed: ResNet-18 at 224 x 224, one thread, float32 and int8 in turn;
+its weights are random, which run as fast as trained ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from record import Claim, save
+from torch import nn
+from torchvision.models import resnet18
+
+from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.data.sources import ImageSet, load_images
+from rkd_deploy.drawing import Batches, draw_lowering
+from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx
+from rkd_deploy.export.int8 import Int8Quantiser
+from rkd_deploy.export.judging import HeldOut, answers
+from rkd_deploy.export.lowering import lower
+from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.models.zoo import create
+from rkd_deploy.recipe import DataRecipe
+from rkd_deploy.serve.backends.pytorch import PyTorchBackend
+from rkd_deploy.serve.bench import bench
+
+FILES = (
+    ("fp16", "cpu"),
+    ("fp16", "openvino"),
+    ("bf16", "openvino"),
+    ("int8", "cpu"),
+    ("int8", "openvino"),
+    ("int8", "tensorrt"),
+)
+LIMITS = {"fp16": 0.1, "bf16": None, "int8": 0.5}
+"""Points of accuracy on the whole test split."""
+FASTER = 1.8
+CIFAR = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
+IMAGENET = Preprocess(height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+Array = npt.NDArray[Any]
+
+
+def main() -> None:
+    """Measure and record."""
+    weights, root = Path(sys.argv[1]), sys.argv[2]
+    images = load_images(DataRecipe(name="cifar100", root=root, val_fraction=0), 0)
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else len(images.test)
+    network = create("resnet56", 100)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    save("precision", [*speed(), *accuracy(network.eval(), images, count)])
+
+
+def speed() -> Iterator[Claim]:
+    """Latency of ResNet-18, lower precision over float32."""
+    torch.manual_seed(0)
+    proto = to_onnx(ExportGraph(fuse(resnet18()), IMAGENET), IMAGENET)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        for target, backend in (("cpu", "onnxruntime"), ("openvino", "openvino")):
+            with Int8Quantiser(proto, noise, target) as quantiser:
+                graphs = {"fp32": proto, "int8": quantiser.quantised()}
+            files = [_written(Path(folder), graph, f"{target}-{name}") for name, graph in graphs.items()]
+            yield Claim(f"ResNet-18 int8 file, {target}", files[1].stat().st_size / 1e6, "MB", None)
+            for batch in (1, 8):
+                results = bench(files, backend=backend, batches=(batch,), threads=1, min_seconds=4, min_runs=30)
+                samples = {name: list(result.samples_ms) for name, result in zip(graphs, results, strict=True)}
+                ratio = results[1].p50_ms / results[0].p50_ms
+                what = f"ResNet-18 at 224, {backend}, batch {batch}: int8 over fp32"
+                yield Claim(what, ratio, "ratio", 1 / FASTER if target == "cpu" else None, samples)
+
+
+def accuracy(network: nn.Module, images: ImageSet, count: int) -> Iterator[Claim]:
+    """Points lost on the test split, and what the gate had said."""
+    graph = ExportGraph(fuse(network), CIFAR).eval()
+    proto = to_onnx(graph, CIFAR)
+    card = ModelCard(name="resnet56", labels=images.classes, preprocess=CIFAR)
+    reference = PyTorchBackend(ExportGraph(network, CIFAR), input_shape=(None, 32, 32, 3), input_dtype="uint8")
+    batches = list(Batches(images.test.take(torch.arange(count))))
+    inputs, labels_N = [x for x, _ in batches], np.concatenate([y for _, y in batches])
+    expected = answers(proto, inputs, "onnxruntime")
+    before = _top1(expected, labels_N)
+    yield Claim(f"ResNet-56, {count} test images: fp32", before, "%", None)
+    yield Claim("ResNet-56 fp32 file", len(proto.SerializeToString()) / 1e6, "MB", None)
+    held_out: HeldOut | None = None
+    for precision, target in FILES:
+        options = PrecisionOptions(precision=precision, target=target, drop=100.0, agreement=0.0)
+        asked = draw_lowering(images, options, CIFAR)
+        # The same images for every file: those that int8 is not calibrated on.
+        held_out = held_out or HeldOut(reference, draw_lowering(images, _int8(), CIFAR).held_out, card)
+        pixels = None if asked.calibration is None else asked.calibration.images_NHWC
+        lowered = lower(graph, proto, CIFAR, pixels, held_out, options)
+        found = answers(lowered.proto, inputs, options.prover)
+        what = f"ResNet-56 {precision} for {target} on {options.prover}"
+        yield Claim(f"{what}: points lost", before - _top1(found, labels_N), "points", LIMITS[precision])
+        agreement = 100 * float((found.argmax(1) == expected.argmax(1)).mean())
+        yield Claim(f"{what}: same class as fp32", agreement, "%", None)
+        yield Claim(f"{what}: same class on held-out images", lowered.judgement.agreement, "%", None)
+        yield Claim(f"{what}: file", len(lowered.proto.SerializeToString()) / 1e6, "MB", None)
+
+
+def _int8() -> PrecisionOptions:
+    return PrecisionOptions(precision="int8")
+
+
+def _top1(logits_NK: Array, labels_N: Array) -> float:
+    return 100 * float((logits_NK.argmax(1) == labels_N).mean())
+
+
+def _written(folder: Path, proto: Any, name: str) -> Path:
+    stamp(proto, ModelCard(name=name, labels=tuple(map(str, range(1000))), preprocess=IMAGENET))
+    path = folder / f"{name}.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The fewest layers that must stay in float32: found by doubling and bisection, and the harmful one ranked first."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rkd_deploy.export.int8 import Int8Quantiser
+from rkd_deploy.export.sensitivity import fewest, harms
+
+
+@given(count=st.integers(1, 60), needed=st.integers(1, 80))
+def test_the_shortest_beginning_that_passes_is_found_with_few_questions(count, needed):
+    ranked, asked = [str(number) for number in range(count)], []
+
+    def passes(keep):
+        asked.append(tuple(keep))
+        return len(keep) >= needed
+
+    found = fewest(ranked, passes)
+    assert list(found) == ranked[: min(needed, count)]
+    assert tuple(found) in asked
+    assert len(asked) == len(set(asked)) <= 2 * np.log2(count) + 2
+
+
+def test_the_layer_that_reads_the_uneven_map_does_the_most_harm(uneven):
+    with Int8Quantiser(uneven.proto, uneven.calibration.images_NHWC, "tensorrt") as quantiser:
+        found = harms(quantiser, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
+    layers = {name for name, module in uneven.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert set(found) == layers
+    values = list(found.values())
+    assert values == sorted(values, reverse=True)
+    assert next(iter(found)) == "layer2.0.conv2"
+    assert values[0] > 10 * values[1]
