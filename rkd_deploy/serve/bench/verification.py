@@ -55,8 +55,9 @@ def verify_everywhere(
             verdicts.append(Verdict(status.name, None, str(error)))
     if all(verdict.parity is None for verdict in verdicts):
         reasons = " ".join(f"{verdict.backend}: {verdict.reason}" for verdict in verdicts)
+        where = "" if device is None else f" on {device}"
         raise BackendError(
-            f"No backend here can run {os.fspath(bundle_path)} on {device or 'its own device'}. {reasons or 'None is installed.'} "
+            f"No backend here can run {os.fspath(bundle_path)}{where}. {reasons or 'None is installed.'} "
             "Install one (rkd-deploy backends lists them), or verify on another machine."
         )
     return verdicts
