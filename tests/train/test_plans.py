@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
+from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import Cost, count
 from rkd_deploy.models.separation import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import fitting, networks
+from rkd_deploy.train import facts, fitting
 from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -52,7 +53,7 @@ def costs_are_remembered() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "separate", functools.cache(separate))
+        patch.setattr(facts, "separate", functools.cache(separate))
         patch.setattr(fitting, "count", counted)
         yield
 
@@ -169,7 +170,7 @@ def test_every_baseline_runs_resumes_and_ships(tmp_path: Path, tiny_recipe: Make
     parts = run.read_json("metrics.json")["parts"]
     assert list(parts) == ["s0", *teacher]
     s0 = load_part(run, "s0")
-    full = count(networks.zoo.create("resnet8", 10), 8).macs
+    full = count(zoo.create("resnet8", 10), 8).macs
     assert (parts["s0"]["macs"] > full) is isinstance(s0, ReusedClassifier) is (name == "simkd")  # its projector ships
     made = export_run(run)
     assert made.folder.name == "bundle-s0"
