@@ -61,7 +61,9 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
             that can be.
     """
     with joined() as group:
-        if restarted() and (begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])):
+        if group.any(restarted()) and (
+            begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])
+        ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
