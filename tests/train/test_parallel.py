@@ -295,7 +295,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, tiny_recipe: Callab
             time.sleep(0.01)
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
         os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, err
