@@ -41,7 +41,7 @@ class Claim:
         return self.limit is None or self.value <= self.limit
 
 
-def ratio_of_medians(what: str, limit: float, numerator: Sequence[float], denominator: Sequence[float]) -> Claim:
+def ratio_of_medians(what: str, limit: float | None, numerator: Sequence[float], denominator: Sequence[float]) -> Claim:
     """A ratio of two things measured in turn, in one run."""
     return Claim(
         what,

@@ -48,13 +48,13 @@ def main() -> None:
         return
     claims = []
     for case in CASES:
-        method, bare = _case(case, device)
+        method, bare = build_case(case, device)
         claims.append(_time(case, method, bare, device))
     save("train_step", claims + [_memory(case) for case in CASES])
 
 
-def _case(name: str, device: torch.device) -> tuple[Method, Callable[[], None]]:
-    """A method, and the bare passes of its networks."""
+def build_case(name: str, device: torch.device) -> tuple[Method, Callable[[], None]]:
+    """One of `CASES`: a method, and the bare passes of its networks."""
     torch.manual_seed(0)
     x = torch.randn(BATCH, 3, 32, 32, device=device)
 
@@ -111,7 +111,7 @@ def _memory(name: str) -> Claim:
 
 def _own_peak(name: str, side: str, device: torch.device) -> float:
     before = _peak_mb(device)
-    method, bare = _case(name, device)
+    method, bare = build_case(name, device)
     method.train()
     step = _steps(method, device)
     for _ in range(6):

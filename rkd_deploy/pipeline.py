@@ -25,9 +25,10 @@ from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
 from rkd_deploy.serve.bench.recording import Report, write_report
 from rkd_deploy.serve.bench.timing import Progress
+from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
-from rkd_deploy.train.networks import PARTS, data_of, load_part, parts_of, phase_of
+from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
 PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}

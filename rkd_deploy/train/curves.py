@@ -112,4 +112,5 @@ def _frame(axes: Any) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_QUIET)
-    axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
+    if axes.get_lines():  # an early stage of the progressive scheme classifies nothing
+        axes.legend(fontsize=8, frameon=False, labelcolor=_INK)

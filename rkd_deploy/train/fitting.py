@@ -30,6 +30,8 @@ from rkd_deploy.train import networks
 from rkd_deploy.train.checkpoint import load_tensors, load_weights, save_tensors
 from rkd_deploy.train.curves import draw_curves
 from rkd_deploy.train.evaluation import batches, predictions
+from rkd_deploy.train.facts import data_of, gather_facts
+from rkd_deploy.train.given import load_given_weights, load_published_weights
 from rkd_deploy.train.interruption import StopRequest
 from rkd_deploy.train.loop import Display, Phase, train_phase
 from rkd_deploy.train.parallel import Group, joined, restarted
@@ -59,12 +61,14 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
             that can be.
     """
     with joined() as group:
-        if restarted() and (begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])):
+        if group.any(restarted()) and (
+            begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])
+        ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
         display = display or Silent()
-        facts = group.first(lambda: networks.gather_facts(recipe, images, display.note))
+        facts = group.first(lambda: gather_facts(recipe, images, display.note))
         # Loads the given weights, so that bad ones leave no run behind.
         trainer = _Trainer(recipe, facts, images, device, group)
         run = group.first(lambda: create_run(root, recipe))
@@ -86,7 +90,7 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
-    data = group.first(lambda: networks.data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    data = group.first(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
     if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
         group.first(lambda: bool(load_images(data, recipe.train.seed)))
     return load_images(data, recipe.train.seed)
@@ -94,7 +98,7 @@ def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageS
 
 def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
     if not (run.folder / "facts.json").exists():  # killed in its first moments
-        facts = networks.gather_facts(run.recipe, images, display.note)
+        facts = gather_facts(run.recipe, images, display.note)
         _write_facts(run, facts | {"given": _given_files(run.recipe)})
     return run.read_json("facts.json")
 
@@ -177,14 +181,14 @@ class _Trainer:
         ):
             settings = getattr(recipe, table)
             if module is not None and settings.pretrained:
-                complete = networks.load_published_weights(module, table, settings.name, self.facts)
+                complete = load_published_weights(module, table, settings.name, self.facts)
                 if complete and part == "teacher":  # S0's go on being trained: it is what S and A are compared with
                     self.ready[part] = module
                     self._check_sanity(module, table, f"{settings.name}, pretrained", True)
             checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
-            known = networks.load_given_weights(module, table, checkpoint, recipe, self.facts)
+            known = load_given_weights(module, table, checkpoint, recipe, self.facts)
             self.ready[part] = module
             self._check_sanity(module, table, checkpoint, known)
 

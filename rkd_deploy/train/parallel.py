@@ -64,6 +64,10 @@ class Group:
         """The minimum over ranks, element by element, as a new tensor."""
         return self._reduced(tensor, dist.ReduceOp.MIN)
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so for any rank."""
+        return bool(self.summed(torch.tensor(int(mine))).item())
+
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return tensor
@@ -97,11 +101,30 @@ def joined() -> Iterator[Group]:
     if dist.is_initialized():  # by a block around this one
         yield group
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=_store(),
+        rank=group.rank,
+        world_size=group.size,
+        timeout=_TIMEOUT,
+    )
     try:
         yield group
     finally:
         dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other.
+
+    torchrun on one machine, unless it is given a rendezvous, hands the store of the ranks that died to those that it
+    starts in their place, addresses of the dead included: these keep to names of their own. Several machines get a new
+    store each time, and each of them counts its own restarts.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
 
 
 class Votes:

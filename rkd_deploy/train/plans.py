@@ -56,7 +56,7 @@ class Planner:
 
     Attributes:
         recipe: What is asked for.
-        facts: Of the run (`networks.gather_facts`).
+        facts: Of the run (`facts.gather_facts`).
         nets: The networks.
     """
 

@@ -107,29 +107,22 @@ def test_stages_of_a_family_are_refused():
         zoo.create("resnet20", 5, stages=["layer1"])
 
 
-class Weights:
-    """What torchvision's enumeration of weights gives, from memory in place of the internet."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
-
-    def transforms(self):
-        return torchvision.transforms._presets.ImageClassification(crop_size=32, mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
-
-    def get_state_dict(self, **_):
-        torch.manual_seed(5)
-        return torchvision.models.squeezenet1_1(num_classes=self.classes).state_dict()
-
-
 @pytest.mark.parametrize("classes", [5, 1000])
-def test_published_weights_but_for_another_classifier(monkeypatch, classes):
-    enumeration = type("Enumeration", (), {"DEFAULT": Weights(1000)})
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: enumeration)
+def test_published_weights_but_for_another_classifier(monkeypatch, tmp_path, classes):
+    """torchvision finds a file where it would have downloaded it to: all else is its own code and ours."""
+    source = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(source, cached)
+
     network = catalogues.build("tv:squeezenet1_1", classes, (32, 32))
     found = catalogues.published("tv:squeezenet1_1", network)
-    assert (found.mean, found.std, found.complete) == ((0.1, 0.2, 0.3), (1, 2, 3), classes == 1000)
-    left_out = set(network.state_dict()) - set(found.state)
+    assert found.complete is (classes == 1000)
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+    left_out = source.keys() - found.state.keys()
     assert left_out == ({"classifier.1.weight", "classifier.1.bias"} if classes == 5 else set())
+    assert all(torch.equal(value, source[key]) for key, value in found.state.items())
 
 
 def test_without_internet_the_way_out_is_a_file(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.models.separation import separate
-from rkd_deploy.train import fitting, networks
+from rkd_deploy.train import facts, fitting
 
 separate_once, load_once = functools.cache(separate), functools.cache(load_images)
 
@@ -19,6 +19,6 @@ def what_is_the_same_each_time_is_remembered() -> Iterator[None]:
     Of a separation only the widths are used in training; that search and that reading have tests of their own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "separate", separate_once)
+        patch.setattr(facts, "separate", separate_once)
         patch.setattr(fitting, "load_images", load_once)
         yield

@@ -45,6 +45,16 @@ def test_the_picture_shows_every_value_of_every_phase() -> None:
     assert (axes[0].get_ylabel(), axes[2].get_ylabel()) == ("loss and its parts", "top-1, %")
 
 
+def test_a_phase_that_classifies_nothing_has_its_losses_only() -> None:
+    rows = [{**row("stage_1_student", epoch), "val_top1": None} for epoch in (1, 2)]
+    for one in rows:
+        del one["train_top1"]
+    losses, accuracies = draw(rows, "tiny-001").get_axes()
+    assert [line.get_label() for line in losses.get_lines()] == ["ce"]
+    assert accuracies.get_lines() == []
+    assert accuracies.get_legend() is None
+
+
 def test_a_run_draws_itself_where_the_recipe_wants_it(tmp_path: Path, tiny_run: Run) -> None:
     assert not (tiny_run.folder / "curves.png").exists()  # its recipe does not
     run = create_run(tmp_path, tiny_run.recipe)

@@ -6,13 +6,13 @@ import torch
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import networks
+from rkd_deploy.train import facts as run_facts
+from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.networks import (
     build_given,
     build_residual,
     build_teacher,
     derived_seed,
-    gather_facts,
     seeded,
 )
 
@@ -46,7 +46,7 @@ def test_what_is_drawn_inside_depends_on_seed_and_purpose_alone_and_leaves_no_tr
 def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("student.name=resnet14", "teacher.name=resnet8x4", "data.val_fraction=0.2")
     facts = gather_facts(recipe, load_images(recipe.data, 0))
-    made = networks.separate(  # with every argument, so that it is the one that is remembered
+    made = run_facts.separate(  # with every argument, so that it is the one that is remembered
         "resnet14",
         num_classes=10,
         input_size=(8, 8),

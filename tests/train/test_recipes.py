@@ -15,6 +15,7 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train import networks
+from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.plans import Planner
 from rkd_deploy.train.schedule import learning_rate
@@ -81,7 +82,7 @@ def _made(name: str) -> torch.nn.Module:
 def test_two_steps_of_every_phase_on_real_images(path: Path, cifar100: ImageSet) -> None:
     """As `fit` takes them, but for the epochs and the evaluation: the teachers are too heavy for those here."""
     recipe = read_recipe(path)
-    facts = networks.gather_facts(recipe, cifar100)
+    facts = gather_facts(recipe, cifar100)
     assert facts["separation"]["cost"] <= facts["separation"]["budget"]
     device = torch.device("cpu")
     nets = networks.build_networks(recipe, facts, device)
