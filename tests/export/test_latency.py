@@ -27,7 +27,7 @@ def test_what_slows_both_down_cancels_out() -> None:
 
 
 def test_a_turn_that_was_disturbed_is_left_out_and_the_interval_is_that_of_the_binomial() -> None:
-    """Of 11 turns the 2nd and the 10th bound the median: P(B <= 1) = 12 / 2048 and P(B <= 2) = 67 / 2048, 2.5 % between."""
+    """The 2nd and the 10th of 11 turns bound the median: P(B <= 1) = 12 / 2048, P(B <= 2) = 67 / 2048, 2.5 % amid."""
     factors = [9.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 0.1]
     ratio, interval = paired_ratio(timing([f * d for f, d in zip(factors, DRIFT, strict=True)]), timing(DRIFT))
     assert ratio == pytest.approx(1.4)
