@@ -93,7 +93,8 @@ class StudentRecipe:
     latency_batches: tuple[int, ...] | None = None
     """Only for budget = "latency": S + A are no slower than S0 at each of these batch sizes. Default: 1 and 8."""
     latency_threads: int | None = None
-    """Only for budget = "latency": CPU threads of the backend. Default: its own choice."""
+    """Only for budget = "latency": CPU threads of the backend. Default: its own choice. With 1, CPU time counts:
+    what else the machine does then hardly matters."""
     assistant_share: float = 0.2
     """Share of the budget that all assistants and their adapters may take; S gets what is left."""
     assistants: int = 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,17 +20,23 @@ from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models.latency import Reading
 from rkd_deploy.serve.backends import Backend, check_backend, load_backend
 from rkd_deploy.serve.bench.provenance import provenance
-from rkd_deploy.serve.bench.timing import measure_interleaved
+from rkd_deploy.serve.bench.timing import Timing, interval_ranks, measure_interleaved
 
 BACKENDS = ("onnxruntime", "openvino")
 """Those that run an ONNX file."""
 
-_SECONDS = {False: (0.8, 0.2), True: (2.5, 0.5)}
-"""Timed and untimed, of each network at each batch size; by whether it is to be confirmed."""
+_LIMITS = {
+    False: {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1},
+    True: {"min_seconds": 2.5, "min_runs": 10, "warmup_seconds": 0.3},
+}
+"""Of each network at each batch size; by whether it is to be confirmed."""
 
 
 class ExportStopwatch:
     """Exports two classifiers and times them in turn: see `rkd_deploy.models.latency.Stopwatch`.
+
+    With one thread on a CPU it counts the time this process has the CPU: on an idle machine that is the latency, and on
+    a busy one it leaves out the waiting for others. In all other cases it is wall time, which needs an idle machine.
 
     Args:
         backend: One of `BACKENDS`.
@@ -54,6 +63,7 @@ class ExportStopwatch:
     ) -> None:
         check_backend(backend)
         self._backend, self._batches, self._device, self._threads = backend, batches, device, threads
+        self._is_cpu_time = threads == 1 and device == "cpu"
         self._preprocess = Preprocess(
             height=input_size[0], width=input_size[1], mean=(0.5,) * 3, std=(0.5,) * 3, embedded=False
         )
@@ -74,24 +84,29 @@ class ExportStopwatch:
         if self._given is None or self._given[0] is not given:
             self._given = (given, self._export(given, "given"))
         files = {"given": self._given[1], "candidate": self._export(candidate, "candidate")}
-        seconds, warmup = _SECONDS[confirm]
         timings = {}
         for batch in self._batches:
             x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
             models: dict[str, tuple[Backend, Any]] = {name: (self._load(file), x) for name, file in files.items()}
             try:
                 timings[batch] = measure_interleaved(
-                    models, min_seconds=seconds, min_runs=10, warmup_seconds=warmup, warmup_runs=2
+                    models,
+                    warmup_runs=2,
+                    clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
+                    **_LIMITS[confirm],  # type: ignore[arg-type]
                 )
             finally:
                 for backend, _ in models.values():
                     backend.close()
-        percentile = 50 if confirm else 10
+        ratios, intervals = {}, {}
+        for batch, timing in timings.items():
+            if confirm:
+                ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["given"])
+            else:
+                ratios[batch] = timing["candidate"].percentile(10) / timing["given"].percentile(10)
         reading = Reading(
-            ratios={
-                batch: timing["candidate"].percentile(percentile) / timing["given"].percentile(percentile)
-                for batch, timing in timings.items()
-            },
+            ratios=ratios,
+            intervals=intervals,
             candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
             given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
             runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
@@ -108,6 +123,7 @@ class ExportStopwatch:
             "version": facts["versions"].get(self._backend),
             "device": self._device,
             "threads": self._threads,
+            "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
             "cpu": facts["cpu"],
             "cores": facts["cores"],
         }
@@ -120,3 +136,20 @@ class ExportStopwatch:
 
     def _load(self, file: Path) -> Backend:
         return load_backend(self._backend, file, device=self._device, threads=self._threads)
+
+
+def paired_ratio(first: Timing, second: Timing) -> tuple[float, tuple[float, float]]:
+    """Ratio of the latencies of two networks that took turns, from each turn and the next one's of the other.
+
+    What slows a machine down for longer than two turns slows both alike and cancels out; what hits a single turn is an
+    outlier, which a median leaves out.
+
+    Returns:
+        The median of the turns' ratios, and its distribution-free 95 % interval (`Timing.interval`).
+    """
+    ratios = sorted(a / b for a, b in zip(first.round_medians_ms, second.round_medians_ms, strict=False))
+    low, high = interval_ranks(len(ratios), 0.5, 0.95)
+    return median(ratios), (
+        -math.inf if low is None else ratios[low - 1],
+        math.inf if high is None else ratios[high - 1],
+    )

@@ -5,8 +5,11 @@ norms of everything that reads or writes a channel. S keeps the highest ranks. E
 the branch before it has left it, and begins again at the top when it comes to the end: what S already has, its adapter
 can use as it is; what S had to leave out is the first that an assistant, which learns what S lacks, can add.
 
-Every layer keeps its channels in the order they had, so S alone computes what the trained network would with all other
-channels silenced (where nothing mixes positions or normalises over channels: no shuffle, no layer norm).
+Every layer keeps its channels in the order they had, so S alone computes exactly what the trained network would with
+all other channels silenced. Two kinds of layers make that an approximation, a start that training has to mend:
+    layer norm (ConvNeXt) takes its mean and variance over the channels that are left;
+    a channel shuffle (ShuffleNet) hands a layer as many channels as it reads, but the order behind a reshape is not
+    followed (`channels.py`), so that some weights behind it meet other channels than those they were trained on.
 """
 
 from __future__ import annotations

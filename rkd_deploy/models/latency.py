@@ -2,27 +2,32 @@
 
 What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.latency`). Here is only the search. It
 moves along one number, the fraction of S0's MACs that a candidate may cost, because along it latency rises steadily, if
-not exactly: fraction 1 first, then where a line through what was measured meets the target. What is found is measured
-anew, longer, and only that counts: among many short measurements of equally slow networks the best looks faster than it
-is.
+not exactly: fraction 1 first, then where a line through what was measured meets the target, until the last one that
+fits and the first one that does not are neighbours. That is done by short measurements, and among many of these the
+best looks faster than it is: what is found is measured anew, longer, and only that counts. So is the next wider one
+then, because a short measurement may also have refused too much, until one fails.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from rkd_deploy.errors import BudgetError
 
-RESOLUTION = 0.02
-"""The search ends when the largest fraction that fits is known to this."""
+Widths = tuple[tuple[int, ...], ...]
+
+STEPS = 50
+"""Candidates cost 1/50, 2/50, .. of S0's MACs: what is found is the widest of these, to one step."""
 MAX_SECONDS = 120.0
-"""It ends after this time too, as soon as it has a candidate that fits."""
+"""After this time nothing wider is looked for, as soon as there is a candidate that fits."""
 CONFIRMATIONS = 5
+"""How many candidates may fail the longer measurement before the search gives up."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,21 @@ class Reading:
     """A candidate and S0, timed in turn in one run.
 
     Attributes:
-        ratios: By batch size: the candidate's latency over S0's: of the medians where it was to be confirmed, else of
-            the 10th percentiles, because what else runs on a machine only ever adds to a latency.
+        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over pairs of
+            turns of the ratio of their medians; else the ratio of the 10th percentiles, because what else runs on a
+            machine only ever adds to a latency.
         candidate_ms: Its median latency by batch size.
         given_ms: That of S0.
         runs: How many calls of each were timed, by batch size.
+        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (infinite where so few
+            turns bound it on no side).
     """
 
     ratios: dict[int, float]
     candidate_ms: dict[int, float]
     given_ms: dict[int, float]
     runs: dict[int, int]
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
@@ -63,14 +72,14 @@ class Stopwatch(Protocol):
 class Candidate(NamedTuple):
     """Widths, and the network that has them, built when it is needed."""
 
-    widths: tuple[tuple[int, ...], ...]
+    widths: Widths
     build: Callable[[], nn.Module]
 
 
 class Fitting(NamedTuple):
     """What was found, and everything that was measured on the way."""
 
-    widths: tuple[tuple[int, ...], ...]
+    widths: Widths
     record: dict[str, Any]
 
 
@@ -80,7 +89,8 @@ def fastest_fitting(
     """The widest candidate that takes at most `target` times as long as a given network, at every batch size.
 
     Args:
-        make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none.
+        make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none,
+            and then for every smaller fraction too.
         stopwatch: Measures.
         given: What the candidates are held against.
         target: The ratio of latencies that is allowed.
@@ -92,68 +102,105 @@ def fastest_fitting(
 
 
 class _Search:
+    """Candidates by their number n from 1 to STEPS: at most n / STEPS of S0's MACs."""
+
     def __init__(
         self, make: Callable[[float], Candidate], stopwatch: Stopwatch, given: nn.Module, target: float
     ) -> None:
         self._make, self._stopwatch, self._given, self._target = make, stopwatch, given, target
         self._readings: list[dict[str, Any]] = []
-        self._ratios: dict[tuple[tuple[int, ...], ...], float] = {}
+        self._ratios: dict[Widths, float] = {}  # the latest, a confirmed one in place of a short one
+        self._refused: set[Widths] = set()  # by a confirmation
+        self._candidate = functools.cache(lambda number: make(number / STEPS))
         self._end = time.monotonic() + MAX_SECONDS
 
     def run(self) -> Fitting:
         """Search, confirm; where that fails, search on below."""
-        fraction = 1.0
+        narrowest, top = self._narrowest(), STEPS
         for _ in range(CONFIRMATIONS):
-            fraction = self._widest_below(fraction)
-            candidate = self._candidate(fraction)
-            reading = self._measure(fraction, candidate, confirm=True)
+            number = self._widest(narrowest, top)
+            reading = self._confirm(number)
             if reading.worst <= self._target:
-                return Fitting(candidate.widths, self._record(fraction, reading))
-            fraction *= max(0.9, 0.99 * self._target / reading.worst)  # one reading may be far off
+                return self._widened(number, reading)
+            # One reading may be far off, and what it refuses too much is looked at again in the end.
+            top = max(narrowest, min(number - 1, int(number * max(0.9, self._target / reading.worst))))
         raise BudgetError(
             f"{self._best()}, and no candidate stayed within {self._target:g} when it was measured anew, "
             f"{CONFIRMATIONS} times: this machine is too busy to measure on. Try again when it is not, or set "
             'student.budget = "macs".'
         )
 
-    def _widest_below(self, fraction: float) -> float:
-        """The largest fraction that fits by short measurements, at most the one given."""
-        low = high = None
+    def _narrowest(self) -> int:
+        """The least number of which there is a candidate."""
+        self._candidate(STEPS)  # raises where there is none at all
+        missing, known = 0, STEPS
+        while known - missing > 1:
+            middle = (missing + known) // 2
+            try:
+                self._candidate(middle)
+                known = middle
+            except BudgetError:
+                missing = middle
+        return known
+
+    def _widest(self, narrowest: int, top: int) -> int:
+        """The largest number up to `top` that fits by short measurements."""
+        low, high, number = narrowest - 1, top + 1, top  # low fits, unless it is below all there is; high does not
         while True:
-            point = (fraction, self._ratio(fraction))
-            low, high = (point, high) if point[1] <= self._target else (low, point)
-            if high is None:
-                return fraction
-            if low is not None and (high[0] - low[0] <= RESOLUTION * high[0] or time.monotonic() > self._end):
-                return low[0]
-            fraction = self._between(low, high)
-
-    def _between(self, low: tuple[float, float] | None, high: tuple[float, float]) -> float:
-        """Where a line through two points, or through one and the origin, meets the target."""
-        if low is None:
-            return high[0] * min(0.95, max(0.5, self._target / high[1]))
-        part = (self._target - low[1]) / (high[1] - low[1])
-        return low[0] + (high[0] - low[0]) * min(0.75, max(0.25, part))
-
-    def _ratio(self, fraction: float) -> float:
-        candidate = self._candidate(fraction)
-        if candidate.widths not in self._ratios:
-            self._ratios[candidate.widths] = self._measure(fraction, candidate, confirm=False).worst
-        return self._ratios[candidate.widths]
-
-    def _candidate(self, fraction: float) -> Candidate:
-        try:
-            return self._make(fraction)
-        except BudgetError as error:
+            low, high = (number, high) if self._ratio(number) <= self._target else (low, number)
+            if high - low == 1 or (low >= narrowest and time.monotonic() > self._end):
+                break
+            number = self._between(low, high, low >= narrowest)
+        if low < narrowest:
             raise BudgetError(
-                f"{self._best()}, and nothing narrower is affordable: {error} Lower student.assistant_share or "
-                "student.assistants, or train S alone."
-            ) from error
+                f"{self._best()}, and nothing narrower is left to try, down to {narrowest / STEPS:.2f} of the MACs. "
+                "Lower student.round_to, student.assistant_share or student.assistants, or train S alone."
+            )
+        return low
 
-    def _measure(self, fraction: float, candidate: Candidate, confirm: bool) -> Reading:
+    def _between(self, low: int, high: int, low_is_known: bool) -> int:
+        """Where a line through two points, or through one and the origin, meets the target."""
+        ratio_high = self._ratio(high)
+        if not low_is_known:
+            number = int(high * min(0.95, max(0.5, self._target / ratio_high)))
+        else:
+            ratio_low = self._ratio(low)
+            part = (self._target - ratio_low) / (ratio_high - ratio_low) if ratio_high > ratio_low else 0.5
+            number = low + int((high - low) * min(0.75, max(0.25, part)))
+        return max(low + 1, min(high - 1, number))
+
+    def _widened(self, number: int, reading: Reading) -> Fitting:
+        """What was confirmed, or the widest of the neighbours above it that are confirmed as well."""
+        while number < STEPS and time.monotonic() < self._end:
+            widths = self._candidate(number).widths
+            wider = next((n for n in range(number + 1, STEPS + 1) if self._candidate(n).widths != widths), None)
+            if wider is None or self._candidate(wider).widths in self._refused:
+                break
+            longer = self._confirm(wider)
+            if longer.worst > self._target:
+                break
+            number, reading = wider, longer
+        return Fitting(self._candidate(number).widths, self._record(number / STEPS, reading))
+
+    def _ratio(self, number: int) -> float:
+        widths = self._candidate(number).widths
+        if widths not in self._ratios:
+            self._ratios[widths] = self._measure(number, confirm=False).worst
+        return self._ratios[widths]
+
+    def _confirm(self, number: int) -> Reading:
+        reading = self._measure(number, confirm=True)
+        widths = self._candidate(number).widths
+        self._ratios[widths] = reading.worst
+        if reading.worst > self._target:
+            self._refused.add(widths)
+        return reading
+
+    def _measure(self, number: int, confirm: bool) -> Reading:
+        candidate = self._candidate(number)
         reading = self._stopwatch.compare(candidate.build(), self._given, confirm=confirm)
-        row = {"fraction": fraction, "widths": [list(widths) for widths in candidate.widths], "confirm": confirm}
-        self._readings.append(row | asdict(reading))
+        widths = [list(widths) for widths in candidate.widths]
+        self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | asdict(reading))
         return reading
 
     def _record(self, fraction: float, reading: Reading) -> dict[str, Any]:

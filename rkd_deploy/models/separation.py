@@ -51,7 +51,8 @@ class Separation:
         unit: ``"macs"`` or ``"params"``; MACs where the budget is latency.
         parts: Cost of student, assistant, student_adapter, assistant_adapter and head; those of the assistants are of
             all k together.
-        latency: Where the budget is latency, everything that was measured.
+        latency: Where the budget is latency, everything that was measured, and whether A is the narrowest there is: it
+            may then take more than its share of what S and A cost.
     """
 
     student: Staged
@@ -94,7 +95,7 @@ def separate(
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"``, ``"params"``, or ``"latency"``, which `stopwatch` measures.
         assistant_share: rho, the share of the budget that all assistants and their adapters may take; of the MACs where
-            the budget is latency.
+            the budget is latency, and of S0's own where the narrowest assistant takes more of a faster S + A.
         assistants: k, how many of them share it equally.
         round_to: Every width that is narrowed becomes a multiple of this and of what the network asks for itself
             (`Staged.steps`); no width falls below one such step, and one that is smaller in S0 keeps its size.
@@ -126,6 +127,7 @@ def separate(
         S0 = given if fraction is None else cut.network.rebuilt(cut.full, num_classes)
         found = fastest_fitting(cut.fused_candidate, stopwatch, S0, 1.0)
         (student, assistant), records["fused"] = found.widths, found.record
+        records["fused"]["assistant_is_narrowest"] = assistant == tuple(map(min, cut.full, cut.steps))
     parts = cut.parts(student, assistant)
     made = Separation(
         student=cut.network.rebuilt(student, None),
@@ -227,8 +229,15 @@ class _Cut:
         return found
 
     def split(self, limit: int) -> tuple[Widths, Widths]:
-        """The widest S and A within a limit."""
-        assistant = widest(self._price_branch, self.full, int(self.share * limit / self.assistants), self.steps)
+        """The widest S and A within a limit.
+
+        Where that is less than S0 costs, because latency asks for it, the narrowest A may take more than its share of
+        the limit, and no more than its share of S0: the limit alone leaves nothing that could be narrower.
+        """
+        share = self.share / self.assistants
+        narrowest = self._price_branch(tuple(map(min, self.full, self.steps)))
+        allowed = max(int(share * limit), min(narrowest, int(share * self.limit)))
+        assistant = widest(self._price_branch, self.full, allowed, self.steps)
         if assistant is None:
             raise self._too_small(limit, "the assistant alone")
         rest = limit - self.assistants * self._price_branch(assistant)

@@ -1,0 +1,179 @@
+"""The search by latency, on machines whose latency is a formula: the answer is known by arithmetic."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rkd_deploy.errors import BudgetError
+from rkd_deploy.models import latency
+from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.cost import count
+from rkd_deploy.models.latency import CONFIRMATIONS, STEPS, Candidate, Fitting, Reading, fastest_fitting
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.separation import separate
+
+
+class Formula:
+    """A machine on which a network takes a + b MACs, times noise; the largest of two batch sizes counts.
+
+    Args:
+        overhead: What S + A take beside their MACs, in units of S0's latency; half of that at batch 8.
+        noise: Standard deviation of the logarithm of a short reading; that of a long one is a third.
+        bias: How much faster the short readings make everything look.
+    """
+
+    def __init__(self, overhead: float = 0.0, noise: float = 0.0, seed: int = 0, bias: float = 0.0) -> None:
+        self.overhead, self.noise, self.bias = overhead, noise, bias
+        self.random = np.random.default_rng(seed)
+        self.calls: list[bool] = []
+
+    def compare(self, candidate: nn.Module, given: nn.Module, *, confirm: bool) -> Reading:
+        self.calls.append(confirm)
+        true = {batch: self.true_ratio(candidate, batch) for batch in (1, 8)}
+        spread = self.noise * (1 / 3 if confirm else 1)
+        seen = {batch: ratio * float(np.exp(self.random.normal(0, spread))) for batch, ratio in true.items()}
+        if not confirm:
+            seen = {batch: ratio * (1 - self.bias) for batch, ratio in seen.items()}
+        return Reading(seen, seen, dict.fromkeys(seen, 1.0), dict.fromkeys(seen, 10))
+
+    def true_ratio(self, candidate: nn.Module, batch: int) -> float:
+        return self.overhead / (1 if batch == 1 else 2) + float(candidate.cost)  # type: ignore[arg-type]
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "formula"}
+
+
+def search(stopwatch: Formula, width: int, narrowest: int = 1, target: float = 1.0) -> tuple[int, Fitting]:
+    """Candidates whose cost is a multiple of `width` steps, from `narrowest` on; what is found, in steps."""
+
+    def make(fraction: float) -> Candidate:
+        steps = round(fraction * STEPS) // width * width
+        if steps < narrowest:
+            raise BudgetError("too small")
+
+        def build() -> nn.Module:
+            network = nn.Module()
+            network.cost = steps / STEPS
+            return network
+
+        return Candidate(((steps,),), build)
+
+    found = fastest_fitting(make, stopwatch, nn.Identity(), target)
+    return found.widths[0][0], found
+
+
+@settings(max_examples=60, deadline=None)
+@given(overhead=st.floats(0, 0.7), width=st.integers(1, 7), target=st.sampled_from([1.0, 0.9]))
+def test_without_noise_the_widest_that_fits_is_found_and_its_neighbour_refused(
+    overhead: float, width: int, target: float
+) -> None:
+    fitting = [n for n in range(width, STEPS + 1, width) if overhead + n / STEPS <= target]
+    stopwatch = Formula(overhead)
+    if not fitting:
+        with pytest.raises(BudgetError, match="nothing narrower is left to try"):
+            search(stopwatch, width, narrowest=width, target=target)
+        return
+    steps, found = search(stopwatch, width, narrowest=width, target=target)
+    assert steps == fitting[-1]
+    assert found.record["worst_ratio"] == pytest.approx(overhead + steps / STEPS)
+    assert len(stopwatch.calls) <= 12
+    confirmed = {row["widths"][0][0]: max(row["ratios"].values()) for row in found.record["readings"] if row["confirm"]}
+    assert confirmed[steps] <= target
+    if steps + width <= STEPS:
+        assert confirmed[steps + width] > target
+    json.dumps(found.record, allow_nan=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(overhead=st.floats(0, 0.6), width=st.integers(1, 5), seed=st.integers(0, 10_000), bias=st.floats(0, 0.08))
+def test_with_noise_nothing_too_slow_is_returned_and_little_is_given_away(
+    overhead: float, width: int, seed: int, bias: float
+) -> None:
+    noise = 0.015
+    stopwatch = Formula(overhead, noise, seed, bias)
+    steps, found = search(stopwatch, width, narrowest=width)
+    latest = [row for row in found.record["readings"] if row["widths"] == [[steps]] and row["confirm"]][-1]
+    assert max(latest["ratios"].values()) == found.record["worst_ratio"] <= 1
+    assert overhead + steps / STEPS <= 1 + 4 * noise / 3  # a long reading is off by its noise at most
+    wider = steps + width
+    assert wider > STEPS or overhead + wider / STEPS > 1 - 4 * noise / 3
+
+
+def test_where_nothing_fits_the_fastest_is_stated_in_numbers() -> None:
+    with pytest.raises(BudgetError) as caught:
+        search(Formula(overhead=0.9), 1, narrowest=20)
+    message = str(caught.value)
+    assert "The fastest candidate, with 0.40 of the MACs, took 1.300 at batch 1, 0.850 at batch 8 times" in message
+    assert "down to 0.40 of the MACs" in message
+    assert "Lower student.round_to" in message
+
+
+def test_short_readings_that_flatter_too_much_are_not_believed() -> None:
+    """Half of the true latency: each confirmation says no, and the search gives up rather than return anything."""
+    stopwatch = Formula(overhead=0.9, bias=0.5)
+    with pytest.raises(BudgetError, match=rf"measured anew, {CONFIRMATIONS} times: this machine is too busy"):
+        search(stopwatch, 1, narrowest=1)
+    assert stopwatch.calls.count(True) == CONFIRMATIONS
+
+
+def test_when_time_is_up_what_fits_is_confirmed_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
+    stopwatch = Formula(overhead=0.3)
+    steps, found = search(stopwatch, 1)
+    assert found.record["worst_ratio"] <= 1
+    assert 0.5 * 35 <= steps <= 35
+    assert stopwatch.calls.count(True) == 1
+
+
+# S and A
+
+
+class BranchFormula(Formula):
+    """MACs counted on the networks, and so much more for every branch."""
+
+    def __init__(self, given: nn.Module, per_branch: float) -> None:
+        super().__init__()
+        self.per_branch, self.given_macs = per_branch, count(given, 32).macs
+
+    def true_ratio(self, candidate: nn.Module, batch: int) -> float:
+        assert isinstance(candidate, ResidualStudent)
+        branches, macs = len(candidate.branches()), count(candidate, 32).macs / self.given_macs
+        return (branches * self.per_branch + macs) / (self.per_branch + 1)
+
+
+@pytest.mark.parametrize("per_branch", [0.05, 0.3, 0.6])
+def test_s_and_a_fill_what_their_second_branch_leaves(per_branch: float) -> None:
+    given_network = CifarResNet(14, (16, 16, 32, 64), 10)
+    how: dict[str, Any] = {"num_classes": 10, "input_size": 32, "assistant_share": 0.2}
+    with torch.no_grad():
+        made = separate(
+            given_network, budget="latency", stopwatch=BranchFormula(given_network, per_branch), round_to=8, **how
+        )
+    assert made.latency is not None
+    macs, allowed = made.cost / made.budget, 1 - per_branch  # (2 b + m) / (b + 1) <= 1
+    assert macs <= allowed
+    assert made.latency["fused"]["worst_ratio"] == pytest.approx((2 * per_branch + macs) / (per_branch + 1))
+    # The steps of S are coarse (8 channels): the next wider one is more than what is allowed.
+    full, steps = made.given_widths, made.student.steps(8)
+    prices = [
+        made.cost - made.parts["student"] + count(made.student.rebuilt(wider, None), 32).macs
+        for wider in (
+            (*made.student.widths[:i], w + step, *made.student.widths[i + 1 :])
+            for i, (w, step) in enumerate(zip(made.student.widths, steps, strict=True))
+        )
+        if all(w <= own for w, own in zip(wider, full, strict=True))
+    ]
+    assert min(prices) / made.budget > allowed - 2 / STEPS
+    assistant = made.parts["assistant"] + made.parts["assistant_adapter"]
+    assert assistant <= 0.2 * made.budget
+    narrowest = made.assistant.widths == (8, 8, 8, 8)
+    assert made.latency["fused"]["assistant_is_narrowest"] is narrowest
+    assert narrowest or assistant <= 0.2 * made.latency["fused"]["fraction_of_macs"] * made.budget
