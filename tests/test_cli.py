@@ -274,7 +274,7 @@ def test_backends_lists_all_with_the_reason(rkd):
 def test_every_command_has_help(rkd):
     shown = rkd("--help").out
     for command in cli.app.registered_commands:
-        name = command.callback.__name__
+        name = command.name or command.callback.__name__
         assert name in shown
         assert rkd(name, "--help").code == 0
 
@@ -299,7 +299,7 @@ def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
 
 def test_seeds_end_with_mean_and_deviation_and_go_on_after_an_interruption(rkd, tmp_path):
     settings = [*TINY, "train.curves=false", "train.tensorboard=false"]
-    settings += ["method.name=cross_entropy", "method.feature_weight=1.0"]
+    settings += ["method.name=cross_entropy"]
     words = [word for value in settings for word in ("--set", value)]
     made = rkd("train", "--seeds", "1,2", "--json", *words)
     assert made.code == 0, made.err

@@ -123,7 +123,7 @@ def _store() -> Store:
     starts in their place, addresses of the dead included: these keep to names of their own. Several machines get a new
     store each time, and each of them counts its own restarts.
     """
-    store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+    store: Store = next(rendezvous("env://", timeout=_TIMEOUT))[0]
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
     return PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)

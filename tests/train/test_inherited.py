@@ -18,8 +18,8 @@ from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoint import load_tensors
-from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.facts import gather_facts
+from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import build_given, build_teacher, load_part
 from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runs import Run, newest_run
