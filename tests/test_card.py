@@ -47,8 +47,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "parameters": counts,
     "metrics": facts,
     "parity": facts,
-    "source": facts,
     "early_exit": facts,
+    "source": facts,
     "versions": st.dictionaries(texts, texts),
     "checksums": st.dictionaries(texts, texts),
 }
