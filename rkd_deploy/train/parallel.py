@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from rkd_deploy.errors import RkdError
 
@@ -114,17 +116,17 @@ def joined() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """Where the ranks find each other.
 
     torchrun on one machine, unless it is given a rendezvous, hands the store of the ranks that died to those that it
     starts in their place, addresses of the dead included: these keep to names of their own. Several machines get a new
     store each time, and each of them counts its own restarts.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store: Store = next(rendezvous("env://", timeout=_TIMEOUT))[0]
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
-    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
+    return PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
 
 
 class Votes:
