@@ -89,7 +89,8 @@ def test_the_file_answers_as_pytorch_does_and_nothing_is_left_to_optimise(residu
         with torch.no_grad():
             expected = residual.double()(torch.from_numpy(normalised.transpose(0, 3, 1, 2))).numpy()
         assert np.ptp(expected) > 0.01
-        np.testing.assert_allclose(session.run(["logits"], {"input": x})[0], expected, rtol=0, atol=1e-4)
+        scale = max(1.0, np.abs(expected).max() / 10)  # random weights give logits of any size: 1e-4 is for common ones
+        np.testing.assert_allclose(session.run(["logits"], {"input": x})[0], expected, rtol=0, atol=1e-4 * scale)
     assert optimised_away(proto, tmp_path) == {}
 
 
