@@ -111,8 +111,8 @@ class ExportStopwatch:
             given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
             runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
         )
-        found = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
-        self._note(f"Latency over that of S0 on {self._backend}{', confirmed' if confirm else ''}: {found}")
+        told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
+        self._note(f"Latency over that of S0 on {self._backend}{', confirmed' if confirm else ''}: {told}")
         return reading
 
     def describe(self) -> dict[str, Any]:

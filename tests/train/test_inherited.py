@@ -16,6 +16,7 @@ import torch
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.facts import gather_facts
@@ -132,4 +133,8 @@ def test_a_fraction_of_the_teacher_is_used_and_not_exceeded(
     facts = gather_facts(recipe, load_images(recipe.data, 0))
     costs: list[Any] = [count(build(recipe, facts), 32) for build in (build_given, build_teacher)]
     given, teacher = (cost.macs if unit == "macs" else cost.parameters for cost in costs)
-    assert 0.9 * fraction <= given / teacher <= fraction
+    assert given / teacher <= fraction
+    if fraction > 0.65 and (name, unit) == ("tv:mobilenet_v3_small", "params"):  # 0.61 of T's lie before its own head
+        assert facts["given_widths"] == list(narrowable(build_teacher(recipe, facts), (32, 32)).widths)
+    else:
+        assert given / teacher >= 0.9 * fraction
