@@ -1,0 +1,116 @@
+"""What the commands have in common: their options, and how they speak."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rkd_deploy.errors import UsageError, require, unknown_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
+Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
+BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime, pytorch, ...: see rkd-deploy backends.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N. Default: cpu; cuda where a backend has only that.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads. Default: the runtime's choice.")]
+Model = Annotated[Path, typer.Argument(help="A bundle folder or an ONNX file.", show_default=False)]
+Newest = Annotated[Path | None, typer.Argument(help="Default: the newest.", show_default=False)]
+
+RUNS = Path("runs")
+
+# How to build an engine: --format tensorrt and tensorrt-rtx only; EngineSettings says more of each.
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option("--profile", help="Engine: MIN:OPT:MAX batch, or one fixed batch; repeatable. Default: 1:8:32."),
+]
+Capabilities = Annotated[
+    list[str] | None,
+    typer.Option("--compute-capability", help="Engine, RTX: a GPU to build for, e.g. 8.6; repeatable. Default: all."),
+]
+Hardware = Annotated[
+    str | None, typer.Option("--hardware", help="Engine, TensorRT: runs on ampere+ or same-capability GPUs, not one.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Engine, TensorRT: runs in later versions too, slower.")
+]
+Refit = Annotated[bool, typer.Option("--refit", help="Engine: weights can be replaced without a new build.")]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Engine: let float32 products round to 10 bits of mantissa.")]
+Effort = Annotated[int | None, typer.Option("--optimization", help="Engine: 0 to 5, how long to look for kernels.")]
+Workspace = Annotated[int | None, typer.Option("--workspace", help="Engine: most scratch memory, in MiB.")]
+TimingCache = Annotated[
+    Path | None, typer.Option("--timing-cache", help="Engine, TensorRT: file of kernel timings, read and written.")
+]
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
+
+
+def newest_bundle(root: Path) -> Path:
+    """The bundle below a folder that was written last."""
+    from rkd_deploy.serve.bundles import newest_bundle
+
+    return newest_bundle(root)
+
+
+def need(extra: str, *modules: str) -> None:
+    """Say at once, with the install line, what a command lacks."""
+    for module in modules:
+        if find_spec(module) is None:
+            require(module, extra)
+
+
+def choose(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices of an option."""
+    if value not in choices:
+        raise UsageError(unknown_name(f"--{option}", value, choices))
+
+
+def whole(option: str, text: str) -> list[int]:
+    """The whole numbers of a text such as 0,1,2."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text!r} must be whole numbers, separated by commas, e.g. {option} 0,1,2."
+        ) from error
+
+
+def batch_sizes(text: str) -> list[int]:
+    """The batch sizes of a text such as 1,8,32."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--batch {text!r} must be whole numbers from 1, separated by commas, e.g. --batch 1,8,32.")
+    return sizes
+
+
+def emit(content: Any) -> None:
+    """Print the JSON object of --json, the last line of standard output."""
+    print(json.dumps(content, allow_nan=False), flush=True)
+
+
+def brief(results: Any) -> list[dict[str, Any]]:
+    """Results without their samples, which fill pages; the record has them."""
+    return [{key: value for key, value in plain(result).items() if key != "samples_ms"} for result in results]
+
+
+def plain(item: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it."""
+    from dataclasses import asdict
+
+    return asdict(item)
+
+
+def console_for(as_json: bool) -> Console:
+    """Where text for people goes: standard output, or standard error beside JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
