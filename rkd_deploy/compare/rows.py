@@ -250,9 +250,10 @@ def _own_phases(network: _Network) -> list[dict[str, Any]]:
     phases = network.run.read_json("metrics.json")["phases"]
     if network.part in ("teacher", "s0"):
         return [phases[network.part]] if network.part in phases else []
-    own = [phase for name, phase in phases.items() if name not in ("teacher", "s0")]
-    # S is what the first phases gave, where it is trained before A.
-    return own[:1] if network.part == "student" and "student" in phases else own
+    own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0")}
+    # S is what phases of its own gave (one, or one a stage), where it is not trained along with A.
+    students = [phase for name, phase in own.items() if name.endswith("student")]
+    return students if network.part == "student" and students else list(own.values())
 
 
 def _over(network: _Network, control: str) -> float | None:
