@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from rkd_deploy.errors import UsageError
 from rkd_deploy.export.exchange import _AsTrained, _Folded
-from rkd_deploy.export.fusion import LEVELS, fuse
+from rkd_deploy.export.fusion import fuse
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
+
+LEVELS = ("sum", "tail")
+
+
+def test_branches_that_exchange_their_maps_cannot_lie_side_by_side() -> None:
+    with pytest.raises(UsageError, match="they exchange their maps at every stage"):
+        fuse(made("resnet8", (16, 32, 24)), "wide")
 
 
 def made(family: str, channels: tuple[int, ...], assistants: int = 1) -> ProgressiveStudent:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,7 +14,14 @@ import torch
 from onnx import numpy_helper
 
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import CheckpointError, DataError, GateError, MissingDependencyError, UsageError
+from rkd_deploy.errors import (
+    CheckpointError,
+    DataError,
+    GateError,
+    MissingDependencyError,
+    ModelFileError,
+    UsageError,
+)
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.half import to_half
 from rkd_deploy.export.int8 import Int8Quantiser
@@ -67,7 +75,8 @@ def test_a_bundle_says_what_it_is_and_proves_itself(trained, tmp_path, precision
     _, card = exported(trained, tmp_path / "bundle", precision=precision, target=target)
     assert (card.precision, card.lowering["target"]) == (precision, target)
     proto = onnx.load(tmp_path / "bundle/model.onnx")
-    assert [entry.value for entry in proto.metadata_props] == [card.to_json()]
+    inside = replace(card, checksums={})  # a file cannot hold its own
+    assert [entry.value for entry in proto.metadata_props] == [inside.to_json()]
     assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     x, labels = trained.held_out[0]
@@ -203,6 +212,9 @@ def test_verify_notices_a_changed_file(trained, tmp_path):
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
     shutil.copytree(tmp_path / "bundle", tmp_path / "changed")
     onnx.save(proto, tmp_path / "changed/model.onnx")
+    with pytest.raises(ModelFileError, match=r"model\.onnx"):
+        verify(tmp_path / "changed", "onnxruntime")
+    (tmp_path / "changed/model.json").unlink()  # without its sums there is still the proof
     for backend in ("onnxruntime", "openvino"):
         assert verify(tmp_path / "bundle", backend).passed
         assert not verify(tmp_path / "changed", backend).passed

@@ -323,7 +323,11 @@ def test_a_teacher_that_guesses_is_refused(tmp_path: Path, tiny_recipe: MakeReci
         ),
         (("teacher.name=resnet9",), UsageError, r"Unknown network 'resnet9'"),
         (("student.name=resnet9",), UsageError, r"Unknown network 'resnet9'"),
-        (("student.baseline=false", "student.checkpoint=PTH"), RecipeError, r"student\.checkpoint is set and "),
+        (
+            ("student.baseline=false", "student.checkpoint=PTH", "student.weights=fresh"),
+            RecipeError,
+            r"student\.checkpoint is set and ",
+        ),
         (("student.assistant_share=0.01", "student.round_to=16"), BudgetError, r"The budget is too small"),
         (("train.device=tpu7",), RecipeError, r"train\.device = 'tpu7' is no PyTorch device"),
         (("train.device=cuda",), RecipeError, r"PyTorch sees no CUDA device here\. Write auto or cpu"),

@@ -87,6 +87,7 @@ import torch
 from rkd_deploy.train.networks import load_part
 from rkd_deploy.train.runs import Run
 folder, into = sys.argv[1:]
+torch.set_num_threads(1)
 x_NCHW = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 with torch.no_grad():
     torch.save({part: load_part(Run(Path(folder)), part)(x_NCHW) for part in ("fused", "student", "s0")}, into)

@@ -165,7 +165,7 @@ def test_killed_before_within_and_after_every_write(tmp_path: Path, tiny_recipe:
 
 def test_killed_when_the_last_weights_are_written_it_has_its_curves(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     """A phase that has its weights is not entered again: nothing that belongs to it may come after them."""
-    recipe = tiny_recipe(*QUICK, "method.name=cross_entropy", "method.feature_weight=1.0", "train.curves=true")
+    recipe = tiny_recipe(*QUICK, "method.name=cross_entropy", "train.curves=true")
     replace = Path.replace
 
     def crashing(path: Path, target: Path) -> Path:
