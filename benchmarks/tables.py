@@ -19,6 +19,7 @@ from typing import Any
 from rkd_deploy.compare.report import markdown
 from rkd_deploy.compare.rows import Comparison, Row
 from rkd_deploy.recipe import read_recipe
+from rkd_deploy.train.networks import PARTS
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "train"
@@ -76,7 +77,7 @@ def comparison(record: dict[str, Any]) -> str:
 def run_record(path: Path) -> str:
     """The networks of one training run, as `rkd-deploy train` prints them, with its latency where it was measured."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    names = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
+    names = dict(reversed(PARTS.items()))  # as `rkd-deploy train` lists them
     latency = {row["part"]: row for row in record.get("bench", [])}
     rows = ["| | top-1, % | MMAC | parameters, M | p50, ms | p90, ms | file, MB |", "| --- " + "| ---: " * 6 + "|"]
     for part, name in names.items():

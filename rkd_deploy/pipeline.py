@@ -31,8 +31,6 @@ from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
 from rkd_deploy.train.runs import Run
 
-PART_NAMES = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
-
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
     """The recipe inside the package: digits, no download."""
@@ -137,7 +135,7 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
     run = fit(recipe, root=root, display=display)
     bundles = {}
     for part in reversed(PARTS):  # S + A last: it is the newest bundle then, the one that bench takes by itself
-        note(f"Exporting {PART_NAMES[part]} and proving it on the test images")
+        note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
     results = bench([bundles[part] for part in reversed(PARTS)], batches=(1,), min_seconds=min_seconds)
@@ -154,7 +152,7 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
     recipe = run.recipe
     weights = run.weights(phase_of(recipe, part))
     return ModelCard(
-        name=f"{recipe.name} {PART_NAMES[part]}",
+        name=f"{recipe.name} {PARTS[part]}",
         labels=tuple(facts["classes"]),
         preprocess=Preprocess(
             height=height,

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,6 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
-
-ROLES = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +96,12 @@ class _Network:
     part: str
     weights: str
     """SHA-256 of its file, and the part: S alone and S + A lie in the same file."""
+    metrics: Mapping[str, Any]
+    """Those of the run."""
 
     @property
-    def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.run.read_json("metrics.json")["parts"][self.part]
+    def facts(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.metrics["parts"][self.part]
         return found
 
 
@@ -136,9 +136,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _networks(run: Run) -> Iterable[_Network]:
-    for part in run.read_json("metrics.json")["parts"]:
+    metrics = run.read_json("metrics.json")
+    for part in metrics["parts"]:
         content = run.weights(phase_of(run.recipe, part)).read_bytes()
-        yield _Network(run, part, f"{part} {hashlib.sha256(content).hexdigest()}")
+        yield _Network(run, part, f"{part} {hashlib.sha256(content).hexdigest()}", metrics)
 
 
 def _distinct(networks: Iterable[_Network]) -> list[_Network]:
@@ -208,12 +209,12 @@ def _order(network: _Network) -> tuple[int, str, int]:
     if part in ("teacher", "s0"):
         plain = method in ("cross_entropy",) or method.endswith("given")
         return ("teacher", "s0").index(part), "" if plain else method, 0
-    return 2, method, PARTS[::-1].index(part)
+    return 2, method, list(PARTS)[::-1].index(part)
 
 
 def _names(networks: Sequence[_Network]) -> list[str]:
     """A name for each; where the recipes' words do not tell two apart, the run's name does."""
-    names = [f"{ROLES[network.part]}, {method_of(network.run.recipe, network.part)}" for network in networks]
+    names = [f"{PARTS[network.part]}, {method_of(network.run.recipe, network.part)}" for network in networks]
     return [
         f"{name} ({network.run.folder})" if names.count(name) > 1 else name
         for name, network in zip(names, networks, strict=True)
@@ -247,7 +248,7 @@ def _row(name: str, group: Sequence[_Network]) -> Row:
 
 def _own_phases(network: _Network) -> list[dict[str, Any]]:
     """The log's summary of the phases that trained a network, in order; none where its weights were given."""
-    phases = network.run.read_json("metrics.json")["phases"]
+    phases = network.metrics["phases"]
     if network.part in ("teacher", "s0"):
         return [phases[network.part]] if network.part in phases else []
     own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0")}
@@ -257,7 +258,7 @@ def _own_phases(network: _Network) -> list[dict[str, Any]]:
 
 
 def _over(network: _Network, control: str) -> float | None:
-    other = network.run.read_json("metrics.json")["parts"].get(control)
+    other = network.metrics["parts"].get(control)
     return None if other is None else network.facts["test_top1"] - other["test_top1"]
 
 

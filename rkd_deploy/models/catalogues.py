@@ -47,11 +47,6 @@ def is_external(name: str) -> bool:
     return ":" in name
 
 
-def has_published_weights(name: str) -> bool:
-    """Whether it is torchvision's or timm's."""
-    return name.partition(":")[0] in PREFIXES
-
-
 def build(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     """A network with fresh weights, or a user's own as it is.
 

@@ -23,7 +23,7 @@ from rkd_deploy.train.checkpoint import load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
 
-PARTS = ("fused", "student", "s0", "teacher")
+PARTS = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
 """fused: S + A. student: S alone, same head. s0: the control or baseline at S0's full cost. teacher: T."""
 
 

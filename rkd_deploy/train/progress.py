@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rkd_deploy.train.networks import PARTS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -88,9 +90,6 @@ class Progress:
         self.console.print("  ".join(shown), highlight=False)
 
 
-_NAMES = {"teacher": "T", "s0": "S0", "student": "S alone", "fused": "S + A"}
-
-
 def print_series(series: Series, console: Console) -> None:
     """The table that ends a series of seeds."""
     from rich.table import Table
@@ -99,10 +98,10 @@ def print_series(series: Series, console: Console) -> None:
     table = Table(title=f"Top-1 in %, seeds {', '.join(map(str, series.seeds))}, {images:,} test images")
     for title in ("", "Mean", "Std", *(f"Seed {seed}" for seed in series.seeds)):
         table.add_column(title, justify="right" if title else "left")
-    for part in (name for name in _NAMES if name in series.parts):
+    for part in (name for name in reversed(PARTS) if name in series.parts):
         row = series.parts[part]
         cells = [row["mean"], row["std"], *row["test_top1"]]
-        table.add_row(_NAMES[part], *(f"{value:.2f}" for value in cells))
+        table.add_row(PARTS[part], *(f"{value:.2f}" for value in cells))
     console.print(table)
 
 
@@ -132,7 +131,7 @@ def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console
     table.add_column("")
     for title in ("Top-1, %", "MACs, M", "Parameters, M"):
         table.add_column(title, justify="right")
-    for part, name in _NAMES.items():
+    for part, name in reversed(PARTS.items()):
         if (row := metrics["parts"].get(part)) is not None:
             table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
     _print_phases(metrics["phases"], console)

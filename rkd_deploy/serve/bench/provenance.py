@@ -58,7 +58,7 @@ def provenance() -> dict[str, Any]:
 
 
 def command_line(argv: list[str]) -> str:
-    """The command without the machine's folders: /home/me/bin/rkd-deploy --out=/data/x -> rkd-deploy --out=x."""
+    """The command without the machine's folders: of every path in it the last component is left."""
     if not argv:
         return ""
     arguments = [re.sub(r"(^|[=:,])[~/][^=:,]*", lambda found: found[1] + Path(found[0]).name, a) for a in argv[1:]]

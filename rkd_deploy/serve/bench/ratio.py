@@ -7,7 +7,7 @@
                    (1 + c) / 2, and [b_low / a_high, b_high / a_low] covers the ratio with confidence c (Bonferroni)
 
 Neither assumes a distribution. Sessions are the unit where they can be, because a model loaded twice is not equally
-fast twice: where its memory comes to lie changes its latency by a percent or two, through the whole session. Two
+fast twice: where its memory comes to lie changes its latency, through the whole session. Two
 records are one session each, so their interval does not know of that, nor of a machine that was slower on one day.
 """
 

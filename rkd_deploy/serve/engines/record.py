@@ -15,7 +15,6 @@ from typing import Any
 
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.serve.engines.flavours import Flavour
-from rkd_deploy.serve.engines.settings import Profile
 from rkd_deploy.storage import write_bytes, write_json
 
 SCHEMA = 1
@@ -85,10 +84,6 @@ class EngineRecord:
                 f"{where} holds no record of an engine that can be read ({error}). Build the engine again with "
                 "rkd-deploy export --format tensorrt."
             ) from error
-
-    def parsed_profiles(self) -> tuple[Profile, ...]:
-        """The profiles as ranges."""
-        return tuple(Profile.parse(text) for text in self.profiles)
 
     def check_fits(self, flavour: Flavour, device: str, capability: str) -> None:
         """Refuse to run this engine where it was not built for.

@@ -35,15 +35,15 @@ def test_it_names_no_host_and_no_folder(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["/home/me/.venv/bin/rkd-deploy", "bench", "--batch", "8"], "rkd-deploy bench --batch 8"),
-        (["x", "/data/me/run", "--out=/home/me/a.json", "~/b"], "x run --out=a.json b"),
-        (["x", "--set", "data.root=/home/me/cifar", "a/b"], "x --set data.root=cifar a/b"),
-        (["x", "train:/home/me/a,/home/me/b"], "x train:a,b"),
+        (["{folder}/bin/rkd-deploy", "bench", "--batch", "8"], "rkd-deploy bench --batch 8"),
+        (["x", "{folder}/run", "--out={folder}/a.json", "~/b"], "x run --out=a.json b"),
+        (["x", "--set", "data.root={folder}/cifar", "a/b"], "x --set data.root=cifar a/b"),
+        (["x", "train:{folder}/a,{folder}/b"], "x train:a,b"),
         ([], ""),
     ],
 )
-def test_commands_lose_their_folders(argv, expected):
-    assert command_line(argv) == expected
+def test_commands_lose_their_folders(argv, expected, tmp_path):
+    assert command_line([argument.format(folder=tmp_path) for argument in argv]) == expected
 
 
 def test_gpus_are_read_from_nvidia_smis_answer():
