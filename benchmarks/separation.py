@@ -54,10 +54,9 @@ def _by_latency(name: str, side: int, classes: int) -> list[Claim]:
     tried = {"readings": {level: record["readings"] for level, record in levels.items()}, "refused": fused["refused"]}
     what = f"S + A over {name}, level {fused['level']}, {made.cost / made.budget:.2f} of its MACs"
     ratios = [
-        Claim(f"{what}, batch {batch}", ratio, "ratio", 1 + ROUNDING, tried)
-        for batch, ratio in found[-1]["ratios"].items()
+        Claim(f"{what}, batch {batch}", ratio, "ratio", 1 + ROUNDING) for batch, ratio in found[-1]["ratios"].items()
     ]
-    return [Claim(f"{name} cut by latency", seconds, "s", 180.0), *ratios]
+    return [Claim(f"{name} cut by latency", seconds, "s", 180.0, tried), *ratios]
 
 
 if __name__ == "__main__":
