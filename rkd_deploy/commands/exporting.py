@@ -201,9 +201,8 @@ def export(
             "with --format tensorrt, where the server's TensorRT and GPU are; then export that bundle with --format triton."
         )
     need("export", "torch", "safetensors", "onnx", "onnxscript")
-    measured_on = _fusion_target(
-        level, backend, device, batches, threads if serving is None or level == "auto" else None
-    )
+    measuring_threads = None if serving is not None and level != "auto" else threads
+    measured_on = _fusion_target(level, backend, device, batches, measuring_threads)
     from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import print_exits, status
