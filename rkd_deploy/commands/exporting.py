@@ -44,7 +44,6 @@ from rkd_deploy.commands.triton import (
 from rkd_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from rkd_deploy.export.triton.settings import Serving
     from rkd_deploy.serve.engines.settings import EngineSettings
 
 
@@ -144,8 +143,8 @@ def export(
 ) -> None:
     """Fuse, export and prove a run.
 
-    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a Triton
-    model repository beside it.
+    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
+    repository for Triton beside it.
     """
     choose("format", output_format, FORMATS)
     choose("input", layout, ("uint8", "float32"))
@@ -197,10 +196,11 @@ def export(
         return
     if serving is not None and serving.backend == "tensorrt":
         raise UsageError(
-            "--triton-backend tensorrt serves the plan in a bundle, and one exported just now has none. Build it first, "
-            "with --format tensorrt, where the server's TensorRT and GPU are; then export that bundle with --format triton."
+            "--triton-backend tensorrt serves the plan in a bundle, and a bundle exported just now has none. Build it "
+            "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
         )
     need("export", "torch", "safetensors", "onnx", "onnxscript")
+    measuring_threads = None if serving is not None and level != "auto" else threads
     measuring_threads = None if serving is not None and level != "auto" else threads
     measured_on = _fusion_target(level, backend, device, batches, measuring_threads)
     from rkd_deploy.export.precision import PrecisionOptions
@@ -308,9 +308,7 @@ def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
 def _no_run_options(**given: bool) -> None:
     named = ", ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given)
     if named:
-        raise UsageError(
-            f"What is made of an ONNX file is what that file is, and has no use for {named}: export a run."
-        )
+        raise UsageError(f"A model that is exported already is what it is, and has no use for {named}: export a run.")
 
 
 def _is_model(path: Path) -> bool:

@@ -30,7 +30,7 @@ Preferred = Annotated[
 ]
 QueueDelay = Annotated[
     int | None,
-    typer.Option("--queue-delay", help="Triton: microseconds that a request waits for others. Default: 2000."),
+    typer.Option("--queue-delay", help="Triton: microseconds to wait for a batch. Default: 2000."),
 ]
 InstanceGroup = Annotated[
     str | None, typer.Option("--instances", help="Triton: cpu or gpu, and how many copies, e.g. cpu:2. Default: 1.")

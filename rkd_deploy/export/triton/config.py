@@ -5,9 +5,8 @@ Field names and their meaning: model_config.proto of triton-inference-server/com
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-
-from google.protobuf.text_encoding import CEscape
 
 from rkd_deploy.export.triton.plan import Batching
 from rkd_deploy.export.triton.settings import Serving
@@ -16,7 +15,7 @@ from rkd_deploy.export.triton.signature import Signature, Tensor
 LABELS_NAME = "labels.txt"
 
 _SCHEDULING = """
-# Requests are joined into batches: one of a preferred size leaves at once, any other when its oldest request has waited.
+# Requests are joined: a batch of a preferred size runs at once, any other when its oldest request has waited so long.
 dynamic_batching {{
   preferred_batch_size: [ {preferred} ]
   max_queue_delay_microseconds: {delay}
@@ -99,4 +98,4 @@ def _dims(dims: tuple[int, ...]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f'"{CEscape(text.encode(), as_utf8=True)}"'
+    return json.dumps(text, ensure_ascii=False)  # the text format knows every escape that JSON has

@@ -119,8 +119,8 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
     if wanted not in standing or named != _labels(signature):
         what = "backend, inputs or outputs" if wanted not in standing else "labels"
         raise UsageError(
-            f"{folder} serves a model with other {what} than this one, and every version must agree on them. Its clients "
-            "would break: give another --model-name."
+            f"{folder} serves a model with other {what} than this one; every version must agree on them, or clients "
+            "break. Give another --model-name."
         )
     return max(versions) + 1
 

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from rkd_deploy.errors import ModelFileError, UsageError
 from rkd_deploy.serve.engines.source import Source
 
-_TYPES = {
+_TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.FLOAT16: "TYPE_FP16",
     TensorProto.BFLOAT16: "TYPE_BF16",
