@@ -80,9 +80,15 @@ def read_serving(output_format: str, repository: Path | None, **given: Any) -> S
     if "instances" in chosen:
         chosen["instances"] = Instances.parse(chosen["instances"])
     if "versions" in chosen:
-        every = chosen["versions"] == "all"
-        chosen["versions"] = None if every else whole("--serve-versions", chosen["versions"])[0]
+        chosen["versions"] = _versions(chosen["versions"])
     return Serving(**chosen)
+
+
+def _versions(text: str) -> int | None:
+    """How many; None for all."""
+    if text != "all" and not text.isdecimal():
+        raise UsageError(f"--serve-versions {text!r} must be a number or all.")
+    return None if text == "all" else int(text)
 
 
 def write_repository(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
@@ -91,7 +97,9 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     from rkd_deploy.export.triton.settings import STORAGE_URI
     from rkd_deploy.serve.files import model_path
 
-    written = export_triton(model, repository or model_path(model).resolve().parent.with_name("triton"), serving)
+    folder = model_path(model).parent
+    beside = (folder.resolve() if folder.name in ("", "..") else folder).with_name("triton")
+    written = export_triton(model, repository or beside, serving)
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     for file in written.kept:
