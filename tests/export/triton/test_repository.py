@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -175,6 +177,23 @@ def test_without_a_fitting_plan_it_is_said_how_to_get_one(bundles, with_plan, tm
     (foreign / "model.tensorrt.engine.json").unlink()  # what trtexec writes has no record
     written = export_triton(foreign, tmp_path / "models", Serving(backend="tensorrt"))
     assert set(files(written.repository / NAME / "1")) == {"model.plan"}
+
+
+def test_it_needs_no_torch(bundles, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from rkd_deploy.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        bundles[0],
+        "--format",
+        "triton",
+        "--repository",
+        tmp_path / "models",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "models" / NAME / "1/model.onnx").exists()
 
 
 def test_a_changed_bundle_is_refused(bundles, tmp_path):
