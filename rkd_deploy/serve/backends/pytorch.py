@@ -162,7 +162,8 @@ class CompiledPyTorchBackend(PyTorchBackend):
         """Take a copy of a live module; arguments and errors as for `PyTorchBackend`."""
         super().__init__(module, **options)
         # fullgraph: what cannot be compiled is an error; else torch runs it eagerly, and says nothing.
-        self._module = torch.compile(self._live(), fullgraph=True)
+        compiled: Any = torch.compile(self._live(), fullgraph=True)
+        self._module = compiled
 
 
 class GraphedPyTorchBackend(PyTorchBackend):
