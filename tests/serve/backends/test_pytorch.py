@@ -94,13 +94,15 @@ def test_corrupt_programs_are_refused(bundle, zoo, tmp_path):
 
 def test_another_shape_is_recorded_anew_and_what_was_prepared_stays(bundle, zoo, graphs):
     with load_backend("pytorch:cuda-graphs", bundle) as backend:
-        prepared = backend.prepare(zoo.pixels(3))
+        prepared = backend.prepare(zoo.pixels(1, seed=9))
         for count, recorded in ((1, 2), (1, 2), (4, 3), (1, 4)):
             x = zoo.pixels(count, seed=recorded)
             np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
             assert len(graphs) == recorded
         prepared()
         assert [graph.replays for graph in graphs] == [1, 2, 1, 1]
+        logits = graphs[0].steps[-1][-1].numpy()
+        np.testing.assert_array_equal(logits, zoo.answer(zoo.pixels(1, seed=9)))  # its input is its own
         assert backend.cuda_graph
 
 
