@@ -76,6 +76,12 @@ class BackendStatus:
     install: str
     """The exact command that brings the library."""
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Names of the other ways to run it on the devices here, for `load_backend`: pytorch:compile, say."""
+        own = {name: runtime for name, runtime in _RUNTIMES.items() if name.startswith(f"{self.name}:")}
+        return tuple(name for name, runtime in own.items() if runtime.device in self.devices)
+
 
 def load_backend(
     name: str,
