@@ -27,6 +27,20 @@ from rkd_deploy.commands.options import (
     emit,
     need,
 )
+from rkd_deploy.commands.triton import (
+    InstanceGroup,
+    MaxBatch,
+    ModelName,
+    OnConfig,
+    Preferred,
+    QueueDelay,
+    Repository,
+    ServeVersions,
+    StorageUri,
+    TritonBackend,
+    read_serving,
+    write_repository,
+)
 from rkd_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,10 +50,10 @@ if TYPE_CHECKING:
 def export(
     run: Annotated[
         Path | None,
-        typer.Argument(help="A run; for an engine a bundle or an ONNX file too. Default: the newest run."),
+        typer.Argument(help="A run; for an engine or Triton a bundle or ONNX file too. Default: the newest run."),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="onnx; or an engine in the bundle as well: tensorrt, tensorrt-rtx.")
+        str, typer.Option("--format", help="onnx; and an engine in it (tensorrt, tensorrt-rtx), or triton beside it.")
     ] = "onnx",
     part: Annotated[
         str | None,
@@ -60,7 +74,9 @@ def export(
     batches: Annotated[
         str | None, typer.Option("--batch", help="For --fuse auto: all count alike, e.g. 1,8. Default: 1.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="For --fuse auto: CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="CPU threads: for --fuse auto, and of a Triton instance.")
+    ] = None,
     outputs: Annotated[
         str, typer.Option("--outputs", help="Any of logits,probabilities,features (features need --fuse sum).")
     ] = "logits",
@@ -116,12 +132,23 @@ def export(
     optimization: Effort = None,
     workspace: Workspace = None,
     timing_cache: TimingCache = None,
+    repository: Repository = None,
+    triton_backend: TritonBackend = None,
+    model_name: ModelName = None,
+    max_batch: MaxBatch = None,
+    preferred_batch: Preferred = None,
+    queue_delay: QueueDelay = None,
+    instances: InstanceGroup = None,
+    serve_versions: ServeVersions = None,
+    storage_uri: StorageUri = None,
+    on_config: OnConfig = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
     """Fuse, export and prove a run.
 
-    Default: the newest run. What is written is a bundle, proven against PyTorch, with an engine in it on request.
+    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
+    repository for Triton beside it.
     """
     choose("format", output_format, FORMATS)
     choose("input", layout, ("uint8", "float32"))
@@ -137,7 +164,21 @@ def export(
         workspace_bytes=None if workspace is None else workspace << 20,
         timing_cache=timing_cache,
     )
-    if settings is not None and run is not None and _is_model(run):
+    serving = read_serving(
+        output_format,
+        repository,
+        backend=triton_backend,
+        name=model_name,
+        max_batch=max_batch,
+        preferred=preferred_batch,
+        queue_delay_us=queue_delay,
+        instances=instances,
+        threads=threads,
+        versions=serve_versions,
+        storage_uri=storage_uri,
+        config=on_config,
+    )
+    if output_format != "onnx" and run is not None and _is_model(run):
         _no_run_options(
             part=part is not None,
             fuse=level is not None,
@@ -146,13 +187,26 @@ def export(
             tolerance=tolerance != 1e-4,
             random_images=not test_images,
             with_pytorch=with_pytorch,
+            precision=precision != "fp32",
+            early_exit=early_exit,
+            output=serving is not None and output is not None,
         )
-        alone = _export_engine(run, output_format, settings, output, as_json)
+        if serving is None:
+            alone = _add_engine(run, output_format, settings, output, as_json)
+        else:
+            alone = write_repository(run, repository, serving, as_json)
         if as_json:
-            emit({"engine": alone})
+            emit(alone)
         return
+    if serving is not None and serving.backend == "tensorrt":
+        raise UsageError(
+            "--triton-backend tensorrt serves the plan in a bundle, and a bundle exported just now has none. Build it "
+            "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
+        )
     need("export", "torch", "safetensors", "onnx", "onnxscript")
-    measured_on = _fusion_target(level, backend, device, batches, threads)
+    measuring_threads = None if serving is not None and level != "auto" else threads
+    measuring_threads = None if serving is not None and level != "auto" else threads
+    measured_on = _fusion_target(level, backend, device, batches, measuring_threads)
     from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import print_exits, status
@@ -203,12 +257,13 @@ def export(
     if exits:
         print_exits(exits, console)
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
-    engine = None if settings is None else _export_engine(made.folder, output_format, settings, None, as_json)
+    added = _add_engine(made.folder, output_format, settings, None, as_json)
+    if serving is not None:
+        added = write_repository(made.folder, repository, serving, as_json)
     if as_json:
         facts = {"images": proof.images, "differing": proof.differing}
         accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
         written = {"bundle": str(made.folder), "parity": proof.parity.to_dict()}
-        added: dict[str, Any] = {} if engine is None else {"engine": engine}
         if proof.judgement is not None:
             added |= {"precision": precision, "gate": proof.judgement.to_dict()}
         emit({**written, **facts, **accuracy, "early_exit": exits, **added})
@@ -236,10 +291,10 @@ def _fusion_target(
 def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
     """None for a format that is no engine, which none of these options then fits."""
     chosen = {name: value for name, value in given.items() if value is not None}
-    if output_format == "onnx":
+    if output_format in ("onnx", "triton"):
         if chosen:
             named = ", ".join(sorted(name.replace("_", " ") for name in chosen))
-            raise UsageError(f"--format onnx builds no engine, and has no use for: {named}. Leave it out.")
+            raise UsageError(f"--format {output_format} builds no engine, and has no use for: {named}. Leave it out.")
         return None
     from rkd_deploy.serve.engines.build import gpu_to_build_on
     from rkd_deploy.serve.engines.flavours import load_flavour
@@ -257,7 +312,7 @@ def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
 def _no_run_options(**given: bool) -> None:
     named = ", ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given)
     if named:
-        raise UsageError(f"An engine of an ONNX file is what that file is, and has no use for {named}: export a run.")
+        raise UsageError(f"A model that is exported already is what it is, and has no use for {named}: export a run.")
 
 
 def _is_model(path: Path) -> bool:
@@ -266,9 +321,12 @@ def _is_model(path: Path) -> bool:
     return path.suffix == ".onnx" or (path / ONNX_NAME).exists()
 
 
-def _export_engine(
-    model: Path, flavour: str, settings: EngineSettings, output: Path | None, as_json: bool
+def _add_engine(
+    model: Path, flavour: str, settings: EngineSettings | None, output: Path | None, as_json: bool
 ) -> dict[str, Any]:
+    """Build an engine where one was asked for; what is known of it, for --json."""
+    if settings is None:
+        return {}
     from rkd_deploy.export.engine import export_engine
     from rkd_deploy.serve.bench.display import status
 
@@ -279,4 +337,5 @@ def _export_engine(
         f"Engine {made.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
         f"built in {record.build_seconds:,.1f} s. Next: rkd-deploy bench {made.file} --backend {flavour}"
     )
-    return {**{key: value for key, value in record.to_dict().items() if key != "layers"}, "file": str(made.file)}
+    facts = {key: value for key, value in record.to_dict().items() if key != "layers"}
+    return {"engine": {**facts, "file": str(made.file)}}

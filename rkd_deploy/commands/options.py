@@ -48,7 +48,7 @@ Workspace = Annotated[int | None, typer.Option("--workspace", help="Engine: most
 TimingCache = Annotated[
     Path | None, typer.Option("--timing-cache", help="Engine, TensorRT: file of kernel timings, read and written.")
 ]
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
 
 
 def newest_bundle(root: Path) -> Path:

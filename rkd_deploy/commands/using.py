@@ -142,6 +142,7 @@ def backends(as_json: Json = False) -> None:
     for status in found:
         state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
         version = f" {status.version}" if status.version else ""
-        typer.echo(f"{status.name + version:<24} {state}", err=as_json)
+        ways = f"; also as {', '.join(status.ways)}" if status.ways else ""
+        typer.echo(f"{status.name + version:<24} {state}{ways}", err=as_json)
     if as_json:
         emit({"backends": [plain(status) for status in found]})

@@ -45,8 +45,9 @@ def timed(
         for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
             if progress is not None:
                 progress(f"exporting {row.name}", number / len(comparison.rows))
+            program = backend.startswith("pytorch")
             made = export_run(
-                run, part=part, test_images=False, with_pytorch=backend == "pytorch", folder=Path(folder) / str(number)
+                run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
             )
             bundles.append(made.folder)
         results = bench(

@@ -135,6 +135,12 @@ def simulated() -> ModuleType:
 
 
 @pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The CUDA graphs that PyTorch records on a simulated device."""
+    return _load("simulated_graphs").install(monkeypatch)
+
+
+@pytest.fixture
 def gpu(simulated: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A simulated GPU with TensorRT and TensorRT-RTX on it, and a cache folder of the test's own.
 

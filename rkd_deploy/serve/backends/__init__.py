@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import os
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from rkd_deploy.errors import (
     BackendError,
@@ -44,12 +44,17 @@ class _Runtime:
     """Class of ours that drives it, as "module:class"."""
     device: str = "cpu"
     """Where it runs unless told otherwise."""
+    limited: bool = False
+    """Whether its memory on a GPU can be limited."""
 
 
 _HERE = __name__
 _RUNTIMES = {
-    "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend"),
-    "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend"),
+    "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend", limited=True),
+    "onnxruntime:tensorrt": _Runtime("onnxruntime", "gpu", f"{_HERE}.onnxrt:TensorRtProviderBackend", "cuda"),
+    "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend", limited=True),
+    "pytorch:compile": _Runtime("torch", "export", f"{_HERE}.pytorch:CompiledPyTorchBackend", limited=True),
+    "pytorch:cuda-graphs": _Runtime("torch", "export", f"{_HERE}.pytorch:GraphedPyTorchBackend", "cuda", True),
     "openvino": _Runtime("openvino", "openvino", f"{_HERE}.ov:OpenVinoBackend"),
     "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.trt:TensorRtBackend", "cuda"),
     "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.trt:TensorRtRtxBackend", "cuda"),
@@ -71,27 +76,56 @@ class BackendStatus:
     install: str
     """The exact command that brings the library."""
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Names of the other ways to run it on the devices here, for `load_backend`: pytorch:compile, say."""
+        own = {name: runtime for name, runtime in _RUNTIMES.items() if name.startswith(f"{self.name}:")}
+        return tuple(name for name, runtime in own.items() if runtime.device in self.devices)
+
 
 def load_backend(
-    name: str, path: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    memory_limit: int | None = None,
 ) -> Backend:
     """Load a model to run it.
 
     Args:
-        name: One of onnxruntime, pytorch, openvino, tensorrt, tensorrt-rtx.
+        name: One of onnxruntime, pytorch, openvino, tensorrt, tensorrt-rtx; or one of them run another way:
+            pytorch:compile, pytorch:cuda-graphs, onnxruntime:tensorrt (its TensorRT execution provider).
         path: Bundle folder, an .onnx file, or, for the two TensorRTs, an engine.
         device: "cpu", "cuda" or "cuda:N"; None: the backend's own, a GPU for the two TensorRTs, else the CPU.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        memory_limit: Most bytes of device memory that the runtime may take for itself, on CUDA by ONNX Runtime and
+            PyTorch (there of the whole process). A run that needs more fails.
 
     Raises:
-        UsageError: Unknown backend or device.
+        UsageError: Unknown backend or device, or a memory limit where it has no effect.
         MissingDependencyError: The backend's library is not installed.
         BackendError: The backend cannot run here, or not on the device asked for.
         ModelFileError: The model file is missing or corrupt.
     """
     module, _, driver = check_backend(name).partition(":")
     device = device or _RUNTIMES[name].device
-    return cast(Backend, getattr(importlib.import_module(module), driver).open(path, device=device, threads=threads))
+    options: dict[str, Any] = {"device": device, "threads": threads}
+    if memory_limit is not None:
+        _check_memory_limit(name, device, memory_limit)
+        options["memory_limit"] = memory_limit
+    return cast(Backend, getattr(importlib.import_module(module), driver).open(path, **options))
+
+
+def _check_memory_limit(name: str, device: str, limit: int) -> None:
+    if limit < 1:
+        raise UsageError(f"memory_limit is {limit}; it is in bytes and must be at least 1, or left out.")
+    if device == "cpu" or not _RUNTIMES[name].limited:
+        limited = ", ".join(other for other, runtime in _RUNTIMES.items() if runtime.limited)
+        raise UsageError(
+            f"memory_limit {limit} has no effect on {name} on {device}; on device='cuda' it holds for {limited}. "
+            "Leave it out."
+        )
 
 
 def check_backend(name: str) -> str:
@@ -115,8 +149,11 @@ def check_backend(name: str) -> str:
 
 
 def available() -> list[BackendStatus]:
-    """Status of every backend. Imports the runtimes that are installed, so the first call can take seconds."""
-    return [_status(name) for name in _RUNTIMES]
+    """Status of every backend, other ways to run one left out.
+
+    Imports the runtimes that are installed, so the first call can take seconds.
+    """
+    return [_status(name) for name in _RUNTIMES if ":" not in name]
 
 
 def _status(name: str) -> BackendStatus:

@@ -1,7 +1,7 @@
-"""ONNX Runtime, on the CPU and on CUDA.
+"""ONNX Runtime, on the CPU and on CUDA; on CUDA also by its TensorRT execution provider.
 
-ONNX Runtime lists the CUDA provider even where its libraries are missing, and then runs the session on the CPU without
-an error. Here that is one: see `check_provider`.
+ONNX Runtime lists the CUDA and TensorRT providers even where their libraries are missing, and then runs the session on
+the CPU without an error. Here that is one: see `check_provider`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rkd_deploy.serve.backends.protocol import (
 )
 from rkd_deploy.serve.files import broken_model, model_path
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -46,6 +46,7 @@ _CANNOT_RUN = {
     "cpu": ("NotImplemented", "RuntimeException", "EPFail", "EngineError"),
     "cuda": ("NotImplemented", "RuntimeException", "EPFail", "EngineError", "Fail", "RuntimeError"),
 }
+_CANNOT_RUN["tensorrt"] = _CANNOT_RUN["cuda"]
 
 
 SMALL_INPUT_BYTES = 1 << 20
@@ -57,7 +58,14 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
         """Load the file and make sure that it runs on the device asked for.
 
         Raises:
@@ -69,11 +77,11 @@ class OnnxRuntimeBackend(Backend):
         file = model_path(path)
         kind, self._index = parse_device(device)
         check_threads(threads)
-        self._kind = kind
-        self._session: Any = _open_session(file, kind, self._index, threads)
+        self._kind, provider = kind, self._provider(kind)
+        self._session: Any = _open_session(file, provider, self._index, threads, memory_limit)
         self._binding: Any = None
         self._local = threading.local()
-        check_provider(self._session.get_providers(), kind)
+        check_provider(self._session.get_providers(), provider)
         self.device = "cpu" if kind == "cpu" else f"{kind}:{self._index}"
         try:
             self._metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -88,9 +96,13 @@ class OnnxRuntimeBackend(Backend):
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str], **options: Any) -> Self:
         """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
-        return cls(path, device=device, threads=threads)
+        return cls(path, **options)
+
+    def _provider(self, kind: str) -> str:
+        """Which of `_PROVIDERS` runs the model on this kind of device."""
+        return kind
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
@@ -160,6 +172,22 @@ class OnnxRuntimeBackend(Backend):
         return self._session
 
 
+class TensorRtProviderBackend(OnnxRuntimeBackend):
+    """The same on CUDA, by the TensorRT execution provider, which builds its engine when the model is loaded.
+
+    A model of which it could run a part only is refused: the rest would run on the CPU.
+    """
+
+    name = "onnxruntime:tensorrt"
+
+    def _provider(self, kind: str) -> str:
+        if kind == "cpu":
+            raise BackendError(
+                f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only."
+            )
+        return "tensorrt"
+
+
 class _BoundRun:
     """Runs of one input shape through memory that is bound once: no arrays are wrapped or made at every call.
 
@@ -205,7 +233,7 @@ def check_provider(active: Sequence[str], kind: str) -> None:
 
     Args:
         active: The session's providers, the one in charge first.
-        kind: "cpu" or "cuda", as asked for.
+        kind: "cpu", "cuda" or "tensorrt", as asked for.
 
     Raises:
         BackendError: The first provider is not the one asked for.
@@ -213,6 +241,12 @@ def check_provider(active: Sequence[str], kind: str) -> None:
     wanted = _PROVIDERS[kind]
     if active and active[0] == wanted:
         return
+    if kind == "tensorrt":
+        raise BackendError(
+            f"ONNX Runtime was asked for {wanted} and fell back to {active[0] if active else 'none'}: it finds no "
+            "TensorRT 10 (libnvinfer.so.10), which its wheels are linked to; TensorRT 11 does not do. Put those "
+            "libraries on LD_LIBRARY_PATH, or run the model on the tensorrt backend, which takes either."
+        )
     raise BackendError(
         f"ONNX Runtime was asked for {wanted} and fell back to {active[0] if active else 'none'}: the libraries of "
         f"{kind} are missing or do not fit the driver. Check with nvidia-smi, install them with: {install_line('gpu')} "
@@ -220,13 +254,13 @@ def check_provider(active: Sequence[str], kind: str) -> None:
     )
 
 
-def _open_session(file: Path, kind: str, index: int, threads: int | None) -> Any:
+def _open_session(file: Path, kind: str, index: int, threads: int | None, memory_limit: int | None) -> Any:
     ort = require("onnxruntime", "cpu")
     if _PROVIDERS[kind] not in ort.get_available_providers():
         raise BackendError(
-            f"Device {kind!r} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without it. "
-            f"The two builds share one folder, so replace it: pip uninstall -y onnxruntime && {install_line('gpu')} "
-            "or run on device='cpu'."
+            f"{_PROVIDERS[kind]} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without "
+            "it. The two builds share one folder, so replace it: "
+            f"pip uninstall -y onnxruntime && {install_line('gpu')} or run on device='cpu'."
         )
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -239,7 +273,11 @@ def _open_session(file: Path, kind: str, index: int, threads: int | None) -> Any
         options.intra_op_num_threads = threads
     # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
     cuda = {"device_id": str(index), "use_tf32": "0"}
-    provider = (_PROVIDERS[kind], cuda if kind == "cuda" else {})
+    if memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two
+        cuda |= {"gpu_mem_limit": str(memory_limit), "arena_extend_strategy": "kSameAsRequested"}
+    provider = (_PROVIDERS[kind], {"cpu": {}, "cuda": cuda, "tensorrt": {"device_id": str(index)}}[kind])
+    if kind == "tensorrt":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         # With its fallback on, a session that fails to start or to run moves to the CPU and only prints that.
         return ort.InferenceSession(str(file), options, providers=[provider], enable_fallback=False)

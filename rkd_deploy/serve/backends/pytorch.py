@@ -1,5 +1,8 @@
 """PyTorch: a live module as the reference of the parity gate, or a bundle's exported program.
 
+Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
+(`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
+
 The only file of `serve` that imports torch; it is loaded by name, so nothing else reaches torch through it.
 """
 
@@ -8,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import threading
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from rkd_deploy.errors import BackendError
+from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.backends.protocol import (
     Array,
     Backend,
@@ -30,6 +34,7 @@ from rkd_deploy.serve.backends.protocol import (
 from rkd_deploy.serve.files import broken_model, model_path
 
 PROGRAM_SUFFIX = ".pt2"
+_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
 
 
 class PyTorchBackend(Backend):
@@ -48,6 +53,7 @@ class PyTorchBackend(Backend):
         device: str = "cpu",
         threads: int | None = None,
         precision: str = "fp32",
+        memory_limit: int | None = None,
     ) -> None:
         """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
 
@@ -58,6 +64,7 @@ class PyTorchBackend(Backend):
             device: "cpu", "cuda" or "cuda:N".
             threads: `torch.set_num_threads`, which holds for the whole process.
             precision: What the module's arithmetic is, for reports.
+            memory_limit: Most bytes that PyTorch may take on this GPU, in the whole process.
 
         Raises:
             UsageError: Unknown device, or a thread count below 1.
@@ -67,16 +74,19 @@ class PyTorchBackend(Backend):
         check_threads(threads)
         if threads is not None:
             torch.set_num_threads(threads)
+        if memory_limit is not None:
+            _limit_memory(self._place, memory_limit)
         self._input = InputSpec(self.input_name, tuple(input_shape), np.dtype(input_dtype))
         self.input_shape, self.input_dtype = self._input.shape, self._input.dtype.name
         self.precision = precision
-        self.device = str(self._place)
+        kind, index = parse_device(device)
+        self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
         self._module: nn.Module | None = copy.deepcopy(module).to(self._place)
         with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
             self._module.eval()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Self:
         """Load the exported program of a bundle, model.pt2. Load only files that you trust.
 
         Raises:
@@ -96,17 +106,13 @@ class PyTorchBackend(Backend):
             raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
         shape = [size if isinstance(size, int) else None for size in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
-        return cls(module, input_shape=shape, input_dtype=dtype, device=device, threads=threads)
+        return cls(module, input_shape=shape, input_dtype=dtype, device=device, **options)
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
         module = self._live()
         self._input.check(x)
-        logits = _run(module, self._tensor(x))
-        if logits.dtype is torch.bfloat16:
-            logits = logits.float()  # NumPy has no bfloat16
-        array: Array = logits.cpu().numpy()
-        return array
+        return _to_numpy(_run(module, self._tensor(x)))
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """See `Backend.prepare`."""
@@ -140,7 +146,113 @@ class PyTorchBackend(Backend):
 
     def _tensor(self, x: Array) -> Tensor:
         # from_numpy warns about read-only memory and refuses negative strides; such arrays are copied.
-        return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self._place)
+        with _explained(len(x)):
+            return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self._place)
+
+
+class CompiledPyTorchBackend(PyTorchBackend):
+    """The same, compiled by torch.compile.
+
+    The first run compiles, and so does the first of another batch size, which then stands for all further ones.
+    """
+
+    name = "pytorch:compile"
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        """Take a copy of a live module; arguments and errors as for `PyTorchBackend`."""
+        super().__init__(module, **options)
+        # fullgraph: what cannot be compiled is an error; else torch runs it eagerly, and says nothing.
+        compiled: Any = torch.compile(self._live(), fullgraph=True)
+        self._module = compiled
+
+
+class GraphedPyTorchBackend(PyTorchBackend):
+    """The same, recorded as a CUDA graph and replayed; another input shape is recorded anew. Threads take turns."""
+
+    name = "pytorch:cuda-graphs"
+
+    def __init__(self, module: nn.Module, *, device: str = "cuda", **options: Any) -> None:
+        """Take a copy of a live module; arguments and errors as for `PyTorchBackend`.
+
+        Raises:
+            BackendError: Another device than CUDA.
+        """
+        if parse_device(device)[0] == "cpu":
+            raise BackendError(
+                f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only. On a CPU "
+                "run pytorch, or pytorch:compile."
+            )
+        super().__init__(module, device=device, **options)
+        self._recorded: _Recorded | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether a run is the launch of a captured graph: always."""
+        return True
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        module = self._live()
+        self._input.check(x)
+        given = self._tensor(x)
+        with self._lock:
+            if self._recorded is None or self._recorded.shape != given.shape:
+                self._recorded = None  # gives its memory back first
+                self._recorded = _Recorded(module, given)
+            return _to_numpy(self._recorded.run(given).to("cpu", copy=True))
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`. What is prepared is a graph of its own."""
+        module = self._live()
+        self._input.check(x)
+        recorded = _Recorded(module, self._tensor(x))
+
+        def run() -> None:
+            self._live()
+            recorded.replay()
+
+        return run
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        super().close()
+        self._recorded = None
+
+
+class _Recorded:
+    """One input shape's run as a CUDA graph: it reads and writes the same memory each time.
+
+    Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self._x = x.clone()
+        with torch.cuda.device(x.device), _explained(len(x)):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UPS):
+                    _run(module, self._x)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = _run(module, self._x)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the input."""
+        return self._x.shape
+
+    def run(self, x: Tensor) -> Tensor:
+        """Logits of another input; the next run overwrites them."""
+        self._x.copy_(x)
+        self.replay()
+        return self._logits
+
+    def replay(self) -> None:
+        """Start a run of the input that is there."""
+        self._graph.replay()
 
 
 def devices() -> tuple[str, ...]:
@@ -149,14 +261,8 @@ def devices() -> tuple[str, ...]:
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    try:
-        with torch.inference_mode():
-            result: Any = module(x)
-    except (RuntimeError, AssertionError) as error:  # out of memory, a shape that the program was not exported for
-        raise BackendError(
-            f"PyTorch failed to run the model on a batch of {len(x)}: {' '.join(str(error).split())}. "
-            "Try a smaller batch, or check that the module takes this input."
-        ) from error
+    with _explained(len(x)), torch.inference_mode():
+        result: Any = module(x)
     logits = result[0] if isinstance(result, tuple | list) and result else result
     if not isinstance(logits, Tensor):
         raise BackendError(
@@ -164,6 +270,27 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
             "or a tuple that begins with one. Wrap the module so that it returns that."
         )
     return logits
+
+
+@contextlib.contextmanager
+def _explained(batch: int) -> Iterator[None]:
+    """Out of memory, a shape that the program was not exported for, no compiler: said as a backend's error."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(
+            f"PyTorch failed to run the model on a batch of {batch}: {' '.join(str(error).split())}. "
+            "Try a smaller batch, or check that the module takes this input."
+        ) from error
+
+
+def _to_numpy(logits: Tensor) -> Array:
+    if logits.dtype is torch.bfloat16:
+        logits = logits.float()  # NumPy has no bfloat16
+    array: Array = logits.cpu().numpy()
+    return array
 
 
 def _place(device: str) -> torch.device:
@@ -178,6 +305,15 @@ def _place(device: str) -> torch.device:
             "or run on device='cpu'."
         )
     return torch.device(kind, index)
+
+
+def _limit_memory(place: torch.device, limit: int) -> None:
+    total = torch.cuda.mem_get_info(place)[1]
+    if limit > total:
+        raise UsageError(
+            f"memory_limit is {limit:,} bytes, and cuda:{place.index or 0} has {total:,}. Give at most that."
+        )
+    torch.cuda.set_per_process_memory_fraction(limit / total, place)
 
 
 def _program_path(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ def test_every_backend_has_a_status():
         assert statuses[name].ok
         assert statuses[name].reason is None
         assert statuses[name].devices[0] == "cpu"
+    compiled, graphs, tensorrt = "pytorch:compile", "pytorch:cuda-graphs", "onnxruntime:tensorrt"
+    assert statuses["pytorch"].ways == ((compiled, graphs) if "cuda" in statuses["pytorch"].devices else (compiled,))
+    assert statuses["onnxruntime"].ways == ((tensorrt,) if "cuda" in statuses["onnxruntime"].devices else ())
+    assert replace(statuses["pytorch"], devices=("cpu", "cuda")).ways == (compiled, graphs)
+    assert replace(statuses["onnxruntime"], devices=("cpu", "cuda")).ways == (tensorrt,)
+    assert statuses["openvino"].ways == ()
     for name, package in ENGINES.items():
         assert statuses[name].devices == (("cuda",) if statuses[name].ok else ())
         if not statuses[name].ok:  # the library is missing, or a GPU is

@@ -1,36 +1,46 @@
 """One contract for every backend that runs here: the zoo's answers are exact, misuse is refused."""
 
+import re
+
 import numpy as np
 import pytest
 
 from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.backends import available, load_backend
 
-WORKING = [status.name for status in available() if status.ok]
-SIMULATED = {"tensorrt, simulated": "tensorrt", "tensorrt-rtx, simulated": "tensorrt-rtx"}
+WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
+SIMULATED = {"tensorrt": "gpu", "tensorrt-rtx": "gpu", "pytorch:cuda-graphs": "graphs"}
+"""What runs on a CUDA device only, and the fixture that simulates one for it."""
+ON_CUDA = [*SIMULATED, "onnxruntime", "onnxruntime:tensorrt", "pytorch", "pytorch:compile"]
 
 
 def on_a_gpu(name):
-    """The engines run on a CUDA device only; everywhere else the simulated device stands in."""
-    absent = pytest.mark.skipif(name not in WORKING, reason=f"{name} does not work on this machine")
-    return pytest.param(name, marks=[pytest.mark.gpu, absent])
+    absent = pytest.mark.skipif(name.split(":")[0] not in WITH_CUDA, reason=f"{name} finds no GPU on this machine")
+    return pytest.param(f"{name} on cuda", marks=[pytest.mark.gpu, absent])
 
 
 @pytest.fixture(
-    params=["onnxruntime", "pytorch", "openvino", *SIMULATED, on_a_gpu("tensorrt"), on_a_gpu("tensorrt-rtx")]
+    params=[
+        "onnxruntime",
+        "pytorch",
+        "openvino",
+        *(f"{name}, simulated" for name in SIMULATED),
+        *map(on_a_gpu, ON_CUDA),
+    ]
 )
 def backend(request, bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("RKD_DEPLOY_CACHE", str(tmp_path))
-    if request.param in SIMULATED:
-        request.getfixturevalue("gpu")
-    with load_backend(SIMULATED.get(request.param, request.param), bundle) as loaded:
+    name, *where = re.split(", | on ", request.param)
+    if where == ["simulated"]:
+        request.getfixturevalue(SIMULATED[name])
+    with load_backend(name, bundle, device="cuda" if where == ["cuda"] else None) as loaded:
         yield loaded
 
 
 def test_says_what_it_is(backend, request):
-    name = request.node.callspec.params["backend"]
-    assert backend.name == SIMULATED.get(name, name)
-    assert backend.device == ("cuda:0" if "tensorrt" in name else "cpu")
+    name, *where = re.split(", | on ", request.node.callspec.params["backend"])
+    assert backend.name == name
+    assert backend.device == ("cuda:0" if where else "cpu")
     assert backend.precision == "fp32"
     assert backend.input_shape == (None, 4, 4, 3)
     assert backend.input_dtype == "uint8"
@@ -111,6 +121,19 @@ def test_the_context_manager_closes(name, bundle, zoo):
 def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
     with pytest.raises(UsageError, match=rule):
         load_backend(name, bundle, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rule"),
+    [
+        ("onnxruntime", {}, "no effect on onnxruntime on cpu"),
+        ("openvino", {}, "no effect on openvino on cpu; on device='cuda' it holds for onnxruntime, pytorch,"),
+        ("pytorch", {"device": "cuda", "memory_limit": 0}, "must be at least 1"),
+    ],
+)
+def test_a_memory_limit_without_an_effect_is_refused(name, options, rule, bundle):
+    with pytest.raises(UsageError, match=rule):
+        load_backend(name, bundle, **{"memory_limit": 1 << 30, **options})
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])

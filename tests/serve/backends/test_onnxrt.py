@@ -26,6 +26,28 @@ def test_the_cpu_build_names_the_gpu_build(bundle, device):
         load_backend("onnxruntime", bundle, device=device)
 
 
+def test_the_guard_names_the_tensorrt_that_is_missing(bundle):
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"TensorrtExecutionProvider and fell back.*libnvinfer\.so\.10.*TensorRT 11"):
+        check_provider(session.get_providers(), "tensorrt")
+
+
+@pytest.mark.skipif(not CPU_BUILD, reason="this build has CUDA")
+def test_the_tensorrt_provider_needs_the_gpu_build_and_a_gpu(bundle):
+    with pytest.raises(BackendError, match=r"TensorrtExecutionProvider was asked for.*pip install 'rkd-deploy\[gpu\]'"):
+        load_backend("onnxruntime:tensorrt", bundle)
+    with pytest.raises(BackendError, match="runs on device='cuda' or 'cuda:N' only"):
+        load_backend("onnxruntime:tensorrt", bundle, device="cpu")
+
+
+def test_what_forbids_a_fallback_is_a_setting_that_onnxruntime_knows(bundle):
+    """It keeps `onnxruntime:tensorrt` from running a part on the CPU; asked for with the CPU it contradicts."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    with pytest.raises(Exception, match="CPU"):
+        onnxruntime.InferenceSession(bundle / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(CPU_BUILD, reason="this build has no CUDA")
 def test_cuda_runs_on_cuda(bundle, zoo):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
+from rkd_deploy.serve.backends.pytorch import CompiledPyTorchBackend, PyTorchBackend
 
 
 def live(module, **options):
@@ -90,3 +90,92 @@ def test_corrupt_programs_are_refused(bundle, zoo, tmp_path):
         (tmp_path / "model.pt2").write_bytes(content)
         with pytest.raises(ModelFileError, match=r"model\.pt2"):
             load_backend("pytorch", tmp_path)
+
+
+def test_another_shape_is_recorded_anew_and_what_was_prepared_stays(bundle, zoo, graphs):
+    with load_backend("pytorch:cuda-graphs", bundle) as backend:
+        prepared = backend.prepare(zoo.pixels(1, seed=9))
+        for count, recorded in ((1, 2), (1, 2), (4, 3), (1, 4)):
+            x = zoo.pixels(count, seed=recorded)
+            np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
+            assert len(graphs) == recorded
+        prepared()
+        assert [graph.replays for graph in graphs] == [1, 2, 1, 1]
+        logits = graphs[0].steps[-1][-1].numpy()
+        np.testing.assert_array_equal(logits, zoo.answer(zoo.pixels(1, seed=9)))  # its input is its own
+        assert backend.cuda_graph
+
+
+def test_logits_of_a_graph_stay_when_it_runs_again(bundle, zoo, graphs):
+    with load_backend("pytorch:cuda-graphs", bundle) as backend:
+        first = backend.infer(zoo.pixels(2, seed=1))
+        backend.infer(zoo.pixels(2, seed=2))
+    np.testing.assert_array_equal(first, zoo.answer(zoo.pixels(2, seed=1)))
+
+
+def test_a_capture_that_fails_is_a_backends_error(bundle, zoo, graphs, monkeypatch):
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with (
+        load_backend("pytorch:cuda-graphs", bundle) as backend,
+        pytest.raises(BackendError, match="batch of 2: operation not permitted"),
+    ):
+        backend.infer(zoo.pixels(2))
+
+
+def test_cuda_graphs_on_a_cpu_are_refused(bundle):
+    with pytest.raises(BackendError, match="runs on device='cuda' or 'cuda:N' only"):
+        load_backend("pytorch:cuda-graphs", bundle, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_compiled_program_gives_the_same_answers(bundle, zoo):
+    """Really compiled, by the C++ compiler of this machine; the second batch size for all further ones."""
+    torch._dynamo.reset()
+    with load_backend("pytorch:compile", bundle) as backend:
+        assert (backend.name, backend.device) == ("pytorch:compile", "cpu")
+        for count in (1, 7, 3, 7):
+            x = zoo.pixels(count, seed=count)
+            np.testing.assert_allclose(backend.infer(x), zoo.answer(x), rtol=1e-6)
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert 1 <= compiled <= 3
+        run = backend.prepare(zoo.pixels(2))
+        run()
+        backend.synchronize()
+    with pytest.raises(BackendError, match="closed"):
+        run()
+
+
+def test_what_cannot_be_compiled_whole_is_an_error():
+    torch._dynamo.reset()
+    module = Answer(lambda x: x * len(str(x.sum().item())))  # the result of a string of a number: no graph
+    with (
+        CompiledPyTorchBackend(module, input_shape=(None, 2), input_dtype="float32") as backend,
+        pytest.raises(BackendError, match="batch of 1"),
+    ):
+        backend.infer(np.ones((1, 2), np.float32))
+
+
+def test_a_memory_limit_is_a_share_of_the_device(bundle, graphs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (1 << 29, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: asked.append(share))
+    with load_backend("pytorch", bundle, device="cuda", memory_limit=1 << 28):
+        assert asked == [0.25]
+    with pytest.raises(UsageError, match="has 1,073,741,824"):
+        load_backend("pytorch", bundle, device="cuda", memory_limit=1 << 31)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_more_than_the_memory_limit_is_an_error(bundle, zoo):
+    try:
+        with (
+            load_backend("pytorch", bundle, device="cuda", memory_limit=64 << 20) as backend,
+            pytest.raises(BackendError, match="out of memory"),
+        ):
+            backend.infer(np.zeros((1 << 22, 4, 4, 3), np.uint8))  # 200 MB before it becomes float
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

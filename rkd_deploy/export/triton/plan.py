@@ -1,0 +1,108 @@
+"""The engine of a bundle as Triton's plan, and the batch sizes that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.export.triton.settings import Serving
+from rkd_deploy.export.triton.signature import Signature
+from rkd_deploy.serve.engines.record import EngineRecord, engine_path, read_engine
+from rkd_deploy.serve.engines.settings import Profile
+from rkd_deploy.serve.engines.source import Source
+
+LARGEST = 32
+"""Largest batch by default, where the model has no limit of its own."""
+
+USUAL = 8
+"""A batch worth waiting for by default: past it, throughput grows slowly (benchmarks/)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine and, unless another tool built it, what is known of it."""
+
+    file_name: str
+    content: bytes
+    record: EngineRecord | None
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The ranges of batch sizes that it was built for; empty: unknown."""
+        return () if self.record is None else tuple(Profile.parse(text) for text in self.record.profiles)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Batch sizes of a served model, all defaults filled in.
+
+    Attributes:
+        most: Largest batch.
+        preferred: Those that the scheduler waits for, ascending.
+        profiles: How many profiles the plan has; 0: it is none, or nothing is known of it.
+    """
+
+    most: int
+    preferred: tuple[int, ...]
+    profiles: int = 0
+
+
+def read_plan(source: Source, signature: Signature, serving: Serving) -> Plan:
+    """The engine beside the ONNX file.
+
+    Raises:
+        UsageError: There is none; the message says how to get one.
+        ModelFileError: It is another model's, or is not as it was written.
+    """
+    file = engine_path(source.file, "tensorrt")
+    if not file.is_file():
+        model = source.file.parent if source.card is not None else source.file
+        raise UsageError(
+            f"There is no TensorRT plan for Triton: {file} does not exist. A plan runs only in the TensorRT that built "
+            "it, and on such a GPU. Where the server's version is installed: "
+            f"rkd-deploy export {model} --format tensorrt; or in the server's container: "
+            f"{_trtexec(source, signature, serving, file.name)}; then come back. "
+            "--triton-backend onnxruntime needs no plan."
+        )
+    content, record = read_engine(file)
+    if record is not None and record.onnx_sha256 != source.sha256:
+        raise ModelFileError(
+            f"{file} was built from another {record.onnx_name} than {source.file} (their checksums differ). Build it "
+            f"again with: rkd-deploy export {source.file} --format tensorrt"
+        )
+    return Plan(str(file), content, record)
+
+
+def choose_batching(serving: Serving, plan: Plan | None) -> Batching:
+    """Fill in what is left open, and hold what is asked for against what the plan takes.
+
+    Raises:
+        UsageError: A batch size that the model cannot take.
+    """
+    profiles = () if plan is None else plan.profiles
+    usual: tuple[int, ...] = (USUAL,)
+    most = serving.max_batch or LARGEST
+    if plan is not None and profiles:
+        largest = max(profile.most for profile in profiles)
+        most = serving.max_batch or largest
+        usual = tuple(profile.best for profile in profiles)
+        refused = [size for size in range(1, most + 1) if not any(profile.covers(size) for profile in profiles)]
+        if refused:
+            raise UsageError(
+                f"{plan.file_name} was built for {', '.join(map(str, profiles))} images, and up to --max-batch {most} "
+                f"Triton may send any number, {refused[0]} too. Build it with --profile 1:OPT:MAX, MAX at least {most}."
+            )
+    preferred = serving.preferred or (*(size for size in usual if size <= most), most)
+    if not all(1 <= size <= most for size in preferred):
+        raise UsageError(
+            f"--preferred-batch {','.join(map(str, preferred))}: each must be between 1 and the largest batch, {most}."
+        )
+    return Batching(most, tuple(sorted(set(preferred))), len(profiles))
+
+
+def _trtexec(source: Source, signature: Signature, serving: Serving, engine: str) -> str:
+    batching = choose_batching(serving, None)
+    shapes = {"min": 1, "opt": batching.preferred[0], "max": batching.most}
+    sizes = "x".join(map(str, signature.input.dims))
+    ranges = " ".join(f"--{end}Shapes={signature.input.name}:{batch}x{sizes}" for end, batch in shapes.items())
+    return f"trtexec --onnx={source.file.name} --saveEngine={engine} {ranges}"

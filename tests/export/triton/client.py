@@ -1,0 +1,101 @@
+"""A client of a tritonserver, run in the environment of conftest.py; prints one JSON object.
+
+client.py config FILE                               parse a config.pbtxt with Triton's own protobuf definition
+client.py ask ADDRESS MODEL VERSION X.npy Y.npz     logits and labelled top 3 of one request
+client.py crowd ADDRESS MODEL X.npy Y.npz           every image a request of its own, all at once
+client.py follow ADDRESS MODEL VERSION X.npy Y.npz  ask on and on until VERSION is ready and answers
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import tritonclient.grpc as grpc
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
+
+SECONDS = 60
+
+
+def config(file):
+    with open(file, encoding="utf-8") as stream:
+        parsed = text_format.Parse(stream.read(), model_config_pb2.ModelConfig())
+    return json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+
+
+def connect(address, model, version=""):
+    """A client, once the model is ready."""
+    client, start = grpc.InferenceServerClient(address), time.monotonic()
+    while not ready(client, model, version):
+        assert time.monotonic() - start < SECONDS, f"{model} {version} is not ready after {SECONDS} s"
+        time.sleep(0.05)
+    return client
+
+
+def ready(client, model, version):
+    try:
+        return client.is_model_ready(model, version)
+    except grpc.InferenceServerException:  # not listening yet
+        return False
+
+
+def inputs(x):
+    tensor = grpc.InferInput("input", list(x.shape), "UINT8")
+    tensor.set_data_from_numpy(x)
+    return [tensor]
+
+
+def logits(client, model, x, version="", classes=0):
+    wanted = [grpc.InferRequestedOutput("logits", class_count=classes)]
+    return client.infer(model, inputs(x), model_version=version, outputs=wanted).as_numpy("logits")
+
+
+def ask(address, model, version, x_file, y_file):
+    client, x = connect(address, model, version), np.load(x_file)
+    np.savez(y_file, logits=logits(client, model, x, version))
+    return {"top3": [[text.decode() for text in row] for row in logits(client, model, x, version, 3)]}
+
+
+def counts(client, model):
+    (found,) = client.get_inference_statistics(model).model_stats
+    return {"images": found.inference_count, "runs": found.execution_count}
+
+
+def crowd(address, model, x_file, y_file):
+    client, x, answers = connect(address, model), np.load(x_file), {}
+    before = counts(client, model)
+    for number in range(len(x)):
+
+        def keep(result, error, number=number):
+            answers[number] = (result, error)
+
+        client.async_infer(model, inputs(x[number : number + 1]), keep)
+    start = time.monotonic()
+    while len(answers) < len(x) and time.monotonic() - start < SECONDS:
+        time.sleep(0.01)
+    errors = [str(error) for _, error in answers.values() if error is not None]
+    assert len(answers) == len(x), errors
+    assert not errors, errors
+    np.savez(y_file, logits=np.concatenate([answers[number][0].as_numpy("logits") for number in range(len(x))]))
+    after = counts(client, model)
+    return {key: after[key] - before[key] for key in after}
+
+
+def follow(address, model, version, x_file, y_file):
+    client, x = connect(address, model), np.load(x_file)
+    print("following", flush=True)
+    answers, errors, start, left = [], [], time.monotonic(), 20
+    while left and time.monotonic() - start < SECONDS:
+        try:
+            answers.append(logits(client, model, x))
+        except grpc.InferenceServerException as error:
+            errors.append(str(error))
+        left -= ready(client, model, version)
+    np.savez(y_file, logits=np.stack(answers))
+    return {"answers": len(answers), "errors": errors, "ready": not left}
+
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    print(json.dumps(globals()[name](*arguments)))

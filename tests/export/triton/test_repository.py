@@ -1,0 +1,351 @@
+"""What a model repository is made of, and what is refused; a server runs one in test_server.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import onnx
+import pytest
+import yaml
+from onnx import TensorProto, helper
+
+from rkd_deploy.errors import ModelFileError, StorageError, UsageError
+from rkd_deploy.export.triton import repository as repository_module
+from rkd_deploy.export.triton.kserve import inference_service, service_name
+from rkd_deploy.export.triton.repository import export_triton
+from rkd_deploy.export.triton.settings import Instances, Serving
+from rkd_deploy.serve.engines.record import EngineRecord, write_engine
+from rkd_deploy.serve.engines.source import read_source
+
+NAME = "tiny-s-a"
+LABELS = "ant\nbee\ncat\ndog\nelk\n"
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def with_plan(bundles, tmp_path):
+    """A copy of the first bundle with a plan in it, as `rkd-deploy export --format tensorrt` records it."""
+
+    def make(*profiles):
+        folder = shutil.copytree(bundles[0], tmp_path / "planned")
+        source = read_source(folder)
+        record = EngineRecord(
+            flavour="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
+            compute_capabilities=(), driver=12080, profiles=profiles, precision="fp32", settings={},
+            onnx_name="model.onnx", onnx_sha256=source.sha256, engine_bytes=4, build_seconds=1.0,
+            engine_sha256=hashlib.sha256(b"plan").hexdigest(),
+        )  # fmt: skip
+        write_engine(folder / "model.tensorrt.engine", b"plan", record)
+        return folder
+
+    return make
+
+
+def test_a_new_model(bundles, tmp_path):
+    written = export_triton(bundles[0], tmp_path / "models")
+    assert (written.name, written.version, written.kept) == (NAME, 1, ())
+    found = files(tmp_path / "models")
+    assert set(found) == {
+        f"{NAME}.kserve.yaml",
+        *(f"{NAME}/{file}" for file in ("config.pbtxt", "labels.txt", "1/model.onnx")),
+    }
+    assert found[f"{NAME}/1/model.onnx"] == (bundles[0] / "model.onnx").read_bytes()
+    assert found[f"{NAME}/labels.txt"].decode() == LABELS
+
+
+def test_the_next_version_stands_beside_the_old_one(bundles, tmp_path):
+    export_triton(bundles[0], tmp_path)
+    before = files(tmp_path)
+    assert export_triton(bundles[1], tmp_path).version == 2
+    after = files(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert set(after) - set(before) == {f"{NAME}/2/model.onnx"}
+    shutil.rmtree(tmp_path / NAME / "1")  # retired by hand: its number is not given again
+    assert export_triton(bundles[0], tmp_path).version == 3
+
+
+def test_configuration_that_differs_is_replaced_or_kept_as_asked(bundles, tmp_path):
+    export_triton(bundles[0], tmp_path)
+    config, service = tmp_path / NAME / "config.pbtxt", tmp_path / f"{NAME}.kserve.yaml"
+    config.write_text(config.read_text() + "# tuned by hand\n")
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match=r"(?s)config.pbtxt stands there already.*-# tuned by hand.*--config keep"):
+        export_triton(bundles[1], tmp_path)
+    assert files(tmp_path) == before
+    kept = export_triton(bundles[1], tmp_path, Serving(config="keep", storage_uri="s3://b/m"))
+    assert (kept.version, kept.kept) == (2, (config, service))
+    assert config.read_bytes() == before[f"{NAME}/config.pbtxt"]
+    assert service.read_bytes() == before[f"{NAME}.kserve.yaml"]
+    replaced = export_triton(bundles[1], tmp_path, Serving(config="replace", max_batch=4, preferred=(2,)))
+    assert (replaced.version, replaced.kept) == (3, ())
+    assert "max_batch_size: 4\n" in config.read_text()
+
+
+@pytest.mark.parametrize(("changed", "what"), [("other backend", "backend"), ("labels", "labels")])
+def test_another_model_is_no_next_version(bundles, tmp_path, changed, what):
+    export_triton(bundles[0], tmp_path)
+    serving = Serving(config="replace")
+    if changed == "labels":
+        (tmp_path / NAME / "labels.txt").write_text(LABELS.replace("ant", "auk"))
+    else:
+        serving = Serving(config="replace", backend="python")
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match=f"other {what}.*--model-name"):
+        export_triton(bundles[1], tmp_path, serving)
+    assert files(tmp_path) == before
+    assert export_triton(bundles[1], tmp_path, Serving(name="another")).version == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(bundles, tmp_path):
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "diary.txt").write_text("mine")
+    with pytest.raises(StorageError, match="holds no model with a version"):
+        export_triton(bundles[0], tmp_path)
+    assert set(files(tmp_path)) == {f"{NAME}/diary.txt"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nothing_is_left_where_writing_fails(bundles, tmp_path, monkeypatch, version):
+    if version == 2:
+        export_triton(bundles[0], tmp_path)
+    before = files(tmp_path)
+
+    def full(path, content):
+        raise StorageError(f"{path}: no space left")
+
+    monkeypatch.setattr(repository_module, "write_bytes", full)
+    with pytest.raises(StorageError, match="no space left"):
+        export_triton(bundles[1], tmp_path)
+    assert files(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == ({NAME, f"{NAME}.kserve.yaml"} if version == 2 else set())
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_python_variant_brings_its_code(bundles, tmp_path):
+    export_triton(bundles[0], tmp_path, Serving(backend="python"))
+    assert set(files(tmp_path / NAME / "1")) == {"model.onnx", "model.py"}
+    code = (tmp_path / NAME / "1/model.py").read_text()
+    imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
+    assert imported - {"json", "pathlib", "typing", "__future__"} == {
+        "numpy", "onnxruntime", "triton_python_backend_utils",
+    }  # fmt: skip
+
+
+def test_a_plan_and_its_batch_sizes(with_plan, tmp_path):
+    bundle = with_plan("1:8:16")
+    written = export_triton(bundle, tmp_path / "models", Serving(backend="tensorrt"))
+    folder = tmp_path / "models" / NAME
+    assert (folder / "1/model.plan").read_bytes() == b"plan"
+    assert json.loads((folder / "1/model.plan.json").read_text())["version"] == "10.9.0.34"
+    config = (folder / "config.pbtxt").read_text()
+    for line in ('backend: "tensorrt"', "max_batch_size: 16", "preferred_batch_size: [ 8, 16 ]", "kind: KIND_GPU"):
+        assert line in config
+    assert "profile:" not in config
+    assert yaml.safe_load(written.service.read_text())["spec"]["predictor"]["model"]["modelFormat"] == {
+        "name": "tensorrt"
+    }
+    with pytest.raises(UsageError, match=r"built for 1:8:16.*--max-batch 32.*17 too.*--profile 1:OPT:MAX"):
+        export_triton(bundle, tmp_path / "more", Serving(backend="tensorrt", max_batch=32))
+    assert not (tmp_path / "more").exists()
+
+
+def test_several_profiles_are_all_used(with_plan, tmp_path):
+    export_triton(with_plan("1:1:1", "2:8:32"), tmp_path / "models", Serving(backend="tensorrt"))
+    config = (tmp_path / "models" / NAME / "config.pbtxt").read_text()
+    for line in ('profile: [ "0", "1" ]', "max_batch_size: 32", "preferred_batch_size: [ 1, 8, 32 ]"):
+        assert line in config
+
+
+def test_without_a_fitting_plan_it_is_said_how_to_get_one(bundles, with_plan, tmp_path):
+    wanted = r"export \S+first --format tensorrt.*trtexec --onnx=model.onnx --saveEngine=model.tensorrt.engine"
+    wanted += " --minShapes=input:1x8x8x3 --optShapes=input:8x8x8x3 --maxShapes=input:32x8x8x3"
+    with pytest.raises(UsageError, match=wanted):
+        export_triton(bundles[0], tmp_path / "models", Serving(backend="tensorrt"))
+    foreign = with_plan("1:8:16")
+    shutil.copy(bundles[1] / "model.onnx", foreign / "model.onnx")
+    (foreign / "model.json").unlink()  # else its checksums notice first
+    with pytest.raises(ModelFileError, match=r"built from another model\.onnx"):
+        export_triton(foreign, tmp_path / "models", Serving(backend="tensorrt"))
+    (foreign / "model.tensorrt.engine.json").unlink()  # what trtexec writes has no record
+    written = export_triton(foreign, tmp_path / "models", Serving(backend="tensorrt"))
+    assert set(files(written.repository / NAME / "1")) == {"model.plan"}
+
+
+def test_it_needs_no_torch(bundles, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from rkd_deploy.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        bundles[0],
+        "--format",
+        "triton",
+        "--repository",
+        tmp_path / "models",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "models" / NAME / "1/model.onnx").exists()
+
+
+def test_a_changed_bundle_is_refused(bundles, tmp_path):
+    bundle = shutil.copytree(bundles[0], tmp_path / "bundle")
+    (bundle / "labels.txt").write_text("x\n")
+    with pytest.raises(ModelFileError, match=r"labels\.txt changed"):
+        export_triton(bundle, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def save(path, shapes, dtype=TensorProto.FLOAT):
+    """An ONNX file of others: the sum of its inputs."""
+    values = [helper.make_tensor_value_info(f"in{index}", dtype, shape) for index, shape in enumerate(shapes)]
+    result = helper.make_tensor_value_info('say "hi"\\', dtype, shapes[0])
+    node = helper.make_node("Sum", [value.name for value in values], [result.name])
+    graph = helper.make_graph([node], "g", values, [result])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ([["n", 3], ["n", 3]], "has 2 inputs"),
+        ([[4, 3]], r"the shape \[4, 3\]: its batch is fixed"),
+        ([["n", "w"]], r"the shape \[\?, \?\]: only the batch may be free"),
+    ],
+)
+def test_what_cannot_be_batched_is_refused(tmp_path, shapes, reason):
+    file = save(tmp_path / "model.onnx", shapes)
+    with pytest.raises(UsageError, match=reason):
+        export_triton(file, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_file_of_others_has_no_labels(tmp_path):
+    written = export_triton(save(tmp_path / "Foo_v2.onnx", [["n", 3]]), tmp_path / "models")
+    assert written.name == "foo-v2"
+    assert not (written.repository / "foo-v2/labels.txt").exists()
+    assert "label_filename" not in (written.repository / "foo-v2/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"backend": "onnx"}, "Did you mean 'onnxruntime'"),
+        ({"name": "../up"}, "'../up' names a folder"),
+        ({"max_batch": 0}, "--max-batch 0 must be at least 1"),
+        ({"versions": 0}, "--serve-versions 0 must be"),
+        ({"queue_delay_us": -1}, "--queue-delay -1"),
+        ({"config": "overwrite"}, "Choices: keep, replace"),
+        ({"backend": "tensorrt", "instances": Instances("cpu")}, "plans on GPUs only"),
+        ({"instances": Instances("gpu"), "threads": 2}, "--threads 2 has no effect"),
+        ({"storage_uri": "ftp://host/models"}, "'ftp://host/models' must be an address"),
+        ({"storage_uri": "s3://a b"}, "must be an address"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, reason):
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        Serving(**given)
+
+
+@pytest.mark.parametrize("text", ["tpu", "cpu:0", "gpu:-1", "cpu:1.5", ""])
+def test_instances_are_cpu_or_gpu_and_a_number(text):
+    assert Instances.parse("cpu:3") == Instances("cpu", 3)
+    with pytest.raises(UsageError, match="must be cpu or gpu"):
+        Instances.parse(text)
+
+
+def test_a_batch_size_above_the_largest_is_refused(bundles, tmp_path):
+    with pytest.raises(UsageError, match="--preferred-batch 8,16: each must be between 1 and the largest batch, 8"):
+        export_triton(bundles[0], tmp_path / "models", Serving(max_batch=8, preferred=(8, 16)))
+
+
+@pytest.mark.parametrize(
+    ("serving", "model_format", "gpus"),
+    [
+        (Serving(storage_uri="s3://bucket/models"), "onnx", None),
+        (Serving(storage_uri="pvc://volume/models", instances=Instances("gpu", 2)), "onnx", "1"),
+        (Serving(storage_uri="gs://bucket/models", backend="tensorrt"), "tensorrt", "1"),
+        (Serving(storage_uri="oci://registry/models:1", backend="python"), "triton", None),
+    ],
+)
+def test_the_kserve_resource(serving, model_format, gpus):
+    """Field by field as serving.kserve.io/v1beta1 has them; formats are those of KServe's own runtime for Triton."""
+    found = yaml.safe_load(inference_service("Foo_1.2", serving))
+    model = {
+        "runtime": "kserve-tritonserver",
+        "protocolVersion": "v2",
+        "modelFormat": {"name": model_format},
+        "storageUri": serving.storage_uri,
+    }
+    if gpus is not None:
+        model["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
+    assert found == {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": "foo-1-2"},
+        "spec": {"predictor": {"model": model}},
+    }
+
+
+@pytest.mark.parametrize("name", ["a", "Foo_1.2", "7up", "x" * 100, "a." + "-" * 80, "0", "NO", "1e3"])
+def test_the_name_of_a_kserve_resource(name):
+    found = service_name(name)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", found)  # KServe's rule (inference_service_validation.go)
+    assert len(found) <= 63
+    assert yaml.safe_load(inference_service(name, Serving()))["metadata"]["name"] == found  # text, never a number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt", "python"])
+def test_the_configuration_is_triton_s(triton, with_plan, tmp_path, backend):
+    """Read by Triton's own protobuf definition, which knows no field that is not its own."""
+    bundle = with_plan("1:1:1", "2:8:32")
+    on_cpu = {} if backend == "tensorrt" else {"threads": 2, "instances": Instances("cpu", 3)}
+    serving = Serving(backend=backend, queue_delay_us=500, versions=None if backend == "python" else 2, **on_cpu)
+    export_triton(bundle, tmp_path / "models", serving)
+    found = json.loads(triton.client("config", tmp_path / "models" / NAME / "config.pbtxt"))
+    sizes = [1, 8, 32] if backend == "tensorrt" else [8, 32]
+    image = {"data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}
+    group = {"kind": "KIND_CPU", "count": 3}
+    if backend == "tensorrt":
+        group = {"kind": "KIND_GPU", "count": 1, "profile": ["0", "1"]}
+    wanted = {
+        "name": NAME,
+        "backend": backend,
+        "max_batch_size": 32,
+        "input": [{"name": "input", **image}],
+        "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["5"], "label_filename": "labels.txt"}],
+        "dynamic_batching": {"preferred_batch_size": sizes, "max_queue_delay_microseconds": "500"},
+        "instance_group": [group],
+        "version_policy": {"all": {}} if backend == "python" else {"latest": {"num_versions": 2}},
+        "model_warmup": [
+            {"name": f"batch_{size}", "batch_size": size, "inputs": {"input": {**image, "zero_data": True}}}
+            for size in sorted({1, *sizes})
+        ],
+    }
+    if on_cpu:
+        wanted["parameters"] = {"intra_op_thread_count": {"string_value": "2"}}
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_names_of_others_are_quoted(triton, tmp_path):
+    written = export_triton(save(tmp_path / "model.onnx", [["n", 3]]), tmp_path / "models")
+    found = json.loads(triton.client("config", written.repository / "model/config.pbtxt"))
+    assert found["output"] == [{"name": 'say "hi"\\', "data_type": "TYPE_FP32", "dims": ["3"]}]
+
+
+@pytest.mark.slow
+def test_a_field_that_triton_does_not_know_is_seen(triton, tmp_path):
+    (tmp_path / "config.pbtxt").write_text("dynamic_batching { preferred_batch_sizes: [ 8 ] }\n")
+    with pytest.raises(AssertionError, match='has no field named "preferred_batch_sizes"'):
+        triton.client("config", tmp_path / "config.pbtxt")

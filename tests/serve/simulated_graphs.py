@@ -1,0 +1,67 @@
+"""PyTorch's CUDA graphs on a machine without a GPU: what runs during a capture is written down, and replayed.
+
+As on a GPU, a capture fixes memory: a replay reads the tensors that were read, writes those that were written, and
+knows nothing of tensors made since. So an input that was not copied into place, or a graph of another shape, gives a
+wrong answer. Unlike a GPU, it runs while it captures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        self.steps, self.replays = [], 0
+
+    def replay(self):
+        self.replays += 1
+        with torch.inference_mode():
+            for function, arguments, options, written in self.steps:
+                again = function(*arguments, **options)
+                if isinstance(again, torch.Tensor) and again.data_ptr() != written.data_ptr():  # else a view
+                    written.copy_(again)
+
+
+class _Writing(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.graph.steps.append((function, arguments, options or {}, result))
+        return result
+
+
+class Stream:
+    """In place of torch.cuda.Stream."""
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
+def install(monkeypatch):
+    """One simulated device for PyTorchBackend; gives the graphs that are made, as they are made."""
+    graphs = []
+
+    def make():
+        graphs.append(Graph())
+        return graphs[-1]
+
+    monkeypatch.setattr("rkd_deploy.serve.backends.pytorch._place", lambda device: torch.device("cpu"))
+    for name, value in {
+        "CUDAGraph": make,
+        "graph": _Writing,
+        "Stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": Stream,
+        "device": lambda device: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return graphs
