@@ -40,12 +40,12 @@ from rkd_deploy.serve.backends.pytorch import PyTorchBackend
 from rkd_deploy.serve.bench import bench
 
 FILES = (
-    ("fp16", "cpu"),
-    ("fp16", "openvino"),
-    ("bf16", "openvino"),
     ("int8", "cpu"),
     ("int8", "openvino"),
     ("int8", "tensorrt"),
+    ("fp16", "cpu"),
+    ("fp16", "openvino"),
+    ("bf16", "openvino"),
 )
 LIMITS = {"fp16": 0.1, "bf16": None, "int8": 0.5}
 """Points of accuracy on the whole test split."""
@@ -84,7 +84,7 @@ def speed() -> Iterator[Claim]:
             files = [_written(Path(folder), graph, f"{target}-{name}") for name, graph in graphs.items()]
             yield Claim(f"ResNet-18 int8 file, {target}", files[1].stat().st_size / 1e6, "MB", None)
             for batch in (1, 8):
-                results = bench(files, backend=backend, batches=(batch,), threads=1, min_seconds=4, min_runs=30)
+                results = bench(files, backend=backend, batches=(batch,), threads=1, min_seconds=3, min_runs=10)
                 samples = {name: list(result.samples_ms) for name, result in zip(graphs, results, strict=True)}
                 ratio = results[1].p50_ms / results[0].p50_ms
                 what = f"ResNet-18 at 224, {backend}, batch {batch}: int8 over fp32"
