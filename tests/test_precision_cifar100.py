@@ -1,7 +1,9 @@
-"""Lower precision on real images: the pretrained ResNet-20, 500 test images. benchmarks/precision.py takes all."""
+"""Lower precision on real images: the pretrained ResNet-20, 500 test images; and the record of all with ResNet-56."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,24 +45,39 @@ def resnet20(cifar100, shared_data):
     )
 
 
-@pytest.mark.parametrize(
-    ("precision", "target", "same", "lost"),
-    [
-        ("fp16", "cpu", 99.0, 0.4),
-        ("int8", "cpu", 93.0, 2.0),
-        ("int8", "openvino", 93.0, 2.0),
-        ("int8", "tensorrt", 93.0, 2.0),
-    ],
-)
-def test_a_file_classifies_real_images_as_the_network_does(resnet20, precision, target, same, lost):
-    """`same` and `lost` are for 500 images, one of which is 0.2 %; the whole split has the benchmark's limits."""
-    options = PrecisionOptions(precision=precision, target=target, drop=2.0)
+IMAGES = 500
+CASES = [("fp16", "cpu", 0.1, 99.0), ("int8", "cpu", 0.5, 96.0), ("int8", "openvino", 0.5, 96.0)]
+CASES += [("int8", "tensorrt", 0.5, 96.0)]
+
+
+@pytest.mark.parametrize(("precision", "target", "points", "same"), CASES)
+def test_a_file_classifies_500_test_images_as_the_network_does(resnet20, precision, target, points, same):
+    """500 images cannot show a loss of half a point: of d changed classes, chance alone loses about sqrt(d).
+
+    So the sample is held to the limit plus twice that, in images, and to the share of classes that stay. All 10,000 are
+    in the record.
+    """
+    options = PrecisionOptions(precision=precision, target=target)
     calibration = resnet20.calibration if precision == "int8" else None
     found = lower(resnet20.graph, resnet20.proto, PREPROCESS, calibration, resnet20.held_out, options)
-    assert found.judgement.passed
     assert found.judgement.images == 256
     logits_NK = answers(found.proto, resnet20.test, options.prover)
-    before = 100 * (resnet20.expected.argmax(1) == resnet20.labels_N).mean()
-    assert before == pytest.approx(68.83, abs=3)  # published for all 10,000
-    assert 100 * (logits_NK.argmax(1) == resnet20.expected.argmax(1)).mean() >= same
-    assert before - 100 * (logits_NK.argmax(1) == resnet20.labels_N).mean() <= lost
+    assert len(logits_NK) == IMAGES
+    right_N, expected_N = resnet20.labels_N, resnet20.expected.argmax(1)
+    assert 100 * (expected_N == right_N).mean() == pytest.approx(68.83, abs=3)  # published for all 10,000
+    changed = int((logits_NK.argmax(1) != expected_N).sum())
+    assert changed <= (100 - same) * IMAGES / 100
+    lost = int((expected_N == right_N).sum()) - int((logits_NK.argmax(1) == right_N).sum())
+    assert lost <= points * IMAGES / 100 + 2 * changed**0.5
+
+
+@pytest.mark.parametrize(("precision", "target", "points", "same"), CASES)
+def test_the_record_says_what_all_10000_test_images_lose(precision, target, points, same):
+    """ResNet-56, by benchmarks/precision.py: 0.1 points for fp16, 0.5 for int8."""
+    record = max((Path(__file__).parents[1] / "benchmarks").glob("precision_*.json"), key=lambda path: path.name[-13:])
+    claims = {claim["what"]: claim for claim in json.loads(record.read_text())["claims"]}
+    assert claims["ResNet-56, 10000 test images: fp32"]["value"] == pytest.approx(72.63, abs=0.02)
+    prover = "openvino" if target == "openvino" else "onnxruntime"
+    lost = claims[f"ResNet-56 {precision} for {target} on {prover}: points lost"]
+    assert lost["limit"] == points
+    assert lost["value"] <= points

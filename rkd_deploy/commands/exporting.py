@@ -44,6 +44,7 @@ from rkd_deploy.commands.triton import (
 from rkd_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.serve.engines.settings import EngineSettings
 
 
@@ -68,9 +69,10 @@ def export(
         ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option("--backend", help="What --fuse auto measures on. Default: onnxruntime.")
+        str | None,
+        typer.Option("--backend", help="What --fuse auto measures on. Default: onnxruntime, or that of --target."),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="For --fuse auto. Default: cpu.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="For --fuse auto. Default: the backend's.")] = None,
     batches: Annotated[
         str | None, typer.Option("--batch", help="For --fuse auto: all count alike, e.g. 1,8. Default: 1.")
     ] = None,
@@ -204,9 +206,6 @@ def export(
             "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
         )
     need("export", "torch", "safetensors", "onnx", "onnxscript")
-    measuring_threads = None if serving is not None and level != "auto" else threads
-    measuring_threads = None if serving is not None and level != "auto" else threads
-    measured_on = _fusion_target(level, backend, device, batches, measuring_threads)
     from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.serve.bench.display import print_exits, status
@@ -223,6 +222,8 @@ def export(
         agreement=min_agreement,
         drop=max_drop,
     )
+    measuring_threads = None if serving is not None and level != "auto" else threads
+    measured_on = _fusion_target(level, backend, device, batches, measuring_threads, options)
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
     with status(f"Exporting {part or 'the network'} of {chosen.folder}") as update:
         made = export_run(
@@ -270,7 +271,12 @@ def export(
 
 
 def _fusion_target(
-    level: str | None, backend: str | None, device: str | None, batches: str | None, threads: int | None
+    level: str | None,
+    backend: str | None,
+    device: str | None,
+    batches: str | None,
+    threads: int | None,
+    precision: PrecisionOptions,
 ) -> Any:
     """What --fuse auto measures on; None for a level that is not measured."""
     given = {"--backend": backend, "--device": device, "--batch": batches, "--threads": threads}
@@ -284,8 +290,9 @@ def _fusion_target(
     from rkd_deploy.export.selection import Target
     from rkd_deploy.serve.backends import check_backend
 
-    check_backend(backend or "onnxruntime")
-    return Target(backend or "onnxruntime", device or "cpu", threads, tuple(batch_sizes(batches or "1")))
+    chosen = backend or (precision.runs_on[0] if precision.lowered else "onnxruntime")
+    check_backend(chosen)
+    return Target(chosen, device, threads, tuple(batch_sizes(batches or "1")))
 
 
 def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:

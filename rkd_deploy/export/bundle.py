@@ -36,14 +36,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.card import ModelCard, Preprocess
+from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export.early_exit import EarlyExit, check, write_exits
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
 from rkd_deploy.export.judging import HeldOut, Judgement, as_input, failed
-from rkd_deploy.export.lowering import Lowered, lower
-from rkd_deploy.export.precision import Lowering
+from rkd_deploy.export.lowering import Lowered, lower, unjudged
+from rkd_deploy.export.precision import AUTO, Lowering, PrecisionOptions
 from rkd_deploy.export.selection import Choice, Target, choose_level
 from rkd_deploy.export.weights import check_finite
 from rkd_deploy.serve.backends import infer_many, load_backend
@@ -118,7 +118,8 @@ def export_bundle(
         tolerance: Largest allowed difference of a logit.
         with_pytorch: Write model.pt2 too.
         early_exit: Write a graph of each branch too, to run one after the other (`rkd_deploy.export.early_exit`).
-        target: What level `auto` measures on. Default: ONNX Runtime on the CPU, batch 1.
+        target: What level `auto` measures on, files of lower precision included. Default: batch 1 on the CPU with ONNX
+            Runtime, or on what `lowering` is for.
         progress: Told how far that is.
         lowering: Lower the precision of the proven float32 graph, and judge what comes out of that on held-out images.
 
@@ -127,24 +128,25 @@ def export_bundle(
         GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
             allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
-        UsageError: Unknown level or outputs, a target without level `auto`; early exit of a network
-            that has no branches.
+        UsageError: Unknown level or outputs, a target without level `auto` or not that of `lowering`; early exit of a
+            network that has no branches, or together with `lowering`.
     """
     if with_pytorch and lowering is not None:
         raise UsageError(
             f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
             "--precision out."
         )
-    if lowering is not None and (early_exit is not None or level == "auto"):
-        what = "early exit" if early_exit is not None else "level auto"
+    if lowering is not None and early_exit is not None:
         raise UsageError(
-            f"{what} and precision {lowering.options.precision}: graphs of early exit, and what auto measures, are "
-            "float32 in this version. Leave one of them out; a level that auto chose can be named."
+            f"--precision {lowering.options.precision} lowers one graph, model.onnx. Early exit adds up the logits of "
+            "several, S's and each A's: rounded one by one, their sums are those of another network, which no gate "
+            "here has judged, and the threshold was chosen for float32 confidences. Export two bundles: one with "
+            "--early-exit, one with --precision."
         )
     check_finite(model)
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model)
-    choice = _fused(model.cpu(), preprocess, outputs, level, target, progress)
+    choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
     graph, proto = ExportGraph(choice.network, preprocess, outputs).eval(), choice.proto
     card = dataclasses.replace(
         card,
@@ -189,31 +191,64 @@ def export_bundle(
 
 def _fused(
     model: nn.Module,
-    preprocess: Preprocess,
+    card: ModelCard,
     outputs: Sequence[str],
     level: str,
     target: Target | None,
     progress: Progress | None,
+    lowering: Lowering | None,
 ) -> Choice:
-    def convert(network: nn.Module) -> Any:
-        return to_onnx(ExportGraph(network, preprocess, outputs).eval(), preprocess)
+    """The fused network and its float32 graph; level auto is chosen by the files that would ship."""
 
-    if level == "auto":
-        return choose_level(model, convert, target or Target(), progress)
-    if target is not None:
+    def float32(network: nn.Module) -> Any:
+        return to_onnx(ExportGraph(network, card.preprocess, outputs).eval(), card.preprocess)
+
+    if level != "auto":
+        if target is not None:
+            raise UsageError(
+                f"A target to measure on was given with level {level!r}, which is not measured: use level auto."
+            )
+        network = fuse(model, level)
+        return Choice(level, network, float32(network))
+    if lowering is None:
+        return choose_level(model, float32, target or Target(), progress)
+    asked, inputs = lowering.options, _calibration_inputs(lowering, card)
+
+    def lowered(network: nn.Module) -> Any:
+        graph = ExportGraph(network, card.preprocess, outputs).eval()
+        return unjudged(graph, to_onnx(graph, card.preprocess), card.preprocess, inputs, asked)
+
+    choice = choose_level(model, lowered, _measured_on(target, asked), progress)
+    summary = {**choice.summary, "precision": asked.precision, "target": asked.runtime} if choice.summary else {}
+    return dataclasses.replace(choice, proto=float32(choice.network), summary=summary)
+
+
+def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
+    """Where level auto measures files of lower precision."""
+    target = target or Target(backend=asked.runs_on[0])
+    if target.backend not in asked.runs_on:
         raise UsageError(
-            f"A target to measure on was given with level {level!r}, which is not measured: use level auto."
+            f"Level auto would measure on {target.backend} files that are written for --target {asked.runtime}, which "
+            f"{' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
         )
-    network = fuse(model, level)
-    return Choice(level, network, convert(network))
+    if asked.keep not in ((), (AUTO,)):
+        raise UsageError(
+            f"--keep {','.join(asked.keep)} names layers of one fusion level, and level auto compares several. Name "
+            "the level too, or use --keep auto."
+        )
+    return target
+
+
+def _calibration_inputs(lowering: Lowering, card: ModelCard) -> Array | None:
+    """Images to calibrate on, as the graph takes them."""
+    return None if lowering.calibration is None else as_input(lowering.calibration.images_NHWC, card)
 
 
 def _lowered(
     graph: ExportGraph, proto: Any, card: ModelCard, reference: PyTorchBackend, lowering: Lowering, folder: Path
 ) -> Lowered:
     """The graph in lower precision, if it passes its gate; else a report beside the folder, and an error."""
-    calibration = lowering.calibration
-    inputs = None if calibration is None else as_input(calibration.images_NHWC, card)
+    inputs = _calibration_inputs(lowering, card)
     held_out = HeldOut(reference, lowering.held_out, card)
     lowered = lower(graph, proto, card.preprocess, inputs, held_out, lowering.options)
     if not lowered.judgement.passed:

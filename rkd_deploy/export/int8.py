@@ -1,8 +1,11 @@
 """INT8 with ONNX Runtime's own quantiser: ranges from calibration images, Q/DQ pairs in the graph.
 
-Ranges are minima and maxima: percentile and entropy ranges brought nothing on CIFAR-100 and hold every activation of
-every image in memory. Weights are quantised per output channel. Logits are left in float32: to round them costs as many
-classes as a whole layer does, and nothing is won.
+Ranges are those of least squared error (`ranges.py`). Weights are quantised per output channel. Logits are left in
+float32: to round them costs as many classes as a whole layer does, and nothing is won.
+
+For TensorRT, whose zero points are all 0, ReLU's values have 127 steps. What convolutions and matrix products read is
+rounded to them; what an addition reads is not, so that a chain of residual blocks carries no rounding from one to the
+next. On ResNet-56 that halves the squared error of the logits.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.errors import require
 from rkd_deploy.export.layers import WEIGHTED, preprocessing, quantisable
+from rkd_deploy.export.ranges import best_ranges
 
-BATCH = 32
 _ARITHMETIC = ("Add", "Mul", "Concat")
 # Passed through as integers where what they read is quantised; softmax and other functions stay in float32.
 _PASSING = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -37,8 +41,7 @@ class Int8Quantiser:
     """
 
     def __init__(self, proto: Any, inputs: npt.NDArray[Any], target: str) -> None:
-        self._inputs, self._strict = inputs, target == "tensorrt"
-        self._input_name, self._preprocessing = proto.graph.input[0].name, preprocessing(proto)
+        self._strict, self._preprocessing = target == "tensorrt", preprocessing(proto)
         kept = WEIGHTED if self._strict else (*WEIGHTED, *_ARITHMETIC)
         self._kinds = kept if self._strict else (*kept, *_PASSING, *_SHAPING)
         self.nodes = quantisable(proto, kept)
@@ -46,6 +49,8 @@ class Int8Quantiser:
         self._folder = tempfile.TemporaryDirectory(prefix="rkd-deploy-int8-")
         self._source = Path(self._folder.name) / "float32.onnx"
         self._source.write_bytes(_prepared(proto).SerializeToString())
+        self._ranges = self._source.with_name("ranges.json")
+        self._measure(proto, inputs)
 
     def __enter__(self) -> Self:
         return self
@@ -67,12 +72,11 @@ class Int8Quantiser:
         """
         quantization = require("onnxruntime.quantization", "cpu")
         onnx = require("onnx", "export")
-        folder = Path(self._folder.name)
-        ranges = folder / "ranges.json"
+        quantised = self._source.with_name("quantised.onnx")
         quantization.quantize_static(
             self._source,
-            folder / "quantised.onnx",
-            None if ranges.exists() else _reader(quantization, self._input_name, self._inputs),
+            quantised,
+            None,  # no images: the ranges are there
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(self._kinds),
             per_channel=True,
@@ -81,9 +85,24 @@ class Int8Quantiser:
             nodes_to_quantize=list(only),
             nodes_to_exclude=[*self._preprocessing, *without],
             extra_options=self._extra_options(),
-            calibration_cache_path=ranges,
+            calibration_cache_path=self._ranges,
         )
-        return onnx.load(folder / "quantised.onnx")
+        proto = onnx.load(quantised)
+        if self._strict:
+            _give_others_float(proto)
+        return proto
+
+    def _measure(self, proto: Any, inputs: npt.NDArray[Any]) -> None:
+        """Write the ranges of everything that may be quantised, as ONNX Runtime's quantiser reads them."""
+        calibrate = require("onnxruntime.quantization.calibrate", "cpu")
+        constants = {tensor.name for tensor in proto.graph.initializer}
+        nodes = [node for node in proto.graph.node if node.op_type in self._kinds]
+        tensors = dict.fromkeys(name for node in nodes for name in (*node.input, *node.output))
+        activations = [name for name in tensors if name not in constants]
+        found = best_ranges(proto, activations, inputs, symmetric=self._strict)
+        ranges = {name: (np.float32(lo), np.float32(hi)) for name, (lo, hi) in found.items()}
+        data = calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, ranges)
+        calibrate.save_tensors_data(data, self._ranges)
 
     def _extra_options(self) -> dict[str, Any]:
         if not self._strict:
@@ -108,14 +127,13 @@ def _prepared(proto: Any) -> Any:
     return marked
 
 
-def _reader(quantization: Any, name: str, inputs: npt.NDArray[Any]) -> Any:
-    """The images as ONNX Runtime's calibrator reads them."""
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class of an untyped package
-        def __init__(self) -> None:
-            self._batches = iter([{name: inputs[start : start + BATCH]} for start in range(0, len(inputs), BATCH)])
-
-        def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
-            return next(self._batches, None)
-
-    return Reader()
+def _give_others_float(proto: Any) -> None:
+    """Let every node but layers read the activation itself, not what the quantiser rounded for a layer beside it."""
+    produced = {name: node for node in proto.graph.node for name in node.output}
+    for node in proto.graph.node:
+        if node.op_type in (*WEIGHTED, "QuantizeLinear", "DequantizeLinear"):
+            continue
+        for number, name in enumerate(node.input):
+            dequantise = produced.get(name)
+            if dequantise is not None and dequantise.op_type == "DequantizeLinear":
+                node.input[number] = produced[dequantise.input[0]].input[0]

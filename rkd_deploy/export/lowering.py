@@ -88,6 +88,27 @@ def lower(
     return Lowered(lowered, _judge(lowered, held_out, options), ())
 
 
+def unjudged(
+    graph: ExportGraph, proto: Any, preprocess: Preprocess, inputs: Array | None, options: PrecisionOptions
+) -> Any:
+    """The file of lower precision before any layer is kept, which is what fusion levels are measured by.
+
+    Args:
+        graph: What `proto` was exported from.
+        proto: The float32 ONNX graph; left as it is.
+        preprocess: How the graph takes images.
+        inputs: Calibration images as the graph takes them, for int8 and fp8.
+        options: Precision and target.
+    """
+    if options.precision not in QUANTISED:
+        return to_half(graph, preprocess, options.precision)
+    assert inputs is not None  # Lowering has seen to it
+    if options.precision == "fp8":
+        return to_fp8(proto, inputs)
+    with Int8Quantiser(proto, inputs, options.runtime) as quantiser:
+        return quantiser.quantised()
+
+
 def _fp8(proto: Any, inputs: Array, held_out: HeldOut, options: PrecisionOptions) -> Lowered:
     lowered = to_fp8(proto, inputs, chosen(quantisable(proto, WEIGHTED), options.keep))
     return Lowered(lowered, _judge(lowered, held_out, options), options.keep)

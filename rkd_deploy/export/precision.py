@@ -26,6 +26,7 @@ QUANTISED = ("int8", "fp8")
 AUTO = "auto"
 
 _PROVERS = {"cpu": "onnxruntime", "openvino": "openvino", "tensorrt": "onnxruntime"}
+_RUNTIMES = {"cpu": ("onnxruntime",), "openvino": ("openvino",), "tensorrt": ("tensorrt", "tensorrt-rtx")}
 _REFUSED = {
     ("bf16", "cpu"): "ONNX Runtime has no bfloat16 kernels for convolutions on a CPU",
     ("fp8", "cpu"): "no CPU computes in 8-bit floats, and ONNX Runtime's optimiser gives wrong results for such graphs",
@@ -132,6 +133,11 @@ class PrecisionOptions:
             agreement=default.agreement if self.agreement is None else self.agreement,
             drop=default.drop if self.drop is None else self.drop,
         )
+
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """Backends that a file of lower precision is meant for, and so measured on; the first by default."""
+        return _RUNTIMES[self.runtime]
 
     @property
     def prover(self) -> str:

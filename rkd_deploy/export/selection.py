@@ -41,7 +41,8 @@ class Target:
     """Where and how the candidates are run; as for `bench`."""
 
     backend: str = "onnxruntime"
-    device: str = "cpu"
+    device: str | None = None
+    """None: the backend's own."""
     threads: int | None = None
     batches: tuple[int, ...] = (1,)
     min_seconds: float = 1.0
@@ -98,7 +99,14 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         results = bench(files, **settings, progress=progress)
     p50_ms = by_level(list(protos), results)
     level, ratios = fastest(p50_ms)
-    summary = {**settings, "p50_ms": p50_ms, "ratio_to_tail": ratios, "refused": refused, "chosen": level}
+    summary = {
+        **settings,
+        "device": results[0].device,
+        "p50_ms": p50_ms,
+        "ratio_to_tail": ratios,
+        "refused": refused,
+        "chosen": level,
+    }
     summary["batches"] = list(target.batches)
     return Choice(level, networks[level], protos[level], summary, to_record(results, provenance(), summary))
 

@@ -139,6 +139,11 @@ def test_int8_for_tensorrt_has_no_zero_point_and_no_integer_bias(trained):
         assert len(scales) == len(values[node.input[2]])  # one for each output channel
     # Outputs of layers stay in float, so that activation and addition fuse with them.
     assert "Conv" not in {produced[node.input[0]].op_type for node in quantised if node.input[0] in produced}
+    # What an addition reads was not rounded for the convolution beside it.
+    sums = [node for node in proto.graph.node if node.op_type == "Add" and "scale" not in node.input]
+    read = {produced[name].op_type for node in sums for name in node.input if name in produced}
+    assert read <= {"Conv", "Relu", "Mul"}
+    assert {"Conv", "Relu"} <= read
 
 
 def test_int8_for_a_cpu_has_unsigned_activations_and_float_logits(trained):

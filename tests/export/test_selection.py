@@ -2,13 +2,20 @@
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import UsageError
+from rkd_deploy.export import selection
 from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.calibration import Calibration
+from rkd_deploy.export.early_exit import EarlyExit
+from rkd_deploy.export.precision import Lowering, PrecisionOptions
 from rkd_deploy.export.selection import Target, fastest
 from rkd_deploy.models.residual import StudentAlone
+from rkd_deploy.serve.bench import bench
 from rkd_deploy.serve.bench.parity import verify
 
 
@@ -46,6 +53,65 @@ def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
         assert middle == row["p50_ms"] == search["p50_ms"][row["model"]][str(row["batch"])]
     assert {"1 tail", "2 wide"} <= set(told)
     assert verify(folder).passed
+
+
+def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, tmp_path, monkeypatch):
+    x = np.random.default_rng(0).integers(0, 256, (32, *card.preprocess.input_shape), dtype=np.uint8)
+    lowering = Lowering(
+        options=PrecisionOptions(precision="int8", agreement=0),
+        held_out=[(x, np.full(32, -1))],
+        held_out_source="noise",
+        calibration=Calibration(x, "noise", 0),
+    )
+    measured = []
+
+    def bench_of(files, **settings):
+        measured.extend(onnx.load(file) for file in files)
+        return bench(files, **settings)
+
+    monkeypatch.setattr(selection, "bench", bench_of)  # looks at the files on their way
+    folder = tmp_path / "bundle"
+    target = Target(batches=(1, 2), min_seconds=0.01, threads=1)
+    export_bundle(model, card, folder, level="auto", target=target, lowering=lowering)
+    assert len(measured) == 3
+    assert all("QuantizeLinear" in {node.op_type for node in proto.graph.node} for proto in measured)
+    written = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
+    search = written.fusion_search
+    assert (search["precision"], search["target"], search["batches"]) == ("int8", "cpu", [1, 2])
+    assert (search["backend"], search["device"]) == ("onnxruntime", "cpu")
+    assert (written.precision, written.fusion) == ("int8", search["chosen"])
+    chosen = measured[list(search["p50_ms"]).index(search["chosen"])]
+    shipped = onnx.load(folder / "model.onnx")
+    assert [node.op_type for node in shipped.graph.node] == [node.op_type for node in chosen.graph.node]
+    assert verify(folder).passed
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "message"),
+    [
+        ({"target": "openvino"}, Target(), r"measure on onnxruntime files .+--target openvino, which openvino is to"),
+        ({"target": "tensorrt"}, Target(), r"which tensorrt or tensorrt-rtx is to run"),
+        ({"keep": ("fc",)}, None, r"--keep fc names layers of one fusion level"),
+    ],
+)
+def test_what_auto_cannot_compare_is_refused(model, card, tmp_path, options, target, message):
+    x = np.zeros((16, *card.preprocess.input_shape), np.uint8)
+    lowering = Lowering(
+        options=PrecisionOptions(precision="int8", **options),
+        held_out=[(x, np.zeros(16, np.int64))],
+        held_out_source="black",
+        calibration=Calibration(x, "black", 0),
+    )
+    with pytest.raises(UsageError, match=message):
+        export_bundle(model, card, tmp_path / "bundle", level="auto", target=target, lowering=lowering)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_early_exit_of_lower_precision_is_refused_with_the_reason(model, card, tmp_path):
+    lowering = Lowering(options=PrecisionOptions(precision="fp16"), held_out=[], held_out_source="none")
+    with pytest.raises(UsageError, match=r"rounded one by one.+Export two bundles"):
+        export_bundle(model, card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.9), lowering=lowering)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_network_alone_leaves_nothing_to_choose(model, card, tmp_path):

@@ -1,13 +1,14 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.onnxrt import OnnxRuntimeBackend, check_provider
+from rkd_deploy.serve.backends.onnxrt import OnnxRuntimeBackend, check_provider, multiplies_int8_exactly
 
 CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
 
@@ -204,3 +205,46 @@ def test_threads_share_a_backend(bundle, zoo):
         inputs = [zoo.pixels(1, seed=seed) for seed in range(400)]
         for x, answer in zip(inputs, pool.map(backend.infer, inputs), strict=True):
             np.testing.assert_array_equal(answer, zoo.answer(x))
+
+
+@pytest.mark.parametrize(
+    ("facts", "exact"),
+    [
+        ("flags : fpu avx2 avx512f avx512_vnni md_clear\n", True),
+        ("flags : fpu avx2 avx_vnni\n", True),
+        ("flags : fpu avx2 avx512f\n", False),
+        (None, False),
+    ],
+)
+def test_exact_kernels_are_asked_for_where_the_fast_ones_saturate(tmp_path, facts, exact):
+    file = tmp_path / "cpuinfo"
+    if facts is not None:
+        file.write_text(facts)
+    assert multiplies_int8_exactly(file) is exact
+
+
+def test_uint8_times_int8_does_not_saturate_on_any_machine(tmp_path):
+    """64 products of 255 and 127: two of them overflow 16 bits, which kernels without VNNI add them in."""
+    nodes, constants = [], []
+
+    def constant(name, value):
+        constants.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    one, zero = constant("one", np.float32(1)), constant("zero", np.uint8(0))
+    zeros, scales = constant("zeros", np.zeros(8, np.int8)), constant("scales", np.ones(8, np.float32))
+    weight = constant("weight", np.full((64, 8), 127, np.int8))
+    wide = constant("wide", np.float32(64 * 127))
+    nodes.append(helper.make_node("QuantizeLinear", ["x", one, zero], ["x8"]))
+    nodes.append(helper.make_node("DequantizeLinear", ["x8", one, zero], ["x32"]))
+    nodes.append(helper.make_node("DequantizeLinear", [weight, scales, zeros], ["w32"], axis=1))
+    nodes.append(helper.make_node("MatMul", ["x32", "w32"], ["y32"]))
+    nodes.append(helper.make_node("QuantizeLinear", ["y32", wide, zero], ["y8"]))
+    nodes.append(helper.make_node("DequantizeLinear", ["y8", wide, zero], ["y"]))
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n]) for name, n in (("x", 64), ("y", 8))]
+    graph = helper.make_graph(nodes, "products", shapes[:1], shapes[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "products.onnx")
+    with load_backend("onnxruntime", tmp_path / "products.onnx", threads=1) as backend:
+        found = backend.infer(np.full((1, 64), 255, np.float32))
+    np.testing.assert_array_equal(found, np.full((1, 8), 255 * 64 * 127, np.float32))
