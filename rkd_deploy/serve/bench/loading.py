@@ -174,7 +174,7 @@ def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequ
             f"The models take batches of their own, which differ: {fixed}. They cannot be compared with one another: "
             "measure each in a bench of its own."
         )
-    most = min((loaded.backend.max_batch or sum(USUAL_BATCHES) for loaded in models), default=1)
+    most = min(loaded.backend.max_batch or max(USUAL_BATCHES) for loaded in models)
     chosen = batches if batches is not None else sorted(sizes) or [size for size in USUAL_BATCHES if size <= most]
     for loaded in models:
         for batch in chosen:
