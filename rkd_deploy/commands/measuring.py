@@ -20,6 +20,7 @@ from rkd_deploy.commands.options import (
     console_for,
     emit,
     newest_bundle,
+    plain,
     whole,
 )
 from rkd_deploy.errors import UsageError
@@ -61,6 +62,14 @@ def bench(
     ] = False,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Only end-to-end figures.")] = False,
     data: Data = None,
+    scenarios: Annotated[
+        list[str] | None,
+        typer.Option("--scenario", help="Repeatable: SingleStream, MultiStream, Server, Offline. LoadGen, unofficial."),
+    ] = None,
+    target_qps: Annotated[
+        float | None, typer.Option("--target-qps", help="Of Server. Default: half of what one caller gets.")
+    ] = None,
+    target_latency: Annotated[float, typer.Option("--target-latency", help="Of Server: its bound, in ms.")] = 15.0,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
     ] = None,
@@ -85,23 +94,30 @@ def bench(
     }
     from rkd_deploy.serve.backends import check_backend
     from rkd_deploy.serve.bench.display import status
+    from rkd_deploy.serve.bench.loadgen import Load, check_scenarios
     from rkd_deploy.serve.bench.recording import record_bench
     from rkd_deploy.serve.bench.report import print_details, print_table
+    from rkd_deploy.serve.bench.scenarios import print_scenarios
 
+    check_scenarios(scenarios or [])
+    load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=target_latency)
     for name in settings["backend"]:
         check_backend(name)
     chosen = models or [newest_bundle(root)]
     folder = output or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with status("Measuring") as update:
-        done = record_bench(chosen, settings, folder, update)
+        done = record_bench(chosen, settings, folder, update, scenarios=scenarios or [], load=load)
     console = console_for(as_json)
     print_table(done.results, console)
     print_details(done.results, console)
+    if done.scenarios:
+        print_scenarios(done.scenarios, console)
     for line in done.conditions:
         console.print(line)
     console.print(f"Record {done.report.record}")
     if as_json:
-        emit({"record": str(done.report.record), "results": brief(done.results)})
+        told = [plain(one) for one in done.scenarios]
+        emit({"record": str(done.report.record), "results": brief(done.results), "loadgen": told})
 
 
 def bench_compare(
