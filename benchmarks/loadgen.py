@@ -2,9 +2,9 @@
 
     uv run python benchmarks/loadgen.py
 
-The model is a ResNet-20 for CIFAR-100 with random weights, on ONNX Runtime with one thread. LoadGen is the judge: it has
-its own clock and its own percentiles. Each round measures a second each way, and the order turns round; what is compared
-are the medians over the rounds. "LoadGen, unofficial".
+The model is a ResNet-20 for CIFAR-100 with random weights, on ONNX Runtime with one thread. LoadGen is the judge: its
+clock and its percentiles are its own. Each round measures a second each way, and the order turns round; what is
+compared are the medians over the rounds. "LoadGen, unofficial".
 """
 
 from __future__ import annotations
