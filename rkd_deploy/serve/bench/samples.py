@@ -170,8 +170,8 @@ def _small_sample_factor(freedom: int) -> float:
 
 
 def _rank(q: float, count: int) -> int:
-    # In whole numbers where q is one: 0.9 * 10 is 9.000000000000002 in floats, and its ceiling 10; 99.9 is none.
-    return max(1, math.ceil(round(q * count, 6) / 100))
+    # In whole numbers where q is one: 0.9 * 10 is 9.000000000000002 in floats, and its ceiling 10.
+    return max(1, math.ceil(q * count / 100))
 
 
 def _check_percentile(q: float) -> None:

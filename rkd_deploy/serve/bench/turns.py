@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+
+import numpy as np
 
 from rkd_deploy.serve.backends.protocol import Array, Backend
 from rkd_deploy.serve.bench.samples import Timing
@@ -86,7 +89,7 @@ class Runner:
     def timing(self) -> Timing:
         """The samples so far."""
         return Timing(
-            samples_ms=tuple(sample / 1e6 for sample in self._samples),
+            samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
             batch=len(self._subject.x),
             transfers=self._subject.transfers,
             first_run_ms=self._first / 1e6,
@@ -107,7 +110,7 @@ class Runner:
             wait()
 
     def _take(self) -> list[int]:
-        return [sample for caller in self._callers for sample in caller.take()]
+        return list(chain.from_iterable(caller.take() for caller in self._callers))
 
 
 class Caller:
