@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from models import resnet20
 from record import Claim, ratio_of_medians, save
 
 LOADS = 11
@@ -61,7 +62,7 @@ print(json.dumps([ours, raw]))
 def main() -> None:
     """Measure and record."""
     with tempfile.TemporaryDirectory() as folder:
-        bundle = _bundle(Path(folder) / "bundle")
+        bundle = resnet20(Path(folder) / "bundle")
         loads = [_run(LOAD, bundle) for _ in range(LOADS)]
         seconds, megabytes = [row[0][0] for row in loads], [row[1][0] for row in loads]
         ours, raw = _run(PREDICT, bundle, str(CALLS))
@@ -73,20 +74,6 @@ def main() -> None:
             ratio_of_medians("predict() over the raw ONNX Runtime call, batch 1", 1.05, ours, raw),
         ],
     )
-
-
-def _bundle(folder: Path) -> Path:
-    import torch
-
-    from rkd_deploy.card import ModelCard, Preprocess
-    from rkd_deploy.export.bundle import export_bundle
-    from rkd_deploy.models import zoo
-
-    torch.manual_seed(0)
-    preprocess = Preprocess(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    card = ModelCard(name="resnet20", labels=tuple(map(str, range(100))), preprocess=preprocess, part="s0")
-    export_bundle(zoo.create("resnet20", 100).eval(), card, folder)
-    return folder
 
 
 def _run(code: str, bundle: Path, *arguments: str) -> list[list[float]]:

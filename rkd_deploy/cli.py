@@ -59,7 +59,7 @@ def main() -> None:
         if debug:
             raise
         code = error.exit_code if isinstance(error, RkdError) else 130
-        message = str(error) or "Interrupted."
+        message = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", ())])
         print(f"Error: {message}", file=sys.stderr)
         if "--json" in sys.argv:
             emit({"error": message, "exit_code": code})

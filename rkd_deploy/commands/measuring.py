@@ -20,59 +20,104 @@ from rkd_deploy.commands.options import (
     console_for,
     emit,
     newest_bundle,
+    plain,
+    whole,
 )
 from rkd_deploy.errors import UsageError
+
+Backends = Annotated[
+    list[str] | None,
+    typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.", show_default="onnxruntime"),
+]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
+]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="FOLDER/CLASS/image: measure top-1 of the same file, on the same backend.")
+]
 
 
 def bench(
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Bundles or ONNX files. Default: the newest bundle.", show_default=False)
+        list[Path] | None,
+        typer.Argument(help="Bundles, ONNX files, engines. Default: the newest bundle.", show_default=False),
     ] = None,
-    backend: BackendName = "onnxruntime",
+    backends: Backends = None,
     device: DeviceName = None,
-    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, one after the other.")] = "1,8,32",
-    threads: Threads = None,
+    batches: Annotated[
+        str | None, typer.Option("--batch", help="Batch sizes.", show_default="1,8,32, or the model's own")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="CPU threads, e.g. 1,2. Default: the runtime's choice.")
+    ] = None,
+    streams: Annotated[str, typer.Option("--streams", help="Callers at once, each with its own copy: 1,2.")] = "1",
+    shape: Shape = None,
     min_seconds: Annotated[
         float, typer.Option("--seconds", help="Time each model at each batch at least so long.")
     ] = 2.0,
     min_runs: Annotated[int, typer.Option("--count", help="Time at least so many calls.")] = 100,
+    warmup: Annotated[float, typer.Option("--warmup", help="Seconds of calls before, not counted.")] = 0.5,
     resident: Annotated[
-        bool, typer.Option("--resident", help="Leave input and output on the device, instead of host to host.")
+        bool, typer.Option("--resident", help="Only device-only figures. Default: those and end-to-end ones.")
     ] = False,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Only end-to-end figures.")] = False,
+    data: Data = None,
+    scenarios: Annotated[
+        list[str] | None,
+        typer.Option("--scenario", help="Repeatable: SingleStream, MultiStream, Server, Offline. LoadGen, unofficial."),
+    ] = None,
+    target_qps: Annotated[
+        float | None, typer.Option("--target-qps", help="Of Server. Default: half of what one caller gets.")
+    ] = None,
+    target_latency: Annotated[float, typer.Option("--target-latency", help="Of Server: its bound, in ms.")] = 15.0,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
     ] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Measure latency and throughput of models."""
-    sizes = batch_sizes(batches)
-    from rkd_deploy.serve.backends import check_backend
-    from rkd_deploy.serve.bench import bench as bench_models
-    from rkd_deploy.serve.bench.display import status
-    from rkd_deploy.serve.bench.recording import write_report
-    from rkd_deploy.serve.bench.report import print_table
-
-    check_backend(backend)
-    chosen = models or [newest_bundle(root)]
+    """Measure latency, throughput and memory of models; docs/bench.md says how. Ctrl-C keeps what was measured."""
+    if resident and end_to_end:
+        raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     settings: dict[str, Any] = {
-        "backend": backend,
+        "backend": backends or ["onnxruntime"],
         "device": device,
-        "batches": sizes,
-        "threads": threads,
+        "batches": None if batches is None else batch_sizes(batches),
+        "threads": None if threads is None else whole("--threads", threads),
+        "streams": whole("--streams", streams),
+        "shape": None if shape is None else whole("--shape", shape),
         "min_seconds": min_seconds,
         "min_runs": min_runs,
-        "transfers": not resident,
+        "warmup_seconds": warmup,
+        "transfers": False if resident else True if end_to_end else None,
+        "data": data,
     }
-    with status(f"Measuring on {backend}") as update:
-        results = bench_models(chosen, **settings, progress=update)
+    from rkd_deploy.serve.backends import check_backend
+    from rkd_deploy.serve.bench.display import status
+    from rkd_deploy.serve.bench.loadgen import Load, check_scenarios
+    from rkd_deploy.serve.bench.recording import record_bench
+    from rkd_deploy.serve.bench.report import print_details, print_table
+    from rkd_deploy.serve.bench.scenarios import print_scenarios
+
+    check_scenarios(scenarios or [])
+    load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=target_latency)
+    for name in settings["backend"]:
+        check_backend(name)
+    chosen = models or [newest_bundle(root)]
     folder = output or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    report = write_report(results, settings, folder)
+    with status("Measuring") as update:
+        done = record_bench(chosen, settings, folder, update, scenarios=scenarios or [], load=load)
     console = console_for(as_json)
-    print_table(results, console)
-    console.print(f"Record {report.record}")
+    print_table(done.results, console)
+    print_details(done.results, console)
+    if done.scenarios:
+        print_scenarios(done.scenarios, console)
+    for line in done.conditions:
+        console.print(line)
+    console.print(f"Record {done.report.record}")
     if as_json:
-        emit({"record": str(report.record), "results": brief(results)})
+        told = [plain(one) for one in done.scenarios]
+        emit({"record": str(done.report.record), "results": brief(done.results), "loadgen": told})
 
 
 def bench_compare(

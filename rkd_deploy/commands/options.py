@@ -99,7 +99,12 @@ def emit(content: Any) -> None:
 
 def brief(results: Any) -> list[dict[str, Any]]:
     """Results without their samples, which fill pages; the record has them."""
-    return [{key: value for key, value in plain(result).items() if key != "samples_ms"} for result in results]
+
+    def cut(fields: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in fields.items() if key != "samples_ms"}
+        return {key: cut(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+    return [cut(plain(result)) for result in results]
 
 
 def plain(item: Any) -> dict[str, Any]:

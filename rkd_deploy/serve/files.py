@@ -10,6 +10,7 @@ from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import ModelFileError
 
 ONNX_NAME = "model.onnx"
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:

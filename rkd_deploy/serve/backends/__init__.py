@@ -28,6 +28,7 @@ __all__ = [
     "BackendStatus",
     "available",
     "check_backend",
+    "default_device",
     "infer_many",
     "load_backend",
     "model_path",
@@ -146,6 +147,17 @@ def check_backend(name: str) -> str:
     runtime = _RUNTIMES[name]
     require(runtime.package, runtime.extra)
     return runtime.driver
+
+
+def default_device(name: str) -> str:
+    """Where a backend runs unless told otherwise: "cpu", or "cuda" where it runs on nothing else.
+
+    Raises:
+        UsageError: Unknown backend.
+    """
+    if name not in _RUNTIMES:
+        raise UsageError(unknown_name("backend", name, _RUNTIMES))
+    return _RUNTIMES[name].device
 
 
 def available() -> list[BackendStatus]:

@@ -300,7 +300,22 @@ def _open_session(file: Path, kind: str, index: int, threads: int | None, memory
                 f"ONNX Runtime {ort.__version__} on {kind} cannot run {file}: {_reason(error)}. "
                 "Export the model for this target, or run it on another backend (rkd-deploy backends lists them)."
             ) from error
+        too_new = _too_new(str(error))
+        if too_new:
+            raise BackendError(
+                f"{file} is written in {too_new[0]}, and ONNX Runtime {ort.__version__} reads up to {too_new[1]}. "
+                "Update ONNX Runtime, or export the model again in an older one (opset_version of torch.onnx.export)."
+            ) from error
         raise broken_model(file, _reason(error)) from error
+
+
+def _too_new(text: str) -> tuple[str, str] | None:
+    """What a file is written in and what can be read, where an error says that the file is the newer one."""
+    found = re.search(r"Opset (\d+) is under development.* is till opset (\d+)", text, re.DOTALL)
+    if found:
+        return f"opset {found[1]}", f"opset {found[2]}"
+    found = re.search(r"IR version: (\d+), max supported IR version: (\d+)", text)
+    return (f"ONNX IR version {found[1]}", f"version {found[2]}") if found else None
 
 
 def _only_input(file: Path, inputs: Sequence[Any]) -> InputSpec:
@@ -318,6 +333,12 @@ def _only_input(file: Path, inputs: Sequence[Any]) -> InputSpec:
 
 
 def _failed_run(error: Exception) -> BackendError:
+    wanted = re.search(r"Failed to allocate memory for requested buffer of size (\d+)", str(error))
+    if wanted:
+        return BackendError(
+            f"ONNX Runtime ran out of memory: {int(wanted[1]):,} bytes more were asked for. Use a smaller batch, or "
+            "fewer streams, or free memory on the device."
+        )
     return BackendError(
         f"ONNX Runtime failed to run the model: {_reason(error)}. "
         "Try a smaller batch; if it stays, check the file with: rkd-deploy verify"

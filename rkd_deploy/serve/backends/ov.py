@@ -117,6 +117,11 @@ def _read(file: Path) -> Any:
     try:
         return require("openvino", "openvino").Core().read_model(str(file))
     except RuntimeError as error:
+        if "No conversion rule" in str(error):
+            raise BackendError(
+                f"OpenVINO does not know what {file} computes: {_reason(error).lstrip('- ')}. "
+                "Run it on another backend (rkd-deploy backends lists them), or export the classifier without it."
+            ) from error
         raise broken_model(file, _reason(error)) from error
 
 
@@ -150,9 +155,11 @@ def _run(request: Any, x: Array) -> None:
 
 def _only_input(file: Path, inputs: list[Any]) -> InputSpec:
     way_out = "rkd-deploy runs models with one numeric input, batch first: export the classifier alone."
-    if len(inputs) != 1 or inputs[0].partial_shape.rank.is_dynamic:
-        described = ", ".join(f"{item.get_any_name()} {item.partial_shape}" for item in inputs) or "none"
+    described = ", ".join(f"{item.get_any_name()} {item.partial_shape}" for item in inputs) or "none"
+    if len(inputs) != 1:
         raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
+    if inputs[0].partial_shape.rank.is_dynamic:
+        raise BackendError(f"The input of {file} has no known rank ({described}). {way_out}")
     only = inputs[0]
     try:
         dtype = np.dtype(only.element_type.to_dtype())

@@ -42,6 +42,11 @@ class Backend(Protocol):
     build_seconds: float | None = None
     """What building an engine took, where loading had to do that."""
 
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Whether runs are launches of a captured CUDA graph; None where the backend knows no such thing."""
+        return None
+
     def infer(self, x: Array) -> Array:
         """Run once, host to host.
 

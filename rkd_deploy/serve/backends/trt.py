@@ -30,9 +30,7 @@ from rkd_deploy.serve.engines.flavours import Flavour, load_flavour
 from rkd_deploy.serve.engines.progress import Progress
 from rkd_deploy.serve.engines.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.serve.engines.settings import EngineSettings
-from rkd_deploy.serve.files import model_path
-
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+from rkd_deploy.serve.files import ENGINE_SUFFIXES, model_path
 
 
 class TensorRtBackend(Backend):

@@ -3,149 +3,197 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import UsageError
-from rkd_deploy.serve.backends import Array, Backend, load_backend
+from rkd_deploy.serve.bench import memory
+from rkd_deploy.serve.bench.accuracy import folder_top1
+from rkd_deploy.serve.bench.loading import Loaded, Setting, batch_sizes, device_in_use, load_all, plan, random_input
 from rkd_deploy.serve.bench.report import Result
-from rkd_deploy.serve.bench.timing import Progress, Timing, measure_interleaved
-from rkd_deploy.serve.files import model_name, model_path, read_card
+from rkd_deploy.serve.bench.samples import Timing
+from rkd_deploy.serve.bench.timing import (
+    MeasurementInterrupted,
+    Progress,
+    Subject,
+    check_limits,
+    measure_subjects,
+)
 
-__all__ = ["Result", "Timing", "bench"]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """One model to measure."""
-
-    key: str
-    """Its name, made unique."""
-    name: str
-    file: Path
-    backend: Backend
-    card: ModelCard | None
+__all__ = ["Result", "Timing", "bench", "random_input"]
 
 
 def bench(
     models: Sequence[str | os.PathLike[str]],
     *,
-    backend: str = "onnxruntime",
+    backend: str | Sequence[str] = "onnxruntime",
     device: str | None = None,
-    batches: Sequence[int] = (1, 8, 32),
-    threads: int | None = None,
+    batches: Sequence[int] | None = (1, 8, 32),
+    threads: int | Sequence[int | None] | None = None,
+    streams: int | Sequence[int] = 1,
     min_seconds: float = 2.0,
     min_runs: int = 100,
     warmup_seconds: float = 0.5,
-    transfers: bool = True,
+    transfers: bool | None = True,
     seed: int = 0,
+    shape: Sequence[int] | None = None,
+    data: Path | None = None,
     progress: Progress | None = None,
+    on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Time models against one another, by turns, at each batch size, on seeded random inputs.
 
     Args:
-        models: Bundle folders or ONNX files, with or without a card.
-        backend: As for `load_backend`, and so `device` and `threads`.
+        models: Bundle folders, ONNX files or engines, with or without a card.
+        backend: One or several, as for `load_backend`; they are measured one after the other.
         device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-        batches: Numbers of images in one call.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        batches: Numbers of images in one call; None: 1, 8 and 32, or the models' own where it is fixed.
+        threads: Threads inside one operator on a CPU; None leaves it to the runtime. Of several, each is measured.
+        streams: Callers at once, each with the model loaded for itself. Of several numbers, each is measured.
         min_seconds: Time in timed calls of each model at each batch size, at least.
         min_runs: Number of those calls, at least.
         warmup_seconds: Time in untimed calls before, at least.
-        transfers: True times host to host; False device-resident runs.
+        transfers: True times host to host, False device-resident runs, None both, in turns.
         seed: Of the inputs.
+        shape: Of one input, for models that leave it open and have no card.
+        data: Folder of images, one folder for each class: the accuracy of each model on each backend is measured there.
         progress: Told what is being measured, and how far it is.
+        on_result: Given each result as soon as it is there; after Ctrl-C those of the unfinished measurement, too.
 
     Returns:
-        A result for each batch size and model, in that order.
+        A result for each setting (backend, threads, streams), batch size and model, in that order.
 
     Raises:
         UsageError: Nothing to measure, or a model does not take such a batch.
         ModelFileError: A model or card is missing or corrupt.
-        BackendError: The backend cannot run here, or not on the device asked for.
+        BackendError: A backend cannot run here, or not on the device asked for, or memory ran out.
+        DataError: `data` holds no images of the model's classes, or a broken one.
+        KeyboardInterrupt: Ctrl-C.
     """
-    if not models or not batches or min(batches) < 1:
-        raise UsageError(
-            f"bench was given {len(models)} models and the batch sizes {list(batches)}; "
-            "it needs at least one of each, and batches of at least 1."
-        )
+    check_limits(min_seconds, min_runs, warmup_seconds)
+    settings = plan(
+        models,
+        [backend] if isinstance(backend, str) else backend,
+        device,
+        [threads] if threads is None or isinstance(threads, int) else threads,
+        [streams] if isinstance(streams, int) else streams,
+        None if batches is None else list(batches),
+    )
+    course = _Course(
+        limits={"min_seconds": min_seconds, "min_runs": min_runs, "warmup_seconds": warmup_seconds},
+        ways=(True, False) if transfers is None else (transfers,),
+        seed=seed,
+        shape=shape,
+        resident_before=memory.resident_bytes(),
+    )
     results = []
-    with ExitStack() as stack:
-        subjects = [_open(number, path, backend, device, threads, stack) for number, path in enumerate(models)]
-        for batch in batches:
-            turns = {s.key: (s.backend, random_input(s.backend, s.card, batch, seed)) for s in subjects}
-            timings = measure_interleaved(
-                turns,
-                min_seconds=min_seconds,
-                min_runs=min_runs,
-                warmup_seconds=warmup_seconds,
-                transfers=transfers,
-                progress=progress,
-            )
-            results += [_result(subject, timings[subject.key], threads) for subject in subjects]
+    for setting in settings:
+        told = _told(progress, setting if len(settings) > 1 else None)
+        with ExitStack() as stack:
+            device_before = device_in_use(setting)
+            loaded = load_all(models, setting, stack)
+            sizes = batch_sizes(loaded, batches)
+            right = {one.key: folder_top1(one.backend, one.card, data, told) for one in loaded} if data else {}
+            for batch in sizes:
+                for result in course.run(setting, loaded, batch, device_before, right, told):
+                    results.append(result)
+                    if on_result is not None:
+                        on_result(result)
     return results
 
 
-def random_input(backend: Backend, card: ModelCard | None, batch: int, seed: int) -> Array:
-    """A batch of noise that the model takes: any byte, or standard normal numbers.
+@dataclass(frozen=True)
+class _Course:
+    """How each setting and batch size is measured."""
 
-    Raises:
-        UsageError: The model has another fixed batch, or leaves its image size open and has no card.
-    """
-    fixed, *sizes = backend.input_shape
-    if fixed not in (None, batch):
-        raise UsageError(
-            f"A batch of {batch} was asked for, and the model takes {fixed} images at a time, no more and no less. "
-            f"Ask for batch {fixed}, or export the model with a free batch."
-        )
-    tail = card.preprocess.input_shape if card is not None else tuple(size for size in sizes if size is not None)
-    if len(tail) != len(sizes):
-        raise UsageError(
-            f"The model takes inputs of {list(backend.input_shape)}, None being free, and has no card that says which "
-            "size it is meant for. Export it with a fixed image size."
-        )
-    generator = np.random.default_rng(seed)
-    dtype = np.dtype(backend.input_dtype)
-    if np.issubdtype(dtype, np.integer):
-        high = min(256, np.iinfo(dtype).max + 1)
-        return generator.integers(0, high, (batch, *tail)).astype(dtype)
-    return generator.standard_normal((batch, *tail), np.float32).astype(dtype)
+    limits: Mapping[str, Any]
+    ways: tuple[bool, ...]
+    """With transfers, without, or both."""
+    seed: int
+    shape: Sequence[int] | None
+    resident_before: int | None
+    """Memory of this process before any model was loaded."""
+
+    def run(
+        self,
+        setting: Setting,
+        loaded: Sequence[Loaded],
+        batch: int,
+        device_before: int | None,
+        right: Mapping[str, tuple[float, int]],
+        progress: Progress,
+    ) -> Iterator[Result]:
+        """Measure models by turns, and give a result for each; then pass on the Ctrl-C that came meanwhile."""
+        subjects: dict[str, Subject] = {}
+        for one in loaded:
+            x = random_input(one.backend, one.card, batch, self.seed, self.shape)
+            subjects |= {_name(one.key, way): Subject(one.backends, x, way) for way in self.ways}
+        memory.reset_peak()
+        stopped: KeyboardInterrupt | None = None
+        try:
+            found = measure_subjects(subjects, progress=progress, **self.limits)
+        except MeasurementInterrupted as stop:
+            found, stopped = stop.timings, stop
+        peak, device_after = memory.resident_peak_bytes(), device_in_use(setting)
+        for one in loaded:
+            timings = [found[name] for way in self.ways if (name := _name(one.key, way)) in found]
+            if timings:
+                facts = {
+                    "resident_peak_bytes": peak,
+                    "resident_growth_bytes": _less(peak, self.resident_before),
+                    "device_growth_bytes": _less(device_after, device_before),
+                }
+                yield _result(one, setting, timings, right.get(one.key), **facts)
+        if stopped is not None:
+            raise stopped
 
 
-def _open(
-    number: int,
-    path: str | os.PathLike[str],
-    backend: str,
-    device: str | None,
-    threads: int | None,
-    stack: ExitStack,
-) -> _Subject:
-    loaded = stack.enter_context(load_backend(backend, path, device=device, threads=threads))
-    card = read_card(path, loaded.metadata())
-    name = card.name if card is not None else model_name(path)
-    return _Subject(f"{number + 1} {name}", name, model_path(path), loaded, card)
+def _name(key: str, transfers: bool) -> str:
+    return key if transfers else f"{key}, device only"
 
 
-def _result(subject: _Subject, timing: Timing, threads: int | None) -> Result:
-    card = subject.card
+def _less(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
+
+
+def _told(progress: Progress | None, setting: Setting | None) -> Progress:
+    def tell(name: str, share: float) -> None:
+        if progress is not None:
+            progress(name if setting is None else f"{setting}: {name}", share)
+
+    return tell
+
+
+def _result(
+    one: Loaded, setting: Setting, timings: Sequence[Timing], right: tuple[float, int] | None, **held: Any
+) -> Result:
+    card, backend = one.card, one.backend
     accuracy = None if card is None else card.metrics.get("accuracy")
+    images = None
+    if right is not None:
+        accuracy, images = right
     return Result.from_timing(
-        timing,
-        model=subject.name,
+        timings[0],
+        device_only=timings[1] if len(timings) > 1 else None,
+        model=one.name,
         part=None if card is None else card.part,
         fusion=None if card is None else card.fusion,
-        backend=subject.backend.name,
-        device=subject.backend.device,
-        threads=threads,
-        precision=subject.backend.precision,
+        backend=backend.name,
+        device=backend.device,
+        threads=setting.threads,
+        precision=backend.precision,
         accuracy=float(accuracy) if isinstance(accuracy, int | float) else None,
+        accuracy_images=images,
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
-        build_seconds=subject.backend.build_seconds,
-        file_bytes=subject.file.stat().st_size,
+        cuda_graph=backend.cuda_graph,
+        load_seconds=one.load_seconds,
+        build_seconds=one.build_seconds,
+        engine_kept=one.engine_kept,
+        file_bytes=one.file.stat().st_size,
+        file_sha256=one.sha256,
+        resident_load_bytes=one.resident_load_bytes,
+        **held,
     )

@@ -32,11 +32,14 @@ _GPU_FIELDS = (
     "name",
     "driver_version",
     "memory.total",
+    "memory.used",
     "clocks.sm",
     "clocks.mem",
     "clocks.max.sm",
     "power.limit",
+    "power.draw",
     "temperature.gpu",
+    "pstate",
 )
 
 
@@ -52,7 +55,7 @@ def provenance() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
         "load_1min": round(os.getloadavg()[0], 2),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "git": _git(Path(__file__).parent),
     }
 
@@ -88,7 +91,8 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _gpus() -> list[dict[str, str]] | None:
+def gpus() -> list[dict[str, str]] | None:
+    """What nvidia-smi tells of each GPU, values with their units; None where there is no nvidia-smi."""
     query = f"--query-gpu={','.join(_GPU_FIELDS)}"
     answer = _output(["nvidia-smi", query, "--format=csv,noheader"])
     return parse_gpus(answer) if answer else None

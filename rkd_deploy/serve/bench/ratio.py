@@ -185,7 +185,7 @@ def recorded_ratios(
     if not common:
         raise UsageError(
             f"Nothing to compare: A was measured under {sorted(map(str, ours))} and B under {sorted(map(str, theirs))} "
-            f"({', '.join(_CONDITIONS)}). Measure both under the same conditions."
+            f"({', '.join(_CONDITIONS)}, streams). Measure both under the same conditions."
         )
     return [_recorded(ours[condition], theirs[condition], confidence) for condition in common]
 
@@ -200,7 +200,7 @@ def _recorded(a: Mapping[str, Any], b: Mapping[str, Any], confidence: float) -> 
 def _by_condition(results: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     known: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for result in results:
-        condition = tuple(result[key] for key in _CONDITIONS)
+        condition = (*(result[key] for key in _CONDITIONS), result.get("streams", 1))  # older records had one stream
         if condition in known:
             names = [known[condition]["model"], result["model"]]
             raise UsageError(

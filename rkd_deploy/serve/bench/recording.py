@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.errors import MissingDependencyError
+from rkd_deploy.errors import InterruptedBench, MissingDependencyError, RkdError
+from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.conditions import conditions, describe
+from rkd_deploy.serve.bench.loadgen import Load, check_scenarios
+from rkd_deploy.serve.bench.loading import Setting, plan
 from rkd_deploy.serve.bench.plotting import plot
 from rkd_deploy.serve.bench.provenance import provenance
-from rkd_deploy.serve.bench.report import Result, markdown, to_record
+from rkd_deploy.serve.bench.report import Result, details_markdown, markdown, to_record
+from rkd_deploy.serve.bench.scenarios import ScenarioResult, run_scenarios, scenarios_markdown
+from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.storage import write_json, write_text
 
 
@@ -29,20 +36,32 @@ class Report:
     plot: Path | None
 
 
-def write_report(results: Sequence[Result], settings: Mapping[str, Any], folder: Path) -> Report:
+def write_report(
+    results: Sequence[Result],
+    settings: Mapping[str, Any],
+    folder: Path,
+    states: Mapping[str, Any] | None = None,
+    scenarios: Sequence[ScenarioResult] = (),
+    *,
+    partial: bool = False,
+) -> Report:
     """Write a bench into a folder; what an earlier bench left there is replaced, file by file.
 
     Args:
         results: What `bench` gave.
         settings: How it was measured.
         folder: Made when it is not there.
+        states: ``before`` and ``after``: the machine's `conditions`.
+        scenarios: What LoadGen found.
+        partial: Whether less was measured than was asked for.
 
     Raises:
         StorageError: A file could not be written; the earlier one is intact.
     """
     record, table = folder / "bench.json", folder / "bench.md"
-    write_json(record, to_record(results, provenance(), settings))
-    write_text(table, markdown(results))
+    content = to_record(results, provenance(), settings, states, partial=partial)
+    write_json(record, content | {"loadgen": [asdict(scenario) for scenario in scenarios]})
+    write_text(table, _page(results, states, scenarios, partial))
     picture: Path | None = None
     if any(result.accuracy is not None for result in results):
         try:
@@ -51,3 +70,102 @@ def write_report(results: Sequence[Result], settings: Mapping[str, Any], folder:
         except MissingDependencyError:  # an app's environment measures without drawing
             picture = None
     return Report(record, table, picture)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A bench that is over: what it found, in which state of the machine, and where it was written."""
+
+    results: list[Result]
+    scenarios: list[ScenarioResult]
+    report: Report
+    conditions: list[str]
+    """The machine before and after, as lines for people."""
+
+
+def record_bench(
+    models: Sequence[str | os.PathLike[str]],
+    settings: Mapping[str, Any],
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    scenarios: Sequence[str] = (),
+    load: Load | None = None,
+) -> Recorded:
+    """Run `bench`, then LoadGen's scenarios, and write both down, as far as they came.
+
+    Args:
+        models: As for `bench`.
+        settings: Its other arguments.
+        folder: As for `write_report`.
+        progress: As for `bench`.
+        scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
+        load: How hard and how long LoadGen asks.
+
+    Raises:
+        InterruptedBench: Ctrl-C; what was measured by then is written, marked as partial.
+        RkdError: As `bench` and `run_scenarios` raise it, with what was measured before written in the same way.
+        KeyboardInterrupt: Ctrl-C before anything was measured; nothing is written.
+    """
+    check_scenarios(scenarios)
+    results: list[Result] = []
+    told: list[ScenarioResult] = []
+    before = conditions()
+
+    def write(partial: bool) -> Recorded:
+        states = {"before": before, "after": conditions()}
+        named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
+        report = write_report(results, named, folder, states, told, partial=partial)
+        return Recorded(results, told, report, describe(**states))
+
+    try:
+        bench(models, **settings, progress=progress, on_result=results.append)
+        if scenarios:
+            run_scenarios(
+                models,
+                _planned(models, settings),
+                scenarios,
+                folder,
+                load=load or Load(),
+                shape=settings.get("shape"),
+                progress=progress,
+                on_result=told.append,
+            )
+    except (KeyboardInterrupt, RkdError) as error:
+        if not results:
+            raise
+        count = len(results) + len(told)
+        kept = f"{count} results measured before are in {write(partial=True).report.record}, marked as partial."
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedBench(f"Interrupted. The {kept} Run the command again for the rest.") from None
+        error.add_note(kept)
+        raise
+    return write(partial=False)
+
+
+def _planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any]) -> list[Setting]:
+    """The settings of a bench for LoadGen, which makes streams of its own."""
+    backend, threads = settings.get("backend", "onnxruntime"), settings.get("threads")
+    return plan(
+        models,
+        [backend] if isinstance(backend, str) else backend,
+        settings.get("device"),
+        [threads] if threads is None or isinstance(threads, int) else threads,
+        streams=[1],
+        batches=None,
+    )
+
+
+def _page(
+    results: Sequence[Result],
+    states: Mapping[str, Any] | None,
+    scenarios: Sequence[ScenarioResult],
+    partial: bool,
+) -> str:
+    parts = ["Partial: the bench ended before all that was asked for was measured.\n"] if partial else []
+    parts += [markdown(results), details_markdown(results)]
+    if scenarios:
+        parts.append(scenarios_markdown(scenarios))
+    if states is not None:
+        parts.append("".join(f"- {line}\n" for line in describe(**states)))
+    return "\n".join(parts)

@@ -8,19 +8,90 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from rkd_deploy.serve.bench import tabular
+from rkd_deploy.serve.bench.samples import Timing
 from rkd_deploy.serve.bench.tabular import Column, milliseconds
-from rkd_deploy.serve.bench.timing import Timing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["RECORD_SCHEMA", "Result", "markdown", "print_table", "to_record"]
+__all__ = [
+    "RECORD_SCHEMA",
+    "Figures",
+    "Result",
+    "details_markdown",
+    "markdown",
+    "print_details",
+    "print_table",
+    "to_record",
+]
 
 RECORD_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Figures:
+    """What follows from the samples of one measurement; a `_low_ms` and a `_high_ms` are the ends of the 95 %
+    confidence interval, None where there are too few samples for one.
+    """
+
+    transfers: bool
+    """True: host to host. False: input and output stayed on the device."""
+    p50_ms: float
+    p50_low_ms: float | None
+    p50_high_ms: float | None
+    p90_ms: float
+    p90_low_ms: float | None
+    p90_high_ms: float | None
+    p95_ms: float
+    p95_low_ms: float | None = None
+    p95_high_ms: float | None = None
+    p99_ms: float
+    p99_low_ms: float | None = None
+    p99_high_ms: float | None = None
+    p99_9_ms: float | None = None
+    p99_9_low_ms: float | None = None
+    p99_9_high_ms: float | None = None
+    mean_ms: float
+    cv: float
+    """Standard deviation over mean."""
+    throughput_per_s: float
+    """Images per second of callers that never wait: one for each stream."""
+    first_run_ms: float
+    runs: int
+    warmup_runs: int
+    warmup_seconds: float
+    complete: bool = True
+    """False: the measurement was interrupted, and these are the samples it had."""
+    round_medians_ms: list[float] = field(repr=False)
+    """Median of each turn of 0.1 s: between turns the machine drifts, and within one it hardly does."""
+    samples_ms: list[float] = field(repr=False)
+    """All of them, in the order they were measured."""
+
+    @staticmethod
+    def of(timing: Timing) -> dict[str, Any]:
+        """The fields above, by name."""
+        values: dict[str, Any] = {}
+        for q in (50, 90, 95, 99, 99.9):
+            name = f"p{q:g}".replace(".", "_")
+            low, high = (end if math.isfinite(end) else None for end in timing.interval(q))
+            values |= {f"{name}_ms": timing.percentile(q), f"{name}_low_ms": low, f"{name}_high_ms": high}
+        return values | {
+            "transfers": timing.transfers,
+            "mean_ms": timing.mean,
+            "cv": timing.cv,
+            "throughput_per_s": timing.throughput_per_s,
+            "first_run_ms": timing.first_run_ms,
+            "runs": len(timing.samples_ms),
+            "warmup_runs": timing.warmup_runs,
+            "warmup_seconds": timing.warmup_seconds,
+            "complete": timing.complete,
+            "round_medians_ms": list(timing.round_medians_ms),
+            "samples_ms": list(timing.samples_ms),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Figures):
     """One model at one batch size on one backend; None where a fact is not known."""
 
     model: str
@@ -32,105 +103,147 @@ class Result:
     batch: int
     threads: int | None
     """As asked for; None left it to the runtime."""
+    streams: int = 1
+    """Callers at once, each with the model loaded for itself."""
     precision: str
-    transfers: bool
-    """True: host to host. False: input and output stayed on the device."""
-    p50_ms: float
-    p50_low_ms: float | None
-    """Ends of the 95 % confidence interval; None where there are too few samples for one."""
-    p50_high_ms: float | None
-    p90_ms: float
-    p90_low_ms: float | None
-    p90_high_ms: float | None
-    p95_ms: float
-    p99_ms: float
-    mean_ms: float
-    cv: float
-    """Standard deviation over mean."""
-    throughput_per_s: float
-    """Images per second of one caller."""
-    first_run_ms: float
-    runs: int
-    warmup_runs: int
-    warmup_seconds: float
     accuracy: float | None
-    """Top-1 on the test split, in %."""
+    """Top-1 in %: measured on this backend where `accuracy_images` says so, else the card's, on its test split."""
+    accuracy_images: int | None = None
+    """How many labelled images were run through this file on this backend; None: the accuracy is the card's."""
     parameters: int | None
     macs: int | None
     """Multiply-adds of one image."""
     file_bytes: int
-    round_medians_ms: list[float] = field(repr=False)
-    """Median of each turn of 0.1 s: what `rkd-deploy bench-compare` compares."""
-    samples_ms: list[float] = field(repr=False)
+    file_sha256: str | None = None
+    """Of the file that was measured."""
+    cuda_graph: bool | None = None
+    """Whether runs are launches of a captured graph; None where the backend knows no such thing."""
+    load_seconds: float | None = None
+    """From the file to a model that can run, an engine's build left out; the mean of all streams."""
     build_seconds: float | None = None
     """What building the engine took, where it was built just now; no part of any other number."""
+    engine_kept: str | None = None
+    """The engine that ran, by its name in the cache of engines; None where none was needed, or one was given."""
+    resident_load_bytes: int | None = None
+    """By how much loading the model, for all streams, grew the resident memory of this process."""
+    resident_peak_bytes: int | None = None
+    """The most that this process held during the measurement, with all that was loaded beside the model."""
+    resident_growth_bytes: int | None = None
+    """That less what it held before any model was loaded."""
+    device_growth_bytes: int | None = None
+    """By how much the memory in use on the GPU, by any program, had grown since then at the end of the measurement;
+    backends keep what they took, so it is their peak."""
+    device_only: Figures | None = None
+    """The same model with input and output left on the device, in turns with the figures above."""
 
     @classmethod
-    def from_timing(cls, timing: Timing, **facts: Any) -> Self:
-        """Join the samples with the other fields."""
-        (p50_low, p50_high), (p90_low, p90_high) = (
-            tuple(end if math.isfinite(end) else None for end in timing.interval(q)) for q in (50, 90)
-        )
-        return cls(
-            **facts,
-            batch=timing.batch,
-            transfers=timing.transfers,
-            p50_ms=timing.p50,
-            p50_low_ms=p50_low,
-            p50_high_ms=p50_high,
-            p90_ms=timing.p90,
-            p90_low_ms=p90_low,
-            p90_high_ms=p90_high,
-            p95_ms=timing.p95,
-            p99_ms=timing.p99,
-            mean_ms=timing.mean,
-            cv=timing.cv,
-            throughput_per_s=timing.throughput_per_s,
-            first_run_ms=timing.first_run_ms,
-            runs=len(timing.samples_ms),
-            warmup_runs=timing.warmup_runs,
-            warmup_seconds=timing.warmup_seconds,
-            round_medians_ms=list(timing.round_medians_ms),
-            samples_ms=list(timing.samples_ms),
-        )
+    def from_timing(cls, timing: Timing, *, device_only: Timing | None = None, **facts: Any) -> Self:
+        """Join the samples with the other fields.
+
+        Args:
+            timing: Of the figures.
+            device_only: The same without transfers.
+            facts: The fields that do not follow from the samples.
+        """
+        resident = None if device_only is None else Figures(**Figures.of(device_only))
+        return cls(**facts, **Figures.of(timing), batch=timing.batch, streams=timing.streams, device_only=resident)
 
 
-def to_record(results: Sequence[Result], provenance: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def to_record(
+    results: Sequence[Result],
+    provenance: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    conditions: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+) -> dict[str, Any]:
     """A benchmark record for JSON.
 
     Args:
         results: What `bench` gave.
         provenance: What `provenance.provenance` gave.
         settings: How it was measured: seconds, runs, warm-up, seed.
+        conditions: ``before`` and ``after``: what `conditions.conditions` gave.
+        partial: Whether the bench ended before all that was asked for was measured.
     """
     return {
         "schema": RECORD_SCHEMA,
         "kind": "bench",
+        "partial": partial,
         "provenance": dict(provenance),
         "settings": dict(settings),
-        "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics)",
+        "conditions": None if conditions is None else dict(conditions),
+        "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics, with "
+        "the design effect of turns of 0.1 s)",
         "results": [asdict(result) for result in results],
     }
 
 
-_COLUMNS: tuple[Column[Result], ...] = (
+_SETTINGS: tuple[Column[Result], ...] = (
     Column("Model", lambda r: r.model, numeric=False),
     Column("Part", lambda r: r.part, numeric=False, detail=True),
     Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
     Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
     Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
     Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("Streams", lambda r: None if r.streams == 1 else str(r.streams), setting=True),
     Column("Batch", lambda r: str(r.batch), setting=True),
+)
+
+_COLUMNS: tuple[Column[Result], ...] = (
+    *_SETTINGS,
     Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
     Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
     Column("p90, ms", lambda r: milliseconds(r.p90_ms)),
     Column("p99, ms", lambda r: milliseconds(r.p99_ms), detail=True),
+    Column("Device only p50, ms", lambda r: None if r.device_only is None else milliseconds(r.device_only.p50_ms)),
     Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
     Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
+    Column("of images", lambda r: None if r.accuracy_images is None else f"{r.accuracy_images:,}"),
     Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
     Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
     Column("Engine build, s", lambda r: None if r.build_seconds is None else f"{r.build_seconds:,.1f}"),
     Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
+    Column("Ended", lambda r: None if r.complete else "interrupted", numeric=False),
+)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the table of everything: figures, and the result that they are of."""
+
+    result: Result
+    figures: Figures
+
+
+def _of_result(column: Column[Result]) -> Column[_Row]:
+    return Column(column.title, lambda row: column.text(row.result), numeric=column.numeric, setting=column.setting)
+
+
+_WHOSE: tuple[Column[_Row], ...] = (
+    *(_of_result(column) for column in _SETTINGS if not column.detail),
+    Column("Figures", lambda r: "end to end" if r.figures.transfers else "device only", numeric=False),
+)
+_PERCENTILES: tuple[Column[_Row], ...] = (
+    *_WHOSE,
+    Column("Mean, ms", lambda r: milliseconds(r.figures.mean_ms)),
+    Column("CV, %", lambda r: f"{100 * r.figures.cv:.1f}"),
+    Column("p50, ms", lambda r: _percentile(r.figures, "50")),
+    Column("p90, ms", lambda r: _percentile(r.figures, "90")),
+    Column("p95, ms", lambda r: _percentile(r.figures, "95")),
+    Column("p99, ms", lambda r: _percentile(r.figures, "99")),
+    Column("p99.9, ms", lambda r: _percentile(r.figures, "99_9")),
+)
+_RUNS: tuple[Column[_Row], ...] = (
+    *_WHOSE,
+    Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
+    Column("First run, ms", lambda r: milliseconds(r.figures.first_run_ms)),
+    Column("Warm-up runs", lambda r: f"{r.figures.warmup_runs:,}"),
+    Column("Runs", lambda r: f"{r.figures.runs:,}"),
+    Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
+    Column("Resident peak, MB", lambda r: _megabytes(r.result.resident_peak_bytes)),
+    Column("grown by, MB", lambda r: _megabytes(r.result.resident_growth_bytes)),
+    Column("Device grown by, MB", lambda r: _megabytes(r.result.device_growth_bytes)),
 )
 
 
@@ -139,9 +252,40 @@ def markdown(results: Sequence[Result]) -> str:
     return tabular.markdown(_COLUMNS, results)
 
 
+def details_markdown(results: Sequence[Result]) -> str:
+    """Two Markdown tables: every percentile with its 95 % confidence interval; times, counts and memory."""
+    rows = _rows(results)
+    return f"{tabular.markdown(_PERCENTILES, rows)}\n{tabular.markdown(_RUNS, rows)}"
+
+
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
     tabular.print_table(_COLUMNS, results, console)
+
+
+def print_details(results: Sequence[Result], console: Console) -> None:
+    """The tables of `details_markdown` for a terminal."""
+    rows = _rows(results)
+    tabular.print_table(_PERCENTILES, rows, console)
+    tabular.print_table(_RUNS, rows, console)
+
+
+def _rows(results: Sequence[Result]) -> list[_Row]:
+    return [
+        _Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
+    ]
+
+
+def _percentile(figures: Figures, q: str) -> str | None:
+    value, low, high = (getattr(figures, f"p{q}{end}_ms") for end in ("", "_low", "_high"))
+    if value is None:
+        return None
+    interval = _interval(low, high)
+    return milliseconds(value) if interval is None else f"{milliseconds(value)} ({interval})"
+
+
+def _megabytes(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e6:,.1f}"
 
 
 def _interval(low: float | None, high: float | None) -> str | None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import ModelFileError, require
@@ -61,7 +62,19 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise broken_model(file, " ".join(str(error).split())) from error
+    _check_opset(file, onnx, model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     text = metadata.get(METADATA_KEY)
     card = None if text is None else ModelCard.from_json(text, str(file))
     return Source(file, content, hashlib.sha256(content).hexdigest(), metadata, card)
+
+
+def _check_opset(file: Path, onnx: Any, model: Any) -> None:
+    # The parsers take a newer opset for the newest one they know, and would build what the file may not mean.
+    newest = onnx.defs.onnx_opset_version()
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=newest)
+    if opset > newest:
+        raise ModelFileError(
+            f"{file} is written in opset {opset}, and onnx {onnx.__version__} knows up to opset {newest}. "
+            "Update onnx, or export the model again in an older one (opset_version of torch.onnx.export)."
+        )

@@ -47,7 +47,7 @@ def test_commands_lose_their_folders(argv, expected, tmp_path):
 
 
 def test_gpus_are_read_from_nvidia_smis_answer():
-    answer = "NVIDIA H200, 575.57.08, 143771 MiB, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W, 31\n" * 2
+    answer = "NVIDIA H200, 575.57.08, 143771 MiB, 512 MiB, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W, 81.5 W, 31, P0\n" * 2
     first, second = parse_gpus(answer)
     assert first == second
     assert first["name"] == "NVIDIA H200"

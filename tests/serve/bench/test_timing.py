@@ -1,7 +1,8 @@
 """Timing against a clock that the tests turn: every number is known beforehand."""
 
-import math
-from fractions import Fraction
+import os
+import signal
+import threading
 from itertools import cycle
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench.timing import Timing, interval_ranks, measure, measure_interleaved
+from rkd_deploy.serve.bench.timing import (
+    MeasurementInterrupted,
+    Subject,
+    measure,
+    measure_interleaved,
+    measure_subjects,
+)
 
 X = np.zeros((4, 1), np.float32)
 MS = 1_000_000
@@ -42,11 +49,6 @@ class Scripted:
 
     def synchronize(self):
         self.infer(None)
-
-
-def timing(samples, **options):
-    facts = {"batch": 1, "transfers": True, "first_run_ms": 0.0, "warmup_runs": 0, "warmup_seconds": 0.0}
-    return Timing(samples_ms=tuple(samples), **(facts | options))
 
 
 @pytest.mark.parametrize("transfers", [True, False])
@@ -143,69 +145,95 @@ def test_impossible_limits_are_refused(limits):
         measure(Scripted(Clock(), []), X, **limits)
 
 
-def test_percentiles_are_nearest_rank():
-    ten = timing([10, 1, 9, 2, 8, 3, 7, 4, 6, 5])
-    assert [ten.percentile(q) for q in (1, 10, 11, 50, 90, 91, 95, 99, 100)] == [1, 1, 2, 5, 9, 10, 10, 10, 10]
-    assert (ten.p50, ten.p90, ten.p95, ten.p99) == (5, 9, 10, 10)
-    hundred = timing(range(1, 101))
-    assert [hundred.percentile(q) for q in range(1, 101)] == list(range(1, 101))
-    for q in (0, -1, 101):
-        with pytest.raises(UsageError, match="Percentile"):
-            ten.percentile(q)
+def test_both_ways_of_one_model_are_measured_in_turns():
+    clock, log = Clock(), []
+    backend = Scripted(clock, cycle([10]), log)
+    found = measure_subjects(
+        {"host": Subject((backend,), X), "device": Subject((backend,), X, transfers=False)},
+        min_seconds=0.2,
+        min_runs=1,
+        warmup_seconds=0,
+        warmup_runs=0,
+        clock=clock,
+    )
+    assert [timing.transfers for timing in found.values()] == [True, False]
+    assert [len(timing.samples_ms) for timing in found.values()] == [20, 20]
+    assert all(timing.complete for timing in found.values())
 
 
-def test_mean_and_variation():
-    four = timing([2.0, 4.0, 4.0, 6.0], batch=8)
-    assert four.mean == 4
-    assert four.cv == pytest.approx(math.sqrt(8 / 3) / 4)
-    assert four.throughput_per_s == 8 * 4 / 0.016
-    assert timing([3.0]).cv == 0
+class Meeting:
+    """A backend that, after its first run, answers only when as many callers are inside as there are streams."""
+
+    name = "meeting"
+
+    def __init__(self, barrier):
+        self.barrier, self.calls, self.threads = barrier, 0, set()
+
+    def infer(self, x):
+        self.threads.add(threading.get_ident())
+        self.calls += 1
+        if self.calls > 1:
+            self.barrier.wait(timeout=10)
 
 
-def exact_ranks(count, share, confidence):
-    """The definition in `Timing.interval`, in exact fractions."""
-    share, tail = Fraction(share), (1 - Fraction(confidence)) / 2
-    cdf, total = [], Fraction(0)
-    for k in range(count + 1):
-        total += math.comb(count, k) * share**k * (1 - share) ** (count - k)
-        cdf.append(total)
-    low = max((rank for rank in range(1, count + 1) if cdf[rank - 1] <= tail), default=None)
-    high = min((rank for rank in range(1, count + 1) if cdf[rank - 1] >= 1 - tail), default=None)
-    return low, high
+def test_streams_call_at_once_each_on_its_own_model_and_thread():
+    barrier = threading.Barrier(3)
+    backends = [Meeting(barrier) for _ in range(3)]
+    limits = {"min_seconds": 0, "min_runs": 9, "warmup_seconds": 0, "warmup_runs": 2}
+    found = measure_subjects({"m": Subject(backends, X)}, **limits)["m"]
+    assert [len(backend.threads) for backend in backends] == [1, 1, 1]
+    assert len(set.union(*(backend.threads for backend in backends))) == 3
+    assert (found.streams, len(found.samples_ms), found.warmup_runs) == (3, 9, 6)
+    total = sum(found.samples_ms)
+    assert found.throughput_per_s == pytest.approx(3 * 4 * 9 / total * 1000)  # 3 callers, 4 images a call
 
 
-@pytest.mark.parametrize("count", [1, 5, 6, 10, 29, 100])
-@pytest.mark.parametrize("share", ["1/2", "9/10", "99/100"])
-def test_interval_ranks_equal_exact_arithmetic(count, share):
-    expected = exact_ranks(count, share, "19/20")
-    assert interval_ranks(count, float(Fraction(share)), 0.95) == expected
+def test_a_stream_that_fails_ends_the_measurement():
+    class Failing(Meeting):
+        def infer(self, x):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        measure_subjects({"m": Subject([Failing(None), Failing(None)], X)}, min_seconds=0, min_runs=1)
 
 
-def test_interval_ranks_of_the_median_equal_the_printed_tables():
-    # Conover 1999, table of the sign test: 95 % intervals of the median.
-    assert interval_ranks(10, 0.5, 0.95) == (2, 9)
-    assert interval_ranks(20, 0.5, 0.95) == (6, 15)
+def test_an_interrupt_gives_the_samples_so_far():
+    clock = Clock()
+
+    class Interrupted(Scripted):
+        def infer(self, x):
+            super().infer(x)
+            if self.calls == 16:  # the first run, and 15 of 30
+                os.kill(os.getpid(), signal.SIGINT)
+
+    models = {"slow": (Interrupted(clock, cycle([10])), X), "next": (Scripted(clock, cycle([10])), X)}
+    with pytest.raises(MeasurementInterrupted) as stop:
+        measure_interleaved(models, min_seconds=0.3, min_runs=30, warmup_seconds=0, warmup_runs=0, clock=clock)
+    slow, other = stop.value.timings["slow"], stop.value.timings["next"]
+    # 10 a turn; a call after each change is not counted: 1 + 1 + 10, then B, then 1 + 3, of which the last is cut off.
+    assert len(other.samples_ms) == 20
+    assert 12 <= len(slow.samples_ms) <= 13
+    assert not slow.complete
+    assert not other.complete
 
 
-def test_interval_gives_samples_or_says_that_there_are_too_few():
-    assert timing(range(1, 21)).interval(50) == (6, 15)
-    assert timing(range(1, 6)).interval(50) == (-math.inf, math.inf)
-    assert timing(range(1, 101)).interval(99) == (97, math.inf)  # P(B <= 96) = 0.018, P(B <= 97) = 0.079
-    with pytest.raises(UsageError, match="confidence"):
-        timing([1]).interval(50, confidence=1.0)
+def test_an_interrupt_before_any_sample_has_nothing_to_give():
+    class Interrupted(Scripted):
+        def infer(self, x):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        measure(Interrupted(Clock(), []), X)
+    assert not isinstance(stop.value, MeasurementInterrupted)
 
 
-def test_interval_covers_the_true_percentile_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    truth = math.log(10)  # the 90th percentile of the exponential distribution
-    hits = 0
-    for _ in range(400):
-        low, high = timing(generator.exponential(size=200)).interval(90)
-        hits += low <= truth <= high
-    assert 0.93 <= hits / 400 <= 0.995
+def test_the_loop_adds_little_to_a_call():
+    """The limit of benchmarks/bench_trust.py is 2 us; ten times that leaves room for a busy machine."""
 
+    class Nothing:
+        name = "nothing"
 
-def test_interval_is_quick_for_many_samples():
-    low, high = interval_ranks(200_000, 0.5, 0.95)
-    assert low == pytest.approx(100_000 - 1.96 * math.sqrt(50_000), abs=2)
-    assert high == pytest.approx(100_000 + 1.96 * math.sqrt(50_000), abs=2)
+        def infer(self, x):
+            return None
+
+    assert measure(Nothing(), X, min_seconds=0.05, warmup_seconds=0).p50 < 0.02

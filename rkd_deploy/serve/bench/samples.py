@@ -1,0 +1,179 @@
+"""The samples of one measurement, and the statistics that follow from them; none of them is thrown away.
+
+Percentiles are nearest rank: the q-th is the ceil(q/100 * n)-th smallest sample, always one that was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from rkd_deploy.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The samples of one model at one batch size, and what follows from them; durations in ms."""
+
+    samples_ms: tuple[float, ...]
+    """In the order they were measured; with several streams, stream after stream within a turn."""
+    batch: int
+    transfers: bool
+    """True: host to host. False: input and output stay on the device."""
+    first_run_ms: float
+    warmup_runs: int
+    """Untimed calls, those after each change of model included."""
+    warmup_seconds: float
+    rounds: tuple[int, ...] = ()
+    """How many of the samples fell into each turn of 0.1 s, in order: drift is within turns small, between them not."""
+    streams: int = 1
+    """Callers at once."""
+    complete: bool = True
+    """False: interrupted before its limits were reached."""
+
+    @cached_property
+    def round_medians_ms(self) -> tuple[float, ...]:
+        """Median (nearest rank) of each turn, in order."""
+        ends = np.cumsum(self.rounds).tolist()
+        turns = [sorted(self.samples_ms[end - count : end]) for end, count in zip(ends, self.rounds, strict=True)]
+        return tuple(turn[_rank(50, len(turn)) - 1] for turn in turns)
+
+    @cached_property
+    def _sorted(self) -> tuple[float, ...]:
+        return tuple(sorted(self.samples_ms))
+
+    def percentile(self, q: float) -> float:
+        """The nearest-rank percentile: the smallest sample with at least q percent of all at or below it.
+
+        Raises:
+            UsageError: `q` is not above 0 and at most 100.
+        """
+        _check_percentile(q)
+        return self._sorted[_rank(q, len(self._sorted)) - 1]
+
+    @property
+    def p50(self) -> float:
+        """Median, nearest rank."""
+        return self.percentile(50)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile, nearest rank."""
+        return self.percentile(90)
+
+    @property
+    def p95(self) -> float:
+        """95th percentile, nearest rank."""
+        return self.percentile(95)
+
+    @property
+    def p99(self) -> float:
+        """99th percentile, nearest rank."""
+        return self.percentile(99)
+
+    @property
+    def p99_9(self) -> float:
+        """99.9th percentile, nearest rank: of fewer than 1,000 samples it is the largest."""
+        return self.percentile(99.9)
+
+    @property
+    def mean(self) -> float:
+        """Arithmetic mean."""
+        return math.fsum(self.samples_ms) / len(self.samples_ms)
+
+    @property
+    def cv(self) -> float:
+        """Coefficient of variation: sample standard deviation over mean, no unit; 0 for a single sample."""
+        return float(np.std(self.samples_ms, ddof=1)) / self.mean if len(self.samples_ms) > 1 else 0.0
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Images per second of callers that never wait: streams * batch * calls / time in calls."""
+        return 1000 * self.streams * self.batch * len(self.samples_ms) / math.fsum(self.samples_ms)
+
+    def interval(self, q: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Distribution-free confidence interval of a percentile, from binomial order statistics.
+
+        The number of samples below the true percentile is binomial, B ~ Bin(n, q/100), whatever the distribution, so
+        P(X_(l) <= percentile <= X_(u)) >= P(l <= B <= u - 1). With a = (1 - confidence) / 2, l is the largest rank with
+        P(B <= l - 1) <= a, and u the smallest with P(B <= u - 1) >= 1 - a.
+        Conover, Practical Nonparametric Statistics, 3rd ed. 1999, section 3.2; David and Nagaraja, Order Statistics,
+        3rd ed. 2003, section 7.1.
+
+        That n holds for independent samples. Those of one turn share a clock and neighbours, so n is divided by the
+        `design_effect` of the turns, and the ranks are stretched to the samples there are.
+
+        Returns:
+            Low and high end in ms; -inf or inf where so few samples bound it on no side.
+
+        Raises:
+            UsageError: `q` or `confidence` lies outside its range.
+        """
+        _check_percentile(q)
+        if not 0 < confidence < 1:
+            raise UsageError(f"confidence is {confidence}; it must lie between 0 and 1, for example 0.95.")
+        count = len(self._sorted)
+        effective = max(1, math.floor(count / self.design_effect(q)))
+        low, high = interval_ranks(effective, q / 100, confidence)
+        return (
+            -math.inf if low is None else self._sorted[max(1, low * count // effective) - 1],
+            math.inf if high is None else self._sorted[-(-high * count // effective) - 1],
+        )
+
+    def design_effect(self, q: float) -> float:
+        """How many times the variance of independent samples the share of samples below a percentile really has.
+
+        With n_j samples in turn j, y_j of them at or below the q-th percentile, p their share over all m turns:
+        Var(p) = m / (m - 1) * sum_j (y_j - p n_j)^2 / n^2, and the effect is Var(p) / (p (1 - p) / n), at least 1;
+        times (t / z)^2, because m is small. Inverting a clustered share like this is Woodruff's interval: Confidence
+        intervals for medians and other position measures, JASA 47 (1952) 635; Kish, Survey Sampling, 1965, chapter 8.
+        """
+        m, n = len(self.rounds), len(self.samples_ms)
+        below = np.asarray(self.samples_ms) <= self.percentile(q)
+        p = float(below.mean())
+        if m < 2 or p == 1:
+            return 1.0
+        counts = np.asarray(self.rounds)
+        y = np.add.reduceat(below, np.cumsum(counts) - counts, dtype=np.int64)
+        variance = m / (m - 1) * float(np.sum((y - p * counts) ** 2)) / n**2
+        return max(1.0, variance * n / (p * (1 - p)) * _small_sample_factor(m - 1))
+
+
+def interval_ranks(count: int, share: float, confidence: float) -> tuple[int | None, int | None]:
+    """Ranks, from 1, of the two order statistics of `Timing.interval`; None where no rank is extreme enough.
+
+    Args:
+        count: Number of samples.
+        share: The percentile as a share, above 0 and at most 1.
+        confidence: Above 0 and below 1.
+    """
+    if share == 1:
+        return count, None
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    k = np.arange(count + 1)
+    log_choose = log_factorial[count] - log_factorial[k] - log_factorial[count - k]
+    cdf = np.cumsum(np.exp(log_choose + k * math.log(share) + (count - k) * math.log1p(-share)))
+    tail = (1 - confidence) / 2
+    low = int(np.searchsorted(cdf, tail, side="right"))
+    high = int(np.searchsorted(cdf, 1 - tail, side="left")) + 1
+    return low or None, high if high <= count else None
+
+
+def _small_sample_factor(freedom: int) -> float:
+    """(t / z)^2 at 97.5 %: Cornish and Fisher's expansion of Student's t (Abramowitz and Stegun 26.7.5)."""
+    z = 1.959964
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return float(((z + first / freedom + second / freedom**2) / z) ** 2)
+
+
+def _rank(q: float, count: int) -> int:
+    # In whole numbers where q is one: 0.9 * 10 is 9.000000000000002 in floats, and its ceiling 10.
+    return max(1, math.ceil(q * count / 100))
+
+
+def _check_percentile(q: float) -> None:
+    if not 0 < q <= 100:
+        raise UsageError(f"Percentile {q} was asked for; it must be above 0 and at most 100.")

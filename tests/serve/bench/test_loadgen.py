@@ -1,0 +1,161 @@
+"""LoadGen itself drives real models; what it wrote is read back and held against what the model saw."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.serve.backends import load_backend
+from rkd_deploy.serve.bench.loadgen import (
+    LIBRARY,
+    MULTI_STREAM_IMAGES,
+    SCENARIOS,
+    Load,
+    check_scenarios,
+    library,
+    read_log,
+    run_scenario,
+)
+from rkd_deploy.serve.bench.recording import record_bench
+
+BRIEF = {"min_seconds": 0.2, "min_queries": 10}
+SLEEP = 0.002
+
+
+class Sleeper:
+    """A backend that takes 2 ms a call and remembers the batches it was given."""
+
+    name, device, max_batch = "sleeper", "cpu", None
+
+    def __init__(self, fixed=None):
+        self.input_shape, self.input_dtype, self.batches = (fixed, 4), "float32", []
+
+    def infer(self, x):
+        self.batches.append(len(x))
+        time.sleep(SLEEP)
+        return np.zeros((len(x), 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "batches"),
+    [("SingleStream", {1}), ("MultiStream", {MULTI_STREAM_IMAGES}), ("Server", {1}), ("Offline", {4})],
+)
+def test_each_scenario_asks_in_its_own_way_and_is_told_the_time_it_took(scenario, batches, tmp_path):
+    backend = Sleeper()
+    load = Load(**BRIEF, target_qps=100, target_latency_ms=100, max_batch=4 if scenario == "Offline" else 32)
+    found = run_scenario(backend, library(backend, None, 0), scenario, tmp_path / "logs", load)
+    assert batches <= set(backend.batches)
+    if scenario != "Offline":
+        assert set(backend.batches) == batches
+        # A sleep never ends early; LoadGen measures at least that, in its own clock.
+        assert 1000 * SLEEP <= found["p50_ms"] < 1000 * SLEEP + 30
+        assert found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"]
+    images = max(batches)
+    assert 0 < found["samples_per_s"] <= (100 * 2 if scenario == "Server" else images / SLEEP)
+    assert found["target_qps"] == (100 if scenario == "Server" else None)
+    summary = (tmp_path / "logs/mlperf_log_summary.txt").read_text()
+    assert f"Scenario : {scenario}" in summary
+    assert f"Result is : {'VALID' if found['valid'] else 'INVALID'}" in summary
+
+
+def test_what_the_model_answers_reaches_loadgen_for_every_query(zoo, tmp_path):
+    with load_backend("onnxruntime", zoo.build(tmp_path / "m.onnx"), threads=1) as backend:
+        inputs = library(backend, None, seed=0)
+        assert len({x.tobytes() for x in inputs}) == LIBRARY
+        found = run_scenario(backend, inputs, "SingleStream", tmp_path / "logs", Load(**BRIEF))
+    assert found["valid"]
+    assert found["queries"] >= 10
+    assert read_log(tmp_path / "logs/mlperf_log_detail.txt")["result_query_count"] == found["queries"]
+
+
+def test_a_fixed_batch_of_one_is_asked_for_one_by_one(tmp_path):
+    backend = Sleeper(fixed=1)
+    run_scenario(backend, library(backend, None, 0), "MultiStream", tmp_path / "logs", Load(**BRIEF))
+    assert set(backend.batches) == {1}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_model_that_fails_in_the_middle_is_an_error_and_no_crash(scenario, tmp_path):
+    class Failing(Sleeper):
+        asked = 0
+
+        def infer(self, x):
+            self.asked += any(tmp_path.glob(".logs.*"))  # before, it is our own estimate that runs
+            if self.asked == 5:
+                raise BackendError("out of memory")
+            return super().infer(x)
+
+    backend = Failing()
+    load = Load(min_seconds=0.5, min_queries=50, target_qps=400, max_batch=1)
+    with pytest.raises(BackendError, match="out of memory"):
+        run_scenario(backend, library(backend, None, 0), scenario, tmp_path / "logs", load)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_without_a_result_is_refused(tmp_path):
+    (tmp_path / "mlperf_log_detail.txt").write_text(':::MLLOG {"key": "loadgen_version", "value": "6"}\n')
+    for name in ("mlperf_log_detail.txt", "absent.txt"):
+        with pytest.raises(BackendError, match="wrote no result"):
+            read_log(tmp_path / name)
+
+
+@pytest.mark.parametrize("field", ["min_seconds", "min_queries", "target_qps", "target_latency_ms", "max_batch"])
+def test_numbers_that_are_not_above_zero_are_refused(field):
+    with pytest.raises(UsageError, match=f"{field} is 0"):
+        Load(**{field: 0})
+
+
+def test_scenarios_are_spelled_as_mlperf_spells_them():
+    check_scenarios(SCENARIOS)
+    with pytest.raises(UsageError, match="Did you mean 'SingleStream'"):
+        check_scenarios(["singlestream"])
+
+
+def test_a_report_calls_it_unofficial_everywhere_and_keeps_the_logs(bundle, tmp_path):
+    short = {"batches": [1], "threads": 1, "min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
+    stale = tmp_path / "out/loadgen-SingleStream-onnxruntime-1-1-sums/stale.txt"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier bench")
+    done = record_bench(
+        [bundle], short, tmp_path / "out", scenarios=["SingleStream", "MultiStream"], load=Load(**BRIEF)
+    )
+    assert not stale.exists()
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert [row["scenario"] for row in record["loadgen"]] == ["SingleStream", "MultiStream"]
+    for row in record["loadgen"]:
+        assert row["label"] == "LoadGen, unofficial"
+        assert (row["model"], row["backend"], row["threads"]) == ("sums", "onnxruntime", 1)
+        assert "MLPerf Results Summary" in (tmp_path / "out" / row["logs"] / "mlperf_log_summary.txt").read_text()
+    assert "LoadGen, unofficial" in (tmp_path / "out/bench.md").read_text()
+    assert len(done.scenarios) == 2
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_ctrl_c_during_loadgen_keeps_the_bench_and_drops_the_half_log(zoo, tmp_path):
+    model = zoo.build(tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "rkd_deploy.cli", "bench", str(model), "--threads", "1", "--end-to-end"]
+    command += ["--batch", "1", "--seconds", "1", "--warmup", "0", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--scenario", "SingleStream"], stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.glob("out/.loadgen-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "marked as partial" in err
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert (record["partial"], len(record["results"]), record["loadgen"]) == (True, 1, [])
+    assert record["results"][0]["complete"]
+    assert not list(tmp_path.glob("out/*loadgen*"))

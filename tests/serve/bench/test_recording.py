@@ -1,0 +1,176 @@
+"""A bench on disk: what it holds when it ends well, by an error, or by a real signal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rkd_deploy.errors import BackendError, InterruptedBench
+from rkd_deploy.serve.bench import recording
+from rkd_deploy.serve.bench.recording import record_bench
+from rkd_deploy.serve.engines.record import read_engine
+
+SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
+FIXED_NAMES = {"backend", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "throughput_per_s"}
+
+
+def test_a_record_holds_both_figures_every_sample_and_the_machine(bundle, tmp_path):
+    settings = {"batches": [1, 2], "transfers": None, "streams": [1, 2], "threads": [1], **SHORT}
+    done = record_bench([bundle], settings, tmp_path / "out")
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert record["partial"] is False
+    assert [(row["streams"], row["batch"]) for row in record["results"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for row in record["results"]:
+        assert row.keys() >= FIXED_NAMES
+        for figures in (row, row["device_only"]):
+            assert len(figures["samples_ms"]) == figures["runs"] >= 5
+            assert figures["p50_ms"] == sorted(figures["samples_ms"])[-(-figures["runs"] // 2) - 1]
+            assert figures["p95_ms"] <= figures["p99_ms"] <= figures["p99_9_ms"] <= max(figures["samples_ms"])
+        assert (row["transfers"], row["device_only"]["transfers"]) == (True, False)
+        assert row["file_sha256"] == hashlib.sha256((bundle / "model.onnx").read_bytes()).hexdigest()
+        assert row["load_seconds"] > 0
+        assert row["resident_peak_bytes"] > row["resident_growth_bytes"]
+        assert row["complete"]
+    assert record["conditions"]["before"].keys() == record["conditions"]["after"].keys()
+    page = (tmp_path / "out/bench.md").read_text()
+    for word in ("p99.9, ms", "CV, %", "end to end", "device only", "Warm-up runs", "Resident peak, MB", "- CPU: "):
+        assert word in page
+    assert done.conditions[0].startswith("CPU: ")
+
+
+def test_several_backends_and_thread_counts_in_one_call(bundle, zoo, tmp_path):
+    bare = zoo.build(tmp_path / "bare.onnx")
+    settings = {"backend": ["onnxruntime", "openvino"], "threads": [1, 2], "batches": [3], **SHORT}
+    found = record_bench([bundle, bare], settings, tmp_path / "out").results
+    assert [(one.backend, one.threads, one.model) for one in found] == [
+        (backend, threads, model)
+        for backend in ("onnxruntime", "openvino")
+        for threads in (1, 2)
+        for model in ("sums", "bare")
+    ]
+    assert found[0].cuda_graph is None
+
+
+def test_a_backend_without_threads_is_measured_once_beside_others(bundle, gpu, tmp_path):
+    settings = {"backend": ["onnxruntime", "tensorrt"], "threads": [1, 2], "batches": [1], **SHORT}
+    found = record_bench([bundle], settings, tmp_path / "out").results
+    assert [(one.backend, one.threads, one.cuda_graph) for one in found] == [
+        ("onnxruntime", 1, None),
+        ("onnxruntime", 2, None),
+        ("tensorrt", None, True),
+    ]
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_is_built_once_and_kept_by_file_device_version_and_settings(flavour, zoo, gpu, tmp_path):
+    model = zoo.build(tmp_path / "m.onnx", card=zoo.card())
+    options = {"backend": flavour, "batches": [2], "transfers": None, **SHORT}
+
+    def run():
+        (found,) = record_bench([model], options, tmp_path / "out").results
+        return found
+
+    first, again = run(), run()
+    assert first.build_seconds > 0
+    assert again.build_seconds is None
+    assert first.engine_kept == again.engine_kept
+    engine = tmp_path / "cache/engines" / first.engine_kept / "model.engine"
+    assert first.file_sha256 == hashlib.sha256(engine.read_bytes()).hexdigest()
+    assert first.load_seconds >= 0
+    assert read_engine(engine)[1].onnx_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+    by_name = record_bench([engine], options, tmp_path / "out").results[0]  # an engine as it lies is taken, too
+    assert (by_name.model, by_name.build_seconds) == ("sums", None)
+    gpu.device.name = "Another GPU"
+    assert run().build_seconds > 0
+    gpu.install(version="11.5.0", rtx_version="1.8.0")
+    assert run().build_seconds > 0
+    zoo.build(model, card=zoo.card(), scale=0.5)
+    assert run().build_seconds > 0
+
+
+def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, tmp_path):
+    colours = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
+    shown = {"red": ["red", "red", "blue"], "blue": ["blue", "green"]}  # 3 of 5 lie where they belong
+    for folder, colour_names in shown.items():
+        (tmp_path / "data" / folder / "deeper").mkdir(parents=True)
+        for number, name in enumerate(colour_names):
+            pixels = np.full((9, 6, 3), colours[name], np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / folder / "deeper" / f"{number}.png")
+    (tmp_path / "data/red/notes.txt").write_text("no image")
+    settings = {"backend": ["onnxruntime", "openvino"], "batches": [1], "data": tmp_path / "data", **SHORT}
+    found = record_bench([bundle], settings, tmp_path / "out").results
+    assert [(one.accuracy, one.accuracy_images) for one in found] == [(60.0, 5)] * 2
+    record = (tmp_path / "out/bench.json").read_text()
+    assert json.loads(record)["settings"]["data"] == "data"
+    assert str(tmp_path) not in record
+
+
+def test_an_error_leaves_what_was_measured_before(bundle, zoo, tmp_path):
+    settings = {"backend": ["onnxruntime", "pytorch"], "batches": [1], **SHORT}
+    with pytest.raises(BackendError, match="exported program") as failed:
+        record_bench([zoo.build(tmp_path / "bare.onnx")], settings, tmp_path / "out")
+    assert "marked as partial" in failed.value.__notes__[0]
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert record["partial"] is True
+    assert [row["backend"] for row in record["results"]] == ["onnxruntime"]
+    with pytest.raises(BackendError):
+        record_bench([tmp_path / "bare.onnx"], settings | {"backend": "pytorch"}, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path):
+    """A real process, a real SIGINT: after 3 s of CPU time it is past its start and in its first long measurement."""
+    model = zoo.build(tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "rkd_deploy.cli", "bench", str(model), "--threads", "1", "--json"]
+    command += ["--seconds", "600", "--warmup", "0.1", "--batch", "1,8", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while _cpu_seconds(process.pid) < 3:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["exit_code"] == 130
+    assert "Interrupted. " in err
+    assert "Traceback" not in err
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert record["partial"] is True
+    (row,) = record["results"]  # of batch 1; batch 8 was never begun
+    assert row["batch"] == 1
+    assert row["complete"] is False
+    assert len(row["samples_ms"]) == row["runs"] > 0
+    assert row["device_only"]["complete"] is False
+    page = (tmp_path / "out/bench.md").read_text()
+    assert page.startswith("Partial: ")
+    assert "| interrupted |" in page
+
+
+def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recording, "bench", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        record_bench([bundle], SHORT, tmp_path / "out")
+    assert not isinstance(stop.value, InterruptedBench)
+    assert not (tmp_path / "out").exists()
+
+
+def _cpu_seconds(pid):
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
+        fields = stream.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
