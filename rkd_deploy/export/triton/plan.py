@@ -15,7 +15,7 @@ LARGEST = 32
 """Largest batch by default, where the model has no limit of its own."""
 
 USUAL = 8
-"""A batch worth waiting for by default: past it, throughput grows slowly (benchmarks/)."""
+"""A smaller batch that is waited for by default, as the engines here are built for it."""
 
 
 @dataclass(frozen=True)
