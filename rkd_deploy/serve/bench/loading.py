@@ -146,7 +146,7 @@ def _load(number: int, path: PathLike, setting: Setting, stack: ExitStack) -> Lo
 
 
 def _measured_file(path: PathLike, backend: Backend) -> Path:
-    if backend.name == "pytorch":
+    if backend.name.startswith("pytorch"):
         return model_path(path).with_suffix(".pt2")  # it runs the exported program that lies beside the ONNX file
     return Path(getattr(backend, "engine_file", model_path(path)))
 
