@@ -3,8 +3,8 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `recipes`, `runtimes`, or the file
-of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `recipes`,
+`runtimes`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,42 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 def claims() -> str:
     """Every claim that has a limit, of the newest record of each theme and hardware."""
-    newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
+    for path, record, found in _limited():
+        where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
+        rows += [
+            f"| {claim['what']} | {_figure(claim, 'value')} | {_figure(claim, 'limit')} | {where} |" for claim in found
+        ]
+    return "\n".join(rows) + "\n"
+
+
+def headlines() -> str:
+    """Of each of these records: how many claims hold, and the one that is nearest to its limit, or farthest beyond it."""
+    rows = [
+        "| benchmark | within limits | the tightest of them | measured | limit |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    for _, record, found in _limited():
+        tightest = max(found, key=lambda claim: claim["value"] / claim["limit"] if claim["limit"] else claim["value"])
+        holding = sum(claim["value"] <= claim["limit"] for claim in found)
+        cells = (f"{holding} of {len(found)}", tightest["what"], _figure(tightest, "value"), _figure(tightest, "limit"))
+        rows.append(f"| [{record['theme']}](benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _limited() -> Iterator[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
+    """The newest record of each theme and hardware, with its claims that have a limit, where it has any."""
+    newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     for path in newest.values():
         record = json.loads(path.read_text(encoding="utf-8"))
-        for claim in record.get("claims", []):
-            if claim["limit"] is None:
-                continue
-            unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
-            limit = f"{claim['limit']:g}{unit}"
-            where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
-            rows.append(f"| {claim['what']} | {claim['value']:.3g}{unit} | {limit} | {where} |")
-    return "\n".join(rows) + "\n"
+        found = [claim for claim in record.get("claims", []) if claim["limit"] is not None]
+        if found:
+            yield path, record, found
+
+
+def _figure(claim: dict[str, Any], key: str) -> str:
+    unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
+    return f"{claim[key]:{'.3g' if key == 'value' else 'g'}}{unit}"
 
 
 def runtimes() -> str:
@@ -127,7 +151,12 @@ def comment(path: Path) -> dict[str, str]:
 
 def render(text: str) -> str:
     """A page with every table made anew."""
-    makers: dict[str, Callable[[], str]] = {"runtimes": runtimes, "claims": claims, "recipes": recipes}
+    makers: dict[str, Callable[[], str]] = {
+        "claims": claims,
+        "headlines": headlines,
+        "recipes": recipes,
+        "runtimes": runtimes,
+    }
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
