@@ -39,7 +39,7 @@ def claims() -> str:
 
 
 def headlines() -> str:
-    """Of each of these records: how many claims hold, and the one that is nearest to its limit, or farthest beyond it."""
+    """Of each of these records: how many claims hold, and the one nearest to its limit, or farthest beyond it."""
     rows = [
         "| benchmark | within limits | the tightest of them | measured | limit |",
         "| --- | ---: | --- | ---: | ---: |",
