@@ -240,6 +240,7 @@ _RUNS: tuple[Column[_Row], ...] = (
     Column("First run, ms", lambda r: milliseconds(r.figures.first_run_ms)),
     Column("Warm-up runs", lambda r: f"{r.figures.warmup_runs:,}"),
     Column("Runs", lambda r: f"{r.figures.runs:,}"),
+    Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Resident peak, MB", lambda r: _megabytes(r.result.resident_peak_bytes)),
     Column("grown by, MB", lambda r: _megabytes(r.result.resident_growth_bytes)),
@@ -282,6 +283,13 @@ def _percentile(figures: Figures, q: str) -> str | None:
         return None
     interval = _interval(low, high)
     return milliseconds(value) if interval is None else f"{milliseconds(value)} ({interval})"
+
+
+def _engine(result: Result) -> str | None:
+    if result.engine_kept is None:
+        return None
+    built = result.build_seconds
+    return "from the cache" if built is None else f"built in {built:,.1f} s, and kept"
 
 
 def _megabytes(count: int | None) -> str | None:
