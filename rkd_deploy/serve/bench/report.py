@@ -190,7 +190,7 @@ _SETTINGS: tuple[Column[Result], ...] = (
     Column("Batch", lambda r: str(r.batch), setting=True),
 )
 
-_COLUMNS: tuple[Column[Result], ...] = (
+COLUMNS: tuple[Column[Result], ...] = (
     *_SETTINGS,
     Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
     Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
@@ -250,7 +250,7 @@ _RUNS: tuple[Column[_Row], ...] = (
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, units in its head; columns of which nothing is known are left out."""
-    return tabular.markdown(_COLUMNS, results)
+    return tabular.markdown(COLUMNS, results)
 
 
 def details_markdown(results: Sequence[Result]) -> str:
@@ -261,7 +261,7 @@ def details_markdown(results: Sequence[Result]) -> str:
 
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
-    tabular.print_table(_COLUMNS, results, console)
+    tabular.print_table(COLUMNS, results, console)
 
 
 def print_details(results: Sequence[Result], console: Console) -> None:
