@@ -33,7 +33,7 @@ class Claim:
     value: float
     unit: str
     limit: float | None
-    samples: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:

@@ -11,11 +11,11 @@ side in a process of its own: PyTorch's allocator on CUDA, resident memory beyon
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from record import Claim, ratio_of_medians, save
@@ -125,7 +125,9 @@ def _own_peak(name: str, side: str, device: torch.device) -> float:
 def _peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    # Not getrusage: a child begins there with the peak of the process that started it.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
 def _steps(method: Method, device: torch.device) -> Iterator[None]:

@@ -49,7 +49,7 @@ def export_run(
     run: Run,
     *,
     part: str | None = None,
-    level: str = "tail",
+    level: str | None = None,
     outputs: Sequence[str] = ("logits",),
     embedded: bool = True,
     tolerance: float = TOLERANCE,
@@ -67,7 +67,8 @@ def export_run(
     Args:
         run: From `fit`.
         part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
-        level: Fusion level: tail, sum, wide, wide-grouped, or auto.
+        level: Fusion level: tail, sum, wide, wide-grouped, or auto. Default: the one at which S and A were found to be
+            fast enough, where the recipe's budget is latency; else tail.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
         tolerance: Largest allowed difference of a logit.
@@ -99,7 +100,7 @@ def export_run(
         card,
         chosen,
         batches=Batches(images().test) if test_images else None,
-        level=level,
+        level=level or _measured_level(run, part),
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
@@ -172,6 +173,11 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
             "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         },
     )
+
+
+def _measured_level(run: Run, part: str) -> str:
+    latency = run.read_json("facts.json").get("separation", {}).get("latency") if part == "fused" else None
+    return str(latency["fused"]["level"]) if latency else "tail"
 
 
 def _free_folder(run: Run, part: str) -> Path:

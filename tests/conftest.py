@@ -50,6 +50,23 @@ TINY = (
 )
 
 
+# Minutes each: begun first, so that no process is left alone with one in the end.
+LONGEST = (
+    "export/test_pruned.py",
+    "train/test_plans.py",
+    "train/test_resume.py",
+    "models/test_external.py",
+    "test_cli.py",
+    "train/test_parallel.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first (with --no-loadscope-reorder), the others as they were found."""
+    ranks = {str(REPO / "tests" / name): rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(str(item.path), len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers and one thread for every test, whatever ran before it."""

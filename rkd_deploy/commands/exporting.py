@@ -46,9 +46,13 @@ def export(
         typer.Option("--part", help="fused (S + A; default), student (S alone), s0 (default of a baseline), teacher."),
     ] = None,
     level: Annotated[
-        str,
-        typer.Option("--fuse", help="tail (adapters and head one matrix), sum, wide, wide-grouped; auto measures."),
-    ] = "tail",
+        str | None,
+        typer.Option(
+            "--fuse",
+            help="tail (adapters and head one matrix), sum, wide, wide-grouped; auto measures. Default: what a budget "
+            "of latency was met with, else tail.",
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option("--backend", help="What --fuse auto measures on. Default: onnxruntime.")
     ] = None,
@@ -136,7 +140,7 @@ def export(
     if settings is not None and run is not None and _is_model(run):
         _no_run_options(
             part=part is not None,
-            fuse=level != "tail",
+            fuse=level is not None,
             outputs=outputs != "logits",
             input=layout != "uint8",
             tolerance=tolerance != 1e-4,
@@ -211,7 +215,7 @@ def export(
 
 
 def _fusion_target(
-    level: str, backend: str | None, device: str | None, batches: str | None, threads: int | None
+    level: str | None, backend: str | None, device: str | None, batches: str | None, threads: int | None
 ) -> Any:
     """What --fuse auto measures on; None for a level that is not measured."""
     given = {"--backend": backend, "--device": device, "--batch": batches, "--threads": threads}
@@ -219,7 +223,7 @@ def _fusion_target(
         for option, value in given.items():
             if value is not None:
                 raise UsageError(
-                    f"{option} {value} says what --fuse auto measures on; --fuse {level} measures nothing."
+                    f"{option} {value} says what --fuse auto measures on; --fuse {level or 'tail'} measures nothing."
                 )
         return None
     from rkd_deploy.export.selection import Target

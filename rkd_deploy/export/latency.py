@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -69,7 +70,7 @@ class ExportStopwatch:
         )
         self._note = note or (lambda text: None)
         self._folder = tempfile.TemporaryDirectory(prefix="rkd-latency-")
-        self._given: tuple[nn.Module, Path] | None = None
+        self._files: dict[nn.Module, Path] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -79,41 +80,28 @@ class ExportStopwatch:
     ) -> None:
         self._folder.cleanup()
 
-    def compare(self, candidate: nn.Module, given: nn.Module, *, confirm: bool) -> Reading:
-        """Time both in turn, batch size by batch size, in sessions of their own."""
-        if self._given is None or self._given[0] is not given:
-            self._given = (given, self._export(given, "given"))
-        files = {"given": self._given[1], "candidate": self._export(candidate, "candidate")}
-        timings = {}
-        for batch in self._batches:
-            x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
-            models: dict[str, tuple[Backend, Any]] = {name: (self._load(file), x) for name, file in files.items()}
-            try:
-                timings[batch] = measure_interleaved(
-                    models,
-                    warmup_runs=2,
-                    clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
-                    **_LIMITS[confirm],  # type: ignore[arg-type]
-                )
-            finally:
-                for backend, _ in models.values():
-                    backend.close()
-        ratios, intervals = {}, {}
-        for batch, timing in timings.items():
-            if confirm:
-                ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["given"])
-            else:
-                ratios[batch] = timing["candidate"].percentile(10) / timing["given"].percentile(10)
-        reading = Reading(
-            ratios=ratios,
-            intervals=intervals,
-            candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
-            given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
-            runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
-        )
+    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+        """Time both in turn, batch size by batch size, in sessions of their own.
+
+        Raises:
+            UsageError: The candidate cannot be fused at this level.
+        """
+        files = {"given": self._exported(given, "tail"), "candidate": self._exported(candidate, level)}
+        reading = _reading({batch: self._timed(files, batch, confirm) for batch in self._batches}, confirm)
         told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
-        self._note(f"Latency over that of S0 on {self._backend}{', confirmed' if confirm else ''}: {told}")
+        how = f"{self._backend}, level {level}{', confirmed' if confirm else ''}"
+        self._note(f"Latency over that of S0 on {how}: {told}")
         return reading
+
+    def _timed(self, files: Mapping[str, Path], batch: int, confirm: bool) -> dict[str, Timing]:
+        x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
+        with ExitStack() as stack:
+            return measure_interleaved(
+                {name: (stack.enter_context(self._load(file)), x) for name, file in files.items()},
+                warmup_runs=2,
+                clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
+                **_LIMITS[confirm],  # type: ignore[arg-type]
+            )
 
     def describe(self) -> dict[str, Any]:
         """Backend, device and machine."""
@@ -128,14 +116,32 @@ class ExportStopwatch:
             "cores": facts["cores"],
         }
 
-    def _export(self, network: nn.Module, name: str) -> Path:
-        file = Path(self._folder.name) / f"{name}.onnx"
-        graph = ExportGraph(fuse(network.eval()), self._preprocess)
-        file.write_bytes(to_onnx(graph, self._preprocess).SerializeToString())
-        return file
+    def _exported(self, network: nn.Module, level: str) -> Path:
+        if network not in self._files:
+            file = Path(self._folder.name) / f"{len(self._files)}.onnx"
+            graph = ExportGraph(fuse(network.eval(), level), self._preprocess)
+            file.write_bytes(to_onnx(graph, self._preprocess).SerializeToString())
+            self._files[network] = file
+        return self._files[network]
 
     def _load(self, file: Path) -> Backend:
         return load_backend(self._backend, file, device=self._device, threads=self._threads)
+
+
+def _reading(timings: Mapping[int, Mapping[str, Timing]], confirm: bool) -> Reading:
+    ratios, intervals = {}, {}
+    for batch, timing in timings.items():
+        if confirm:
+            ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["given"])
+        else:
+            ratios[batch] = timing["candidate"].percentile(10) / timing["given"].percentile(10)
+    return Reading(
+        ratios=ratios,
+        intervals=intervals,
+        candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
+        given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
+        runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
+    )
 
 
 def paired_ratio(first: Timing, second: Timing) -> tuple[float, tuple[float, float]]:

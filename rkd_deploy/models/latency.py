@@ -21,11 +21,14 @@ from torch import nn
 from rkd_deploy.errors import BudgetError
 
 Widths = tuple[tuple[int, ...], ...]
+"""Of one network, or of S and A."""
 
 STEPS = 50
 """Candidates cost 1/50, 2/50, .. of S0's MACs: what is found is the widest of these, to one step."""
 MAX_SECONDS = 120.0
 """After this time nothing wider is looked for, as soon as there is a candidate that fits."""
+ROUNDING = 0.005
+"""A ratio of 1.00, to two decimals, is one: two measurements of one and the same network differ by as much."""
 CONFIRMATIONS = 5
 """How many candidates may fail the longer measurement before the search gives up."""
 
@@ -60,8 +63,8 @@ class Reading:
 class Stopwatch(Protocol):
     """Times two classifiers against each other, as they would be deployed."""
 
-    def compare(self, candidate: nn.Module, given: nn.Module, *, confirm: bool) -> Reading:
-        """Time both in turn; long enough to decide where `confirm` is set."""
+    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+        """Time both in turn, the candidate fused at this level; long enough to decide where `confirm` is set."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -74,6 +77,8 @@ class Candidate(NamedTuple):
 
     widths: Widths
     build: Callable[[], nn.Module]
+    level: str = "tail"
+    """The level of fusion at which it is timed (`rkd_deploy.export.fusion`)."""
 
 
 class Fitting(NamedTuple):
@@ -84,7 +89,13 @@ class Fitting(NamedTuple):
 
 
 def fastest_fitting(
-    make: Callable[[float], Candidate], stopwatch: Stopwatch, given: nn.Module, target: float
+    make: Callable[[float], Candidate],
+    stopwatch: Stopwatch,
+    given: nn.Module,
+    target: float,
+    *,
+    above: float = 0.0,
+    deadline: float | None = None,
 ) -> Fitting:
     """The widest candidate that takes at most `target` times as long as a given network, at every batch size.
 
@@ -93,26 +104,36 @@ def fastest_fitting(
             and then for every smaller fraction too.
         stopwatch: Measures.
         given: What the candidates are held against.
-        target: The ratio of latencies that is allowed.
+        target: The ratio of latencies that is allowed, within `ROUNDING`.
+        above: Where something else was found already: only fractions above this are of any use.
+        deadline: When the search ends, by `time.monotonic`, if anything was found. Default: in `MAX_SECONDS`.
 
     Raises:
         BudgetError: No candidate is fast enough; the message has the numbers.
     """
-    return _Search(make, stopwatch, given, target).run()
+    end = time.monotonic() + MAX_SECONDS if deadline is None else deadline
+    return _Search(make, stopwatch, given, target, above, end).run()
 
 
 class _Search:
     """Candidates by their number n from 1 to STEPS: at most n / STEPS of S0's MACs."""
 
     def __init__(
-        self, make: Callable[[float], Candidate], stopwatch: Stopwatch, given: nn.Module, target: float
+        self,
+        make: Callable[[float], Candidate],
+        stopwatch: Stopwatch,
+        given: nn.Module,
+        target: float,
+        above: float,
+        deadline: float,
     ) -> None:
-        self._make, self._stopwatch, self._given, self._target = make, stopwatch, given, target
+        self._stopwatch, self._given, self._target = stopwatch, given, target
+        self._above, self._end = above, deadline
         self._readings: list[dict[str, Any]] = []
         self._ratios: dict[Widths, float] = {}  # the latest, a confirmed one in place of a short one
         self._refused: set[Widths] = set()  # by a confirmation
         self._candidate = functools.cache(lambda number: make(number / STEPS))
-        self._end = time.monotonic() + MAX_SECONDS
+        self._networks: dict[Widths, nn.Module] = {}
 
     def run(self) -> Fitting:
         """Search, confirm; where that fails, search on below."""
@@ -120,7 +141,7 @@ class _Search:
         for _ in range(CONFIRMATIONS):
             number = self._widest(narrowest, top)
             reading = self._confirm(number)
-            if reading.worst <= self._target:
+            if self._fits(reading):
                 return self._widened(number, reading)
             # One reading may be far off, and what it refuses too much is looked at again in the end.
             top = max(narrowest, min(number - 1, int(number * max(0.9, self._target / reading.worst))))
@@ -131,9 +152,11 @@ class _Search:
         )
 
     def _narrowest(self) -> int:
-        """The least number of which there is a candidate."""
+        """The least number that is of use and of which there is a candidate."""
+        missing, known = int(self._above * STEPS), STEPS
+        if missing == STEPS:
+            raise BudgetError(f"Nothing wider than {self._above:.2f} of the MACs is left to try.")
         self._candidate(STEPS)  # raises where there is none at all
-        missing, known = 0, STEPS
         while known - missing > 1:
             middle = (missing + known) // 2
             try:
@@ -147,8 +170,8 @@ class _Search:
         """The largest number up to `top` that fits by short measurements."""
         low, high, number = narrowest - 1, top + 1, top  # low fits, unless it is below all there is; high does not
         while True:
-            low, high = (number, high) if self._ratio(number) <= self._target else (low, number)
-            if high - low == 1 or (low >= narrowest and time.monotonic() > self._end):
+            low, high = (number, high) if self._ratio(number) <= self._target + ROUNDING else (low, number)
+            if high - low == 1 or (time.monotonic() > self._end and (low >= narrowest or self._above)):
                 break
             number = self._between(low, high, low >= narrowest)
         if low < narrowest:
@@ -177,10 +200,13 @@ class _Search:
             if wider is None or self._candidate(wider).widths in self._refused:
                 break
             longer = self._confirm(wider)
-            if longer.worst > self._target:
+            if not self._fits(longer):
                 break
             number, reading = wider, longer
         return Fitting(self._candidate(number).widths, self._record(number / STEPS, reading))
+
+    def _fits(self, reading: Reading) -> bool:
+        return reading.worst <= self._target + ROUNDING
 
     def _ratio(self, number: int) -> float:
         widths = self._candidate(number).widths
@@ -192,13 +218,16 @@ class _Search:
         reading = self._measure(number, confirm=True)
         widths = self._candidate(number).widths
         self._ratios[widths] = reading.worst
-        if reading.worst > self._target:
+        if not self._fits(reading):
             self._refused.add(widths)
         return reading
 
     def _measure(self, number: int, confirm: bool) -> Reading:
         candidate = self._candidate(number)
-        reading = self._stopwatch.compare(candidate.build(), self._given, confirm=confirm)
+        if candidate.widths not in self._networks:
+            self._networks[candidate.widths] = candidate.build()
+        network = self._networks[candidate.widths]
+        reading = self._stopwatch.compare(network, self._given, level=candidate.level, confirm=confirm)
         widths = [list(widths) for widths in candidate.widths]
         self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | asdict(reading))
         return reading

@@ -143,5 +143,6 @@ def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console
         console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")
         if (latency := budget.get("latency")) is not None:
             console.print(
-                f"Latency of S + A over that of S0, measured: {latency['fused']['worst_ratio']:.3f} at worst."
+                f"Latency of S + A over that of S0, measured: {latency['fused']['worst_ratio']:.3f} at worst, "
+                f"fused at level {latency['fused']['level']}."
             )

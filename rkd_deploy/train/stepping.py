@@ -51,7 +51,7 @@ class Stepper:
         if group.size > 1:
             # Statistics of batch norm are not sent around at every step: those of rank 0 are kept in the end.
             forward = self._parallel = DistributedDataParallel(method, **_LOCAL_BUFFERS)
-        self._forward: Callable[[Tensor, Tensor], Losses] = torch.compile(forward) if recipe.compile else forward
+        self._forward: Callable[[Tensor, Tensor], Losses] = _compiled(forward) if recipe.compile else forward
         self._graphed = GraphedPasses(method, self._passes) if recipe.cuda_graphs else None
         self.optimizer = sgd(method, recipe)
 
@@ -104,6 +104,20 @@ class Stepper:
     def _unsent(self) -> AbstractContextManager[None]:
         """Gradients add up here first; only those of the last piece's backward pass are exchanged."""
         return contextlib.nullcontext() if self._parallel is None else self._parallel.no_sync()
+
+
+def _compiled(forward: nn.Module) -> Callable[[Tensor, Tensor], Losses]:
+    """Where a loss is its only part, inductor returns one buffer for both and the loss without its gradient (2.15).
+
+    So the loss is multiplied by a one that inductor cannot know to be one.
+    """
+
+    def distinct(x_NCHW: Tensor, y_N: Tensor, one: Tensor) -> Losses:
+        losses: Losses = forward(x_NCHW, y_N)
+        return losses._replace(total=losses.total * one)
+
+    compiled = torch.compile(distinct)
+    return lambda x_NCHW, y_N: compiled(x_NCHW, y_N, torch.ones((), device=x_NCHW.device))
 
 
 def synchronise_batchnorm(method: Method) -> None:

@@ -1,9 +1,14 @@
-"""Two real processes that speak through gloo, forked here, against one that does all the work alone."""
+"""Two real processes that speak through gloo, against one that does all the work alone.
+
+They are forked from a server that has the imports and nothing else: a process in which other tests ran their backward
+passes may hold threads of autograd's, and PyTorch refuses to go on in a fork of such a one.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import operator
 import os
 import signal
 import socket
@@ -15,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
-import torch._dynamo  # DistributedDataParallel imports it, which takes seconds: here once, not in every process
 from torch import Tensor, nn
 
 from rkd_deploy.data.loader import DeviceLoader, Normaliser, Share
@@ -38,6 +43,21 @@ from rkd_deploy.train.runlog import read_log
 from rkd_deploy.train.runs import Run, create_run
 
 IMAGES, BATCH, EPOCHS = 24, 8, 2
+
+SERVER = multiprocessing.get_context("forkserver")
+# DistributedDataParallel imports torch._dynamo, which takes seconds: there once, not in every process.
+SERVER.set_forkserver_preload(["torch._dynamo", "rkd_deploy.train.fitting"])
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the other processes cannot import tests
+
+
+class ByValue:
+    """Any function, a closure too, as what it does; arrives as the function itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cloudpickle.loads, (cloudpickle.dumps(self.function),)
 
 
 def free_port() -> int:
@@ -63,8 +83,7 @@ def together(work: Callable[[Group], Any], folder: Path, seconds: float = 60) ->
         torch.save(outcome, folder / f"outcome-{rank}.pt")
         os._exit(0)
 
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=child, args=(rank,)) for rank in range(2)]
+    processes = [SERVER.Process(target=operator.call, args=(ByValue(child), rank)) for rank in range(2)]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds

@@ -137,6 +137,25 @@ def test_compiled_it_learns_the_same() -> None:
     assert_close(ours, theirs, 1e-10)
 
 
+class Weighted(CrossEntropy):
+    """Weight 1 of its only part, as an S has that learns by its map alone."""
+
+    def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
+        losses = super().forward(x_NCHW, y_N)
+        return losses._replace(total=1.0 * losses.total)
+
+
+@pytest.mark.slow
+def test_compiled_a_loss_of_weight_one_keeps_its_gradient() -> None:
+    """Inductor by itself gives a loss that nothing can be learnt from."""
+    ends = []
+    for how in (True, False):
+        module = plain()
+        Stepper(Weighted(module), recipe(compile=how)).step(*batch(0), 0.1)
+        ends.append({key: value.clone() for key, value in module.state_dict().items()})
+    assert_close(*ends, 1e-10)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cuda_graph_learns_the_same_and_is_recorded_anew_for_another_shape() -> None:

@@ -1,0 +1,203 @@
+"""Widths of S, of its assistants and of S0 within a budget; `separation.py` has the equations and the public names."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from rkd_deploy.errors import BudgetError, UsageError
+from rkd_deploy.models.cost import count
+from rkd_deploy.models.latency import MAX_SECONDS, Candidate, Fitting, Stopwatch, fastest_fitting
+from rkd_deploy.models.prices import Prices, Widths, widest
+from rkd_deploy.models.pruned import narrowable
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.staged import FeatureNetwork, Staged
+
+
+class Cut:
+    """What is cut from one model, and within which budget."""
+
+    share: float
+    assistants: int
+
+    def __init__(
+        self,
+        given: FeatureNetwork,
+        size: tuple[int, int],
+        budget: str,
+        classes: int,
+        channels: int,
+        round_to: int,
+        head: nn.Module | None = None,
+        stage_channels: Sequence[int] | None = None,
+    ) -> None:
+        self.network = narrowable(given, size)
+        self.unit = "macs" if budget == "latency" else budget
+        self.full, self.steps = self.network.widths, self.network.steps(round_to)
+        self._classes, self._channels, self._head = classes, channels, head
+        self.prices = Prices(self.network, classes, size, self.unit, channels, head, stage_channels)
+        if isinstance(given, Staged):
+            self.limit = self.prices.network(self.full, classes)
+        else:  # with its own head, which may cost more than a linear layer: that of a VGG more than all the rest
+            own = count(given, size)
+            self.limit = own.macs if self.unit == "macs" else own.parameters
+
+    def narrow_given(self, model: FeatureNetwork, fraction: float, stopwatch: Stopwatch | None) -> dict[str, Any]:
+        """Let S0 be the model at a fraction of its cost; gives what was measured for that."""
+        record: dict[str, Any] = {}
+        if stopwatch is None:
+            widths = self.given_within(fraction)
+        else:
+            found = fastest_fitting(self.given_candidate, stopwatch, model, fraction)
+            [widths], record = found.widths, {"given": found.record}
+        self.full, self.limit = widths, self.prices.network(widths, self._classes)
+        return record
+
+    def given_within(self, fraction: float) -> Widths:
+        """The widest S0 that costs at most a fraction of the model."""
+        found = widest(self._price_given, self.full, int(fraction * self.limit), self.steps)
+        if found is None:
+            narrowest = tuple(map(min, self.full, self.steps))
+            raise BudgetError(
+                f"The model costs {self.limit:,} {self.unit}, and fraction = {fraction} of it is "
+                f"{int(fraction * self.limit):,}; at the narrowest widths it costs {self._price_given(narrowest):,}. "
+                "Raise student.fraction, or lower student.round_to."
+            )
+        return found
+
+    def split(self, limit: int) -> tuple[Widths, Widths]:
+        """The widest S and A within a limit.
+
+        Where that is less than S0 costs, because latency asks for it, the narrowest A may take more than its share of
+        the limit, and no more than its share of S0: the limit alone leaves nothing that could be narrower.
+        """
+        share = self.share / self.assistants
+        narrowest = self._price_branch(tuple(map(min, self.full, self.steps)))
+        allowed = max(int(share * limit), min(narrowest, int(share * self.limit)))
+        assistant = widest(self._price_branch, self.full, allowed, self.steps)
+        if assistant is None:
+            raise self._too_small(limit, "the assistant alone")
+        rest = limit - self.assistants * self._price_branch(assistant)
+        student = widest(self._price_student, self.full, rest, self.steps)
+        if student is None:
+            raise self._too_small(limit, "the student with what the assistant left")
+        return student, assistant
+
+    def given_candidate(self, fraction: float) -> Candidate:
+        """The model at a fraction of its MACs."""
+        widths = self.given_within(fraction)
+        return Candidate((widths,), lambda: self.network.rebuilt(widths, self._classes))
+
+    def fastest(self, S0: nn.Module, stopwatch: Stopwatch) -> tuple[Widths, Widths, dict[str, Any]]:
+        """The widest S and A no slower than S0, and what was measured.
+
+        Of the two ways that there are: two branches, which cost little more than their MACs where layers are large, and
+        layers side by side, of which there are no more than S0 has, each no larger.
+        """
+        deadline = time.monotonic() + MAX_SECONDS
+        ways: dict[str, Any] = {"wide": self.side_by_side, "tail": self.branches}
+        found: dict[str, Fitting] = {}
+        refused: dict[str, str] = {}
+        cost = 0
+        for level, way in ways.items():
+            try:
+                fitting = fastest_fitting(way, stopwatch, S0, 1.0, above=cost / self.limit, deadline=deadline)
+            except (BudgetError, UsageError) as error:
+                refused[level] = str(error)
+                if level == "tail" and not found:
+                    raise
+            else:
+                found[level], cost = fitting, sum(self.parts(*fitting.widths).values())
+        level, best = list(found.items())[-1]  # the latter is wider, or not found
+        others = {name: fitting.record for name, fitting in found.items() if name != level}
+        narrowest = best.widths[1] == tuple(map(min, self.full, self.steps))
+        record = {**best.record, "level": level, "assistant_is_narrowest": narrowest}
+        student, assistant = best.widths
+        return student, assistant, record | {"other_levels": others, "refused": refused}
+
+    def branches(self, fraction: float) -> Candidate:
+        """S and A that cost at most a fraction of the MACs of S0, as two branches."""
+        return self._candidate(*self.split(int(fraction * self.limit)), "tail")
+
+    def side_by_side(self, fraction: float) -> Candidate:
+        """S and A whose layers, side by side, are as wide as those of an S0 of a fraction of its MACs.
+
+        Merged into one they then take as long as that S0, zeros included. A has its share of that fraction, and is
+        nowhere wider than S. Where S0 has no room even for the narrowest of each, they are wider than it.
+        """
+        merged = self.given_within(fraction)
+        limit = self.prices.network(merged, self._classes)
+        narrowest = tuple(map(min, self.full, self.steps))
+        room = tuple(
+            max(low, width // (self.assistants + 1) // step * step)
+            for low, width, step in zip(narrowest, merged, self.steps, strict=True)
+        )
+        allowed = max(int(self.share / self.assistants * limit), self._price_branch(narrowest))
+        assistant = widest(self._price_branch, room, allowed, self.steps)
+        assert assistant is not None, "the narrowest is allowed"
+        rest = tuple(
+            max(low, (width - self.assistants * own) // step * step)
+            for low, width, own, step in zip(narrowest, merged, assistant, self.steps, strict=True)
+        )
+        student = widest(
+            self._price_student, rest, self.limit - self.assistants * self._price_branch(assistant), self.steps
+        )
+        if student is None:
+            raise self._too_small(limit, "the student with what the assistant left")
+        return self._candidate(student, assistant, "wide")
+
+    def _candidate(self, student: Widths, assistant: Widths, level: str) -> Candidate:
+        return Candidate(
+            (student, assistant),
+            lambda: ResidualStudent(
+                self.network.rebuilt(student, None),
+                [self.network.rebuilt(assistant, None) for _ in range(self.assistants)],
+                self._channels,
+                self._classes,
+                copy.deepcopy(self._head),
+            ),
+            level,
+        )
+
+    def parts(self, student: Widths, assistant: Widths) -> dict[str, int]:
+        """The account."""
+        prices, k = self.prices, self.assistants
+        return {
+            "student": prices.network(student, None),
+            "assistant": k * prices.network(assistant, None),
+            "student_adapter": prices.adapter(student),
+            "assistant_adapter": k * prices.adapter(assistant),
+            "head": prices.head,
+        }
+
+    def _price_given(self, widths: Widths) -> int:
+        return self.prices.network(widths, self._classes)
+
+    def _price_branch(self, widths: Widths) -> int:
+        return self.prices.network(widths, None) + self.prices.adapter(widths)
+
+    def _price_student(self, widths: Widths) -> int:
+        return self._price_branch(widths) + self.prices.head
+
+    def _too_small(self, limit: int, what: str) -> BudgetError:
+        narrowest = tuple(map(min, self.full, self.steps))
+        branch = self._price_branch(narrowest)
+        k = self.assistants
+        return BudgetError(
+            f"The budget is too small for {what}: S0 costs {limit:,}, of which assistant_share = {self.share} "
+            f"gives {'the assistant' if k == 1 else f'each of {k} assistants'} {int(self.share * limit / k):,}; "
+            f"at the narrowest widths {_few(narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an "
+            f"assistant costs {branch:,} and a student with the head {branch + self.prices.head:,}. "
+            f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, change student.assistant_share, "
+            "or give a larger S0."
+        )
+
+
+def _few(numbers: Widths) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return f"({', '.join(map(str, numbers[:9]))}{', ...' if len(numbers) > 9 else ''})"

@@ -1,0 +1,39 @@
+"""A recipe whose budget is latency, the whole way: measured, trained, exported at the level that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rkd_deploy.card import ModelCard
+from rkd_deploy.models import zoo
+from rkd_deploy.models.latency import ROUNDING
+from rkd_deploy.pipeline import Exported, export_run
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.fitting import fit
+
+
+def card_of(exported: Exported) -> ModelCard:
+    return ModelCard.from_json((exported.folder / "model.json").read_text(encoding="utf-8"), "model.json")
+
+
+@pytest.mark.slow
+def test_s_and_a_that_were_measured_ship_as_they_were_measured(
+    tmp_path: Path, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    """On 8x8 pixels calls are bound by their number: side by side is the way."""
+    recipe = tiny_recipe("student.budget=latency", "student.latency_threads=1", "student.latency_batches=[1,4]")
+    run = fit(recipe, root=tmp_path)
+    latency = run.read_json("facts.json")["separation"]["latency"]["fused"]
+    assert latency["level"] == "wide"
+    last = latency["readings"][-1]
+    assert last["confirm"]
+    assert max(last["ratios"].values()) == latency["worst_ratio"] <= 1 + ROUNDING
+    assert list(last["ratios"]) == ["1", "4"]
+    S, A = last["widths"]
+    assert all(s + a <= own for s, a, own in zip(S, A, zoo.create("resnet8", 10).widths, strict=True))
+    assert card_of(export_run(run, test_images=False)).fusion == "wide"
+    assert card_of(export_run(run, level="tail", test_images=False)).fusion == "tail"
+    assert card_of(export_run(run, part="s0", test_images=False)).fusion == "none"
