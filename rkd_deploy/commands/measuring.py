@@ -69,7 +69,9 @@ def bench(
     target_qps: Annotated[
         float | None, typer.Option("--target-qps", help="Of Server. Default: half of what one caller gets.")
     ] = None,
-    target_latency: Annotated[float, typer.Option("--target-latency", help="Of Server: its bound, in ms.")] = 15.0,
+    target_latency: Annotated[
+        float | None, typer.Option("--target-latency", help="Of Server: its bound, in ms.", show_default="15")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
     ] = None,
@@ -94,19 +96,27 @@ def bench(
     }
     from rkd_deploy.serve.backends import check_backend
     from rkd_deploy.serve.bench.display import status
-    from rkd_deploy.serve.bench.loadgen import Load, check_scenarios
+    from rkd_deploy.serve.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.serve.bench.recording import record_bench
     from rkd_deploy.serve.bench.report import print_details, print_table
     from rkd_deploy.serve.bench.scenarios import print_scenarios
 
-    check_scenarios(scenarios or [])
-    load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=target_latency)
+    asked = scenarios or []
+    check_scenarios(asked)
+    if "Server" not in asked and (target_qps, target_latency) != (None, None):
+        raise UsageError(
+            "--target-qps and --target-latency are Server's: give --scenario Server too, or leave them out."
+        )
+    load = None
+    if asked:
+        bound = SERVER_LATENCY_MS if target_latency is None else target_latency
+        load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
     for name in settings["backend"]:
         check_backend(name)
     chosen = models or [newest_bundle(root)]
     folder = output or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with status("Measuring") as update:
-        done = record_bench(chosen, settings, folder, update, scenarios=scenarios or [], load=load)
+        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load)
     console = console_for(as_json)
     print_table(done.results, console)
     print_details(done.results, console)

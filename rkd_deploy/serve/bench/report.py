@@ -190,7 +190,7 @@ _SETTINGS: tuple[Column[Result], ...] = (
     Column("Batch", lambda r: str(r.batch), setting=True),
 )
 
-_COLUMNS: tuple[Column[Result], ...] = (
+COLUMNS: tuple[Column[Result], ...] = (
     *_SETTINGS,
     Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
     Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
@@ -240,6 +240,7 @@ _RUNS: tuple[Column[_Row], ...] = (
     Column("First run, ms", lambda r: milliseconds(r.figures.first_run_ms)),
     Column("Warm-up runs", lambda r: f"{r.figures.warmup_runs:,}"),
     Column("Runs", lambda r: f"{r.figures.runs:,}"),
+    Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Resident peak, MB", lambda r: _megabytes(r.result.resident_peak_bytes)),
     Column("grown by, MB", lambda r: _megabytes(r.result.resident_growth_bytes)),
@@ -249,7 +250,7 @@ _RUNS: tuple[Column[_Row], ...] = (
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, units in its head; columns of which nothing is known are left out."""
-    return tabular.markdown(_COLUMNS, results)
+    return tabular.markdown(COLUMNS, results)
 
 
 def details_markdown(results: Sequence[Result]) -> str:
@@ -260,7 +261,7 @@ def details_markdown(results: Sequence[Result]) -> str:
 
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
-    tabular.print_table(_COLUMNS, results, console)
+    tabular.print_table(COLUMNS, results, console)
 
 
 def print_details(results: Sequence[Result], console: Console) -> None:
@@ -282,6 +283,13 @@ def _percentile(figures: Figures, q: str) -> str | None:
         return None
     interval = _interval(low, high)
     return milliseconds(value) if interval is None else f"{milliseconds(value)} ({interval})"
+
+
+def _engine(result: Result) -> str | None:
+    if result.engine_kept is None:
+        return None
+    built = result.build_seconds
+    return "from the cache" if built is None else f"built in {built:,.1f} s, and kept"
 
 
 def _megabytes(count: int | None) -> str | None:

@@ -162,6 +162,8 @@ def test_accuracy_needs_a_card_and_a_folder_of_its_classes(bundle, tmp_path):
         (["--threads", "a"], 2, "--threads 'a'"),
         (["--streams", "0"], 2, "none below 1"),
         (["--resident", "--end-to-end"], 2, "leave nothing to measure"),
+        (["--target-qps", "5"], 2, "give --scenario Server too"),
+        (["--scenario", "server"], 2, "Did you mean 'Server'"),
         (["--device", "cuda"], 1, "built without it|does not fit"),
         (["--backend", "onnxrutime"], 2, "Did you mean 'onnxruntime'"),
     ],

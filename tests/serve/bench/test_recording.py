@@ -79,7 +79,10 @@ def test_an_engine_is_built_once_and_kept_by_file_device_version_and_settings(fl
         (found,) = record_bench([model], options, tmp_path / "out").results
         return found
 
-    first, again = run(), run()
+    first = run()
+    assert " s, and kept |" in (tmp_path / "out/bench.md").read_text()
+    again = run()
+    assert "| from the cache |" in (tmp_path / "out/bench.md").read_text()
     assert first.build_seconds > 0
     assert again.build_seconds is None
     assert first.engine_kept == again.engine_kept
