@@ -5,17 +5,17 @@
 ResNet-56 teaches S and A cut from ResNet-20, batch 64 at 32x32, on random images. A step is all of it: loader with crop
 and flip, losses, backward, optimiser, sums for the log, progress. The bare passes are the same networks' forward and
 backward passes alone, on a batch that is there already. The two alternate. Peak memory is compared the same way, each
-side in a process of its own: PyTorch's allocator on CUDA, resident memory beyond that of the imports elsewhere.
+side in a process of its own: by PyTorch's allocator on CUDA, elsewhere resident memory, without code and data set.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from record import Claim, ratio_of_medians, save
@@ -27,6 +27,7 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation import separate
 from rkd_deploy.recipe import TrainRecipe
+from rkd_deploy.serve.bench.memory import reset_peak, resident_bytes, resident_peak_bytes
 from rkd_deploy.train.methods.base import Method
 from rkd_deploy.train.methods.cross_entropy import CrossEntropy
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
@@ -87,7 +88,7 @@ def build_case(name: str, device: torch.device) -> tuple[Method, Callable[[], No
 
 def _time(name: str, method: Method, bare: Callable[[], None], device: torch.device) -> Claim:
     method.train()
-    step = _steps(method, device)
+    step = _steps(method, _loader(device))
     full_s, bare_s = [], []
     for number in range(STEPS + 3):
         times = (_seconds(bare, device), _seconds(lambda: next(step), device))
@@ -98,8 +99,8 @@ def _time(name: str, method: Method, bare: Callable[[], None], device: torch.dev
 
 
 def _memory(name: str) -> Claim:
-    """Peaks of fresh processes, because a peak does not come down again; beyond what they hold before networks."""
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    """Peaks of fresh processes, beyond the images; each tensor is mapped alone, so that the allocator keeps none."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks: dict[str, list[float]] = {"full": [], "bare": []}
     for _ in range(3):
         for side, found in peaks.items():
@@ -110,35 +111,39 @@ def _memory(name: str) -> Claim:
 
 
 def _own_peak(name: str, side: str, device: torch.device) -> float:
-    before = _peak_mb(device)
+    loader = _loader(device)
+    _run(name, side, loader, device)  # loads code and what is imported on first use: no memory of the passes
+    gc.collect()
+    reset_peak()
+    before = (resident_bytes() or 0) / 1e6
+    _run(name, side, loader, device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return (resident_peak_bytes() or 0) / 1e6 - before
+
+
+def _run(name: str, side: str, loader: DeviceLoader, device: torch.device) -> None:
     method, bare = build_case(name, device)
     method.train()
-    step = _steps(method, device)
+    step = _steps(method, loader)
     for _ in range(6):
         if side == "full":
             next(step)
         else:
             bare()
-    return _peak_mb(device) - before
 
 
-def _peak_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    # Not getrusage: a child begins there with the peak of the process that started it.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
-
-
-def _steps(method: Method, device: torch.device) -> Iterator[None]:
-    recipe = TrainRecipe()
+def _loader(device: torch.device) -> DeviceLoader:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH * (STEPS + 3), 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(0, CLASSES, (len(images),), generator=generator).to(device)
-    normalise = Normaliser((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), device)
     split = Split(images_NCHW=images, labels_N=labels)
-    loader = DeviceLoader(split, normalise, batch_size=BATCH, augmentations=("crop", "flip"), crop_padding=4, seed=0)
-    stepper, sums, display = Stepper(method, recipe), EpochSums(), Silent()
+    normalise = Normaliser((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), device)
+    return DeviceLoader(split, normalise, batch_size=BATCH, augmentations=("crop", "flip"), crop_padding=4, seed=0)
+
+
+def _steps(method: Method, loader: DeviceLoader) -> Iterator[None]:
+    stepper, sums, display = Stepper(method, TrainRecipe()), EpochSums(), Silent()
     for number, (x, y) in enumerate(loader.epoch(0), 1):
         sums.add(stepper.step(x, y, 1e-4), y, number)
         display.step()
