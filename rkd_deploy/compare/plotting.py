@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.compare.rows import Comparison, Row
-from rkd_deploy.errors import require
-from rkd_deploy.serve.bench.plotting import COLOURS, INK, LINE, QUIET
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.serve.bench.canvas import COLOURS, INK, QUIET, drawing, frame, new_figure, write_png
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -20,28 +17,23 @@ def plot(comparison: Comparison, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    content = io.BytesIO()
-    draw(comparison).savefig(content, format="png")
-    write_bytes(path, content.getvalue())
+    write_png(draw(comparison), path)
 
 
+@drawing()
 def draw(comparison: Comparison) -> Any:
     """The matplotlib Figure of `plot`."""
-    require("matplotlib", "train")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = comparison.rows
     latency = any(row.p50_ms is not None for row in rows)
-    figure = Figure(figsize=(11 if latency else 8.5, 1.5 + 0.36 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11 if latency else 8.5, 1.5 + 0.36 * len(rows))
     panels = figure.subplots(1, 3 if latency else 2, sharey=True, width_ratios=[2, 1, 1][: 3 if latency else 2])
     _accuracy(panels[0], rows)
     _bars(panels[1], rows, lambda row: row.macs / 1e6, "MACs of one image, M")
     if latency:
         _bars(panels[2], rows, lambda row: row.p50_ms, "Median latency, ms")
     for axes in panels:
-        _frame(axes)
+        frame(axes, "x")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
     panels[0].set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     title = f"{comparison.data}, {comparison.test_images:,} test images"
@@ -91,12 +83,3 @@ def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], 
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.set_xlabel(label, color=INK)
-
-
-def _frame(axes: Any) -> None:
-    axes.grid(True, axis="x", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)

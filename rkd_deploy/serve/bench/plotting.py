@@ -1,8 +1,7 @@
-"""Accuracy against latency, as a PNG: up and to the left is better."""
+"""Accuracy against latency with the Pareto front: up and to the left is better."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,29 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from rkd_deploy.errors import DataError, require
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.errors import DataError
+from rkd_deploy.serve.bench.canvas import (
+    COLOURS,
+    INK,
+    LINE,
+    OTHER,
+    QUIET,
+    drawing,
+    frame,
+    log_scale,
+    new_figure,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from rkd_deploy.serve.bench.report import Result
 
-# Okabe and Ito's palette, which people with a colour vision deficiency can tell apart.
-COLOURS = {"teacher": "#555555", "s0": "#0072B2", "student": "#009E73", "fused": "#D55E00"}
 _LEGEND = {
     "teacher": "teacher",
     "s0": "S0, the given model",
     "student": "student alone",
     "fused": "student + assistant",
 }
-_OTHER = "#CC79A7"
-INK, QUIET, LINE = "#1f1f1f", "#6b6b6b", "#9a9a9a"
 _Spot: TypeAlias = tuple[float, float]
 
 _LOG_FROM = 5
@@ -47,27 +53,61 @@ def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> 
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    content = io.BytesIO()
-    draw(results, batch).savefig(content, format="png")
-    write_bytes(path, content.getvalue())
+    write_png(draw(results, batch), path)
 
 
-def draw(results: Sequence[Result], batch: int | None = None) -> Any:
-    """The matplotlib Figure of `plot`."""
+@drawing()
+def draw(results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8)) -> Any:
+    """The matplotlib Figure of `plot`, so many inches wide and high."""
     points = _points(results, batch)
-    require("matplotlib", "train")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     axes = figure.subplots()
     _scatter(axes, points)
     _frame(axes, points)
-    _title(figure, axes, points)
-    canvas.draw()  # settles the layout, so that the names are placed where they will stand
+    _title(axes, points)
+    _front(axes, points)
+    figure.canvas.draw()  # settles the layout, so that the names are placed where they will stand
     _label(axes, points)
     return figure
+
+
+def pareto_front(points: Sequence[Result]) -> list[Result]:
+    """The points that none beats: no other is at least as fast and as accurate, and better in one of the two.
+
+    Args:
+        points: Each with an accuracy.
+
+    Returns:
+        From the fastest to the most accurate; points that are equal in both stand all there.
+    """
+    front: list[Result] = []
+    for point in sorted(points, key=lambda result: (result.p50_ms, -_accuracy(result))):
+        last = front[-1] if front else None
+        if last is None or _accuracy(point) > _accuracy(last) or _same_place(point, last):
+            front.append(point)
+    return front
+
+
+def _same_place(one: Result, other: Result) -> bool:
+    return (one.p50_ms, one.accuracy) == (other.p50_ms, other.accuracy)
+
+
+def _accuracy(result: Result) -> float:
+    assert result.accuracy is not None
+    return result.accuracy
+
+
+def _front(axes: Any, points: Sequence[Result]) -> None:
+    """A staircase: the best accuracy of these points that a latency buys."""
+    if len(points) < 2:
+        return
+    front = pareto_front(points)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    times = [front[0].p50_ms, *(result.p50_ms for result in front), right]
+    heights = [bottom, *(_accuracy(result) for result in front), _accuracy(front[-1])]
+    axes.step(times, heights, where="post", color=LINE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
 
 
 def _points(results: Sequence[Result], batch: int | None) -> list[Result]:
@@ -89,7 +129,7 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
         if not group:
             continue
         times, ends = np.array([result.p50_ms for result in group]), np.array([_ends(result) for result in group])
-        colour = COLOURS.get(part or "", _OTHER)
+        colour = COLOURS.get(part or "", OTHER)
         axes.errorbar(
             times,
             [result.accuracy for result in group],
@@ -106,8 +146,6 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
 
 
 def _frame(axes: Any, points: Sequence[Result]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     lows, highs = zip(*map(_ends, points), strict=True)
     fast, slow = min(lows), max(highs)
     accuracies = [result.accuracy for result in points if result.accuracy is not None]
@@ -117,22 +155,16 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
         axes.set_xscale("log")
         room = (slow / fast) ** 0.22
         axes.set_xlim(fast / room, slow * room)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes.xaxis)
     else:
         room = 0.22 * max(slow - fast, 0.1 * slow)
         axes.set_xlim(max(0, fast - room), slow + room)
-    axes.set_xlabel("Median latency of one call, ms (bar: 95 % confidence interval)", color=INK)
+    axes.set_xlabel("Median latency of one call, ms (bar: 95 % CI; dashed: Pareto front)", color=INK)
     axes.set_ylabel("Top-1 accuracy, %", color=INK)
-    axes.grid(True, color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
+    frame(axes)
 
 
-def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
+def _title(axes: Any, points: Sequence[Result]) -> None:
     where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
     title = f"Accuracy against latency, batch {points[0].batch}, {where}"
     parts = len({result.part for result in points})
