@@ -57,14 +57,16 @@ def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> 
 
 
 @drawing()
-def draw(results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8)) -> Any:
-    """The matplotlib Figure of `plot`, so many inches wide and high."""
+def draw(
+    results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8), titled: bool = True
+) -> Any:
+    """The matplotlib Figure of `plot`, so many inches wide and high; without a title where a page has one."""
     points = _points(results, batch)
     figure = new_figure(*size)
     axes = figure.subplots()
     _scatter(axes, points)
     _frame(axes, points)
-    _title(axes, points)
+    _title(axes, points, titled, columns=4 if size[0] > 6 else 2)
     _front(axes, points)
     figure.canvas.draw()  # settles the layout, so that the names are placed where they will stand
     _label(axes, points)
@@ -159,21 +161,22 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
     else:
         room = 0.22 * max(slow - fast, 0.1 * slow)
         axes.set_xlim(max(0, fast - room), slow + room)
-    axes.set_xlabel("Median latency of one call, ms (bar: 95 % CI; dashed: Pareto front)", color=INK)
+    axes.set_xlabel("Median latency of one call, ms", color=INK)
     axes.set_ylabel("Top-1 accuracy, %", color=INK)
     frame(axes)
 
 
-def _title(axes: Any, points: Sequence[Result]) -> None:
-    where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
-    title = f"Accuracy against latency, batch {points[0].batch}, {where}"
+def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> None:
     parts = len({result.part for result in points})
-    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
+    if titled:
+        where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
+        title = f"Accuracy against latency, batch {points[0].batch}, {where}"
+        axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
     if parts > 1:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.012, 1.0),
-            ncols=parts,
+            ncols=min(parts, columns),
             frameon=False,
             fontsize=9,
             labelcolor=QUIET,
@@ -183,17 +186,18 @@ def _title(axes: Any, points: Sequence[Result]) -> None:
         )
 
 
-def _names(points: Sequence[Result]) -> list[str]:
+def names(points: Sequence[Result]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
-    names = [result.model for result in points]
-    for fact in ("part", "fusion", "precision", "backend", "device", "threads"):
-        values = [getattr(result, fact) for result in points]
-        groups = {name: {v for n, v in zip(names, values, strict=True) if n == name} for name in names}
-        names = [
-            f"{name}, {value}" if len(groups[name]) > 1 and value is not None else name
-            for name, value in zip(names, values, strict=True)
+    found = [result.model for result in points]
+    for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
+        values = [getattr(result, fact, None) for result in points]
+        groups = {name: {v for n, v in zip(found, values, strict=True) if n == name} for name in found}
+        words = [f"{fact} {value}" if isinstance(value, int) else value for value in values]
+        found = [
+            f"{name}, {word}" if len(groups[name]) > 1 and word is not None else name
+            for name, word in zip(found, words, strict=True)
         ]
-    return names
+    return found
 
 
 def _label(axes: Any, points: Sequence[Result]) -> None:
@@ -205,7 +209,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     bars = [_bar_box(axes, result) for result in points]
     texts: list[Any] = []
     lines: list[_Spot] = []
-    for result, name, bar in zip(points, _names(points), bars, strict=True):
+    for result, name, bar in zip(points, names(points), bars, strict=True):
         text = axes.annotate(
             f"{name}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
             (result.p50_ms, result.accuracy),

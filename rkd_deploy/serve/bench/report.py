@@ -113,7 +113,7 @@ def to_record(results: Sequence[Result], provenance: Mapping[str, Any], settings
     }
 
 
-_COLUMNS: tuple[Column[Result], ...] = (
+COLUMNS: tuple[Column[Result], ...] = (
     Column("Model", lambda r: r.model, numeric=False),
     Column("Part", lambda r: r.part, numeric=False, detail=True),
     Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
@@ -136,12 +136,12 @@ _COLUMNS: tuple[Column[Result], ...] = (
 
 def markdown(results: Sequence[Result]) -> str:
     """A Markdown table, units in its head; columns of which nothing is known are left out."""
-    return tabular.markdown(_COLUMNS, results)
+    return tabular.markdown(COLUMNS, results)
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
     """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
-    tabular.print_table(_COLUMNS, results, console)
+    tabular.print_table(COLUMNS, results, console)
 
 
 def _interval(low: float | None, high: float | None) -> str | None:

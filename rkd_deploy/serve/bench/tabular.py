@@ -49,13 +49,7 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
     from rich.markup import escape
     from rich.table import Table
 
-    known, cells = _cells(columns, rows)
-    shared = [
-        index
-        for index, column in enumerate(known)
-        if column.setting and len(cells) > 1 and len({row[index] for row in cells}) == 1
-    ]
-    title = ", ".join(f"{known[index].title.lower()} {cells[0][index]}" for index in shared)
+    title, known, cells = without_shared(columns, rows)
 
     def table(kept: list[int]) -> Table:
         made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
@@ -66,11 +60,24 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
             made.add_row(*[escape(row[index]) for index in kept])
         return made
 
-    kept = [index for index in range(len(known)) if index not in shared]
+    kept = list(range(len(known)))
     unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
     if console.measure(table(kept), options=unbounded).maximum > console.width:
         kept = [index for index in kept if not known[index].detail]
     console.print(table(kept))
+
+
+def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str, list[Column[R]], list[list[str]]]:
+    """What a table shows: the settings that all rows share, once, as a line; the other columns; the cells by row."""
+    known, cells = _cells(columns, rows)
+    shared = [
+        index
+        for index, column in enumerate(known)
+        if column.setting and len(cells) > 1 and len({row[index] for row in cells}) == 1
+    ]
+    title = ", ".join(f"{known[index].title.lower()} {cells[0][index]}" for index in shared)
+    kept = [index for index in range(len(known)) if index not in shared]
+    return title, [known[index] for index in kept], [[row[index] for index in kept] for row in cells]
 
 
 def milliseconds(value: float) -> str:
