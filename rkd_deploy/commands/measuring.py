@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ from rkd_deploy.commands.options import (
     brief,
     console_for,
     emit,
+    need,
     newest_bundle,
 )
+from rkd_deploy.commands.reporting import report_folder
 from rkd_deploy.errors import UsageError
 
 
@@ -42,16 +45,29 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="As --output, with a page in it (bench.html), its roofline and layers."),
+    ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="First tell how fast the models could be on this machine.")
+    ] = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
     """Measure latency and throughput of models."""
     sizes = batch_sizes(batches)
+    folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if roofline:
+        need("export", "onnx")
     from rkd_deploy.serve.backends import check_backend
     from rkd_deploy.serve.bench import bench as bench_models
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.serve.bench.recording import write_report
     from rkd_deploy.serve.bench.report import print_table
+    from rkd_deploy.serve.bench.studying import Study
+    from rkd_deploy.serve.reporting.records import read_records
+    from rkd_deploy.serve.reporting.writing import write_bench_report
 
     check_backend(backend)
     chosen = models or [newest_bundle(root)]
@@ -64,15 +80,28 @@ def bench(
         "min_runs": min_runs,
         "transfers": not resident,
     }
+    console = console_for(as_json)
+    study = Study(chosen, sizes, backend=backend, device=device, threads=threads)
+    if roofline or (report is not None and find_spec("onnx") is not None):
+        with status("Predicting") as update:
+            study.predict(update)
+        study.print_roofline([], console)
     with status(f"Measuring on {backend}") as update:
         results = bench_models(chosen, **settings, progress=update)
-    folder = output or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    report = write_report(results, settings, folder)
-    console = console_for(as_json)
+    if report is not None:
+        with status("Profiling") as update:
+            study.profile(update)
+    written = write_report(results, settings, folder, study.to_record())
     print_table(results, console)
-    console.print(f"Record {report.record}")
+    study.print_roofline(results, console)
+    console.print(f"Record {written.record}")
+    made = {"record": str(written.record)}
+    if report is not None:
+        with status("Drawing the report"):
+            made["report"] = str(write_bench_report(read_records([written.record]), folder).page)
+        console.print(f"Report {made['report']}")
     if as_json:
-        emit({"record": str(report.record), "results": brief(results)})
+        emit({**made, "results": brief(results), "roofline": study.to_record().get("roofline")})
 
 
 def bench_compare(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.compare.rows import Comparison, Row
-from rkd_deploy.serve.bench.canvas import COLOURS, INK, QUIET, drawing, frame, new_figure, write_png
+from rkd_deploy.serve.bench.canvas import COLOURS, INK, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -21,23 +21,30 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 @drawing()
-def draw(comparison: Comparison) -> Any:
-    """The matplotlib Figure of `plot`."""
+def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
+    """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
     rows = comparison.rows
-    latency = any(row.p50_ms is not None for row in rows)
-    figure = new_figure(11 if latency else 8.5, 1.5 + 0.36 * len(rows))
-    panels = figure.subplots(1, 3 if latency else 2, sharey=True, width_ratios=[2, 1, 1][: 3 if latency else 2])
+    values: list[tuple[str, Callable[[Row], float | None]]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
+    if any(row.p50_ms is not None for row in rows):
+        values.append(("Median latency, ms", lambda row: row.p50_ms))
+    count = 1 + len(values)
+    if narrow:
+        figure = new_figure(WIDTH, count * (0.6 + 0.28 * len(rows)))
+        panels = figure.subplots(count, 1)
+    else:
+        figure = new_figure(5 + 3 * (count - 1), 1.5 + 0.36 * len(rows))
+        panels = figure.subplots(1, count, sharey=True, width_ratios=[2, 1, 1][:count])
+        title = f"{comparison.data}, {comparison.test_images:,} test images"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     _accuracy(panels[0], rows)
-    _bars(panels[1], rows, lambda row: row.macs / 1e6, "MACs of one image, M")
-    if latency:
-        _bars(panels[2], rows, lambda row: row.p50_ms, "Median latency, ms")
+    for axes, (label, value) in zip(panels[1:], values, strict=True):
+        _bars(axes, rows, value, label)
     for axes in panels:
         frame(axes, "x")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-    panels[0].set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
-    panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    title = f"{comparison.data}, {comparison.test_images:,} test images"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+        if narrow or axes is panels[0]:
+            axes.set_yticks(range(len(rows)), [short(row.name, 32) if narrow else row.name for row in rows], color=INK)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 
@@ -62,7 +69,7 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
             axes.axvline(row.top1, color=COLOURS["s0"], linewidth=0.8, alpha=0.5, linestyle=":", zorder=0)
             break
     axes.margins(x=0.12)
-    axes.set_xlabel("Top-1 on the test images, % (bar: standard deviation or error)", color=INK)
+    axes.set_xlabel("Top-1, % (bar: standard deviation or error)", color=INK)
 
 
 def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:

@@ -38,6 +38,10 @@ COLOURS = {part: THEME[part][0] for part in ("teacher", "s0", "student", "fused"
 """By part of a run."""
 _SERIES = ("s0", "fused", "student", "other", "violet", "ochre", "brown", "teacher")
 
+WIDTH = 4.8
+"""Inches of a picture for a page: about as many points as a phone has pixels across, so that text keeps its size."""
+_LONGEST = 44
+
 _STYLE = {
     "text.parse_math": False,  # a model's name is no formula, whatever signs it has
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and coloured
@@ -92,6 +96,7 @@ def frame(axes: Any, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
     axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
+    axes.yaxis.labelpad = 7
 
 
 def log_scale(axis: Any) -> None:
@@ -101,6 +106,14 @@ def log_scale(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def short(name: str, longest: int = _LONGEST) -> str:
+    """A name that fits: its middle is left out where it is too long, because both ends tell more."""
+    if len(name) <= longest:
+        return name
+    half = (longest - 3) // 2
+    return f"{name[:half]}...{name[-half:]}"
 
 
 def series_colours(parts: Sequence[str | None]) -> list[str]:

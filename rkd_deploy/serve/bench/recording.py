@@ -29,19 +29,22 @@ class Report:
     plot: Path | None
 
 
-def write_report(results: Sequence[Result], settings: Mapping[str, Any], folder: Path) -> Report:
+def write_report(
+    results: Sequence[Result], settings: Mapping[str, Any], folder: Path, more: Mapping[str, Any] | None = None
+) -> Report:
     """Write a bench into a folder; what an earlier bench left there is replaced, file by file.
 
     Args:
         results: What `bench` gave.
         settings: How it was measured.
         folder: Made when it is not there.
+        more: What else belongs into the record: "roofline" and "layers".
 
     Raises:
         StorageError: A file could not be written; the earlier one is intact.
     """
     record, table = folder / "bench.json", folder / "bench.md"
-    write_json(record, to_record(results, provenance(), settings))
+    write_json(record, {**to_record(results, provenance(), settings), **(more or {})})
     write_text(table, markdown(results))
     picture: Path | None = None
     if any(result.accuracy is not None for result in results):

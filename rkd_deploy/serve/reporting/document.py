@@ -20,8 +20,6 @@ class Picture:
     title: str
     description: str
     figure: Any
-    wide: bool = False
-    """Takes a row of the page for itself."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pictures of a report, each small enough for a phone: 4.8 inches are as many points as a phone is wide."""
+"""The pictures of a report, each as wide as a phone."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.serve.bench.canvas import INK, LINE, QUIET, drawing, frame, log_scale, new_figure
+from rkd_deploy.serve.bench.canvas import INK, LINE, QUIET, WIDTH, drawing, frame, log_scale, new_figure, short
 from rkd_deploy.serve.bench.layers import Layer
 from rkd_deploy.serve.bench.report import Result
 
-WIDTH = 4.8
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _LOG_FROM = 5
 _RANKS = 400
 """Steps of a drawn distribution: more cannot be seen."""
 _BINS = 48
-_LONGEST = 44
 _TOP_LAYERS = 14
 
 Named = Mapping[str, Result]
 """Results by the names that they have on the page."""
-
-
-def short(name: str, longest: int = _LONGEST) -> str:
-    """A name that fits: its middle is left out where it is too long, because both ends tell more."""
-    if len(name) <= longest:
-        return name
-    half = (longest - 3) // 2
-    return f"{name[:half]}...{name[-half:]}"
 
 
 @drawing()
@@ -74,7 +64,7 @@ def histograms(results: Named, colours: Mapping[str, str]) -> Any:
         shares, _ = np.histogram(times_N, edges)
         axes.stairs(100 * shares / len(times_N), edges, fill=True, color=colours[name], alpha=0.75)
         axes.axvline(result.p50_ms, color=INK, linewidth=1, linestyle=":")
-        axes.set_title(f"{short(name)}, {len(times_N):,} calls", loc="left", fontsize=9, color=INK, pad=3)
+        axes.set_title(f"{short(name)}, {len(times_N):,} calls", loc="left", fontsize=10, color=INK, pad=3)
         frame(axes, "x")
         axes.locator_params(axis="y", nbins=3)
     _time_axis(rows[-1], samples)
@@ -120,20 +110,20 @@ def layer_bars(layers: Sequence[Layer], colour: str) -> Any:
     """The layers that take longest, and all others together."""
     ordered = sorted(layers, key=lambda layer: -layer.ms)
     top, rest = ordered[:_TOP_LAYERS], ordered[_TOP_LAYERS:]
-    bars = [(f"{short(layer.name, 36)}  ({layer.op})", layer.ms) for layer in top]
+    bars = [(f"{short(layer.name, 32)}  ({layer.op})", layer.ms) for layer in top]
     if rest:
         bars.append((f"{len(rest)} others", sum(layer.ms for layer in rest)))
     total = sum(layer.ms for layer in layers) or 1.0
-    figure = new_figure(WIDTH, 0.7 + 0.36 * len(bars))
+    figure = new_figure(WIDTH, 0.7 + 0.39 * len(bars))
     axes = figure.subplots()
     places = range(len(bars))
     axes.barh(places, [ms for _, ms in bars], height=0.3, color=colour, alpha=0.85, align="edge")
     for place, (name, ms) in enumerate(bars):
         # The name stands above its bar: beside it, it would leave the bars no room on a phone.
-        axes.annotate(name, (0, place), (0, 2), textcoords="offset points", va="bottom", fontsize=8.5, color=INK)
+        axes.annotate(name, (0, place), (0, 2), textcoords="offset points", va="bottom", fontsize=9.5, color=INK)
         share = f" {ms:.3g} ms, {100 * ms / total:.0f} %"
         axes.annotate(
-            share, (ms, place + 0.15), (2, 0), textcoords="offset points", va="center", fontsize=8.5, color=QUIET
+            share, (ms, place + 0.15), (2, 0), textcoords="offset points", va="center", fontsize=9.5, color=QUIET
         )
     axes.set_ylim(len(bars) - 0.4, -0.75)
     axes.set_xlim(0, 1.32 * max((ms for _, ms in bars), default=1.0) or 1.0)
@@ -152,7 +142,7 @@ def roofs(
     """Multiply-adds per second over multiply-adds per byte: the roof, and where each model stands below it.
 
     Args:
-        lines: Of each roof its name, MAC/s and bytes/s.
+        lines: Of each roof its name ("" for the only one), MAC/s and bytes/s.
         points: Of each model its MACs per byte, MAC/s and batch.
         colours: Of each model.
     """
@@ -164,9 +154,7 @@ def roofs(
     reach_I = np.geomspace(left, right, 60)
     for name, peak, rate in lines:
         axes.plot(reach_I, np.minimum(peak, rate * reach_I) / 1e9, color=INK, linewidth=1.3)
-        axes.annotate(
-            name, (right, peak / 1e9), (-2, 3), textcoords="offset points", ha="right", fontsize=8.5, color=QUIET
-        )
+        _roof_names(axes, name, peak, rate, left, right)
     for name, spots in points.items():
         xs, ys, batches = zip(*spots, strict=True)
         axes.plot(
@@ -174,7 +162,7 @@ def roofs(
         )
         for x, y, batch in zip(xs, ys, batches, strict=True):
             axes.annotate(
-                str(batch), (x, y / 1e9), (0, -11), textcoords="offset points", ha="center", fontsize=8, color=QUIET
+                str(batch), (x, y / 1e9), (0, -12), textcoords="offset points", ha="center", fontsize=10, color=QUIET
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -189,9 +177,27 @@ def roofs(
     return figure
 
 
+def _roof_names(axes: Any, name: str, peak: float, rate: float, left: float, right: float) -> None:
+    flat = {"textcoords": "offset points", "fontsize": 9.5, "color": QUIET}
+    axes.annotate(f"{name}{peak / 1e9:,.3g} GMAC/s", (right, peak / 1e9), (-2, 3), ha="right", **flat)
+    middle = (left * min(peak / rate, right)) ** 0.5
+    axes.text(
+        middle,
+        1.06 * rate * middle / 1e9,
+        f"{rate / 1e9:,.3g} GB/s",
+        rotation=float(np.degrees(np.arctan(rate / 1e9))),  # that of the line, whose slope is this one in data
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        ha="center",
+        va="bottom",
+        fontsize=10,
+        color=QUIET,
+    )
+
+
 def _legend(figure: Any, count: int) -> None:
     if count > 1:
-        figure.legend(loc="outside upper left", ncols=1, frameon=False, fontsize=9, labelcolor=INK, borderaxespad=0.1)
+        figure.legend(loc="outside upper left", ncols=1, frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0.1)
 
 
 def _time_axis(axes: Any, samples: Sequence[Sequence[float] | npt.NDArray[Any]]) -> None:

@@ -96,9 +96,8 @@ def _section(identity: str, section: Section) -> str:
 
 def _figure(identity: str, picture: Picture) -> str:
     drawn = inline_svg(picture.figure, identity, picture.title, picture.description)
-    kind = ' class="wide"' if picture.wide else ""
     return (
-        f"<figure{kind}><figcaption><h3>{escape(picture.title)}</h3></figcaption>{drawn}"
+        f"<figure><figcaption><h3>{escape(picture.title)}</h3></figcaption>{drawn}"
         f"<p>{escape(picture.description)}</p></figure>\n"
     )
 
@@ -107,7 +106,7 @@ def _table(identity: str, table: Table) -> str:
     kinds = [' class="number"' if numeric else "" for numeric in table.numeric]
     head = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell, kind in zip(table.head, kinds, strict=True))
     rows = "".join(f"<tr>{_cells(row, kinds)}</tr>" for row in table.rows)
-    caption = f'<caption id="{identity}-caption">{escape(table.caption)}</caption>'
+    caption = f'<caption id="{identity}-caption"><span>{escape(table.caption)}</span></caption>'
     # Wider than a phone it scrolls in its own box, by keyboard too; the page itself never does.
     box = (
         f'<div class="table" role="region" tabindex="0" aria-labelledby="{identity}-caption"><table>{caption}'

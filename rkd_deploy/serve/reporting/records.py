@@ -123,5 +123,5 @@ def _environment(record: Mapping[str, Any]) -> dict[str, Any]:
     for number, gpu in enumerate(gpus or ()):
         flat |= {f"GPU {number} {name}": value for name, value in gpu.items()}
     if git:
-        flat["commit"] = f"{git.get('commit')}{', changed since' if git.get('dirty') else ''}"
+        flat["commit"] = f"{str(git.get('commit'))[:12]}{', changed since' if git.get('dirty') else ''}"
     return flat

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rkd_deploy.serve.bench import plotting, report, roofline
-from rkd_deploy.serve.bench.canvas import distinct, series_colours
+from rkd_deploy.serve.bench.canvas import WIDTH, distinct, series_colours
+from rkd_deploy.serve.bench.ceilings import Ceilings
 from rkd_deploy.serve.bench.layers import Layer, LayerTimes
 from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.serve.bench.roofline import Achieved
@@ -24,11 +25,10 @@ def sections(material: Material) -> list[Section]:
     named = _by_batch(results)
     colours = _colours(named)
     found = [
-        *_accuracy(results),
+        Section("Accuracy, latency, throughput", (), [*_accuracy(results), *_throughput(named, colours)]),
         *_latency(named, colours),
-        *_throughput(named, colours),
         *_roofline(material, results, colours),
-        *_layers(material.layers),
+        *_layers(material.layers, colours),
         *_environment(material.environments),
     ]
     return [section for section in found if section.text or section.blocks]
@@ -58,9 +58,10 @@ def _colours(named: Mapping[int, Mapping[str, Result]]) -> Colours:
     return dict(zip(names, series_colours([parts[name] for name in names]), strict=True))
 
 
-def _accuracy(results: Sequence[Result]) -> Iterator[Section]:
+def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
     known = [result for result in results if result.accuracy is not None]
-    blocks: list[Picture | Table] = []
+    if results:
+        yield table_of("Results", report.COLUMNS, results)
     if known:
         batch = min(result.batch for result in known)
         front = plotting.pareto_front([result for result in known if result.batch == batch])
@@ -68,15 +69,12 @@ def _accuracy(results: Sequence[Result]) -> Iterator[Section]:
             f"{name} ({one.accuracy:.2f} % in {milliseconds(one.p50_ms)} ms)"
             for name, one in zip(plotting.names(front), front, strict=True)
         )
-        figure = plotting.draw(known, size=(figures.WIDTH, 3.9), titled=False)
+        figure = plotting.draw(known, size=(WIDTH, 3.9), titled=False)
         words = (
             "Up and to the left is better. A bar is the 95 % confidence interval of the median; the dashed staircase "
             f"is the Pareto front, of models that none beats in both: {best}."
         )
-        blocks.append(Picture(f"Accuracy against latency, batch {batch}", words, figure))
-    if results:
-        blocks.insert(0, table_of("Results", report.COLUMNS, results))
-    yield Section("Accuracy and latency", (), blocks)
+        yield Picture(f"Accuracy against latency, batch {batch}", words, figure)
 
 
 def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Section]:
@@ -106,7 +104,7 @@ def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Ite
     yield Section("Every call", (), blocks)
 
 
-def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Section]:
+def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Picture]:
     if len(named) < 2:
         return
     names = distinct(name for group in named.values() for name in group)
@@ -117,9 +115,7 @@ def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> 
         for name, points in lines.items()
     )
     words = f"Images per second of one caller that never waits, over the images in a call. Most: {told}."
-    yield Section(
-        "Batch and throughput", (), [Picture("Throughput over batch size", words, figures.throughputs(lines, colours))]
-    )
+    yield Picture("Throughput over batch size", words, figures.throughputs(lines, colours))
 
 
 def _roofline(material: Material, results: Sequence[Result], colours: Colours) -> Iterator[Section]:
@@ -130,15 +126,7 @@ def _roofline(material: Material, results: Sequence[Result], colours: Colours) -
     blocks: list[Picture | Table] = [table_of("Bound and measurement", roofline.COLUMNS, found)]
     points = _under_the_roof(found)
     if points and ceilings:
-        lines = distinct(
-            (
-                f"{one.macs_per_s / 1e9:,.3g} GMAC/s, {rate / 1e9:,.3g} GB/s",
-                one.macs_per_s,
-                rate,
-            )
-            for one in ceilings
-            for rate in one.bytes_per_s.values()
-        )
+        lines = _roofs(ceilings)
         spare = dict(zip(points, series_colours([None] * len(points)), strict=True))
         shares = [one.share for one in found if one.share is not None]
         words = (
@@ -169,6 +157,17 @@ _KERNELS: tuple[Column[Any], ...] = (
 )
 
 
+def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
+    """Name, MAC/s and bytes/s: of the working set that memory serves fastest, and of the one it serves slowest."""
+    lines = []
+    for one in ceilings:
+        threads = "" if one.threads is None else f", {one.threads} threads"
+        name = f"{one.backend}{threads}, {one.arithmetic}: " if len(ceilings) > 1 else ""
+        fast, slow = max(one.bytes_per_s.values()), min(one.bytes_per_s.values())
+        lines += [(name, one.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]
+    return lines
+
+
 def _under_the_roof(found: Sequence[Achieved]) -> dict[str, list[tuple[float, float, int]]]:
     points: dict[str, list[tuple[float, float, int]]] = {}
     for one in found:
@@ -179,11 +178,12 @@ def _under_the_roof(found: Sequence[Achieved]) -> dict[str, list[tuple[float, fl
     return points
 
 
-def _layers(measured: Sequence[LayerTimes]) -> Iterator[Section]:
-    blocks: list[Picture | Table] = []
+def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Section]:
+    pictures: list[Picture | Table] = []
+    tables: list[Picture | Table] = []
     known = [times for times in measured if times.layers]
-    colours = series_colours([None] * len(known))
-    for times, colour in zip(known, colours, strict=True):
+    spare = series_colours([None] * len(known))
+    for times, colour in zip(known, spare, strict=True):
         total = sum(layer.ms for layer in times.layers)
         longest = max(times.layers, key=lambda layer: layer.ms)
         where = f"{times.model} on {times.backend}, batch {times.batch}"
@@ -191,16 +191,17 @@ def _layers(measured: Sequence[LayerTimes]) -> Iterator[Section]:
             f"{len(times.layers)} layers, {milliseconds(total)} ms together, medians of {times.runs} runs. Longest: "
             f"{longest.name} ({longest.op}), {100 * longest.ms / (total or 1):.0f} %."
         )
-        blocks.append(Picture(f"Layers of {where}", words, figures.layer_bars(times.layers, colour)))
-        blocks.append(
+        figure = figures.layer_bars(times.layers, colours.get(times.model, colour))
+        pictures.append(Picture(f"Layers of {where}", words, figure))
+        tables.append(
             table_of(f"All layers of {where}", _LAYER_COLUMNS, [(one, total) for one in times.layers], folded=True)
         )
     text = (
         "From runs of their own, after the timed ones, with the runtime's profiling on: they divide a call, and their "
         "sum is a little more than its latency.",
     )
-    if blocks:
-        yield Section("Layer by layer", text, blocks)
+    if pictures:
+        yield Section("Layer by layer", text, [*pictures, *tables])
 
 
 _LAYER_COLUMNS: tuple[Column[tuple[Layer, float]], ...] = (
