@@ -44,7 +44,7 @@ COLUMNS: tuple[Column[Row], ...] = (
     Column("Held out, last, %", lambda r: None if r.val_last is None else f"{r.val_last:.2f}", detail=True),
     Column("Held out, best, %", lambda r: None if r.val_best is None else f"{r.val_best:.2f}", detail=True),
     Column("MACs, M", lambda r: f"{r.macs / 1e6:,.2f}"),
-    Column("Params, M", lambda r: f"{r.parameters / 1e6:,.3f}"),
+    Column("Params, M", lambda r: f"{r.parameters / 1e6:,.3f}", detail=True),
     Column("p50, ms", lambda r: None if r.p50_ms is None else milliseconds(r.p50_ms)),
     Column("p90, ms", lambda r: None if r.p90_ms is None else milliseconds(r.p90_ms), detail=True),
     Column("Training, s", lambda r: None if r.seconds is None else f"{r.seconds:,.0f}", detail=True),

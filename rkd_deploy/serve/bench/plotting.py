@@ -229,7 +229,9 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
         end = _nearest(box, spot)
         if math.dist(_nearest(bar, end), end) > _FAR * axes.figure.dpi / 72:
             style = {"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
-            axes.annotate("", spot, end, "figure pixels", "figure pixels", arrowprops=style, zorder=2)
+            # In data, not in pixels: another resolution (PNG, SVG) has others.
+            tip, tail = axes.transData.inverted().transform([spot, end])
+            axes.annotate("", tip, tail, arrowprops=style, zorder=2)
             lines += _along(spot, end)
 
 

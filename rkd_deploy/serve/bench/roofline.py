@@ -234,6 +234,9 @@ COLUMNS: tuple[Column[Achieved], ...] = (
 
 def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result], console: Console) -> None:
     """The table, before a measurement (no results) or after it, and why a bound is missing."""
+    console.print(
+        "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than"
+    )
     tabular.print_table(COLUMNS, achieved(predictions, results), console)
     for note in sorted({f"{one.model}: {one.note}" for one in predictions if one.note}):
         console.print(note, style="yellow")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 R = TypeVar("R")
+
+_LONGEST_WORD = 24
+"""Characters of a name that a terminal keeps together."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
         made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
         for index in kept:
             head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
-            made.add_column(head, justify="right" if known[index].numeric else "left", overflow="fold")
+            words = [word for row in cells for word in row[index].split()]
+            # A name is broken between its words: where the room is short, it is the heads that give way.
+            least = None if known[index].numeric else min(_LONGEST_WORD, max(map(len, words), default=1))
+            justify: Literal["left", "right"] = "right" if known[index].numeric else "left"
+            made.add_column(head, justify=justify, overflow="fold", min_width=least)
         for row in cells:
             made.add_row(*[escape(row[index]) for index in kept])
         return made

@@ -17,7 +17,6 @@ _LOG_FROM = 5
 _RANKS = 400
 """Steps of a drawn distribution: more cannot be seen."""
 _BINS = 48
-_TOP_LAYERS = 14
 
 Named = Mapping[str, Result]
 """Results by the names that they have on the page."""
@@ -106,10 +105,10 @@ def throughputs(results: Mapping[str, Sequence[Result]], colours: Mapping[str, s
 
 
 @drawing()
-def layer_bars(layers: Sequence[Layer], colour: str) -> Any:
+def layer_bars(layers: Sequence[Layer], colour: str, count: int = 14) -> Any:
     """The layers that take longest, and all others together."""
     ordered = sorted(layers, key=lambda layer: -layer.ms)
-    top, rest = ordered[:_TOP_LAYERS], ordered[_TOP_LAYERS:]
+    top, rest = ordered[:count], ordered[count:]
     bars = [(f"{short(layer.name, 32)}  ({layer.op})", layer.ms) for layer in top]
     if rest:
         bars.append((f"{len(rest)} others", sum(layer.ms for layer in rest)))

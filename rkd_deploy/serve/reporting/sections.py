@@ -191,7 +191,7 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
             f"{len(times.layers)} layers, {milliseconds(total)} ms together, medians of {times.runs} runs. Longest: "
             f"{longest.name} ({longest.op}), {100 * longest.ms / (total or 1):.0f} %."
         )
-        figure = figures.layer_bars(times.layers, colours.get(times.model, colour))
+        figure = figures.layer_bars(times.layers, colours.get(times.model, colour), 14 if len(known) < 4 else 6)
         pictures.append(Picture(f"Layers of {where}", words, figure))
         tables.append(
             table_of(f"All layers of {where}", _LAYER_COLUMNS, [(one, total) for one in times.layers], folded=True)

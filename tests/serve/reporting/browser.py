@@ -79,9 +79,7 @@ class Browser:
         """Show a file at a size in CSS pixels, as a reader would who prefers dark or light."""
         width, height = size
         phone = size == PHONE
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         wish = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[wish])
         self.events.clear()
