@@ -69,7 +69,7 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
             axes.axvline(row.top1, color=COLOURS["s0"], linewidth=0.8, alpha=0.5, linestyle=":", zorder=0)
             break
     axes.margins(x=0.12)
-    axes.set_xlabel("Top-1, % (bar: standard deviation or error)", color=INK)
+    axes.set_xlabel("Top-1, % (bar: deviation or error)", color=INK)
 
 
 def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:

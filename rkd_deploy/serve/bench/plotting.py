@@ -20,6 +20,7 @@ from rkd_deploy.serve.bench.canvas import (
     frame,
     log_scale,
     new_figure,
+    short,
     write_png,
 )
 
@@ -211,7 +212,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     lines: list[_Spot] = []
     for result, name, bar in zip(points, names(points), bars, strict=True):
         text = axes.annotate(
-            f"{name}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
+            f"{short(name)}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
             (result.p50_ms, result.accuracy),
             xytext=(0, 0),
             textcoords="offset points",
@@ -245,8 +246,7 @@ def _free_place(
     scale = 72 / axes.figure.dpi
     best = (math.inf, (0.0, 0.0))
     for place in _places(size.width * scale, size.height * scale):
-        text.set_position(place)
-        box = text.get_window_extent(renderer).padded(3)
+        box = size.translated(place[0] / scale, place[1] / scale).padded(3)
         covered = sum(_overlap(box, other) for other in (*bars, *texts)) + 50 * sum(box.contains(*at) for at in lines)
         outside = box.width * box.height - _overlap(box, inside)
         crossed = sum(other.contains(*at) for at in _along(spot, _nearest(box, spot)) for other in texts)
