@@ -31,7 +31,8 @@ def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(_without_signs_xml_forbids(content.getvalue()))  # written a line above: no foreign entities
     for child in list(root):
-        if _local(child.tag) in ("metadata", "defs", "title"):
+        is_style = any(_local(inner.tag) == "style" for inner in child)  # which the page's own sheet says
+        if is_style or _local(child.tag) in ("metadata", "title"):
             root.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
