@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands import exporting, measuring, training, using
+from rkd_deploy.commands import exporting, measuring, reporting, training, using
 from rkd_deploy.commands.options import emit
 from rkd_deploy.errors import RkdError
 
@@ -43,6 +43,7 @@ app.command()(exporting.export)
 app.command()(measuring.bench)
 app.command("bench-compare")(measuring.bench_compare)
 app.command()(training.compare)
+app.command()(reporting.report)
 app.command()(using.predict)
 app.command()(using.verify)
 app.command()(using.info)

@@ -102,6 +102,49 @@ def test_compare_takes_the_newest_run_and_writes_where_it_says(rkd, runs):
     assert {path.name for path in Path("side").iterdir()} == {"compare.json", "compare.md", "compare.png"}
 
 
+def test_a_report_is_made_while_measuring_and_from_the_record_later(rkd, runs):
+    assert rkd("export").code == 0
+    options = ("--batch", "1,4", "--seconds", 0.01, "--count", 5, "--threads", 1)
+    made = rkd("bench", *options, "--report", "page", "--json")
+    assert made.code == 0, made.err
+    assert {path.name for path in Path("page").iterdir()} == {
+        "accuracy_latency.png",
+        "bench.html",
+        "bench.json",
+        "bench.md",
+    }
+    assert made.json["report"] == "page/bench.html"
+    predicted = made.json["roofline"]["predictions"]
+    assert [one["batch"] for one in predicted] == [1, 4]
+    assert predicted[1]["macs"] == 4 * predicted[0]["macs"]
+    assert made.err.index("Predicted: no call can be faster than") < made.err.index("Images/s")  # first
+    record = json.loads(Path("page/bench.json").read_text())
+    assert record["layers"][0]["layers"]
+    later = rkd("report", "page/bench.json", "--output", "later", "--json")
+    assert later.code == 0, later.err
+    assert Path("later/bench.html").read_bytes() == Path("page/bench.html").read_bytes()
+    assert "leave" not in later.err
+    twice = rkd("bench", *options, "--report", "page", "--output", "other")
+    assert twice.code == 2
+    assert "Give --report alone" in twice.err
+
+
+def test_a_comparison_is_reported_with_its_measurements(rkd, runs):
+    options = ("--batch", "1,2", "--seconds", 0.01, "--threads", 1)
+    found = rkd("compare", *options, "--report", "side", "--json")
+    assert found.code == 0, found.err
+    names = {"compare.json", "compare.md", "compare.png", "compare.html"}
+    assert {path.name for path in Path("side").iterdir()} == names
+    record = json.loads(Path("side/compare.json").read_text())
+    rows = [row["name"] for row in record["rows"]]
+    assert [result["model"] for result in record["results"]] == 2 * rows
+    assert [one["model"] for one in record["roofline"]["predictions"]] == 2 * rows
+    assert record["rows"][0]["p50_ms"] == record["results"][0]["p50_ms"]
+    assert [one["model"] for one in record["layers"]] == rows
+    mixed = rkd("report", "side/compare.json", "side/compare.json")
+    assert mixed.code == 2
+
+
 def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, runs):
     assert rkd("export").code == 0
     assert rkd("export", "--part", "teacher").code == 0

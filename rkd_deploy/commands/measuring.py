@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,11 +21,16 @@ from rkd_deploy.commands.options import (
     brief,
     console_for,
     emit,
+    need,
     newest_bundle,
     plain,
     whole,
 )
+from rkd_deploy.commands.reporting import report_folder
 from rkd_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rkd_deploy.serve.bench.report import Result
 
 Backends = Annotated[
     list[str] | None,
@@ -75,12 +82,26 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="As --output, with a page in it (bench.html), its roofline and layers."),
+    ] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline",
+            help="First tell how fast they could be here (first backend, first thread count).",
+        ),
+    ] = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput and memory of models; docs/bench.md says how. Ctrl-C keeps what was measured."""
     if resident and end_to_end:
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
+    if roofline:
+        need("export", "onnx")
+    folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     settings: dict[str, Any] = {
         "backend": backends or ["onnxruntime"],
         "device": device,
@@ -97,9 +118,13 @@ def bench(
     from rkd_deploy.serve.backends import check_backend
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.serve.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.serve.bench.loading import USUAL_BATCHES
     from rkd_deploy.serve.bench.recording import record_bench
     from rkd_deploy.serve.bench.report import print_details, print_table
     from rkd_deploy.serve.bench.scenarios import print_scenarios
+    from rkd_deploy.serve.bench.studying import Study
+    from rkd_deploy.serve.reporting.records import read_records
+    from rkd_deploy.serve.reporting.writing import write_bench_report
 
     asked = scenarios or []
     check_scenarios(asked)
@@ -114,20 +139,43 @@ def bench(
     for name in settings["backend"]:
         check_backend(name)
     chosen = models or [newest_bundle(root)]
-    folder = output or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    with status("Measuring") as update:
-        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load)
     console = console_for(as_json)
+    study = Study(
+        chosen,
+        settings["batches"] or USUAL_BATCHES,
+        backend=settings["backend"][0],
+        device=device,
+        threads=(settings["threads"] or [None])[0],
+    )
+    if roofline or (report is not None and find_spec("onnx") is not None):
+        with status("Predicting") as update:
+            study.predict(update)
+        study.print_roofline([], console)
+
+    def studied(results: Sequence[Result]) -> dict[str, Any]:
+        if report is not None:
+            study.profile(update, batch=min(result.batch for result in results))
+        return study.to_record()
+
+    with status("Measuring") as update:
+        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
     print_table(done.results, console)
     print_details(done.results, console)
     if done.scenarios:
         print_scenarios(done.scenarios, console)
+    study.print_roofline(done.results, console)
     for line in done.conditions:
         console.print(line)
     console.print(f"Record {done.report.record}")
+    made = {"record": str(done.report.record)}
+    if report is not None:
+        with status("Drawing the report"):
+            made["report"] = str(write_bench_report(read_records([done.report.record]), folder).page)
+        console.print(f"Report {made['report']}")
     if as_json:
         told = [plain(one) for one in done.scenarios]
-        emit({"record": str(done.report.record), "results": brief(done.results), "loadgen": told})
+        predicted = study.to_record().get("roofline")
+        emit({**made, "results": brief(done.results), "loadgen": told, "roofline": predicted})
 
 
 def bench_compare(

@@ -22,6 +22,7 @@ from rkd_deploy.commands.options import (
     need,
     whole,
 )
+from rkd_deploy.commands.reporting import report_folder
 from rkd_deploy.errors import UsageError
 
 
@@ -124,11 +125,17 @@ def compare(
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Export and time every network too.")] = True,
     backend: BackendName = "onnxruntime",
     device: DeviceName = None,
-    batch: Annotated[int, typer.Option("--batch", help="Images in one timed call.")] = 1,
+    batches: Annotated[
+        str, typer.Option("--batch", help="Images in one timed call, or several: the table tells of the first.")
+    ] = "1",
     threads: Threads = None,
     min_seconds: Annotated[float, typer.Option("--seconds", help="Time each network at least so long.")] = 1.0,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for table, plot, record. Default: runs/compare-TIME.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="As --output, with a page in it (compare.html), its roofline and layers."),
     ] = None,
     root: Root = RUNS,
     as_json: Json = False,
@@ -138,11 +145,13 @@ def compare(
     T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
     """
     need("train", "torch", "safetensors")
+    folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.compare import compare as compare_runs
-    from rkd_deploy.compare import print_comparison, timed, write_comparison
+    from rkd_deploy.compare import print_comparison, timed, write_comparison, write_comparison_report
     from rkd_deploy.compare.report import to_record
     from rkd_deploy.serve.backends import check_backend
     from rkd_deploy.serve.bench.display import status
+    from rkd_deploy.serve.reporting.records import read_records
     from rkd_deploy.train.runs import newest_run, open_run
 
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
@@ -150,14 +159,20 @@ def compare(
     if latency:
         need("export", "onnx", "onnxscript")
         check_backend(backend)
-        settings = {"backend": backend, "device": device, "batch": batch_sizes(str(batch))[0], "threads": threads}
+        settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
         settings["min_seconds"] = min_seconds
         with status(f"Comparing on {backend}") as update:
-            found = timed(found, **settings, progress=update)
-    written = write_comparison(found, settings, output or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+            found = timed(found, **settings, studied=report is not None, progress=update)
+    written = write_comparison(found, settings, folder)
     console = console_for(as_json)
     print_comparison(found, console)
     for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
         console.print(f"{name:<7} {file}")
+    made = {"record": str(written.record)}
+    if report is not None:
+        with status("Drawing the report"):
+            made["report"] = str(write_comparison_report(read_records([written.record])[0], folder).page)
+        console.print(f"Report  {made['report']}")
     if as_json:
-        emit({**to_record(found, settings), "record": str(written.record)})
+        shown = to_record(found, settings)
+        emit({**shown, "results": brief(found.results), **made})

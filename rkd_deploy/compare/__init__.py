@@ -4,12 +4,23 @@ rows.py      which networks the runs hold, one row each; seeds joined; what each
 latency.py   the same networks exported and timed in turn
 report.py    table, Markdown and JSON
 plotting.py  the picture
+paging.py    the page
 """
 
 from __future__ import annotations
 
 from rkd_deploy.compare.latency import timed
+from rkd_deploy.compare.paging import write_comparison_report
 from rkd_deploy.compare.report import Files, print_comparison, write_comparison
 from rkd_deploy.compare.rows import Comparison, Row, compare
 
-__all__ = ["Comparison", "Files", "Row", "compare", "print_comparison", "timed", "write_comparison"]
+__all__ = [
+    "Comparison",
+    "Files",
+    "Row",
+    "compare",
+    "print_comparison",
+    "timed",
+    "write_comparison",
+    "write_comparison_report",
+]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rkd_deploy.compare.rows import Comparison
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.studying import Study
 from rkd_deploy.serve.bench.timing import Progress
 
 
@@ -17,9 +19,10 @@ def timed(
     *,
     backend: str = "onnxruntime",
     device: str | None = None,
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
     threads: int | None = None,
     min_seconds: float = 1.0,
+    studied: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """The same comparison with latencies.
@@ -31,9 +34,10 @@ def timed(
         comparison: From `compare`.
         backend: As for `load_backend`, and so `device` and `threads`.
         device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-        batch: Images in one call.
+        batches: Numbers of images in one call; the rows tell of the first.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
-        min_seconds: Time in timed calls of each network, at least.
+        min_seconds: Time in timed calls of each network at each batch size, at least.
+        studied: Whether the roofline and the time of each layer are wanted too.
         progress: Told what is being exported or measured, and how far it is.
 
     Raises:
@@ -50,15 +54,25 @@ def timed(
                 run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
             )
             bundles.append(made.folder)
+        names = [row.name for row in comparison.rows]
+        study = Study(bundles, batches, backend=backend, device=device, threads=threads, names=names)
+        if studied:
+            study.predict(progress)
         results = bench(
             bundles,
             backend=backend,
             device=device,
-            batches=(batch,),
+            batches=batches,
             threads=threads,
             min_seconds=min_seconds,
             progress=progress,
         )
+        if studied:
+            study.profile(progress)
+    results = [
+        dataclasses.replace(result, model=row.name, part=row.part, accuracy=row.top1)
+        for result, row in zip(results, comparison.rows * len(batches), strict=True)
+    ]
     rows = tuple(
         dataclasses.replace(
             row,
@@ -67,6 +81,6 @@ def timed(
             p50_high_ms=result.p50_high_ms,
             p90_ms=result.p90_ms,
         )
-        for row, result in zip(comparison.rows, results, strict=True)
+        for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
     )
-    return dataclasses.replace(comparison, rows=rows)
+    return dataclasses.replace(comparison, rows=rows, results=tuple(results), study=study.to_record())

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.compare.rows import Comparison, Row
-from rkd_deploy.errors import require
-from rkd_deploy.serve.bench.plotting import COLOURS, INK, LINE, QUIET
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.serve.bench.canvas import COLOURS, INK, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -20,32 +17,34 @@ def plot(comparison: Comparison, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    content = io.BytesIO()
-    draw(comparison).savefig(content, format="png")
-    write_bytes(path, content.getvalue())
+    write_png(draw(comparison), path)
 
 
-def draw(comparison: Comparison) -> Any:
-    """The matplotlib Figure of `plot`."""
-    require("matplotlib", "train")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+@drawing()
+def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
+    """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
     rows = comparison.rows
-    latency = any(row.p50_ms is not None for row in rows)
-    figure = Figure(figsize=(11 if latency else 8.5, 1.5 + 0.36 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if latency else 2, sharey=True, width_ratios=[2, 1, 1][: 3 if latency else 2])
+    values: list[tuple[str, Callable[[Row], float | None]]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
+    if any(row.p50_ms is not None for row in rows):
+        values.append(("Median latency, ms", lambda row: row.p50_ms))
+    count = 1 + len(values)
+    if narrow:
+        figure = new_figure(WIDTH, count * (0.6 + 0.28 * len(rows)))
+        panels = figure.subplots(count, 1)
+    else:
+        figure = new_figure(5 + 3 * (count - 1), 1.5 + 0.36 * len(rows))
+        panels = figure.subplots(1, count, sharey=True, width_ratios=[2, 1, 1][:count])
+        title = f"{comparison.data}, {comparison.test_images:,} test images"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     _accuracy(panels[0], rows)
-    _bars(panels[1], rows, lambda row: row.macs / 1e6, "MACs of one image, M")
-    if latency:
-        _bars(panels[2], rows, lambda row: row.p50_ms, "Median latency, ms")
+    for axes, (label, value) in zip(panels[1:], values, strict=True):
+        _bars(axes, rows, value, label)
     for axes in panels:
-        _frame(axes)
-    panels[0].set_yticks(range(len(rows)), [row.name for row in rows], color=INK)
-    panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    title = f"{comparison.data}, {comparison.test_images:,} test images"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+        frame(axes, "x")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        if narrow or axes is panels[0]:
+            axes.set_yticks(range(len(rows)), [short(row.name, 32) if narrow else row.name for row in rows], color=INK)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 
@@ -70,7 +69,7 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
             axes.axvline(row.top1, color=COLOURS["s0"], linewidth=0.8, alpha=0.5, linestyle=":", zorder=0)
             break
     axes.margins(x=0.12)
-    axes.set_xlabel("Top-1 on the test images, % (bar: standard deviation or error)", color=INK)
+    axes.set_xlabel("Top-1, % (bar: deviation or error)", color=INK)
 
 
 def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:
@@ -91,12 +90,3 @@ def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], 
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.set_xlabel(label, color=INK)
-
-
-def _frame(axes: Any) -> None:
-    axes.grid(True, axis="x", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)

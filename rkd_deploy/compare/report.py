@@ -34,7 +34,7 @@ def _points(value: float | None) -> str | None:
     return None if value is None else f"{value:+.2f}"
 
 
-_COLUMNS: tuple[Column[Row], ...] = (
+COLUMNS: tuple[Column[Row], ...] = (
     Column("Network", lambda r: r.name, numeric=False),
     Column("Seeds", lambda r: str(len(r.runs)), setting=True),
     Column("Top-1, %", lambda r: f"{r.top1:.2f}"),
@@ -44,7 +44,7 @@ _COLUMNS: tuple[Column[Row], ...] = (
     Column("Held out, last, %", lambda r: None if r.val_last is None else f"{r.val_last:.2f}", detail=True),
     Column("Held out, best, %", lambda r: None if r.val_best is None else f"{r.val_best:.2f}", detail=True),
     Column("MACs, M", lambda r: f"{r.macs / 1e6:,.2f}"),
-    Column("Params, M", lambda r: f"{r.parameters / 1e6:,.3f}"),
+    Column("Params, M", lambda r: f"{r.parameters / 1e6:,.3f}", detail=True),
     Column("p50, ms", lambda r: None if r.p50_ms is None else milliseconds(r.p50_ms)),
     Column("p90, ms", lambda r: None if r.p90_ms is None else milliseconds(r.p90_ms), detail=True),
     Column("Training, s", lambda r: None if r.seconds is None else f"{r.seconds:,.0f}", detail=True),
@@ -69,7 +69,7 @@ class Files:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The table, what it means, and what is missing in it."""
     console.print(f"{comparison.data}, {comparison.test_images:,} test images")
-    tabular.print_table(_COLUMNS, comparison.rows, console)
+    tabular.print_table(COLUMNS, comparison.rows, console)
     console.print(NOTE, style="dim")
     for sentence in comparison.missing:
         console.print(f"Missing: {sentence}", style="yellow")
@@ -79,7 +79,7 @@ def markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
     missing = "".join(f"\nMissing: {sentence}\n" for sentence in comparison.missing)
     head = f"{comparison.data}, {comparison.test_images:,} test images.\n\n"
-    return head + tabular.markdown(_COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
+    return head + tabular.markdown(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "data": comparison.data,
         "test_images": comparison.test_images,
         "rows": [asdict(row) for row in comparison.rows],
+        "results": [asdict(result) for result in comparison.results],
+        **comparison.study,
         "missing": list(comparison.missing),
         "settings": dict(settings),
     }

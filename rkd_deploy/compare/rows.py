@@ -16,11 +16,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
+from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
 
@@ -79,6 +80,8 @@ class Comparison:
         rows: The networks.
         networks: A run and part for each row: what its latency is measured on.
         missing: A sentence for every control that a recipe left out.
+        results: Every measurement of the rows' networks, once timed; each has its row's name as its model.
+        study: What was found out around it: "roofline" and "layers", as a bench records them.
     """
 
     data: str
@@ -86,6 +89,8 @@ class Comparison:
     rows: tuple[Row, ...]
     networks: tuple[tuple[Run, str], ...]
     missing: tuple[str, ...]
+    results: tuple[Result, ...] = ()
+    study: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -268,14 +268,9 @@ def multiplies_int8_exactly(facts: Path) -> bool:
     return "avx512_vnni" in words or "avx_vnni" in words
 
 
-def _open_session(file: Path, kind: str, index: int, threads: int | None, memory_limit: int | None) -> Any:
+def session_options(threads: int | None) -> Any:
+    """The SessionOptions of every session here; None leaves the threads to ONNX Runtime."""
     ort = require("onnxruntime", "cpu")
-    if _PROVIDERS[kind] not in ort.get_available_providers():
-        raise BackendError(
-            f"{_PROVIDERS[kind]} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without "
-            "it. The two builds share one folder, so replace it: "
-            f"pip uninstall -y onnxruntime && {install_line('gpu')} or run on device='cpu'."
-        )
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.inter_op_num_threads = 1
@@ -284,6 +279,18 @@ def _open_session(file: Path, kind: str, index: int, threads: int | None, memory
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    return options
+
+
+def _open_session(file: Path, kind: str, index: int, threads: int | None, memory_limit: int | None) -> Any:
+    ort = require("onnxruntime", "cpu")
+    if _PROVIDERS[kind] not in ort.get_available_providers():
+        raise BackendError(
+            f"{_PROVIDERS[kind]} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without "
+            "it. The two builds share one folder, so replace it: "
+            f"pip uninstall -y onnxruntime && {install_line('gpu')} or run on device='cpu'."
+        )
+    options = session_options(threads)
     # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
     cuda = {"device_id": str(index), "use_tf32": "0"}
     if memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two

@@ -131,13 +131,18 @@ def _onnx_metadata(model: Any) -> dict[str, str]:
     return {key: str(value.value) for key, value in info["framework"].items()} if "framework" in info else {}
 
 
-def _compile(file: Path, model: Any, threads: int | None) -> Any:
+def compile_options(threads: int | None) -> dict[str, Any]:
+    """Properties that every model here is compiled with; None leaves the threads to OpenVINO."""
     # On CPUs with bfloat16 units OpenVINO would compute in that by itself; a file that says fp32 must mean it.
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
+    return options
+
+
+def _compile(file: Path, model: Any, threads: int | None) -> Any:
     try:
-        return require("openvino", "openvino").Core().compile_model(model, "CPU", options)
+        return require("openvino", "openvino").Core().compile_model(model, "CPU", compile_options(threads))
     except RuntimeError as error:
         raise BackendError(
             f"OpenVINO cannot run {file}: {_reason(error)}. Run it on another backend (rkd-deploy backends lists them)."

@@ -1,8 +1,7 @@
-"""Accuracy against latency, as a PNG: up and to the left is better."""
+"""Accuracy against latency with the Pareto front: up and to the left is better."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,30 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from rkd_deploy.errors import DataError, require
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.errors import DataError
+from rkd_deploy.serve.bench.canvas import (
+    COLOURS,
+    INK,
+    LINE,
+    OTHER,
+    QUIET,
+    drawing,
+    frame,
+    log_scale,
+    new_figure,
+    short,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from rkd_deploy.serve.bench.report import Result
 
-# Okabe and Ito's palette, which people with a colour vision deficiency can tell apart.
-COLOURS = {"teacher": "#555555", "s0": "#0072B2", "student": "#009E73", "fused": "#D55E00"}
 _LEGEND = {
     "teacher": "teacher",
     "s0": "S0, the given model",
     "student": "student alone",
     "fused": "student + assistant",
 }
-_OTHER = "#CC79A7"
-INK, QUIET, LINE = "#1f1f1f", "#6b6b6b", "#9a9a9a"
 _Spot: TypeAlias = tuple[float, float]
 
 _LOG_FROM = 5
@@ -47,27 +54,63 @@ def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> 
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    content = io.BytesIO()
-    draw(results, batch).savefig(content, format="png")
-    write_bytes(path, content.getvalue())
+    write_png(draw(results, batch), path)
 
 
-def draw(results: Sequence[Result], batch: int | None = None) -> Any:
-    """The matplotlib Figure of `plot`."""
+@drawing()
+def draw(
+    results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8), titled: bool = True
+) -> Any:
+    """The matplotlib Figure of `plot`, so many inches wide and high; without a title where a page has one."""
     points = _points(results, batch)
-    require("matplotlib", "train")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     axes = figure.subplots()
     _scatter(axes, points)
     _frame(axes, points)
-    _title(figure, axes, points)
-    canvas.draw()  # settles the layout, so that the names are placed where they will stand
+    _title(axes, points, titled, columns=4 if size[0] > 6 else 2)
+    _front(axes, points)
+    figure.canvas.draw()  # settles the layout, so that the names are placed where they will stand
     _label(axes, points)
     return figure
+
+
+def pareto_front(points: Sequence[Result]) -> list[Result]:
+    """The points that none beats: no other is at least as fast and as accurate, and better in one of the two.
+
+    Args:
+        points: Each with an accuracy.
+
+    Returns:
+        From the fastest to the most accurate; points that are equal in both stand all there.
+    """
+    front: list[Result] = []
+    for point in sorted(points, key=lambda result: (result.p50_ms, -_accuracy(result))):
+        last = front[-1] if front else None
+        if last is None or _accuracy(point) > _accuracy(last) or _same_place(point, last):
+            front.append(point)
+    return front
+
+
+def _same_place(one: Result, other: Result) -> bool:
+    return (one.p50_ms, one.accuracy) == (other.p50_ms, other.accuracy)
+
+
+def _accuracy(result: Result) -> float:
+    assert result.accuracy is not None
+    return result.accuracy
+
+
+def _front(axes: Any, points: Sequence[Result]) -> None:
+    """A staircase: the best accuracy of these points that a latency buys."""
+    if len(points) < 2:
+        return
+    front = pareto_front(points)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    times = [front[0].p50_ms, *(result.p50_ms for result in front), right]
+    heights = [bottom, *(_accuracy(result) for result in front), _accuracy(front[-1])]
+    axes.step(times, heights, where="post", color=LINE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
 
 
 def _points(results: Sequence[Result], batch: int | None) -> list[Result]:
@@ -89,7 +132,7 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
         if not group:
             continue
         times, ends = np.array([result.p50_ms for result in group]), np.array([_ends(result) for result in group])
-        colour = COLOURS.get(part or "", _OTHER)
+        colour = COLOURS.get(part or "", OTHER)
         axes.errorbar(
             times,
             [result.accuracy for result in group],
@@ -106,8 +149,6 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
 
 
 def _frame(axes: Any, points: Sequence[Result]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     lows, highs = zip(*map(_ends, points), strict=True)
     fast, slow = min(lows), max(highs)
     accuracies = [result.accuracy for result in points if result.accuracy is not None]
@@ -117,31 +158,26 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
         axes.set_xscale("log")
         room = (slow / fast) ** 0.22
         axes.set_xlim(fast / room, slow * room)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        log_scale(axes.xaxis)
     else:
         room = 0.22 * max(slow - fast, 0.1 * slow)
         axes.set_xlim(max(0, fast - room), slow + room)
-    axes.set_xlabel("Median latency of one call, ms (bar: 95 % confidence interval)", color=INK)
+    axes.set_xlabel("Median latency of one call, ms", color=INK)
     axes.set_ylabel("Top-1 accuracy, %", color=INK)
-    axes.grid(True, color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(which="both", color=LINE, labelcolor=QUIET)
+    frame(axes)
 
 
-def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
-    where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
-    title = f"Accuracy against latency, batch {points[0].batch}, {where}"
+def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> None:
     parts = len({result.part for result in points})
-    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
+    if titled:
+        where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
+        title = f"Accuracy against latency, batch {points[0].batch}, {where}"
+        axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
     if parts > 1:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.012, 1.0),
-            ncols=parts,
+            ncols=min(parts, columns),
             frameon=False,
             fontsize=9,
             labelcolor=QUIET,
@@ -151,17 +187,18 @@ def _title(figure: Any, axes: Any, points: Sequence[Result]) -> None:
         )
 
 
-def _names(points: Sequence[Result]) -> list[str]:
+def names(points: Sequence[Result]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
-    names = [result.model for result in points]
-    for fact in ("part", "fusion", "precision", "backend", "device", "threads"):
-        values = [getattr(result, fact) for result in points]
-        groups = {name: {v for n, v in zip(names, values, strict=True) if n == name} for name in names}
-        names = [
-            f"{name}, {value}" if len(groups[name]) > 1 and value is not None else name
-            for name, value in zip(names, values, strict=True)
+    found = [result.model for result in points]
+    for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
+        values = [getattr(result, fact, None) for result in points]
+        groups = {name: {v for n, v in zip(found, values, strict=True) if n == name} for name in found}
+        words = [f"{fact} {value}" if isinstance(value, int) else value for value in values]
+        found = [
+            f"{name}, {word}" if len(groups[name]) > 1 and word is not None else name
+            for name, word in zip(found, words, strict=True)
         ]
-    return names
+    return found
 
 
 def _label(axes: Any, points: Sequence[Result]) -> None:
@@ -173,9 +210,9 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     bars = [_bar_box(axes, result) for result in points]
     texts: list[Any] = []
     lines: list[_Spot] = []
-    for result, name, bar in zip(points, _names(points), bars, strict=True):
+    for result, name, bar in zip(points, names(points), bars, strict=True):
         text = axes.annotate(
-            f"{name}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
+            f"{short(name)}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
             (result.p50_ms, result.accuracy),
             xytext=(0, 0),
             textcoords="offset points",
@@ -193,7 +230,9 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
         end = _nearest(box, spot)
         if math.dist(_nearest(bar, end), end) > _FAR * axes.figure.dpi / 72:
             style = {"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
-            axes.annotate("", spot, end, "figure pixels", "figure pixels", arrowprops=style, zorder=2)
+            # In data, not in pixels: another resolution (PNG, SVG) has others.
+            tip, tail = axes.transData.inverted().transform([spot, end])
+            axes.annotate("", tip, tail, arrowprops=style, zorder=2)
             lines += _along(spot, end)
 
 
@@ -207,8 +246,7 @@ def _free_place(
     scale = 72 / axes.figure.dpi
     best = (math.inf, (0.0, 0.0))
     for place in _places(size.width * scale, size.height * scale):
-        text.set_position(place)
-        box = text.get_window_extent(renderer).padded(3)
+        box = size.translated(place[0] / scale, place[1] / scale).padded(3)
         covered = sum(_overlap(box, other) for other in (*bars, *texts)) + 50 * sum(box.contains(*at) for at in lines)
         outside = box.width * box.height - _overlap(box, inside)
         crossed = sum(other.contains(*at) for at in _along(spot, _nearest(box, spot)) for other in texts)

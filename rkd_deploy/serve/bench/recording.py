@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def write_report(
     states: Mapping[str, Any] | None = None,
     scenarios: Sequence[ScenarioResult] = (),
     *,
+    more: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Report:
     """Write a bench into a folder; what an earlier bench left there is replaced, file by file.
@@ -53,6 +54,7 @@ def write_report(
         folder: Made when it is not there.
         states: ``before`` and ``after``: the machine's `conditions`.
         scenarios: What LoadGen found.
+        more: What else belongs into the record: "roofline" and "layers".
         partial: Whether less was measured than was asked for.
 
     Raises:
@@ -60,7 +62,7 @@ def write_report(
     """
     record, table = folder / "bench.json", folder / "bench.md"
     content = to_record(results, provenance(), settings, states, partial=partial)
-    write_json(record, content | {"loadgen": [asdict(scenario) for scenario in scenarios]})
+    write_json(record, {**content, "loadgen": [asdict(scenario) for scenario in scenarios], **(more or {})})
     write_text(table, _page(results, states, scenarios, partial))
     picture: Path | None = None
     if any(result.accuracy is not None for result in results):
@@ -91,6 +93,7 @@ def record_bench(
     *,
     scenarios: Sequence[str] = (),
     load: Load | None = None,
+    study: Callable[[Sequence[Result]], Mapping[str, Any]] | None = None,
 ) -> Recorded:
     """Run `bench`, then LoadGen's scenarios, and write both down, as far as they came.
 
@@ -101,6 +104,7 @@ def record_bench(
         progress: As for `bench`.
         scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
         load: How hard and how long LoadGen asks.
+        study: Called with the results when all is measured; gives what else belongs into the record.
 
     Raises:
         InterruptedBench: Ctrl-C; what was measured by then is written, marked as partial.
@@ -115,7 +119,8 @@ def record_bench(
     def write(partial: bool) -> Recorded:
         states = {"before": before, "after": conditions()}
         named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
-        report = write_report(results, named, folder, states, told, partial=partial)
+        more = study(results) if study is not None and not partial else None
+        report = write_report(results, named, folder, states, told, more=more, partial=partial)
         return Recorded(results, told, report, describe(**states))
 
     try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 R = TypeVar("R")
+
+_LONGEST_WORD = 24
+"""Characters of a name that a terminal keeps together."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,30 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
     from rich.markup import escape
     from rich.table import Table
 
+    title, known, cells = without_shared(columns, rows)
+
+    def table(kept: list[int]) -> Table:
+        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+        for index in kept:
+            head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
+            words = [word for row in cells for word in row[index].split()]
+            # A name is broken between its words: where the room is short, it is the heads that give way.
+            least = None if known[index].numeric else min(_LONGEST_WORD, max(map(len, words), default=1))
+            justify: Literal["left", "right"] = "right" if known[index].numeric else "left"
+            made.add_column(head, justify=justify, overflow="fold", min_width=least)
+        for row in cells:
+            made.add_row(*[escape(row[index]) for index in kept])
+        return made
+
+    kept = list(range(len(known)))
+    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
+    if console.measure(table(kept), options=unbounded).maximum > console.width:
+        kept = [index for index in kept if not known[index].detail]
+    console.print(table(kept))
+
+
+def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str, list[Column[R]], list[list[str]]]:
+    """What a table shows: the settings that all rows share, once, as a line; the other columns; the cells by row."""
     known, cells = _cells(columns, rows)
     shared = [
         index
@@ -56,21 +83,8 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
         if column.setting and len(cells) > 1 and len({row[index] for row in cells}) == 1
     ]
     title = ", ".join(f"{known[index].title.lower()} {cells[0][index]}" for index in shared)
-
-    def table(kept: list[int]) -> Table:
-        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
-        for index in kept:
-            head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
-            made.add_column(head, justify="right" if known[index].numeric else "left", overflow="fold")
-        for row in cells:
-            made.add_row(*[escape(row[index]) for index in kept])
-        return made
-
     kept = [index for index in range(len(known)) if index not in shared]
-    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
-    if console.measure(table(kept), options=unbounded).maximum > console.width:
-        kept = [index for index in kept if not known[index].detail]
-    console.print(table(kept))
+    return title, [known[index] for index in kept], [[row[index] for index in kept] for row in cells]
 
 
 def milliseconds(value: float) -> str:

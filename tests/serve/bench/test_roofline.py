@@ -1,0 +1,117 @@
+"""The roofline by its closed form; ceilings against NumPy's own; predictions beside real measurements."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from rkd_deploy.errors import BackendError
+from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.ceilings import LARGEST, SMALLEST, footprint, measure_ceilings
+from rkd_deploy.serve.bench.roofline import Prediction, achieved, bound, predict, print_roofline
+
+
+@pytest.fixture(scope="module")
+def convolution(zoo, tmp_path_factory):
+    """64 -> 64 channels, 3x3, on 56x56: enough to do that a call is nothing but arithmetic."""
+    weight = np.random.default_rng(0).standard_normal((64, 64, 3, 3), np.float32)
+    shape = ["batch", 64, 56, 56]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    file = tmp_path_factory.mktemp("roofline") / "conv.onnx"
+    zoo.save(file, graph)
+    return file
+
+
+@pytest.fixture(scope="module")
+def predicted(convolution):
+    return predict([convolution], batches=(1, 2), threads=1)
+
+
+def test_the_bound_is_the_larger_of_two_times():
+    assert bound(2_000_000, 1_000, 1e9, 1e9) == (2.0, "compute")
+    assert bound(1_000, 5_000_000, 1e9, 1e9) == (5.0, "memory")
+    # At the ridge, where pi W^-1 = beta Q^-1, both say the same.
+    assert bound(8_000, 1_000, 8e9, 1e9)[0] == pytest.approx(1e-3)
+
+
+def test_a_copy_is_the_next_power_of_two_within_limits():
+    assert [footprint(size) for size in (0, SMALLEST, SMALLEST + 1, 3 << 23, 1 << 40)] == [
+        SMALLEST,
+        SMALLEST,
+        2 * SMALLEST,
+        1 << 25,
+        LARGEST,
+    ]
+
+
+def test_ceilings_are_of_the_size_of_numpys_own(predicted):
+    (found,) = predicted.ceilings
+    a = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    rate = 1024**3 / min(times)
+    assert rate / 20 < found.macs_per_s < 20 * rate
+    assert found.macs_per_s == max(found.kernels.values())
+    assert all(1e8 < speed < 1e13 for speed in found.bytes_per_s.values())
+
+
+def test_a_prediction_says_what_has_to_be_done(predicted):
+    one, two = predicted.predictions
+    assert one.macs == 64 * 64 * 9 * 56 * 56
+    assert two.macs == 2 * one.macs
+    assert one.least_bytes == 4 * (64 * 64 * 9 + 2 * 64 * 56 * 56)
+    assert one.bound_ms == pytest.approx(1000 * one.macs / one.macs_per_s)
+    assert one.limit == "compute"
+
+
+def test_a_measurement_is_a_share_of_its_bound(predicted, convolution):
+    results = bench([convolution], batches=(1, 2), threads=1, min_seconds=0.05, min_runs=5, warmup_seconds=0)
+    found = achieved(predicted.predictions, results)
+    for one, result in zip(found, results, strict=True):
+        assert one.p50_ms == result.p50_ms
+        assert one.share == pytest.approx(one.prediction.bound_ms / result.p50_ms)
+        assert 0.01 < one.share < 2  # of a plain convolution; above 1 only by noise
+    stream = io.StringIO()
+    print_roofline(predicted.predictions, results, Console(file=stream, width=200))
+    assert "Bound / p50" in stream.getvalue().replace("\n", " ")
+    assert achieved(predicted.predictions, [])[0].share is None
+
+
+def test_what_is_no_onnx_file_gets_no_bound_and_a_reason(tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"ftrt an engine")
+    (one,) = predict([tmp_path / "model.plan"], batches=(1,)).predictions
+    assert one.bound_ms is None
+    assert "no ONNX file" in one.note
+
+
+def test_a_backend_without_onnx_files_gets_the_counts_alone(convolution):
+    (one,) = predict([convolution], backend="pytorch", batches=(1,)).predictions
+    assert one.macs > 0
+    assert one.bound_ms is None
+    assert "of pytorch" in one.note
+
+
+def test_a_backend_that_cannot_run_is_an_error_with_its_reason():
+    with pytest.raises(BackendError, match=r"ceilings of openvino.*runs on device='cpu' only"):
+        measure_ceilings("openvino", device="cuda", footprints=[SMALLEST])
+
+
+def test_the_same_name_on_another_file_is_not_taken_for_it():
+    made = Prediction(model="m", file_bytes=1, backend="b", device="cpu", threads=None, batch=1, bound_ms=1.0)
+
+    class Found:
+        model, file_bytes, backend, device, threads, batch, p50_ms = "m", 2, "b", "cpu", None, 1, 4.0
+
+    assert achieved([made], [Found()])[0].p50_ms is None
+    Found.file_bytes = 1
+    assert achieved([made], [Found()])[0].share == 0.25
