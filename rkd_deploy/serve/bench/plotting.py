@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ _LEGEND = {
     "student": "student alone",
     "fused": "student + assistant",
 }
+_FRONT = "_pareto front"  # the underscore keeps it out of legends
 _Spot: TypeAlias = tuple[float, float]
 
 _LOG_FROM = 5
@@ -108,7 +110,7 @@ def _front(axes: Any, points: Sequence[Result]) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     times = [front[0].p50_ms, *(result.p50_ms for result in front), right]
     heights = [bottom, *(_accuracy(result) for result in front), _accuracy(front[-1])]
-    axes.step(times, heights, where="post", color=LINE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    axes.step(times, heights, where="post", label=_FRONT, color=LINE, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
 
@@ -209,7 +211,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     renderer = axes.figure.canvas.get_renderer()
     bars = [_bar_box(axes, result) for result in points]
     texts: list[Any] = []
-    lines: list[_Spot] = []
+    lines = [spot for line in axes.lines if line.get_label() == _FRONT for spot in _along_stairs(axes, line)]
     for result, name, bar in zip(points, names(points), bars, strict=True):
         text = axes.annotate(
             f"{short(name)}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
@@ -281,6 +283,16 @@ def _bar_box(axes: Any, result: Result) -> Any:
 
 def _along(start: _Spot, end: _Spot) -> list[_Spot]:
     return [(x, y) for x, y in np.linspace(start, end, 25).tolist()]
+
+
+def _along_stairs(axes: Any, line: Any) -> list[_Spot]:
+    """The pixels of a staircase, corners and between them."""
+    xs, ys = line.get_data()
+    corners = [(xs[0], ys[0])]
+    for x, y in zip(xs[1:], ys[1:], strict=True):
+        corners += [(x, corners[-1][1]), (x, y)]
+    spots = [tuple(spot) for spot in axes.transData.transform(corners)]
+    return [at for one, other in itertools.pairwise(spots) for at in _along(one, other)]
 
 
 def _nearest(box: Any, point: _Spot) -> _Spot:
