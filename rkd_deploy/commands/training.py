@@ -66,6 +66,10 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Replace one value: table.key=value. Another method.name empties [method]."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="What S and A must not exceed of S0's: macs, params, latency. student.budget."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")
     ] = False,
@@ -89,9 +93,11 @@ def train(
     from rkd_deploy.train.runs import newest_run, open_run
     from rkd_deploy.train.series import fit_series
 
+    if budget is not None:
+        overrides = [*(overrides or ()), f"student.budget={budget}"]
     if resume and overrides and seeds is None:
         raise UsageError(
-            "--resume goes on with the recipe of the run; --set cannot change it. Start a new run instead."
+            "--resume goes on with the recipe of the run; --set and --budget cannot change it. Start a new run instead."
         )
     if seeds is not None:
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
