@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -59,6 +60,12 @@ LONGEST = (
     "test_cli.py",
     "train/test_parallel.py",
 )
+
+
+def pytest_configure() -> None:
+    """Ctrl-C can be tested: a shell starts its background commands with SIGINT ignored, and they would hand that on."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

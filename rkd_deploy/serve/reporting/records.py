@@ -12,7 +12,7 @@ from typing import Any
 from rkd_deploy.errors import ModelFileError
 from rkd_deploy.serve.bench.ceilings import Ceilings
 from rkd_deploy.serve.bench.layers import Layer, LayerTimes
-from rkd_deploy.serve.bench.report import RECORD_SCHEMA, Result
+from rkd_deploy.serve.bench.report import RECORD_SCHEMA, Figures, Result
 from rkd_deploy.serve.bench.roofline import Prediction, Roofline
 
 KINDS = ("bench", "compare")
@@ -98,9 +98,13 @@ def _built(kind: type[Any], row: Mapping[str, Any]) -> Any:
 def _result(row: Mapping[str, Any]) -> Result:
     if not isinstance(row["model"], str) or not isinstance(row["batch"], int):
         raise TypeError("model and batch of a result")
-    lists = {"samples_ms": row.get("samples_ms") or [], "round_medians_ms": row.get("round_medians_ms") or []}
-    result: Result = _built(Result, {**row, **lists})
+    alone = row.get("device_only")
+    result: Result = _built(Result, {**_lists(row), "device_only": alone and _built(Figures, _lists(alone))})
     return result
+
+
+def _lists(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: row.get(name) or [] for name in ("samples_ms", "round_medians_ms")}}
 
 
 def _ceilings(row: Mapping[str, Any]) -> Ceilings:
