@@ -54,11 +54,12 @@ TINY = (
 # Minutes each: begun first, so that no process is left alone with one in the end.
 LONGEST = (
     "export/test_pruned.py",
-    "train/test_plans.py",
-    "train/test_resume.py",
-    "models/test_external.py",
+    "test_cifar100.py",
     "test_cli.py",
-    "train/test_parallel.py",
+    "train/test_plans.py",
+    "export/test_families.py",
+    "train/test_inherited.py",
+    "train/test_recipes.py",
 )
 
 

@@ -21,6 +21,7 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
         [
             f"data.root={cifar_root}",
             "data.train_limit=3000",
+            "data.test_limit=2000",
             f"teacher.checkpoint={shared_data}/weights/cifar100_resnet56.pth",
             "student.baseline=false",
             "train.epochs=3",
@@ -32,18 +33,18 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
     )
     run = fit(recipe, root=tmp_path)
     parts = run.read_json("metrics.json")["parts"]
-    assert {row["test_images"] for row in parts.values()} == {10_000}
-    # The number that the author of the checkpoint published, and that data/README.md measured.
-    assert parts["teacher"]["test_top1"] == pytest.approx(72.63, abs=0.02)
+    assert {row["test_images"] for row in parts.values()} == {2000}
+    # 72.63 is the author's number (tests/train/test_evaluation.py: to the image); 2,000 draws vary by 1 point.
+    assert parts["teacher"]["test_top1"] == pytest.approx(72.63, abs=3)
     assert parts["teacher"]["macs"] == 125_753_600
     budget = run.read_json("facts.json")["separation"]
     assert budget["budget"] == 40_818_944
     assert parts["fused"]["macs"] == budget["cost"] <= budget["budget"]
-    # 10,000 guesses would vary by 0.1 points around 1 %.
+    # 2,000 guesses would vary by 0.2 points around 1 %.
     assert parts["fused"]["test_top1"] > 3 * CHANCE
 
     proof = export_run(run).proof
-    assert proof.images == 10_000
-    assert proof.differing <= 2
+    assert proof.images == 2000
+    assert proof.differing <= 1
     assert proof.torch_top1 == pytest.approx(parts["fused"]["test_top1"], abs=1e-9)
-    assert proof.onnx_top1 == pytest.approx(proof.torch_top1, abs=0.02)
+    assert proof.onnx_top1 == pytest.approx(proof.torch_top1, abs=0.05)
