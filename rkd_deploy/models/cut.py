@@ -75,17 +75,21 @@ class Cut:
         Where that is less than S0 costs, because latency asks for it, the narrowest A may take more than its share of
         the limit, and no more than its share of S0: the limit alone leaves nothing that could be narrower.
         """
-        share = self.share / self.assistants
-        narrowest = self._price_branch(tuple(map(min, self.full, self.steps)))
-        allowed = max(int(share * limit), min(narrowest, int(share * self.limit)))
-        assistant = widest(self._price_branch, self.full, allowed, self.steps)
-        if assistant is None:
-            raise self._too_small(limit, "the assistant alone")
+        assistant = self._assistant(limit, self.full)
         rest = limit - self.assistants * self._price_branch(assistant)
         student = widest(self._price_student, self.full, rest, self.steps)
         if student is None:
             raise self._too_small(limit, "the student with what the assistant left")
         return student, assistant
+
+    def _assistant(self, limit: int, room: Widths) -> Widths:
+        share = self.share / self.assistants
+        narrowest = self._price_branch(tuple(map(min, self.full, self.steps)))
+        allowed = max(int(share * limit), min(narrowest, int(share * self.limit)))
+        assistant = widest(self._price_branch, room, allowed, self.steps)
+        if assistant is None:
+            raise self._too_small(limit, "the assistant alone")
+        return assistant
 
     def given_candidate(self, fraction: float) -> Candidate:
         """The model at a fraction of its MACs."""
@@ -136,9 +140,7 @@ class Cut:
             max(low, width // (self.assistants + 1) // step * step)
             for low, width, step in zip(narrowest, merged, self.steps, strict=True)
         )
-        allowed = max(int(self.share / self.assistants * limit), self._price_branch(narrowest))
-        assistant = widest(self._price_branch, room, allowed, self.steps)
-        assert assistant is not None, "the narrowest is allowed"
+        assistant = self._assistant(limit, room)
         rest = tuple(
             max(low, (width - self.assistants * own) // step * step)
             for low, width, own, step in zip(narrowest, merged, assistant, self.steps, strict=True)

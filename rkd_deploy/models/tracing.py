@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from rkd_deploy.errors import UsageError
 from rkd_deploy.models.stage_maps import Step
 
 ROOT = "network"
@@ -102,6 +103,7 @@ class Trace:
         outputs: Modules by the operation that they put out; several where one module ends in another.
 
     Raises:
+        UsageError: A tensor that the network makes would become a constant.
         Exception: Whatever the network raises when it meets a symbol in place of a tensor.
     """
 
@@ -110,7 +112,10 @@ class Trace:
         tracer = _Tracer()
         self.graph = tracer.trace(self.root)
         if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
-            raise NotImplementedError("A tensor made in the forward pass became a constant of the graph.")
+            raise UsageError(
+                f"A tensor that the forward pass of {type(network).__name__} makes became a constant of its graph. "
+                "Register it as a buffer of the network."
+            )
         [result] = (node for node in self.graph.nodes if node.op == "output")
         answer = result.args[0]
         self.one_answer = isinstance(answer, fx.Node) and not isinstance(answer.target, type)  # a named tuple is a type

@@ -235,4 +235,10 @@ def test_where_S0_has_no_room_for_two_the_merged_layers_are_held_against_it_all_
     made = cut_by(stopwatch)
     assert made.latency is not None
     assert made.student.widths[0] == made.assistant.widths[0] == 8
+    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= 0.2 * made.budget
     assert made.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
+
+
+def test_an_assistant_whose_narrowest_form_takes_more_than_its_share_is_refused_side_by_side_too() -> None:
+    with pytest.raises(BudgetError, match="too small for the assistant alone"):
+        cut_by(BranchFormula(CifarResNet(8, (8, 16, 32, 64), 10), per_branch=0.0), assistant_share=0.01)

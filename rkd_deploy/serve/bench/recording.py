@@ -114,12 +114,12 @@ def record_bench(
     check_scenarios(scenarios)
     results: list[Result] = []
     told: list[ScenarioResult] = []
+    more: dict[str, Any] = {}
     before = conditions()
 
     def write(partial: bool) -> Recorded:
         states = {"before": before, "after": conditions()}
         named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
-        more = study(results) if study is not None and not partial else None
         report = write_report(results, named, folder, states, told, more=more, partial=partial)
         return Recorded(results, told, report, describe(**states))
 
@@ -136,6 +136,8 @@ def record_bench(
                 progress=progress,
                 on_result=told.append,
             )
+        if study is not None:
+            more |= study(results)
     except (KeyboardInterrupt, RkdError) as error:
         if not results:
             raise

@@ -177,3 +177,19 @@ def _cpu_seconds(pid):
     with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
         fields = stream.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_path):
+    def study(results):
+        assert [result.batch for result in results] == [1, 2]
+        raise BackendError("no profile")
+
+    with pytest.raises(BackendError, match="no profile"):
+        record_bench(
+            [bundle],
+            {"batches": [1, 2], "threads": 1, "min_seconds": 0, "min_runs": 3, "warmup_seconds": 0},
+            tmp_path / "out",
+            study=study,
+        )
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    assert (record["partial"], len(record["results"])) == (True, 2)
