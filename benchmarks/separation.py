@@ -47,7 +47,8 @@ def _by_latency(name: str, side: int, classes: int, backend: str, batches: tuple
         try:
             made = separate(given, num_classes=classes, input_size=side, budget="latency", stopwatch=stopwatch)
         except BudgetError as error:
-            return [Claim(f"{name} on {backend}: {error}", float("inf"), "s", 180.0)]
+            print(error)
+            return [Claim(f"{name} cut by latency on {backend}: failures", 1.0, "failures", 0.0)]
     seconds = time.perf_counter() - began
     assert made.latency is not None
     fused = made.latency["fused"]
