@@ -7,8 +7,8 @@ AVX-512 ask for, 16 and more, where the network is wide enough for two branches 
 channels) is not and has 8. Networks take turns of 0.1 s on one backend, one thread and one batch size
 (`rkd_deploy.serve.bench`); a ratio is the median over the turns of the ratio within a turn, which a neighbour on the
 core for some of the turns does not move. `auto` is the level that its rule (`rkd_deploy/export/selection.py`) takes
-from these. S + A under a latency budget are in separation.py. Each export runs in a process of its own: uint8 in, 64 random
-images through the gate, at level tail.
+from these. S + A under a latency budget are in separation.py. Each export runs in a process of its own: uint8 in, 64
+random images through the gate, at level tail.
 """
 
 from __future__ import annotations
