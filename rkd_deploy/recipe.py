@@ -100,7 +100,8 @@ class StudentRecipe:
     assistants: int = 1
     """Length k of the chain A_1 .. A_k, each learning what the sum before it leaves over; they share equally."""
     round_to: int = 8
-    """Channel counts are multiples of this. 8 fits SIMD and tensor cores; odd widths run slower at equal MACs."""
+    """Channel counts are multiples of this. 8 fits AVX2 and tensor cores, CPUs with AVX-512 compute in blocks of 16;
+    widths that fit no block run slower at equal MACs."""
 
     @property
     def inherits(self) -> bool:
