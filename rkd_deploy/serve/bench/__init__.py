@@ -35,6 +35,8 @@ def bench(
     batches: Sequence[int] | None = (1, 8, 32),
     threads: int | Sequence[int | None] | None = None,
     streams: int | Sequence[int] = 1,
+    memory_limit: int | None = None,
+    cuda_graph: bool = True,
     min_seconds: float = 2.0,
     min_runs: int = 100,
     warmup_seconds: float = 0.5,
@@ -54,6 +56,8 @@ def bench(
         batches: Numbers of images in one call; None: 1, 8 and 32, or the models' own where it is fixed.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime. Of several, each is measured.
         streams: Callers at once, each with the model loaded for itself. Of several numbers, each is measured.
+        memory_limit: As for `load_backend`, and so `cuda_graph`; refused where they have no effect on a backend.
+        cuda_graph: False measures engines without CUDA graphs.
         min_seconds: Time in timed calls of each model at each batch size, at least.
         min_runs: Number of those calls, at least.
         warmup_seconds: Time in untimed calls before, at least.
@@ -82,6 +86,8 @@ def bench(
         [threads] if threads is None or isinstance(threads, int) else threads,
         [streams] if isinstance(streams, int) else streams,
         None if batches is None else list(batches),
+        memory_limit=memory_limit,
+        cuda_graph=cuda_graph,
     )
     course = _Course(
         limits={"min_seconds": min_seconds, "min_runs": min_runs, "warmup_seconds": warmup_seconds},
@@ -95,7 +101,7 @@ def bench(
         told = _told(progress, setting if len(settings) > 1 else None)
         with ExitStack() as stack:
             device_before = device_in_use(setting)
-            loaded = load_all(models, setting, stack)
+            loaded = load_all(models, setting, stack, batches, told)
             sizes = batch_sizes(loaded, batches)
             right = {one.key: folder_top1(one.backend, one.card, data, told) for one in loaded} if data else {}
             for batch in sizes:
@@ -203,6 +209,7 @@ def _result(
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
         cuda_graph=backend.cuda_graph,
+        memory_limit_bytes=setting.memory_limit,
         load_seconds=one.load_seconds,
         build_seconds=one.build_seconds,
         engine_kept=one.engine_kept,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rkd_deploy.serve.bench.provenance import provenance
 from rkd_deploy.serve.bench.report import Result, details_markdown, markdown, to_record
 from rkd_deploy.serve.bench.scenarios import ScenarioResult, run_scenarios, scenarios_markdown
 from rkd_deploy.serve.bench.timing import Progress
+from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_json, write_text
 
 
@@ -122,9 +124,9 @@ def record_bench(
         study: Called with the results when all is measured; gives what else belongs into the record.
 
     Raises:
-        InterruptedBench: Ctrl-C; what was measured by then is written, marked as partial.
+        InterruptedBench: Ctrl-C or SIGTERM; what was measured by then is written, marked as partial.
         RkdError: As `bench` and `run_scenarios` raise it, with what was measured before written in the same way.
-        KeyboardInterrupt: Ctrl-C before anything was measured; nothing is written.
+        KeyboardInterrupt: One of them before anything was measured; nothing is written.
     """
     check_scenarios(scenarios)
     results: list[Result] = []
@@ -138,7 +140,8 @@ def record_bench(
         report = write_report(results, named, folder, states, told, more=more, partial=partial)
         return Recorded(results, told, report, [*describe(**states), *_disturbed(results)])
 
-    try:
+    def measure() -> None:
+        nonlocal more
         bench(models, **settings, progress=progress, on_result=results.append)
         if scenarios:
             run_scenarios(
@@ -153,6 +156,11 @@ def record_bench(
             )
         if study is not None:
             more |= study(results)
+
+    try:
+        # What stops a service, a container or a batch job is SIGTERM: it does what Ctrl-C does, also its exit code.
+        with handling(signal.default_int_handler, [signal.SIGTERM]):
+            measure()
     except (KeyboardInterrupt, RkdError) as error:
         if not results:
             raise
@@ -175,6 +183,8 @@ def _planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, An
         [threads] if threads is None or isinstance(threads, int) else threads,
         streams=[1],
         batches=None,
+        memory_limit=settings.get("memory_limit"),
+        cuda_graph=settings.get("cuda_graph", True),
     )
 
 

@@ -127,6 +127,8 @@ class Result(Figures):
     """Of the file that was measured."""
     cuda_graph: bool | None = None
     """Whether runs are launches of a captured graph; None where the backend knows no such thing."""
+    memory_limit_bytes: int | None = None
+    """Most device memory that the runtime might take; None: no limit was set."""
     load_seconds: float | None = None
     """From the file to a model that can run, an engine's build left out; the mean of all streams."""
     build_seconds: float | None = None
@@ -261,6 +263,7 @@ _RUNS: tuple[Column[_Row], ...] = (
     Column("Machine slower by, %", lambda r: _slower(r.figures)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
+    Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
     Column("Resident peak, MB", lambda r: _megabytes(r.result.resident_peak_bytes)),
     Column("grown by, MB", lambda r: _megabytes(r.result.resident_growth_bytes)),
     Column("Device grown by, MB", lambda r: _megabytes(r.result.device_growth_bytes)),
