@@ -17,9 +17,10 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.drawing import Batches, draw_lowering
 from rkd_deploy.errors import DataError, UsageError
-from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.export.selection import Target
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench

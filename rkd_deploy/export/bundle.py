@@ -108,16 +108,16 @@ def export_bundle(
     check_finite(model)
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model)
-    choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
-    graph, proto = ExportGraph(choice.network, preprocess, outputs).eval(), choice.proto
-    card = dataclasses.replace(
-        card,
-        outputs=tuple(outputs),
-        fusion=choice.level if card.part in ("fused", "student") else "none",
-        fusion_search=choice.summary,
-        versions={name: _version(name) for name in ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")},
-    )
     with new_folder(folder) as temporary:
+        choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
+        graph, proto = ExportGraph(choice.network, preprocess, outputs).eval(), choice.proto
+        card = dataclasses.replace(
+            card,
+            outputs=tuple(outputs),
+            fusion=choice.level if card.part in ("fused", "student") else "none",
+            fusion_search=choice.summary,
+            versions={name: _version(name) for name in ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")},
+        )
         file = temporary / ONNX_NAME
         stamp(proto, card)
         write_bytes(file, proto.SerializeToString(deterministic=True))

@@ -95,7 +95,8 @@ class Exits:
     ) -> None:
         self._folder, self._model, self._card = folder, model, card
         self._files = ["student.onnx", *(f"assistant_{i}.onnx" for i in range(1, len(model.assistants) + 1))]
-        self._prover, self._lowered = "onnxruntime", {}
+        self._prover = "onnxruntime"
+        self._lowered: dict[str, Any] = {}
         self._macs: list[int] = []
         self._branches = [self._branch(*pair, number) for number, pair in enumerate(model.branches())]
         self._write([branch.proto for branch in self._branches])

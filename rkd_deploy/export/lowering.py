@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.card import ModelCard, Preprocess
@@ -199,7 +200,7 @@ def _int8(
 
 def _searched(attempt: Callable[[Keep], Lowered], ranked: Callable[[], dict[str, float]]) -> Lowered:
     """With the fewest layers kept that let the gate pass."""
-    tried = {(): attempt(())}
+    tried: dict[tuple[str, ...], Lowered] = {(): attempt(())}
     if tried[()].passed:
         return tried[()]
 
@@ -227,8 +228,7 @@ def _ranked(
 
 
 def _judged(protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Keep = ()) -> Lowered:
-    z_NK, judgements = 0, []
-    for proto, step in zip(protos, held_out, strict=True):
-        z_NK = z_NK + step.answers(proto, options.prover)
-        judgements.append(step.judge(z_NK, options.gates))
+    added = [step.answers(proto, options.prover) for proto, step in zip(protos, held_out, strict=True)]
+    sums = np.cumsum(added, axis=0)
+    judgements = [step.judge(z_NK, options.gates) for step, z_NK in zip(held_out, sums, strict=True)]
     return Lowered(tuple(protos), tuple(judgements), tuple(keep))
