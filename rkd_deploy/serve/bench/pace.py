@@ -2,8 +2,8 @@
 
 Another program on the same core, or another tenant of the same host, slows whatever runs there, by half as much again
 and for seconds or minutes, and a virtual machine shows it neither in its clock nor in its load. Samples of one bench
-then agree with one another and not with those of the next. The pace tells: it is taken on as many threads as the model has,
-and held against the fastest that this machine was ever seen at, which is remembered between benches.
+then agree with one another and not with those of the next. The pace tells: it is taken on as many threads as the model
+has, and held against the fastest that this machine was ever seen at, which is remembered between benches.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_json, write_text
 
-
 _NOTICED = 1.1
 """Times as slow: a quiet machine's own turbo stays below that."""
 
@@ -97,8 +96,8 @@ def _disturbed(results: Sequence[Result]) -> list[str]:
     if slowest < _NOTICED:
         return []
     return [
-        f"This machine was up to {slowest:.2f} times slower than it can be: other programs or tenants were on its cores. "
-        "The intervals' low ends allow for that; to tell two models apart, use bench-compare."
+        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The intervals' low "
+        "ends allow for that; to tell two models apart, use bench-compare."
     ]
 
 
