@@ -96,8 +96,8 @@ def _disturbed(results: Sequence[Result]) -> list[str]:
     if slowest < _NOTICED:
         return []
     return [
-        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The intervals' low "
-        "ends allow for that; to tell two models apart, use bench-compare."
+        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The low ends of "
+        "the intervals allow for that; to tell two models apart, use bench-compare."
     ]
 
 
