@@ -2,7 +2,7 @@
 
     uv run python benchmarks/separation.py
 
-torchvision's ResNet-50 at 224 px, by MACs and by latency; ResNet-20, resnet8x4 and ResNet-18 by latency on ONNX Runtime
+torchvision's ResNet-50 at 224 px, by MACs within 30 s and by latency within 3 minutes; ResNet-20, resnet8x4 and ResNet-18 by latency on ONNX Runtime
 and on OpenVINO, all cores: for an idle machine. The ratios are those of the measurement that confirmed what was found;
 1.00 to two decimals is asked for, at every batch size.
 """
@@ -62,7 +62,10 @@ def _by_latency(name: str, side: int, classes: int, backend: str, batches: tuple
     ratios = [
         Claim(f"{what}, batch {batch}", ratio, "ratio", 1 + ROUNDING) for batch, ratio in found[-1]["ratios"].items()
     ]
-    return [Claim(f"{name} cut by latency on {backend}", seconds, "s", 180.0, tried), *ratios]
+    return [
+        Claim(f"{name} cut by latency on {backend}", seconds, "s", 180.0 if name == TIMED[0] else None, tried),
+        *ratios,
+    ]
 
 
 if __name__ == "__main__":
