@@ -2,9 +2,9 @@
 
     uv run python benchmarks/separation.py
 
-torchvision's ResNet-50 at 224 px, by MACs within 30 s and by latency within 3 minutes; ResNet-20, resnet8x4 and ResNet-18 by latency on ONNX Runtime
-and on OpenVINO, all cores: for an idle machine. The ratios are those of the measurement that confirmed what was found;
-1.00 to two decimals is asked for, at every batch size.
+torchvision's ResNet-50 at 224 px, by MACs within 30 s and by latency within 3 minutes; ResNet-20, resnet8x4 and
+ResNet-18 by latency on ONNX Runtime and on OpenVINO, all cores: for an idle machine. The ratios are those of the
+measurement that confirmed what was found; 1.00 to two decimals is asked for, at every batch size.
 """
 
 from __future__ import annotations
