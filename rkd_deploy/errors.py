@@ -13,7 +13,7 @@
     +-- StorageError              1  a file could not be written whole (disk full, no permission)
     +-- DivergenceError           1  the training loss is no longer finite
     +-- InterruptedTraining     130  stopped by a signal; the checkpoint is written
-    +-- InterruptedBench        130  stopped by Ctrl-C; what was measured is written, marked as partial
+    +-- InterruptedBench        130  stopped by a signal; what was measured is written, marked as partial
     `-- GateError                 3  a gate failed: parity, accuracy
 
 Every message carries three things: the value that was found, the rule it breaks, and the way out.
@@ -86,7 +86,7 @@ class InterruptedTraining(RkdError):
 
 
 class InterruptedBench(RkdError):
-    """A bench was stopped by Ctrl-C, after what it had measured was written."""
+    """A bench was stopped by Ctrl-C or SIGTERM, after what it had measured was written."""
 
     exit_code = 130
 

@@ -68,8 +68,8 @@ def export_run(
     Args:
         run: From `fit`.
         part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
-        level: Fusion level: tail, sum, wide, wide-grouped, or auto. Default: the one at which S and A were found to be
-            fast enough, where the recipe's budget is latency; else tail.
+        level: Fusion level: tail, sum, wide, wide-grouped, or auto. Default: the one that S and A were cut for: wide
+            where they lie side by side, else tail.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
         tolerance: Largest allowed difference of a logit.
@@ -105,7 +105,7 @@ def export_run(
         card,
         chosen,
         batches=Batches(images().test) if test_images else None,
-        level=level or _measured_level(run, part),
+        level=level or _level(run, part),
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
@@ -180,9 +180,10 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
     )
 
 
-def _measured_level(run: Run, part: str) -> str:
-    latency = run.read_json("facts.json").get("separation", {}).get("latency") if part == "fused" else None
-    return str(latency["fused"]["level"]) if latency else "tail"
+def _level(run: Run, part: str) -> str:
+    """The one that S and A were cut for."""
+    separation = run.read_json("facts.json").get("separation", {}) if part == "fused" else {}
+    return str(separation.get("level", "tail"))
 
 
 def _free_folder(run: Run, part: str) -> Path:

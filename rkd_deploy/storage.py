@@ -57,13 +57,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
+    Args:
+        path: What the folder is to be.
+        replace: Take the place of the folder that lies there, once the block has ended well.
+
     Raises:
-        StorageError: `path` exists already, or something could not be written.
+        StorageError: `path` exists already and is not to be replaced, or something could not be written.
     """
-    if path.exists():
+    if path.exists() and not replace:
         raise StorageError(f"{path} exists already and is never overwritten. Name another folder, or remove it first.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +81,8 @@ def new_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(0o777 & ~_umask())
+        if replace and path.exists():
+            shutil.rmtree(path)
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -247,6 +247,17 @@ def test_a_new_folder_vanishes_on_an_exception(tmp_path: Path, failure: BaseExce
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_folder_takes_another_ones_place_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "logs") as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(StorageError), new_folder(tmp_path / "logs", replace=True) as temporary:
+        (temporary / "absent" / "new").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["logs", "old"]
+    with new_folder(tmp_path / "logs", replace=True) as temporary:
+        (temporary / "new").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["logs", "new"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_new_folder_overwrites_nothing(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bundle"

@@ -58,6 +58,13 @@ def bench(
         str | None, typer.Option("--threads", help="CPU threads, e.g. 1,2. Default: the runtime's choice.")
     ] = None,
     streams: Annotated[str, typer.Option("--streams", help="Callers at once, each with its own copy: 1,2.")] = "1",
+    memory_limit: Annotated[
+        int | None, typer.Option("--memory-limit", help="Most device memory for the runtime, in MiB (CUDA).")
+    ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph/--no-cuda-graph", help="Engines: capture the runs, or launch kernel by kernel."),
+    ] = True,
     shape: Shape = None,
     min_seconds: Annotated[
         float, typer.Option("--seconds", help="Time each model at each batch at least so long.")
@@ -108,6 +115,8 @@ def bench(
         "batches": None if batches is None else batch_sizes(batches),
         "threads": None if threads is None else whole("--threads", threads),
         "streams": whole("--streams", streams),
+        "memory_limit": None if memory_limit is None else memory_limit << 20,
+        "cuda_graph": cuda_graph,
         "shape": None if shape is None else whole("--shape", shape),
         "min_seconds": min_seconds,
         "min_runs": min_runs,
@@ -115,7 +124,7 @@ def bench(
         "transfers": False if resident else True if end_to_end else None,
         "data": data,
     }
-    from rkd_deploy.serve.backends import check_backend
+    from rkd_deploy.serve.backends import check_backend, check_options
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.serve.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.serve.bench.loading import USUAL_BATCHES
@@ -138,6 +147,7 @@ def bench(
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
     for name in settings["backend"]:
         check_backend(name)
+        check_options(name, device, memory_limit=settings["memory_limit"], cuda_graph=cuda_graph)
     chosen = models or [newest_bundle(root)]
     console = console_for(as_json)
     study = Study(

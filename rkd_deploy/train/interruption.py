@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-import threading
+from contextlib import ExitStack
 from types import FrameType, TracebackType
-from typing import Any
+
+from rkd_deploy.signals import handling
 
 
 class StopRequest:
@@ -13,24 +14,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._before: dict[int, Any] = {}
+        self._handling = ExitStack()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        self._handling.enter_context(handling(self._note))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._handling.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        self._handling.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ __all__ = [
     "BackendStatus",
     "available",
     "check_backend",
+    "check_options",
     "default_device",
     "infer_many",
     "load_backend",
@@ -47,6 +49,8 @@ class _Runtime:
     """Where it runs unless told otherwise."""
     limited: bool = False
     """Whether its memory on a GPU can be limited."""
+    engine: bool = False
+    """Whether it runs engines, built where there is none, and can do so with and without CUDA graphs."""
 
 
 _HERE = __name__
@@ -57,8 +61,8 @@ _RUNTIMES = {
     "pytorch:compile": _Runtime("torch", "export", f"{_HERE}.pytorch:CompiledPyTorchBackend", limited=True),
     "pytorch:cuda-graphs": _Runtime("torch", "export", f"{_HERE}.pytorch:GraphedPyTorchBackend", "cuda", True),
     "openvino": _Runtime("openvino", "openvino", f"{_HERE}.ov:OpenVinoBackend"),
-    "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.trt:TensorRtBackend", "cuda"),
-    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.trt:TensorRtRtxBackend", "cuda"),
+    "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.trt:TensorRtBackend", "cuda", engine=True),
+    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.trt:TensorRtRtxBackend", "cuda", engine=True),
 }
 
 
@@ -91,6 +95,9 @@ def load_backend(
     device: str | None = None,
     threads: int | None = None,
     memory_limit: int | None = None,
+    cuda_graph: bool = True,
+    batches: Sequence[int] | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Backend:
     """Load a model to run it.
 
@@ -102,30 +109,49 @@ def load_backend(
         threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         memory_limit: Most bytes of device memory that the runtime may take for itself, on CUDA by ONNX Runtime and
             PyTorch (there of the whole process). A run that needs more fails.
+        cuda_graph: False runs engines without capturing them as CUDA graphs.
+        batches: Batch sizes that it will be run at: an engine that has to be built is built for these, by default for
+            1 to 32, and one that is there has to take them. Of no meaning to backends that take any batch.
+        progress: Told how far the build of an engine is: its phase, and a share from 0 to 1.
 
     Raises:
-        UsageError: Unknown backend or device, or a memory limit where it has no effect.
+        UsageError: Unknown backend or device, a memory limit or `cuda_graph` where it has no effect, or an engine that
+            does not take the batches.
         MissingDependencyError: The backend's library is not installed.
         BackendError: The backend cannot run here, or not on the device asked for.
         ModelFileError: The model file is missing or corrupt.
     """
     module, _, driver = check_backend(name).partition(":")
-    device = device or _RUNTIMES[name].device
-    options: dict[str, Any] = {"device": device, "threads": threads}
+    check_options(name, device, memory_limit=memory_limit, cuda_graph=cuda_graph)
+    options: dict[str, Any] = {"device": device or _RUNTIMES[name].device, "threads": threads}
     if memory_limit is not None:
-        _check_memory_limit(name, device, memory_limit)
         options["memory_limit"] = memory_limit
+    if _RUNTIMES[name].engine:
+        options |= {"cuda_graph": cuda_graph, "batches": batches, "progress": progress}
     return cast(Backend, getattr(importlib.import_module(module), driver).open(path, **options))
 
 
-def _check_memory_limit(name: str, device: str, limit: int) -> None:
-    if limit < 1:
-        raise UsageError(f"memory_limit is {limit}; it is in bytes and must be at least 1, or left out.")
-    if device == "cpu" or not _RUNTIMES[name].limited:
-        limited = ", ".join(other for other, runtime in _RUNTIMES.items() if runtime.limited)
+def check_options(name: str, device: str | None, *, memory_limit: int | None, cuda_graph: bool) -> None:
+    """Refuse options that would have no effect on a backend, before anything is loaded; arguments as `load_backend`'s.
+
+    Raises:
+        UsageError: One has none.
+    """
+    runtime, device = _RUNTIMES[name], device or _RUNTIMES[name].device
+    if memory_limit is not None and memory_limit < 1:
+        raise UsageError(f"memory_limit is {memory_limit}; it is in bytes and must be at least 1, or left out.")
+    if memory_limit is not None and (device == "cpu" or not runtime.limited):
+        limited = ", ".join(other for other, one in _RUNTIMES.items() if one.limited)
         raise UsageError(
-            f"memory_limit {limit} has no effect on {name} on {device}; on device='cuda' it holds for {limited}. "
-            "Leave it out."
+            f"memory_limit {memory_limit} has no effect on {name} on {device}; on device='cuda' it holds for {limited}."
+            " Leave it out."
+        )
+    if not cuda_graph and not runtime.engine:
+        engines = " and ".join(other for other, one in _RUNTIMES.items() if one.engine)
+        instead = ": pytorch is the same without them" if name == "pytorch:cuda-graphs" else ""
+        raise UsageError(
+            f"cuda_graph=False (--no-cuda-graph) has no effect on {name}{instead}; it is for {engines}, which capture "
+            "their runs. Leave it out."
         )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from rkd_deploy.serve.engines.cache import cached_engine
 from rkd_deploy.serve.engines.flavours import Flavour, load_flavour
 from rkd_deploy.serve.engines.progress import Progress
 from rkd_deploy.serve.engines.record import EngineRecord, engine_path, read_engine
-from rkd_deploy.serve.engines.settings import EngineSettings
+from rkd_deploy.serve.engines.settings import EngineSettings, Profile
 from rkd_deploy.serve.files import ENGINE_SUFFIXES, model_path
 
 
@@ -52,6 +52,7 @@ class TensorRtBackend(Backend):
         threads: int | None = None,
         settings: EngineSettings | None = None,
         cuda_graph: bool = True,
+        batches: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> None:
         """Load an engine; of an ONNX file, build it first, once for this GPU, version and settings.
@@ -62,10 +63,12 @@ class TensorRtBackend(Backend):
             threads: Not for a GPU.
             settings: How to build where an engine has to be built.
             cuda_graph: Capture the runs.
+            batches: Batch sizes that the engine has to take.
             progress: Told how far a build is.
 
         Raises:
-            UsageError: Unknown device, a thread count, or settings that the library does not have.
+            UsageError: Unknown device, a thread count, settings that the library does not have, or an engine that does
+                not take one of the batches.
             MissingDependencyError: The library, cuda-bindings, or onnx for a build, is not installed.
             ModelFileError: The file is missing or corrupt, or the engine is not that of the model beside it.
             BackendError: There is no such GPU, the engine is another GPU's or version's, or memory ran out.
@@ -84,6 +87,8 @@ class TensorRtBackend(Backend):
         self._gpu, self._capture = gpu, cuda_graph
         try:
             self._engine = load_engine(plan, record, library, gpu, self.engine_file)
+            for batch in batches:
+                self._engine.profile_index(batch)
             self._stream = Stream()
             self._infer = Run(self._engine, self._stream, transfers=True, capture=cuda_graph)
             self._runs.append(self._infer)
@@ -97,9 +102,10 @@ class TensorRtBackend(Backend):
         self.max_batch = self._engine.max_batch
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: str = "cuda", threads: int | None = None) -> Self:
-        """Load an engine, a bundle folder or an .onnx file (see the class)."""
-        return cls(path, device=device, threads=threads)
+    def open(cls, path: str | os.PathLike[str], *, batches: Sequence[int] | None = None, **options: Any) -> Self:
+        """Load an engine, a bundle folder or an .onnx file (see the class); what is built is built for `batches`."""
+        settings = EngineSettings(profiles=(Profile.around(batches),)) if batches else None
+        return cls(path, settings=settings, batches=batches or (), **options)
 
     @property
     def cuda_graph(self) -> bool:

@@ -48,6 +48,22 @@ class LoadedEngine:
         """Largest batch of any profile; None where the batch is fixed."""
         return max((profile.most for profile in self.profiles), default=None)
 
+    def profile_index(self, batch: int) -> int:
+        """Which profile a batch runs with.
+
+        Raises:
+            UsageError: None covers it.
+        """
+        index = profile_for(batch, self.profiles) if self.profiles else 0
+        if index is None:
+            covered = ", ".join(map(str, self.profiles))
+            raise UsageError(
+                f"A batch of {batch} was given; the engine was built for batches of MIN:OPT:MAX {covered}. Build it "
+                "with another --profile (rkd-deploy export MODEL --format ...), or name its ONNX file, of which bench "
+                "builds an engine for the batches it measures."
+            )
+        return index
+
     def context(self) -> Any:
         """A new execution context.
 
@@ -205,14 +221,7 @@ class Run:
         self._context = None
 
     def _choose_profile(self, batch: int) -> None:
-        profiles = self._engine.profiles
-        index = profile_for(batch, profiles) if profiles else 0
-        if index is None:
-            covered = ", ".join(map(str, profiles))
-            raise UsageError(
-                f"A batch of {batch} was given; the engine was built for batches of MIN:OPT:MAX {covered}. "
-                "Build it with another --profile (rkd-deploy export MODEL --format ...)."
-            )
+        index = self._engine.profile_index(batch)
         if index != self._profile:
             if not self._context.set_optimization_profile_async(index, int(self._stream)):
                 raise self._failed("refuses the profile")

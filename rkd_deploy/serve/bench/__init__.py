@@ -12,6 +12,8 @@ from typing import Any
 from rkd_deploy.serve.bench import memory
 from rkd_deploy.serve.bench.accuracy import folder_top1
 from rkd_deploy.serve.bench.loading import Loaded, Setting, batch_sizes, device_in_use, load_all, plan, random_input
+from rkd_deploy.serve.bench.pace import Pace, remembered_paces
+from rkd_deploy.serve.bench.provenance import cores
 from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.serve.bench.samples import Timing
 from rkd_deploy.serve.bench.timing import (
@@ -33,6 +35,8 @@ def bench(
     batches: Sequence[int] | None = (1, 8, 32),
     threads: int | Sequence[int | None] | None = None,
     streams: int | Sequence[int] = 1,
+    memory_limit: int | None = None,
+    cuda_graph: bool = True,
     min_seconds: float = 2.0,
     min_runs: int = 100,
     warmup_seconds: float = 0.5,
@@ -52,6 +56,8 @@ def bench(
         batches: Numbers of images in one call; None: 1, 8 and 32, or the models' own where it is fixed.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime. Of several, each is measured.
         streams: Callers at once, each with the model loaded for itself. Of several numbers, each is measured.
+        memory_limit: As for `load_backend`, and so `cuda_graph`; refused where they have no effect on a backend.
+        cuda_graph: False measures engines without CUDA graphs.
         min_seconds: Time in timed calls of each model at each batch size, at least.
         min_runs: Number of those calls, at least.
         warmup_seconds: Time in untimed calls before, at least.
@@ -80,6 +86,8 @@ def bench(
         [threads] if threads is None or isinstance(threads, int) else threads,
         [streams] if isinstance(streams, int) else streams,
         None if batches is None else list(batches),
+        memory_limit=memory_limit,
+        cuda_graph=cuda_graph,
     )
     course = _Course(
         limits={"min_seconds": min_seconds, "min_runs": min_runs, "warmup_seconds": warmup_seconds},
@@ -93,7 +101,7 @@ def bench(
         told = _told(progress, setting if len(settings) > 1 else None)
         with ExitStack() as stack:
             device_before = device_in_use(setting)
-            loaded = load_all(models, setting, stack)
+            loaded = load_all(models, setting, stack, batches, told)
             sizes = batch_sizes(loaded, batches)
             right = {one.key: folder_top1(one.backend, one.card, data, told) for one in loaded} if data else {}
             for batch in sizes:
@@ -132,15 +140,20 @@ class _Course:
             subjects |= {_name(one.key, way): Subject(one.backends, x, way) for way in self.ways}
         memory.reset_peak()
         stopped: KeyboardInterrupt | None = None
+        pace = _pace(setting, loaded[0].backend.device)
         try:
-            found = measure_subjects(subjects, progress=progress, **self.limits)
+            found = measure_subjects(subjects, pace=pace, progress=progress, **self.limits)
         except MeasurementInterrupted as stop:
             found, stopped = stop.timings, stop
+        finally:
+            if pace is not None:
+                pace.close()
         peak, device_after = memory.resident_peak_bytes(), device_in_use(setting)
         for one in loaded:
             timings = [found[name] for way in self.ways if (name := _name(one.key, way)) in found]
             if timings:
                 facts = {
+                    "best_pace_ms": None if pace is None else pace.best_ms,
                     "resident_peak_bytes": peak,
                     "resident_growth_bytes": _less(peak, self.resident_before),
                     "device_growth_bytes": _less(device_after, device_before),
@@ -148,6 +161,13 @@ class _Course:
                 yield _result(one, setting, timings, right.get(one.key), **facts)
         if stopped is not None:
             raise stopped
+
+
+def _pace(setting: Setting, device: str) -> Pace | None:
+    """Of the cores that a setting uses; what a GPU does is not seen on them."""
+    if device != "cpu":
+        return None
+    return Pace((setting.threads or cores()) * setting.streams, remembered_paces())
 
 
 def _name(key: str, transfers: bool) -> str:
@@ -189,6 +209,7 @@ def _result(
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
         cuda_graph=backend.cuda_graph,
+        memory_limit_bytes=setting.memory_limit,
         load_seconds=one.load_seconds,
         build_seconds=one.build_seconds,
         engine_kept=one.engine_kept,

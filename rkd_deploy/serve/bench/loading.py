@@ -15,8 +15,9 @@ import numpy as np
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError
-from rkd_deploy.serve.backends import Array, Backend, check_backend, default_device, load_backend
+from rkd_deploy.serve.backends import Array, Backend, check_backend, check_options, default_device, load_backend
 from rkd_deploy.serve.bench.memory import available_bytes, device_used_bytes, resident_bytes
+from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.serve.engines.cache import cache_folder
 from rkd_deploy.serve.files import ENGINE_SUFFIXES, model_name, model_path, read_card
 
@@ -34,16 +35,39 @@ class Setting:
         device: None: the backend's own.
         threads: Threads inside one operator on a CPU; None leaves it to the runtime, or the backend knows no threads.
         streams: Callers at once.
+        memory_limit: Most bytes of device memory for the runtime; None: no limit.
+        cuda_graph: Whether engines' runs are captured.
     """
 
     backend: str
     device: str | None
     threads: int | None
-    streams: int
+    streams: int = 1
+    memory_limit: int | None = None
+    cuda_graph: bool = True
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f", threads {self.threads}"
         return f"{self.backend}{threads}" + ("" if self.streams == 1 else f", streams {self.streams}")
+
+    def load(self, path: PathLike, batches: Sequence[int] | None = None, progress: Progress | None = None) -> Backend:
+        """A model, loaded once; arguments and errors as for `load_backend`."""
+        name = model_name(path)
+
+        def building(phase: str, share: float) -> None:
+            if progress is not None:
+                progress(f"building the engine of {name}: {phase}", share)
+
+        return load_backend(
+            self.backend,
+            path,
+            device=self.device,
+            threads=self.threads,
+            memory_limit=self.memory_limit,
+            cuda_graph=self.cuda_graph,
+            batches=batches,
+            progress=building,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,13 +100,17 @@ def plan(
     threads: Sequence[int | None],
     streams: Sequence[int],
     batches: Sequence[int] | None,
+    *,
+    memory_limit: int | None = None,
+    cuda_graph: bool = True,
 ) -> list[Setting]:
     """Every combination, after what can be refused before anything is loaded has been.
 
     A backend that runs on GPUs only has no threads: beside others it is measured once, whatever the thread counts.
 
     Raises:
-        UsageError: Nothing to measure, an unknown backend, a number below 1, or an engine for another backend.
+        UsageError: Nothing to measure, an unknown backend, a number below 1, an engine for another backend, or an
+            option that has no effect on one of the backends.
         MissingDependencyError: A backend is not installed.
         ModelFileError: A model is missing or empty.
     """
@@ -94,6 +122,7 @@ def plan(
         )
     for name in backends:
         check_backend(name)
+        check_options(name, device, memory_limit=memory_limit, cuda_graph=cuda_graph)
     for path in models:
         file = model_path(path)
         foreign = [name for name in backends if name not in ENGINE_BACKENDS]
@@ -104,28 +133,45 @@ def plan(
             )
     mixed = any(default_device(name) == "cpu" for name in backends)
     return [
-        Setting(name, device, count, number)
+        Setting(name, device, count, number, memory_limit, cuda_graph)
         for name in dict.fromkeys(backends)
         for count in ((None,) if mixed and default_device(name) != "cpu" else threads)
         for number in streams
     ]
 
 
-def load_all(models: Sequence[PathLike], setting: Setting, stack: ExitStack) -> list[Loaded]:
+def load_all(
+    models: Sequence[PathLike],
+    setting: Setting,
+    stack: ExitStack,
+    batches: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> list[Loaded]:
     """Load models one after the other, for as long as a stack lasts.
+
+    Args:
+        models: As for `bench`.
+        setting: How they are run.
+        stack: Closes them.
+        batches: What they will be run at; None: the usual ones, or whatever an engine takes.
+        progress: Told how far the build of an engine is.
 
     Raises:
         RkdError: As `load_backend` raises it; the card is corrupt.
     """
-    return [_load(number, path, setting, stack) for number, path in enumerate(models)]
+    return [_load(number, path, setting, stack, batches, progress) for number, path in enumerate(models)]
 
 
-def _load(number: int, path: PathLike, setting: Setting, stack: ExitStack) -> Loaded:
+def _load(
+    number: int,
+    path: PathLike,
+    setting: Setting,
+    stack: ExitStack,
+    batches: Sequence[int] | None,
+    progress: Progress | None,
+) -> Loaded:
     before, started = resident_bytes(), time.perf_counter()
-    backends = tuple(
-        stack.enter_context(load_backend(setting.backend, path, device=setting.device, threads=setting.threads))
-        for _ in range(setting.streams)
-    )
+    backends = tuple(stack.enter_context(setting.load(path, batches, progress)) for _ in range(setting.streams))
     seconds, after = time.perf_counter() - started, resident_bytes()
     built = backends[0].build_seconds
     card = read_card(path, backends[0].metadata())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ from rkd_deploy.serve.bench.provenance import provenance
 from rkd_deploy.serve.bench.report import Result, details_markdown, markdown, to_record
 from rkd_deploy.serve.bench.scenarios import ScenarioResult, run_scenarios, scenarios_markdown
 from rkd_deploy.serve.bench.timing import Progress
+from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_json, write_text
+
+_NOTICED = 1.1
+"""Times as slow: a quiet machine's own turbo stays below that."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,17 @@ class Recorded:
     """The machine before and after, as lines for people."""
 
 
+def _disturbed(results: Sequence[Result]) -> list[str]:
+    """A line, if the machine was clearly slower than it can be while something was measured."""
+    slowest = max((result.slowdown for result in results), default=1.0)
+    if slowest < _NOTICED:
+        return []
+    return [
+        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The low ends of "
+        "the intervals allow for that; to tell two models apart, use bench-compare."
+    ]
+
+
 def record_bench(
     models: Sequence[str | os.PathLike[str]],
     settings: Mapping[str, Any],
@@ -107,9 +123,9 @@ def record_bench(
         study: Called with the results when all is measured; gives what else belongs into the record.
 
     Raises:
-        InterruptedBench: Ctrl-C; what was measured by then is written, marked as partial.
+        InterruptedBench: Ctrl-C or SIGTERM; what was measured by then is written, marked as partial.
         RkdError: As `bench` and `run_scenarios` raise it, with what was measured before written in the same way.
-        KeyboardInterrupt: Ctrl-C before anything was measured; nothing is written.
+        KeyboardInterrupt: One of them before anything was measured; nothing is written.
     """
     check_scenarios(scenarios)
     results: list[Result] = []
@@ -121,9 +137,10 @@ def record_bench(
         states = {"before": before, "after": conditions()}
         named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
         report = write_report(results, named, folder, states, told, more=more, partial=partial)
-        return Recorded(results, told, report, describe(**states))
+        return Recorded(results, told, report, [*describe(**states), *_disturbed(results)])
 
-    try:
+    def measure() -> None:
+        nonlocal more
         bench(models, **settings, progress=progress, on_result=results.append)
         if scenarios:
             run_scenarios(
@@ -138,6 +155,11 @@ def record_bench(
             )
         if study is not None:
             more |= study(results)
+
+    try:
+        # What stops a service, a container or a batch job is SIGTERM: it does what Ctrl-C does, also its exit code.
+        with handling(signal.default_int_handler, [signal.SIGTERM]):
+            measure()
     except (KeyboardInterrupt, RkdError) as error:
         if not results:
             raise
@@ -160,6 +182,8 @@ def _planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, An
         [threads] if threads is None or isinstance(threads, int) else threads,
         streams=[1],
         batches=None,
+        memory_limit=settings.get("memory_limit"),
+        cuda_graph=settings.get("cuda_graph", True),
     )
 
 

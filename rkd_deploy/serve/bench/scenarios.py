@@ -80,7 +80,7 @@ def run_scenarios(
     results = []
     for setting in settings:
         with ExitStack() as stack:
-            for one in load_all(models, setting, stack):
+            for one in load_all(models, setting, stack, progress=progress):
                 for number, scenario in enumerate(scenarios):
                     if progress is not None:
                         progress(f"{setting}: {one.key}, LoadGen {scenario}", number / len(scenarios))

@@ -55,13 +55,16 @@ def cached_engine(
         path: Bundle folder or ONNX file.
         library: Which builds it.
         gpu: For which.
-        settings: How.
+        settings: How; an engine that was kept for other profiles is another engine.
         progress: Told how far the build is.
 
     Raises:
         StorageError: The engine could not be kept.
     """
     source = read_source(path)
+    chosen = settings.to_dict()
+    if source.fixed_batch:  # the profiles have no effect, and must not ask for a second engine
+        del chosen["profiles"]
     key = {
         "onnx": source.sha256,
         "flavour": library.name,
@@ -69,7 +72,7 @@ def cached_engine(
         "gpu": gpu.name,
         "capability": gpu.capability,
         "driver": gpu.driver,
-        "settings": settings.to_dict(),
+        "settings": chosen,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / f"{library.name}-{digest[:24]}"

@@ -38,6 +38,12 @@ class Profile:
         return self.least <= batch <= self.most
 
     @classmethod
+    def around(cls, batches: Sequence[int]) -> Profile:
+        """The narrowest range that covers some batch sizes, with kernels for the middle one (of two, the larger)."""
+        ordered = sorted(set(batches))
+        return cls(ordered[0], ordered[len(ordered) // 2], ordered[-1])
+
+    @classmethod
     def parse(cls, text: str) -> Profile:
         """Read MIN:OPT:MAX, or one number for all three.
 

@@ -25,6 +25,8 @@ class Source:
     """Of `content`: the file's own where its weights are inside it."""
     metadata: dict[str, str]
     card: ModelCard | None
+    fixed_batch: bool
+    """Whether the file itself fixes the batch, so that an engine has no choice of profiles."""
 
     @property
     def precision(self) -> str:
@@ -69,7 +71,13 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     text = metadata.get(METADATA_KEY)
     card = None if text is None else ModelCard.from_json(text, str(file))
-    return Source(file, content, hashlib.sha256(content).hexdigest(), metadata, card)
+    return Source(file, content, hashlib.sha256(content).hexdigest(), metadata, card, _fixed_batch(model.graph))
+
+
+def _fixed_batch(graph: Any) -> bool:
+    constants = {constant.name for constant in graph.initializer}
+    shapes = [value.type.tensor_type.shape.dim for value in graph.input if value.name not in constants]
+    return all(len(sizes) > 0 and sizes[0].dim_value > 0 for sizes in shapes)
 
 
 def _check_opset(file: Path, onnx: Any, model: Any) -> None:

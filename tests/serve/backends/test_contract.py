@@ -1,5 +1,6 @@
 """One contract for every backend that runs here: the zoo's answers are exact, misuse is refused."""
 
+import json
 import re
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.backends import available, load_backend
+from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.recording import record_bench
 
 WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
 SIMULATED = {"tensorrt": "gpu", "tensorrt-rtx": "gpu", "pytorch:cuda-graphs": "graphs"}
@@ -134,6 +137,28 @@ def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
 def test_a_memory_limit_without_an_effect_is_refused(name, options, rule, bundle):
     with pytest.raises(UsageError, match=rule):
         load_backend(name, bundle, **{"memory_limit": 1 << 30, **options})
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "pytorch", "pytorch:cuda-graphs"])
+def test_a_bench_refuses_options_without_an_effect_before_it_loads_anything(name, tmp_path):
+    for options, rule in (
+        ({"cuda_graph": False}, rf"no effect on {name}\b.*for tensorrt and tensorrt-rtx"),
+        ({"memory_limit": 1 << 30, "device": "cpu"}, f"no effect on {name} on cpu"),
+    ):
+        with pytest.raises(UsageError, match=rule):
+            bench([tmp_path / "absent.onnx"], backend=name, **options)
+
+
+def test_a_memory_limit_is_set_recorded_and_printed(graphs, bundle, tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda place: (1 << 30, 4 << 30))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share, place: shares.append(share))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda place: None)
+    settings = {"backend": "pytorch:cuda-graphs", "memory_limit": 1 << 30, "batches": [1]}
+    done = record_bench([bundle], {**settings, "min_seconds": 0, "min_runs": 2, "warmup_seconds": 0}, tmp_path / "out")
+    assert shares == [0.25]
+    assert json.loads(done.report.record.read_text())["results"][0]["memory_limit_bytes"] == 1 << 30
+    assert "| 1,073.7 |" in done.report.table.read_text()
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])

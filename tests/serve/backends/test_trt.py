@@ -13,7 +13,9 @@ from rkd_deploy.export.engine import export_engine
 from rkd_deploy.serve.backends import available, infer_many, load_backend
 from rkd_deploy.serve.backends.trt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.recording import record_bench
 from rkd_deploy.serve.engines.flavours import load_flavour
+from rkd_deploy.serve.engines.record import read_engine
 from rkd_deploy.serve.engines.settings import EngineSettings, Profile
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
@@ -183,6 +185,49 @@ def test_bench_says_how_long_the_build_took_once(gpu, model):
     assert [result.device for result in first] == ["cuda:0", "cuda:0"]
     assert all(result.build_seconds > 0 for result in first)
     assert [result.build_seconds for result in second] == [None, None]
+
+
+def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, model, zoo, tmp_path):
+    told = []
+
+    def run(batches, told=None):
+        settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
+        progress = None if told is None else lambda *step: told.append(step)
+        found = bench([model], backend=flavour, batches=batches, progress=progress, **settings)
+        engine = tmp_path / "cache/engines" / found[0].engine_kept / "model.engine"
+        return found[0].build_seconds is not None, read_engine(engine)[1].profiles
+
+    assert run([64, 48, 50, 40], told) == (True, ("40:50:64",))
+    building = f"building the engine of {tmp_path.name}: Building engine"
+    assert [step for step in told if "building" in step[0]] == [(building, share) for share in (0.0, 0.5, 1.0, 1.0)]
+    assert run([1, 2]) == (True, ("1:2:2",))
+    assert run([64, 50, 48, 40]) == (False, ("40:50:64",))  # the order does not matter
+    assert run(None) == (True, ("1:8:32",))
+    assert run([1, 8, 32]) == (False, ("1:8:32",))
+    gpu.device.log.clear()
+    static = zoo.build(tmp_path / "static.onnx", batch=8)
+    for batches in ([8], None, [8, 8]):
+        load_backend(flavour, static, batches=batches).close()
+    assert [entry[0] for entry in gpu.device.log].count("build") == 1  # whose profiles say nothing
+
+
+def test_a_bundles_engine_that_does_not_take_a_batch_is_refused_before_anything_is_measured(gpu, flavour, model):
+    export_engine(model, flavour)
+    with pytest.raises(UsageError, match=r"batch of 64.*1:8:32.*name its ONNX file"):
+        bench([model.parent], backend=flavour, batches=[1, 64], min_seconds=0.0, min_runs=1, warmup_seconds=0.0)
+    assert "execute_async_v3" not in calls(gpu.device)
+
+
+def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, model, tmp_path):
+    settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0, "transfers": None, "batches": [2]}
+    for cuda_graph in (True, False):
+        gpu.device.log.clear()
+        done = record_bench([model], {**settings, "backend": flavour, "cuda_graph": cuda_graph}, tmp_path / "out")
+        assert ("GraphLaunch" in calls(gpu.device)) == cuda_graph
+        assert done.results[0].cuda_graph is cuda_graph
+        record = json.loads(done.report.record.read_text())
+        assert (record["results"][0]["cuda_graph"], record["settings"]["cuda_graph"]) == (cuda_graph, cuda_graph)
+        assert ("| off |" in done.report.table.read_text()) != cuda_graph
 
 
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):

@@ -32,7 +32,7 @@ SLEEP = 0.002
 class Sleeper:
     """A backend that takes 2 ms a call and remembers the batches it was given."""
 
-    name, device, max_batch = "sleeper", "cpu", None
+    name, device, max_batch, cuda_graph = "sleeper", "cpu", None, None
 
     def __init__(self, fixed=None):
         self.input_shape, self.input_dtype, self.batches = (fixed, 4), "float32", []
@@ -45,11 +45,11 @@ class Sleeper:
 
 @pytest.mark.parametrize(
     ("scenario", "batches"),
-    [("SingleStream", {1}), ("MultiStream", {MULTI_STREAM_IMAGES}), ("Server", {1}), ("Offline", {4})],
+    [("SingleStream", {1}), ("MultiStream", {MULTI_STREAM_IMAGES}), ("Offline", {4})],
 )
 def test_each_scenario_asks_in_its_own_way_and_is_told_the_time_it_took(scenario, batches, tmp_path):
     backend = Sleeper()
-    load = Load(**BRIEF, target_qps=100, target_latency_ms=100, max_batch=4 if scenario == "Offline" else 32)
+    load = Load(**BRIEF, max_batch=4 if scenario == "Offline" else 32)
     found = run_scenario(backend, library(backend, None, 0), scenario, tmp_path / "logs", load)
     assert batches <= set(backend.batches)
     if scenario != "Offline":
@@ -58,11 +58,30 @@ def test_each_scenario_asks_in_its_own_way_and_is_told_the_time_it_took(scenario
         assert 1000 * SLEEP <= found["p50_ms"] < 1000 * SLEEP + 30
         assert found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"]
     images = max(batches)
-    assert 0 < found["samples_per_s"] <= (100 * 2 if scenario == "Server" else images / SLEEP)
-    assert found["target_qps"] == (100 if scenario == "Server" else None)
+    assert 0 < found["samples_per_s"] <= images / SLEEP
+    assert found["target_qps"] is None
     summary = (tmp_path / "logs/mlperf_log_summary.txt").read_text()
     assert f"Scenario : {scenario}" in summary
     assert f"Result is : {'VALID' if found['valid'] else 'INVALID'}" in summary
+
+
+@pytest.mark.parametrize("cuda_graph", [None, True])
+def test_a_server_answers_what_waits_together_unless_that_means_a_new_graph(cuda_graph, tmp_path):
+    """1,500 queries a second of a model that takes 2 ms a call: one at a time it could answer a third of them."""
+    backend = Sleeper()
+    backend.cuda_graph = cuda_graph
+    load = Load(min_seconds=0.3, min_queries=10, target_qps=1500, target_latency_ms=50, max_batch=20)
+    found = run_scenario(backend, library(backend, None, 0), "Server", tmp_path / "logs", load)
+    assert found["target_qps"] == 1500
+    assert found["p50_ms"] >= 1000 * SLEEP
+    if cuda_graph:
+        assert set(backend.batches) == {1}
+        assert found["samples_per_s"] <= 1 / SLEEP
+        assert not found["valid"]
+    else:
+        assert set(backend.batches) <= {1, 2, 4, 8, 16}
+        assert found["samples_per_s"] > 2 / SLEEP
+    assert "Scenario : Server" in (tmp_path / "logs/mlperf_log_summary.txt").read_text()
 
 
 def test_what_the_model_answers_reaches_loadgen_for_every_query(zoo, tmp_path):

@@ -162,6 +162,28 @@ def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path):
     assert "| interrupted |" in page
 
 
+def test_sigterm_does_what_ctrl_c_does(zoo, tmp_path):
+    model, handler = zoo.build(tmp_path / "m.onnx"), signal.getsignal(signal.SIGTERM)
+
+    def stop(name, share):
+        if share > 0:  # the first turn is over
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedBench, match="marked as partial") as stopped:
+        record_bench(
+            [model],
+            {"batches": [1, 8], "threads": 1, "min_seconds": 600, "min_runs": 1, "warmup_seconds": 0},
+            tmp_path / "out",
+            stop,
+        )
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is handler
+    record = json.loads((tmp_path / "out/bench.json").read_text())
+    (row,) = record["results"]
+    assert (record["partial"], row["batch"], row["complete"]) == (True, 1, False)
+    assert len(row["samples_ms"]) == row["runs"] > 0
+
+
 def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

@@ -43,6 +43,7 @@ CLASSES = {
 OURS = {
     "name", "items", "get", "input", "outputs", "output_names", "profiles", "context", "library", "max_batch", "close",
     "plan", "record", "with_name", "covers", "least", "best", "most", "strerror", "__init__",
+    "profile_index",
 }  # fmt: skip
 
 DUMP = """
