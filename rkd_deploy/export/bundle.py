@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +54,9 @@ from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.serve.checksums import CARD_NAME, sealed
 from rkd_deploy.serve.files import ONNX_NAME
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
+
+PACKAGES = ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
+"""Whose versions the card names."""
 
 
 def export_bundle(
@@ -116,7 +120,7 @@ def export_bundle(
             outputs=tuple(outputs),
             fusion=choice.level if card.part in ("fused", "student") else "none",
             fusion_search=choice.summary,
-            versions={name: _version(name) for name in ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")},
+            versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         )
         file = temporary / ONNX_NAME
         stamp(proto, card)

@@ -86,6 +86,9 @@ class Exits:
         images: Batches to prove the sums of the float32 graphs on.
         tolerance: Largest allowed difference of a logit from PyTorch's, at every exit.
 
+    Attributes:
+        branches: The float32 graphs, S first.
+
     Raises:
         GateError: A partial sum is not PyTorch's.
     """
@@ -98,8 +101,8 @@ class Exits:
         self._prover = "onnxruntime"
         self._lowered: dict[str, Any] = {}
         self._macs: list[int] = []
-        self._branches = [self._branch(*pair, number) for number, pair in enumerate(model.branches())]
-        self._write([branch.proto for branch in self._branches])
+        self.branches = [self._branch(*pair, number) for number, pair in enumerate(model.branches())]
+        self._write([branch.proto for branch in self.branches])
         self._sums(images, tolerance)
 
     def lower(self, lowering: Lowering, inputs: Array | None) -> Lowered:
@@ -114,9 +117,9 @@ class Exits:
         """
         held_out = [
             HeldOut(reference_of(UpTo(self._model, step), self._card), lowering.held_out, self._card)
-            for step in range(len(self._branches))
+            for step in range(len(self.branches))
         ]
-        lowered = lower_sum(self._branches, self._card.preprocess, inputs, held_out, lowering.options)
+        lowered = lower_sum(self.branches, self._card.preprocess, inputs, held_out, lowering.options)
         self._prover, self._lowered = lowering.options.prover, lowered.account(lowering)
         self._write(lowered.protos)
         return lowered

@@ -1,15 +1,18 @@
 """Bad input to the command: value, rule and way out, the exit code, and every file as it was before."""
 
+import hashlib
 import json
 import shutil
 import sys
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rkd_deploy.data.sources import load_images
 from rkd_deploy.pipeline import export_run
 
 
@@ -130,7 +133,13 @@ def test_a_bundle_that_is_not_what_it_should_be(rkd, bundle, tmp_path, spoil):
         refused(rkd, tmp_path, 1, words, *arguments)
 
 
-def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, runs, bundle, tmp_path):
+def sha256_of(run, places):
+    """Of so many training images as they are stored, height before width before channels."""
+    pixels = load_images(run.recipe.data, run.recipe.train.seed).train.images_NCHW[places].permute(0, 2, 3, 1).numpy()
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, tiny_run, runs, bundle, tmp_path):
     file = runs / "weights/teacher.safetensors"
     with safe_open(file, "pt") as stored:
         metadata, weights = stored.metadata(), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
@@ -153,5 +162,11 @@ def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, runs,
     assert kept.code == 0, kept.err
     card = rkd("info", runs / "bundle-teacher", "--json").json
     assert card["lowering"]["kept"] == ["layer2.0.conv2"]
+    assert card["lowering"]["calibration"] == {
+        "images": 64,
+        "source": "digits training images",
+        "seed": 3,
+        "sha256": sha256_of(tiny_run, np.sort(np.random.default_rng(3).permutation(270)[:64])),
+    }
     assert next(iter(card["lowering"]["harms"])) == "layer2.0.conv2"
     assert "layer2.0.conv2" in rkd("info", runs / "bundle-teacher").out
