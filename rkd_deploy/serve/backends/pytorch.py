@@ -99,11 +99,17 @@ class PyTorchBackend(Backend):
             raise broken_model(file, "it is no PyTorch archive")
         try:
             program = move_to_device_pass(torch.export.load(file), place)
-            name = program.graph_signature.user_inputs[0]
-            value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+            inputs = program.graph_signature.user_inputs
+            values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in inputs}
             module = program.module()
         except Exception as error:  # zipfile, JSON and torch errors of every kind, none with a common base
             raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
+        if len(values) != 1:
+            raise BackendError(
+                f"{file} has {len(values)} inputs ({', '.join(values) or 'none'}). rkd-deploy runs models with one "
+                "numeric input, batch first: export the classifier alone."
+            )
+        (value,) = values.values()
         shape = [size if isinstance(size, int) else None for size in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         return cls(module, input_shape=shape, input_dtype=dtype, device=device, **options)

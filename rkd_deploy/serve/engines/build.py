@@ -156,17 +156,11 @@ def _dynamic_batch(network: Any, source: Source) -> bool:
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shapes[tensor.name] = tuple(tensor.shape)
-    described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-    if len(shapes) != 1:
+    ((name, shape),) = shapes.items()
+    if -1 in shape[1:]:
         raise BackendError(
-            f"{source.file} has {len(shapes)} inputs ({described or 'none'}). rkd-deploy builds engines of models with "
-            "one input, batch first: export the classifier alone."
-        )
-    (shape,) = shapes.values()
-    if not shape or -1 in shape[1:]:
-        raise BackendError(
-            f"The input {described} of {source.file} leaves more open than its batch (-1). Export it with a fixed "
-            "image size: an engine is built for known shapes."
+            f"The input {name} {list(shape)} of {source.file} leaves more open than its batch (-1). Export it with a "
+            "fixed image size: an engine is built for known shapes."
         )
     return bool(shape[0] == -1)
 
