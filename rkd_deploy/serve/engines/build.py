@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rkd_deploy.serve.engines.progress import Progress, monitor
 from rkd_deploy.serve.engines.record import EngineRecord
 from rkd_deploy.serve.engines.settings import HARDWARE, EngineSettings, capabilities
 from rkd_deploy.serve.engines.source import Source, read_source
+from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_bytes
 
 
@@ -78,7 +80,9 @@ def build_engine(
     if watch is not None:
         config.progress_monitor = watch
     cache = _TimingCache.attach(library, config, settings)
-    built = builder.build_serialized_network(network, config)
+    # Ctrl-C between two lines of the monitor would be raised into the library: the monitor ends the build instead.
+    with nullcontext() if watch is None else handling(watch.stop):
+        built = builder.build_serialized_network(network, config)
     if watch is not None and watch.interrupted:
         raise KeyboardInterrupt
     if built is None:
