@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,21 @@ from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.files import broken_model
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+class LayerTime(NamedTuple):
+    """One layer of one run, as the runtime tells it."""
+
+    name: str
+    op: str
+    """Its type."""
+    ms: float
+    precision: str | None = None
+    """Type it works on, NumPy's name where it has one; None where the runtime does not tell it."""
+
+
+LayerRun: TypeAlias = list[LayerTime]
+"""All layers of one run, in order."""
 
 
 class Backend(Protocol):
@@ -74,6 +89,19 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait until every enqueued run is done."""
         ...
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """Run so often with profiling on, and tell the layers of each run; empty where that is not to be had.
+
+        Args:
+            x: As for `infer`.
+            count: Of runs.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: A run failed, or the backend is closed.
+        """
+        return []
 
     def metadata(self) -> Mapping[str, str]:
         """What the model file says about itself; empty where the format holds nothing."""

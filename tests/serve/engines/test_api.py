@@ -38,12 +38,13 @@ CLASSES = {
     "config": "IBuilderConfig", "runtime_config": "IRuntimeConfig", "profile": "IOptimizationProfile",
     "weights": "OnnxParserRefitter",
     "tensor": "ITensor", "layer": "ILayer", "runtime": "Runtime", "engine": "ICudaEngine", "_engine": "ICudaEngine",
+    "profiler": "IProfiler",
     "_context": "IExecutionContext", "inspector": "EngineInspector", "loaded": "ICudaEngine", "refitter": "Refitter",
 }  # fmt: skip
 OURS = {
     "name", "items", "get", "input", "outputs", "output_names", "profiles", "context", "library", "max_batch", "close",
     "plan", "record", "with_name", "covers", "least", "best", "most", "strerror", "__init__",
-    "profile_index",
+    "profile_index", "layers", "layer_times", "times",
 }  # fmt: skip
 
 DUMP = """
@@ -179,7 +180,8 @@ def test_the_walk_sees_the_calls_that_matter():
     assert {"Builder", "OnnxParser", "Runtime", "BuilderFlag.TF32", "TensorIOMode.INPUT", "Refitter"} <= names
     assert {
         ("builder", "build_serialized_network"), ("_context", "execute_async_v3"), ("_context", "set_tensor_address"),
-        ("config", "set_timing_cache"), ("engine", "get_tensor_profile_shape"), ("inspector", "get_engine_information"),
+        ("config", "set_timing_cache"), ("_context", "profiler"),
+        ("engine", "get_tensor_profile_shape"), ("inspector", "get_engine_information"),
     } <= members  # fmt: skip
 
 
@@ -216,6 +218,6 @@ def test_the_simulated_library_promises_nothing_that_the_real_one_has_not(simula
             continue
         assert name in api
         members = [member for member in vars(value) if not member.startswith("_")]
-        own = {"facts", "model", "tensors", "inputs", "content", "engine", "shapes"}
+        own = {"facts", "model", "tensors", "inputs", "content", "engine", "shapes", "layers"}
         lacking = {member for member in members if member not in api[name]} - own
         assert lacking - (RTX_ONLY if not is_rtx else set()) == set(), name
