@@ -46,6 +46,19 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def append_bytes(path: Path, content: bytes) -> None:
+    """Continue a file inside a `new_folder`, which is what is whole or not at all.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    try:
+        with path.open("ab") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise storage_error(path, error, needed=len(content)) from error
+
+
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file whole or not at all (see `write_bytes`)."""
     write_bytes(path, content.encode())

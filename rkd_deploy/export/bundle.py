@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, require
 from rkd_deploy.export.early_exit import EarlyExit, Exits, check
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx, to_program
+from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.judging import HeldOut, as_input
 from rkd_deploy.export.lowering import insist, lower, unjudged
 from rkd_deploy.export.precision import AUTO, Lowering, PrecisionOptions
@@ -110,11 +110,11 @@ def export_bundle(
     if lowering is not None and early_exit is not None:
         _check_named_layers(lowering.options, level)
     check_finite(model)
+    onnx = require("onnx", "export")
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model)
     with new_folder(folder) as temporary:
         choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
-        graph, proto = ExportGraph(choice.network, preprocess, outputs).eval(), choice.proto
         card = dataclasses.replace(
             card,
             outputs=tuple(outputs),
@@ -123,8 +123,11 @@ def export_bundle(
             versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         )
         file = temporary / ONNX_NAME
-        stamp(proto, card)
-        write_bytes(file, proto.SerializeToString(deterministic=True))
+        _write(choice.proto, file)
+        # A proof takes memory enough without two more copies of the network: what needs the graph reads it back.
+        fused, choice = choice.network, dataclasses.replace(choice, network=model, proto=None)
+        graph = ExportGraph(fused, preprocess, outputs).eval() if lowering is not None or with_pytorch else None
+        del fused
         reference = reference_of(model, card)
         images = batches or [random_batch(card)]
         proof, golden = prove(reference, file, card, images, tolerance)
@@ -133,10 +136,10 @@ def export_bundle(
         if lowering is not None:
             inputs, prover = _calibration_inputs(lowering, card), lowering.options.prover
             held_out = HeldOut(reference, lowering.held_out, card)
-            lowered = lower(graph, proto, preprocess, inputs, held_out, lowering.options)
+            assert graph is not None
+            lowered = lower(graph, onnx.load(file), preprocess, inputs, held_out, lowering.options)
             insist(lowered, lowering, card, folder)
-            proto = lowered.proto
-            write_bytes(file, proto.SerializeToString(deterministic=True))
+            _write(lowered.proto, file)
             proof, golden = prove_lowered(proof, golden, lowered.judgement, file, card, images, prover)
             told = {**lowered.account(lowering), "test_top1": proof.lowered_top1}
             card = dataclasses.replace(card, precision=lowering.options.precision, lowering=told)
@@ -144,12 +147,11 @@ def export_bundle(
                 insist(exits.lower(lowering, inputs), lowering, card, folder)
         if exits is not None and early_exit is not None:
             card = dataclasses.replace(card, early_exit=exits.report(early_exit))
-        stamp(proto, card)
-        write_bytes(file, proto.SerializeToString(deterministic=True))
+        append_card(file, card)
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
         write_bytes(temporary / GOLDEN_NAME, npz(golden))
-        if with_pytorch:
+        if with_pytorch and graph is not None:
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
@@ -159,6 +161,12 @@ def export_bundle(
         prover = "onnxruntime" if lowering is None else lowering.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data")
     return proof
+
+
+def _write(proto: Any, file: Path) -> None:
+    """Without metadata, those of converters and quantisers included: the card is appended in the end."""
+    del proto.metadata_props[:]
+    write_bytes(file, proto.SerializeToString(deterministic=True))
 
 
 def _fused(

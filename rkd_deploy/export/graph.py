@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from rkd_deploy.export.exporter import quick_exporter
 from rkd_deploy.export.fusion import SummedBranches
 from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
+from rkd_deploy.storage import append_bytes
 
 OPSET = 18
 OUTPUTS = ("logits", "probabilities", "features")
@@ -112,11 +114,12 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, u
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
-    with quick_exporter(graph):
+    x = example_input(preprocess)
+    with quick_exporter(graph.eval(), x):
         try:
             converted = torch.onnx.export(
-                graph.eval(),
-                (example_input(preprocess),),
+                graph,
+                (x,),
                 dynamo=True,
                 dynamic_shapes=_dynamic_batch(),
                 opset_version=opset,
@@ -149,6 +152,20 @@ def stamp(model: Any, card: ModelCard) -> None:
     del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, card.to_json()
+
+
+def append_card(file: Path, card: ModelCard) -> None:
+    """Add the card to an ONNX file without metadata, and without reading it, which takes three times its size.
+
+    A protobuf message may be continued by another: entries of repeated fields are joined (Protocol Buffers, Encoding,
+    "Last One Wins"). The bytes that are there stay as they are.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    addition = require("onnx", "export").ModelProto()
+    stamp(addition, card)
+    append_bytes(file, addition.SerializeToString(deterministic=True))
 
 
 def _dynamic_batch() -> tuple[dict[int, Any]]:

@@ -27,7 +27,7 @@ _OWN_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
 
 def sealed(card: ModelCard, folder: Path) -> str:
     """The text of model.json for a folder that holds every other file of the bundle."""
-    sums = {file.name: _sha256(file.read_bytes()) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
+    sums = {file.name: _sha256_of(file) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
     blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
@@ -50,7 +50,7 @@ def reseal(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] =
     if not beside.is_file() or not (content := json.loads(_text(beside))).get("checksums"):
         return
     sums = {name: found for name, found in content["checksums"].items() if name not in {*without, CARD_NAME}}
-    sums |= {name: _sha256(_bytes(folder / name)) for name in adding}
+    sums |= {name: _sha256_of(folder / name) for name in adding}
     blank = json.dumps(content | {"checksums": {**dict(sorted(sums.items())), CARD_NAME: _ZEROS}}, indent=2) + "\n"
     write_text(beside, blank.replace(f'"{CARD_NAME}": "{_ZEROS}"', f'"{CARD_NAME}": "{_sha256(blank.encode())}"'))
 
@@ -90,7 +90,7 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
         if not (found := beside.with_name(name)).is_file():
             if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
                 missing.append(name)
-        elif _sha256(_bytes(found)) != sums[name]:
+        elif _sha256_of(found) != sums[name]:
             changed.append(name)
     if changed or (missing and complete):
         raise _damaged(beside.parent, changed, missing if complete else [])
@@ -107,20 +107,25 @@ def _damaged(folder: Path, changed: list[str], missing: list[str]) -> ModelFileE
 
 def _text(file: Path) -> str:
     try:
-        return _bytes(file).decode()
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         raise ModelFileError(
             f"{file} cannot be read as a model card: {error}. Copy the bundle again, or export it again."
         ) from error
 
 
-def _bytes(file: Path) -> bytes:
+def _sha256_of(file: Path) -> str:
     try:
-        return file.read_bytes()
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ModelFileError(
-            f"{file} cannot be read: {error.strerror}. Mend its permissions or copy it again."
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{file} cannot be read: {error.strerror}. Mend its permissions or copy it again.")
 
 
 def _sha256(content: bytes) -> str:

@@ -5,6 +5,7 @@ Letters: N batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ class InputSpec:
         )
 
 
-_CHUNK_NUMBERS = 1 << 20
+_CHUNK_NUMBERS = 1 << 18
 """Of an input that is run at once: 341 images of 32 x 32 in colour, 6 of 224 x 224."""
 
 
@@ -179,7 +180,7 @@ def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Arra
         UsageError: `x` does not fit the model.
     """
     fixed = backend.input_shape[0]
-    max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // max(1, x[0].size)))
+    max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // math.prod(x.shape[1:])))
     max_batch = min(max_batch, backend.max_batch or max_batch)
     count = len(x)
     if count <= max_batch if fixed is None else count == fixed:
