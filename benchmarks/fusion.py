@@ -48,8 +48,6 @@ BESIDE = "wide, side by side"
 ROUND_TO = {"ResNet-20": 8, "resnet8x4": 16, "ResNet-18": 32}
 CLASSES = 100
 LIMIT = 1.05
-Networks = tuple[nn.Module, ResidualStudent, ResidualStudent]
-"""S0, S + A as two branches, S + A side by side."""
 EXPORT_SECONDS = {"resnet8x4": 15.0, "ResNet-18": 40.0}
 
 
@@ -66,8 +64,9 @@ def main() -> None:
 
 
 def _speed(name: str, seconds: float) -> Iterator[Claim]:
-    size, make = CASES[name]
-    S0, model, beside = make()
+    size, _ = CASES[name]
+    S0, model = _cut(name, "branches")
+    _, beside = _cut(name, "side_by_side")
     networks = {"S0": fuse(S0), **{level: fuse(model, level) for level in LEVELS}, BESIDE: fuse(beside, "wide")}
     preprocess = _preprocess(size)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,8 +105,8 @@ def _export(name: str, limit: float) -> Iterator[Claim]:
 
 def _exported(name: str) -> tuple[float, float, float]:
     """Seconds, peak memory and its limit in MB."""
-    size, make = CASES[name]
-    _, model, _ = make()
+    size, _ = CASES[name]
+    model = _cut(name, "branches")[1]
     card = ModelCard(name=name, labels=tuple(map(str, range(CLASSES))), preprocess=_preprocess(size))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -122,19 +121,15 @@ def _preprocess(size: int) -> Preprocess:
     return Preprocess(height=size, width=size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-def _cut(S0: FeatureNetwork, size: int, round_to: int) -> Networks:
-    models = []
-    for layout in ("branches", "side_by_side"):
-        # Where layers lie side by side, it is their sum that has to fit the blocks, and S0's widths do.
-        step = round_to if layout == "branches" else 8
-        cut = separate(S0, num_classes=CLASSES, input_size=size, layout=layout, round_to=step)
-        models.append(ResidualStudent(cut.student, cut.assistants, S0.channels, CLASSES).eval())
-    return S0.eval(), models[0], models[1]
-
-
-def _of_the_zoo(name: str, round_to: int) -> Networks:
+def _cut(name: str, layout: str) -> tuple[nn.Module, ResidualStudent]:
+    """S0, and S + A in this layout."""
     torch.manual_seed(0)
-    return _cut(zoo.create(name, CLASSES), 32, round_to)
+    size, make = CASES[name]
+    S0 = make()
+    # Where layers lie side by side, it is their sum that has to fit the blocks, and S0's widths do.
+    round_to = ROUND_TO[name] if layout == "branches" else 8
+    cut = separate(S0, num_classes=CLASSES, input_size=size, layout=layout, round_to=round_to)
+    return S0.eval(), ResidualStudent(cut.student, cut.assistants, S0.channels, CLASSES).eval()
 
 
 class ResNet18(Staged):
@@ -176,15 +171,10 @@ class ResNet18(Staged):
         return ResNet18(widths, num_classes)
 
 
-def _resnet18() -> Networks:
-    torch.manual_seed(0)
-    return _cut(ResNet18((64, 64, 128, 256, 512), CLASSES), 224, ROUND_TO["ResNet-18"])
-
-
-CASES: dict[str, tuple[int, Callable[[], Networks]]] = {
-    "ResNet-20": (32, lambda: _of_the_zoo("resnet20", ROUND_TO["ResNet-20"])),
-    "resnet8x4": (32, lambda: _of_the_zoo("resnet8x4", ROUND_TO["resnet8x4"])),
-    "ResNet-18": (224, _resnet18),
+CASES: dict[str, tuple[int, Callable[[], FeatureNetwork]]] = {
+    "ResNet-20": (32, lambda: zoo.create("resnet20", CLASSES)),
+    "resnet8x4": (32, lambda: zoo.create("resnet8x4", CLASSES)),
+    "ResNet-18": (224, lambda: ResNet18((64, 64, 128, 256, 512), CLASSES)),
 }
 
 

@@ -97,7 +97,7 @@ def bench(
         bool,
         typer.Option(
             "--roofline",
-            help="First tell how fast they could be here (first backend, first thread count).",
+            help="First tell how fast they could be here, on each backend with each thread count.",
         ),
     ] = False,
     root: Root = RUNS,
@@ -127,8 +127,7 @@ def bench(
     from rkd_deploy.serve.backends import check_backend, check_options
     from rkd_deploy.serve.bench.display import status
     from rkd_deploy.serve.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
-    from rkd_deploy.serve.bench.loading import USUAL_BATCHES
-    from rkd_deploy.serve.bench.recording import record_bench
+    from rkd_deploy.serve.bench.recording import planned, record_bench
     from rkd_deploy.serve.bench.report import print_details, print_table
     from rkd_deploy.serve.bench.scenarios import print_scenarios
     from rkd_deploy.serve.bench.studying import Study
@@ -150,13 +149,7 @@ def bench(
         check_options(name, device, memory_limit=settings["memory_limit"], cuda_graph=cuda_graph)
     chosen = models or [newest_bundle(root)]
     console = console_for(as_json)
-    study = Study(
-        chosen,
-        settings["batches"] or USUAL_BATCHES,
-        backend=settings["backend"][0],
-        device=device,
-        threads=(settings["threads"] or [None])[0],
-    )
+    study = Study(chosen, planned(chosen, settings), settings["batches"], shape=settings["shape"])
     if roofline or (report is not None and find_spec("onnx") is not None):
         with status("Predicting") as update:
             study.predict(update)

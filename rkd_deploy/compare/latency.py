@@ -10,6 +10,7 @@ from pathlib import Path
 from rkd_deploy.compare.rows import Comparison
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.serve.bench import bench
+from rkd_deploy.serve.bench.loading import Setting
 from rkd_deploy.serve.bench.studying import Study
 from rkd_deploy.serve.bench.timing import Progress
 
@@ -55,7 +56,7 @@ def timed(
             )
             bundles.append(made.folder)
         names = [row.name for row in comparison.rows]
-        study = Study(bundles, batches, backend=backend, device=device, threads=threads, names=names)
+        study = Study(bundles, [Setting(backend, device, threads)], batches, names=names)
         if studied:
             study.predict(progress)
         results = bench(

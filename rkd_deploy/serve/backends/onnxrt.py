@@ -28,6 +28,7 @@ from rkd_deploy.serve.backends.protocol import (
     parse_device,
 )
 from rkd_deploy.serve.files import broken_model, model_path
+from rkd_deploy.serve.opsets import too_new
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -307,16 +308,13 @@ def _open_session(file: Path, kind: str, index: int, threads: int | None, memory
                 f"ONNX Runtime {ort.__version__} on {kind} cannot run {file}: {_reason(error)}. "
                 "Export the model for this target, or run it on another backend (rkd-deploy backends lists them)."
             ) from error
-        too_new = _too_new(str(error))
-        if too_new:
-            raise BackendError(
-                f"{file} is written in {too_new[0]}, and ONNX Runtime {ort.__version__} reads up to {too_new[1]}. "
-                "Update ONNX Runtime, or export the model again in an older one (opset_version of torch.onnx.export)."
-            ) from error
+        newer = _newer(str(error))
+        if newer:
+            raise too_new(file, newer[0], "ONNX Runtime", ort.__version__, newer[1]) from error
         raise broken_model(file, _reason(error)) from error
 
 
-def _too_new(text: str) -> tuple[str, str] | None:
+def _newer(text: str) -> tuple[str, str] | None:
     """What a file is written in and what can be read, where an error says that the file is the newer one."""
     found = re.search(r"Opset (\d+) is under development.* is till opset (\d+)", text, re.DOTALL)
     if found:

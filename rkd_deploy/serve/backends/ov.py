@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +24,10 @@ from rkd_deploy.serve.backends.protocol import (
     parse_device,
 )
 from rkd_deploy.serve.files import broken_model, model_path
+from rkd_deploy.serve.opsets import opset, too_new
+
+_KNOWN_TO_ALL = 21
+"""Opset of ONNX 1.16, which is older than the oldest OpenVINO that is taken: nothing needs to be looked up for it."""
 
 
 class OpenVinoBackend(Backend):
@@ -66,7 +72,7 @@ class OpenVinoBackend(Backend):
         self._input.check(x)
         # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
         _run(request, np.ascontiguousarray(x))
-        logits: Array = request.get_output_tensor(self._logits_index).data.copy()
+        logits: Array = self._result(request, len(x)).copy()
         return logits
 
     def prepare(self, x: Array) -> Callable[[], None]:
@@ -76,9 +82,15 @@ class OpenVinoBackend(Backend):
         # A copy that the tensor owns: bound once, and nobody else can write or free it.
         request.set_input_tensor(require("openvino", "openvino").Tensor(np.ascontiguousarray(x), shared_memory=False))
 
+        checked = False
+
         def run() -> None:
+            nonlocal checked
             self._live()
             _run(request, None)
+            if not checked:
+                self._result(request, len(x))
+                checked = True
 
         return run
 
@@ -100,6 +112,16 @@ class OpenVinoBackend(Backend):
             raise closed_backend(self.name)
         return self._compiled
 
+    def _result(self, request: Any, batch: int) -> Array:
+        """The logits of a run, in memory of the request's."""
+        logits: Array = request.get_output_tensor(self._logits_index).data
+        if logits.size == 0:  # and no error: seen of 2026.4, and the time of such a run says nothing
+            raise BackendError(
+                f"OpenVINO gave an empty result {list(logits.shape)} for a batch of {batch}, as it does where memory "
+                "runs out. Use a smaller batch, or fewer streams, or free memory."
+            )
+        return logits
+
     def _request(self) -> Any:
         """This thread's own request: one request runs one batch at a time."""
         compiled = self._live()
@@ -116,14 +138,38 @@ def devices() -> tuple[str, ...]:
 
 def _read(file: Path) -> Any:
     try:
-        return require("openvino", "openvino").Core().read_model(str(file))
+        model = require("openvino", "openvino").Core().read_model(str(file))
     except RuntimeError as error:
         if "No conversion rule" in str(error):
+            _check_opset(file)
             raise BackendError(
                 f"OpenVINO does not know what {file} computes: {_reason(error).lstrip('- ')}. "
                 "Run it on another backend (rkd-deploy backends lists them), or export the classifier without it."
             ) from error
         raise broken_model(file, _reason(error)) from error
+    _check_opset(file)
+    return model
+
+
+def _check_opset(file: Path) -> None:
+    # OpenVINO takes a newer opset for the newest one it knows, and would compute what the file may not mean.
+    found = opset(file)
+    newest = None if found <= _KNOWN_TO_ALL else newest_opset()
+    if newest is not None and found > newest:
+        version = require("openvino", "openvino").__version__.split("-")[0]
+        raise too_new(file, f"opset {found}", "OpenVINO", version, f"opset {newest}")
+
+
+@cache
+def newest_opset() -> int | None:
+    """The newest ONNX opset that OpenVINO knows; None where that cannot be told.
+
+    There is no function to ask: it is the newest of the operator tables of ONNX that are linked into its reader.
+    """
+    folder = Path(str(require("openvino", "openvino").__file__)).parent
+    readers = [file for file in folder.rglob("*openvino_onnx_frontend*") if file.is_file()]
+    found = [int(one) for file in readers for one in re.findall(rb"OpSet_Onnx_ver(\d+)", file.read_bytes())]
+    return max(found, default=None)
 
 
 def _onnx_metadata(model: Any) -> dict[str, str]:
@@ -155,6 +201,12 @@ def _run(request: Any, x: Array | None) -> None:
         # Shared outputs: else each run copies all of them into arrays that nobody reads.
         request.infer(None if x is None else {0: x}, share_inputs=True, share_outputs=True)
     except RuntimeError as error:
+        wanted = re.search(r"Failed to allocate (\d+) bytes", str(error))
+        if wanted:
+            raise BackendError(
+                f"OpenVINO ran out of memory: {int(wanted[1]):,} bytes more were asked for. Use a smaller batch, or "
+                "fewer streams, or free memory."
+            ) from error
         raise BackendError(
             f"OpenVINO failed to run the model: {_reason(error)}. "
             "Try a smaller batch; if it stays, check the file with: rkd-deploy verify"
@@ -171,8 +223,12 @@ def _only_input(file: Path, inputs: list[Any]) -> InputSpec:
     only = inputs[0]
     try:
         dtype = np.dtype(only.element_type.to_dtype())
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"The input of {file} is of type {only.element_type}, no number. {way_out}") from error
+    except (RuntimeError, TypeError):
+        dtype = np.dtype(np.str_)
+    if dtype.kind not in "biuf":
+        raise BackendError(
+            f"The input of {file} is {described} of type {only.element_type.get_type_name()}, no number. {way_out}"
+        )
     shape = tuple(size.get_length() if size.is_static else None for size in only.partial_shape)
     return InputSpec(only.get_any_name(), shape, dtype)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,21 @@ from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.files import broken_model
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+class LayerTime(NamedTuple):
+    """One layer of one run, as the runtime tells it."""
+
+    name: str
+    op: str
+    """Its type."""
+    ms: float
+    precision: str | None = None
+    """Type it works on, NumPy's name where it has one; None where the runtime does not tell it."""
+
+
+LayerRun: TypeAlias = list[LayerTime]
+"""All layers of one run, in order."""
 
 
 class Backend(Protocol):
@@ -75,6 +90,19 @@ class Backend(Protocol):
         """Wait until every enqueued run is done."""
         ...
 
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """Run so often with profiling on, and tell the layers of each run; empty where that is not to be had.
+
+        Args:
+            x: As for `infer`.
+            count: Of runs.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: A run failed, or the backend is closed.
+        """
+        return []
+
     def metadata(self) -> Mapping[str, str]:
         """What the model file says about itself; empty where the format holds nothing."""
         ...
@@ -129,7 +157,11 @@ class InputSpec:
         )
 
 
-def infer_many(backend: Backend, x: Array, max_batch: int = 256) -> Array:
+_CHUNK_NUMBERS = 1 << 20
+"""Of an input that is run at once: 341 images of 32 x 32 in colour, 6 of 224 x 224."""
+
+
+def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Array:
     """Logits of any number of inputs, in chunks that the model and the memory can take.
 
     A model with a fixed batch gets exactly that: its last chunk is filled up with copies, whose logits are dropped.
@@ -137,7 +169,8 @@ def infer_many(backend: Backend, x: Array, max_batch: int = 256) -> Array:
     Args:
         backend: The model.
         x: [N, ...], N at least 1.
-        max_batch: Largest chunk where the model leaves the batch free.
+        max_batch: Largest chunk where the model leaves the batch free. Default: 256 small images, fewer large ones,
+            because a network's maps are many times as large as its input.
 
     Returns:
         [N, K].
@@ -146,6 +179,7 @@ def infer_many(backend: Backend, x: Array, max_batch: int = 256) -> Array:
         UsageError: `x` does not fit the model.
     """
     fixed = backend.input_shape[0]
+    max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // max(1, x[0].size)))
     max_batch = min(max_batch, backend.max_batch or max_batch)
     count = len(x)
     if count <= max_batch if fixed is None else count == fixed:

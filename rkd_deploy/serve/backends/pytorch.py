@@ -27,6 +27,8 @@ from rkd_deploy.serve.backends.protocol import (
     Array,
     Backend,
     InputSpec,
+    LayerRun,
+    LayerTime,
     check_threads,
     closed_backend,
     parse_device,
@@ -99,11 +101,17 @@ class PyTorchBackend(Backend):
             raise broken_model(file, "it is no PyTorch archive")
         try:
             program = move_to_device_pass(torch.export.load(file), place)
-            name = program.graph_signature.user_inputs[0]
-            value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+            inputs = program.graph_signature.user_inputs
+            values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in inputs}
             module = program.module()
         except Exception as error:  # zipfile, JSON and torch errors of every kind, none with a common base
             raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
+        if len(values) != 1:
+            raise BackendError(
+                f"{file} has {len(values)} inputs ({', '.join(values) or 'none'}). rkd-deploy runs models with one "
+                "numeric input, batch first: export the classifier alone."
+            )
+        (value,) = values.values()
         shape = [size if isinstance(size, int) else None for size in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         return cls(module, input_shape=shape, input_dtype=dtype, device=device, **options)
@@ -124,6 +132,25 @@ class PyTorchBackend(Backend):
             _run(self._live(), resident)
 
         return run
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: the operators of an exported program, which alone has names for them."""
+        module = self._live()
+        self._input.check(x)
+        if not isinstance(module, torch.fx.GraphModule):
+            return []
+        interpreter, given = _Named(module), self._tensor(x)
+        with _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
+            for interpreter.run_number in range(count):
+                interpreter.run(given)
+        runs: list[LayerRun] = [[] for _ in range(count)]
+        for event in sorted(profile.events(), key=lambda one: one.time_range.start):
+            run, _, name = event.name.partition(" ")
+            if name in interpreter.kinds and run.isdecimal():
+                total = event.cpu_time_total if self._place.type == "cpu" else event.device_time_total
+                op, precision = interpreter.kinds[name]
+                runs[int(run)].append(LayerTime(name, op, total / 1000, precision))
+        return runs
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
@@ -158,6 +185,10 @@ class CompiledPyTorchBackend(PyTorchBackend):
 
     name = "pytorch:compile"
 
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: what is compiled is no longer the program's operators."""
+        return []
+
     def __init__(self, module: nn.Module, **options: Any) -> None:
         """Take a copy of a live module; arguments and errors as for `PyTorchBackend`."""
         super().__init__(module, **options)
@@ -170,6 +201,10 @@ class GraphedPyTorchBackend(PyTorchBackend):
     """The same, recorded as a CUDA graph and replayed; another input shape is recorded anew. Threads take turns."""
 
     name = "pytorch:cuda-graphs"
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: a captured graph is one launch."""
+        return []
 
     def __init__(self, module: nn.Module, *, device: str = "cuda", **options: Any) -> None:
         """Take a copy of a live module; arguments and errors as for `PyTorchBackend`.
@@ -253,6 +288,26 @@ class _Recorded:
     def replay(self) -> None:
         """Start a run of the input that is there."""
         self._graph.replay()
+
+
+class _Named(torch.fx.Interpreter):
+    """Runs a program operator by operator, each under its name and the number of the run in PyTorch's profile."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.run_number = 0
+        self.kinds: dict[str, tuple[str, str]] = {}
+        """Type of each operator, and of the numbers that it gives."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Run one operator."""
+        if not isinstance(n.target, torch._ops.OpOverload):
+            return super().run_node(n)
+        with torch.profiler.record_function(f"{self.run_number} {n.name}"):
+            result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.kinds[n.name] = (n.target.overloadpacket.__name__, str(result.dtype).removeprefix("torch."))
+        return result
 
 
 def devices() -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from rkd_deploy.serve.backends.cuda import Gpu, Stream, call, find_gpu, gpu_coun
 from rkd_deploy.serve.backends.protocol import (
     Array,
     Backend,
+    LayerRun,
+    LayerTime,
     check_threads,
     closed_backend,
     parse_device,
@@ -147,6 +149,26 @@ class TensorRtBackend(Backend):
                 prepared.enqueue()
 
         return run
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: the layers after fusion; of an engine built without detail, their names alone."""
+        with self._lock:
+            stream = self._live()
+            self._input.check(x)
+            assert self._engine is not None
+            known = {layer["name"]: layer for layer in self._engine.layers()}
+            run = Run(self._engine, stream, transfers=False, capture=False)
+            try:
+                run.fit(x.shape, x)
+                times = run.layer_times(count)
+            finally:
+                run.close()
+
+        def described(name: str, ms: float) -> LayerTime:
+            layer = known.get(name, {})
+            return LayerTime(name, str(layer.get("type", "")), ms, layer.get("dtype") or None)
+
+        return [[described(*each) for each in one] for one in times]
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""

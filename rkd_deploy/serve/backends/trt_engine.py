@@ -13,6 +13,8 @@ from rkd_deploy.errors import BackendError, UsageError
 from rkd_deploy.serve.backends.cuda import Buffer, Gpu, Graph, Stream
 from rkd_deploy.serve.backends.protocol import Array, InputSpec, logits_first
 from rkd_deploy.serve.engines.flavours import Flavour
+from rkd_deploy.serve.engines.layers import engine_layers
+from rkd_deploy.serve.engines.profiling import layer_profiler
 from rkd_deploy.serve.engines.record import EngineRecord
 from rkd_deploy.serve.engines.settings import Profile, profile_for
 from rkd_deploy.serve.files import broken_model
@@ -87,6 +89,10 @@ class LoadedEngine:
                 "programs on the GPU (nvidia-smi), or build the engine for smaller batches."
             )
         return context
+
+    def layers(self) -> list[dict[str, Any]]:
+        """As the engine inspector tells them."""
+        return engine_layers(self._engine, self.library.trt)
 
     def close(self) -> None:
         """Give it back; every context has to be gone by then."""
@@ -214,6 +220,22 @@ class Run:
             self._graph.launch(self._stream)
         else:
             self._enqueue()
+
+    def layer_times(self, count: int) -> list[list[tuple[str, float]]]:
+        """Name and milliseconds of each layer in each of so many runs, made ready by `fit` and without a graph.
+
+        Raises:
+            BackendError: A run failed.
+        """
+        profiler = layer_profiler(self._engine.library.trt)
+        self._context.profiler = profiler
+        runs = []
+        for _ in range(count):
+            profiler.times = []
+            self._enqueue()
+            self._stream.synchronize()
+            runs.append(profiler.times)
+        return runs
 
     def close(self) -> None:
         """Give the graph, the memory and the context back."""

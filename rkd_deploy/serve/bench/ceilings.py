@@ -29,7 +29,7 @@ from rkd_deploy.errors import BackendError, RkdError, require
 from rkd_deploy.serve.backends import Array, load_backend
 from rkd_deploy.serve.bench.graph_cost import macs
 
-ARITHMETIC = ("float32", "float16")
+ARITHMETIC = ("float32", "float16", "int8")
 """What a ceiling is measured in."""
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 """Those that run an ONNX file; PyTorch's runs exported programs."""
@@ -114,16 +114,21 @@ def _answer() -> None:
 def _measured(
     backend: str, device: str | None, threads: int | None, arithmetic: str, footprints: Sequence[int]
 ) -> Ceilings:
-    dtype = np.dtype(arithmetic)
+    # Memory is as fast for any type, and not every runtime copies every type.
+    dtype = np.dtype("float32" if arithmetic == "int8" else arithmetic)
     kernels: dict[str, float] = {}
     copies: dict[int, float] = {}
     ran_on = "cpu"
     with tempfile.TemporaryDirectory(prefix="rkd-ceilings-") as folder:
 
-        def rate(work: int, op: str, *shapes: tuple[int, ...], **attributes: Any) -> float:
+        def rate(work: int, op: str, *shapes: tuple[int, ...], as_int8: bool = False, **attributes: Any) -> float:
             nonlocal ran_on
-            x = _write(Path(folder) / "probe.onnx", op, dtype, *shapes, **attributes)
-            with load_backend(backend, Path(folder) / "probe.onnx", device=device, threads=threads) as loaded:
+            file = Path(folder) / "probe.onnx"
+            if as_int8:
+                x = _write_quantised(file, op, *shapes, signed=backend.startswith("tensorrt"), **attributes)
+            else:
+                x = _write(file, op, dtype, *shapes, **attributes)
+            with load_backend(backend, file, device=device, threads=threads) as loaded:
                 ran_on = loaded.device
                 return work / _best(loaded.prepare(x), loaded.synchronize)
 
@@ -132,9 +137,10 @@ def _measured(
         side, images, channels = (8192, 32, 256) if cuda else (1024, 1, 128)
         square, maps, kernel = (side, side), (images, channels, 56, 56), (channels, channels, 3, 3)
         product, window = macs("MatMul", square, square, square), macs("Conv", maps, kernel, maps)
-        kernels[f"matrix product, side {side}"] = rate(product, "MatMul", square, square, square)
+        int8 = arithmetic == "int8"
+        kernels[f"matrix product, side {side}"] = rate(product, "MatMul", square, square, square, as_int8=int8)
         kernels[f"3x3 convolution of {'x'.join(map(str, maps))}"] = rate(
-            window, "Conv", maps, maps, kernel, pads=[1] * 4
+            window, "Conv", maps, maps, kernel, as_int8=int8, pads=[1] * 4
         )
         for size in footprints:
             copied, read = size // 2 // dtype.itemsize, size // 1024 // dtype.itemsize
@@ -157,16 +163,61 @@ def _write(
     """Write a model of one operator, x and y the shapes of its ends, and give an input for it."""
     onnx = require("onnx", "export")
     kind, generator = onnx.helper.np_dtype_to_tensor_dtype(dtype), np.random.default_rng(0)
-    constants = []
-    if weight:
-        values = (generator.random(weight, np.float32) - 0.5).astype(dtype)
-        constants = [onnx.numpy_helper.from_array(values, "weight")]
+    constants = {"weight": (generator.random(weight, np.float32) - 0.5).astype(dtype)} if weight else {}
     node = onnx.helper.make_node(op, ["x", "weight"] if weight else ["x"], ["y"], **attributes)
+    _save(file, [node], kind, x, y, constants)
+    return (generator.random(x, np.float32) - 0.5).astype(dtype)
+
+
+def _write_quantised(
+    file: Path,
+    op: str,
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    weight: tuple[int, ...],
+    *,
+    signed: bool,
+    **attributes: Any,
+) -> Array:
+    """The same product between quantised ends, the form that runtimes make one int8 kernel of.
+
+    Args:
+        file: Where to.
+        op: Of the operator.
+        x: Shape of its input, and so y, weight.
+        y: Of its output.
+        weight: Of its weight.
+        signed: Activations in int8, which TensorRT takes alone; else in uint8, which is fast on CPUs.
+        attributes: Of the operator.
+    """
+    onnx = require("onnx", "export")
+    generator, dtype = np.random.default_rng(0), np.dtype(np.int8 if signed else np.uint8)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    constants = {
+        "weight": generator.integers(-127, 128, weight, np.int8),
+        "scale": np.float32(0.01),
+        "middle": dtype.type(0 if signed else 128),
+        "zero": np.int8(0),
+    }
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["x", "scale", "middle"], ["x_real"]),
+        onnx.helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["weight_real"]),
+        onnx.helper.make_node(op, ["x_real", "weight_real"], ["y_real"], **attributes),
+        onnx.helper.make_node("QuantizeLinear", ["y_real", "scale", "middle"], ["y"]),
+    ]
+    _save(file, nodes, kind, x, y, {name: np.asarray(value) for name, value in constants.items()})
+    return generator.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, x, dtype)
+
+
+def _save(
+    file: Path, nodes: Sequence[Any], kind: int, x: tuple[int, ...], y: tuple[int, ...], constants: Mapping[str, Array]
+) -> None:
+    onnx = require("onnx", "export")
     ends = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, shape in (("x", x), ("y", y))]
-    graph = onnx.helper.make_graph([node], "probe", ends[:1], ends[1:], constants)
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "probe", ends[:1], ends[1:], stored)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, str(file))
-    return (generator.random(x, np.float32) - 0.5).astype(dtype)
 
 
 def _best(enqueue: Callable[[], None], synchronize: Callable[[], None]) -> float:

@@ -30,7 +30,7 @@ _WEIGHT = {
 }
 _UNCOUNTED = ("Attention", "DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan")
 _VIEWS = ("Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze")
-_QUANTISED = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "QuantizeLinear")
+_QUANTISED = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,32 @@ class Cost:
     """Of one call with one batch.
 
     Attributes:
-        macs: Multiply-adds.
+        macs_in: Multiply-adds by the type they are done in: that of the weights as stored, "int8" where both factors
+            are quantised.
         weight_bytes: Of all constants, as stored.
         input_bytes: Of the input.
         output_bytes: Of the outputs.
         unfused_bytes: What all operators together would read and write if none were fused with another: what a runtime
             saves by fusing is part of this.
-        arithmetic: Type of the weights that most MACs are done with, "int8" for a quantised graph.
         uncounted: Operators whose MACs are not among these, by type.
     """
 
-    macs: int
+    macs_in: Mapping[str, int]
     weight_bytes: int
     input_bytes: int
     output_bytes: int
     unfused_bytes: int
-    arithmetic: str
     uncounted: tuple[str, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return sum(self.macs_in.values())
+
+    @property
+    def arithmetic(self) -> str:
+        """Type that most of them are done in."""
+        return max(self.macs_in, key=lambda kind: self.macs_in[kind], default="float32")
 
     @property
     def least_bytes(self) -> int:
@@ -124,22 +133,21 @@ def _count(graph: Any, onnx: Any) -> Cost:
     values = [_of_value(value, onnx) for value in (*graph.input, *graph.value_info, *graph.output)]
     known = {tensor.name: tensor for tensor in (*values, *constants)}
     nodes = [node for node in graph.node if node.op_type not in ("Constant", *_VIEWS)]
-    by_type, uncounted = dict[str, int](), dict[str, None]()
+    makers = {name: node for node in graph.node for name in node.output}
+    macs_in, uncounted = dict[str, int](), dict[str, None]()
     for node in nodes:
         macs = None if node.op_type in _UNCOUNTED else _macs_of(node, known, onnx)
         if macs is None:
             uncounted[node.op_type] = None
         elif macs:
-            kind = known[node.input[_WEIGHT[node.op_type]]].dtype
-            by_type[kind] = by_type.get(kind, 0) + macs
-    quantised = any(node.op_type in _QUANTISED for node in graph.node)
+            kind = _done_in(node, known, makers)
+            macs_in[kind] = macs_in.get(kind, 0) + macs
     return Cost(
-        macs=sum(by_type.values()),
+        macs_in=macs_in,
         weight_bytes=sum(constant.bytes for constant in constants),
         input_bytes=sum(known[value.name].bytes for value in graph.input if value.name not in names),
         output_bytes=sum(known[value.name].bytes for value in graph.output),
         unfused_bytes=sum(known[name].bytes for node in nodes for name in {*node.input, *node.output} if name in known),
-        arithmetic="int8" if quantised else max(by_type, key=lambda kind: by_type[kind], default="float32"),
         uncounted=tuple(uncounted),
     )
 
@@ -171,6 +179,18 @@ def _of_value(value: Any, onnx: Any) -> _Tensor:
         return _Tensor(value.name, None, "unknown", 0)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return _Tensor(value.name, shape if whole else None, dtype.name, dtype.itemsize)
+
+
+def _done_in(node: Any, known: Mapping[str, _Tensor], makers: Mapping[str, Any]) -> str:
+    """Type that a product is done in: where both factors are dequantised, runtimes do it in the stored one."""
+    if node.op_type in _QUANTISED:
+        return "int8"
+    weight = node.input[_WEIGHT[node.op_type]]
+    sources = [makers.get(name) for name in (node.input[0], weight)]
+    if all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+        stored = [known[source.input[0]].dtype for source in sources if source is not None]
+        return "int8" if set(stored) <= {"int8", "uint8"} else stored[-1]
+    return known[weight].dtype
 
 
 def _macs_of(node: Any, known: Mapping[str, _Tensor], onnx: Any) -> int | None:

@@ -3,11 +3,12 @@
 The model is loaded once more with its runtime's profiling on, after the timed runs and apart from them: profiling costs
 time in every layer, so these figures divide a call and do not add up to its latency exactly.
 
-    onnxruntime   kernel times of its profile file, CPU only: on CUDA they would be those of the launches
-    openvino      InferRequest.get_profiling_info
+    onnxruntime               kernel times of its profile file, CPU only: on CUDA they would be those of the launches
+    openvino                  InferRequest.get_profiling_info
+    tensorrt, tensorrt-rtx    IProfiler, without CUDA graph
+    pytorch                   torch.profiler around each operator of the exported program
 
-The others give none: TensorRT's own layer times need its profiler in an execution context, which a captured graph has
-not; PyTorch's runs whole exported programs.
+The others give none: what torch.compile makes is no longer the program's operators, and a captured graph is one launch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import require
-from rkd_deploy.serve.backends import Array, load_backend
-from rkd_deploy.serve.bench import random_input
+from rkd_deploy.serve.backends import Array, Backend
+from rkd_deploy.serve.backends.protocol import LayerRun, LayerTime
+from rkd_deploy.serve.bench.case import Case
+from rkd_deploy.serve.bench.loading import Setting, random_input
 from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.serve.files import model_name, model_path, read_card
 
@@ -39,21 +42,17 @@ class Layer:
     """Its type, as the runtime calls it."""
     ms: float
     """Median over the runs of the time in it."""
+    precision: str | None = None
+    """Type it works on, as the runtime says, which need not be the file's: most CPUs run float16 files in float32."""
 
 
-@dataclass(frozen=True)
-class LayerTimes:
+@dataclass(frozen=True, kw_only=True)
+class LayerTimes(Case):
     """Of one model at one batch size."""
 
-    model: str
-    file_bytes: int
-    backend: str
-    device: str
-    threads: int | None
-    batch: int
     runs: int
     layers: tuple[Layer, ...]
-    """In the order they run; empty where the backend gives none."""
+    """In the order they run."""
 
     def to_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,22 +61,22 @@ class LayerTimes:
 
 def layer_times(
     models: Sequence[str | os.PathLike[str]],
+    setting: Setting,
     *,
-    backend: str = "onnxruntime",
-    device: str | None = None,
     batch: int = 1,
-    threads: int | None = None,
+    batches: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[LayerTimes]:
     """Time every layer of each model, on seeded random inputs; none where the backend does not give it.
 
     Args:
-        models: Bundle folders or ONNX files.
-        backend: As for `load_backend`, and so `device` and `threads`.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
+        models: As for `bench`.
+        setting: On what; its streams are of no effect here.
         batch: Images in one call.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        batches: Those of the bench, so that the engine is the one that it measured; None: the usual ones.
+        shape: Of one input, for models that leave it open and have no card.
         seed: Of the inputs.
         progress: Told which model is looked at.
 
@@ -86,37 +85,55 @@ def layer_times(
         ModelFileError: A model or card is missing or corrupt.
         BackendError: The backend cannot run here.
     """
-    profile = _PROFILERS.get(backend)
-    if profile is None or device not in (None, "cpu"):
-        return []
+    alone = replace(setting, streams=1)
     found = []
     for number, path in enumerate(models):
-        with load_backend(backend, path, device=device, threads=threads) as loaded:
-            card = read_card(path, loaded.metadata())
-            x, input_name = random_input(loaded, card, batch, seed), loaded.input_name
-        name, file = card.name if card is not None else model_name(path), model_path(path)
-        if progress is not None:
-            progress(f"layers of {name}", number / len(models))
-        runs = profile(file, input_name, x, threads)
-        found.append(LayerTimes(name, file.stat().st_size, backend, "cpu", threads, batch, len(runs), _medians(runs)))
+        with alone.load(path, batches, progress) as loaded:
+            card, file = read_card(path, loaded.metadata()), model_path(path)
+            name = card.name if card is not None else model_name(path)
+            if progress is not None:
+                progress(f"layers of {name} on {alone}", number / len(models))
+            x = random_input(loaded, card, batch, seed, shape)
+            runs = _layer_runs(loaded, file, x, setting.threads)
+        if runs:
+            found.append(
+                LayerTimes(
+                    model=name,
+                    file_bytes=file.stat().st_size,
+                    backend=loaded.name,
+                    device=loaded.device,
+                    threads=setting.threads,
+                    batch=batch,
+                    runs=len(runs),
+                    layers=_medians(runs),
+                )
+            )
     return found
 
 
-_Run = list[Layer]
+def _layer_runs(loaded: Backend, file: Path, x: Array, threads: int | None) -> list[LayerRun]:
+    if (loaded.name, loaded.device) == ("onnxruntime", "cpu"):
+        return _onnxruntime(file, loaded.input_name, x, threads)
+    if loaded.name == "openvino":
+        return _openvino(file, x, threads)
+    return loaded.layer_runs(x, _WARMUP + _RUNS)[_WARMUP:]
 
 
-def _medians(runs: Sequence[_Run]) -> tuple[Layer, ...]:
-    times: dict[tuple[str, str], list[float]] = {}
+def _medians(runs: Sequence[LayerRun]) -> tuple[Layer, ...]:
+    times: dict[tuple[str, str, str | None], list[float]] = {}
     for run in runs:
-        totals: dict[tuple[str, str], float] = {}
+        totals: dict[tuple[str, str, str | None], float] = {}
         for layer in run:  # names need not be unique
-            totals[layer.name, layer.op] = totals.get((layer.name, layer.op), 0.0) + layer.ms
+            key = (layer.name, layer.op, layer.precision)
+            totals[key] = totals.get(key, 0.0) + layer.ms
         for key, ms in totals.items():
             times.setdefault(key, []).append(ms)
-    return tuple(Layer(name, op, statistics.median(values)) for (name, op), values in times.items())
+    return tuple(
+        Layer(name, op, statistics.median(values), precision) for (name, op, precision), values in times.items()
+    )
 
 
-def _onnxruntime(file: Path, input_name: str, x: Array, threads: int | None) -> list[_Run]:
+def _onnxruntime(file: Path, input_name: str, x: Array, threads: int | None) -> list[LayerRun]:
     from rkd_deploy.serve.backends.onnxrt import session_options
 
     ort = require("onnxruntime", "cpu")
@@ -131,24 +148,30 @@ def _onnxruntime(file: Path, input_name: str, x: Array, threads: int | None) -> 
     return read_profile(events)[_WARMUP:]
 
 
-def read_profile(events: Sequence[dict[str, Any]]) -> list[_Run]:
+def read_profile(events: Sequence[dict[str, Any]]) -> list[LayerRun]:
     """The kernels of each run of an ONNX Runtime profile: events of category Node named NAME_kernel_time, in us."""
-    runs: list[_Run] = []
+    runs: list[LayerRun] = []
     seen: set[str] = set()
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
-        index, op = event["args"]["node_index"], event["args"].get("op_name", "")
+        facts = event["args"]
+        index, op = facts["node_index"], facts.get("op_name", "")
         if not runs or index in seen:  # every run begins with the same node, and has each once
             runs.append([])
             seen = set()
         seen.add(index)
         name = event["name"].removesuffix("_kernel_time") or f"{op} {index}"
-        runs[-1].append(Layer(name, op, event["dur"] / 1000))
+        precision = next((kind for one in facts.get("input_type_shape") or () for kind in one), None)
+        runs[-1].append(LayerTime(name, op, event["dur"] / 1000, _numpy_name(precision)))
     return runs
 
 
-def _openvino(file: Path, input_name: str, x: Array, threads: int | None) -> list[_Run]:
+def _numpy_name(kind: str | None) -> str | None:
+    return {"float": "float32", "double": "float64"}.get(kind, kind) if kind else None
+
+
+def _openvino(file: Path, x: Array, threads: int | None) -> list[LayerRun]:
     from rkd_deploy.serve.backends.ov import compile_options
 
     core = require("openvino", "openvino").Core()
@@ -157,11 +180,14 @@ def _openvino(file: Path, input_name: str, x: Array, threads: int | None) -> lis
     for _ in range(_WARMUP + _RUNS):
         request.infer({0: x}, share_inputs=True)
         executed = [node for node in request.get_profiling_info() if node.status.name == "EXECUTED"]
-        runs.append([Layer(node.node_name, node.node_type, 1000 * node.real_time.total_seconds()) for node in executed])
+        runs.append([_openvino_layer(node) for node in executed])
     return runs[_WARMUP:]
 
 
-_PROFILERS: dict[str, Callable[[Path, str, Array, int | None], list[_Run]]] = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-}
+_OPENVINO_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i32": "int32"}
+
+
+def _openvino_layer(node: Any) -> LayerTime:
+    # Its kernels are named after their type: brgconv_avx512_I8, jit_gemm_FP32.
+    kind = node.exec_type.rpartition("_")[2].lower().replace("fp", "f")
+    return LayerTime(node.node_name, node.node_type, 1000 * node.real_time.total_seconds(), _OPENVINO_NAMES.get(kind))

@@ -26,6 +26,7 @@ from rkd_deploy.serve.bench.canvas import (
 )
 
 if TYPE_CHECKING:
+    from rkd_deploy.serve.bench.case import Case
     from rkd_deploy.serve.bench.report import Result
 
 _LEGEND = {
@@ -189,7 +190,7 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
         )
 
 
-def names(points: Sequence[Result]) -> list[str]:
+def names(points: Sequence[Result | Case]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
     found = [result.model for result in points]
     for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):

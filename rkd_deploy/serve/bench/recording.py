@@ -145,7 +145,7 @@ def record_bench(
         if scenarios:
             run_scenarios(
                 models,
-                _planned(models, settings),
+                planned(models, settings),
                 scenarios,
                 folder,
                 load=load or Load(),
@@ -172,8 +172,12 @@ def record_bench(
     return write(partial=False)
 
 
-def _planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any]) -> list[Setting]:
-    """The settings of a bench for LoadGen, which makes streams of its own."""
+def planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any]) -> list[Setting]:
+    """The settings of a bench, streams aside: LoadGen makes its own, and a study needs none.
+
+    Raises:
+        RkdError: As `plan` raises it.
+    """
     backend, threads = settings.get("backend", "onnxruntime"), settings.get("threads")
     return plan(
         models,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "PERCENTILES",
     "RECORD_SCHEMA",
+    "RUNS",
     "Figures",
     "Result",
+    "Row",
+    "cut_short",
     "details_markdown",
     "markdown",
     "print_details",
     "print_table",
+    "rows_of",
     "to_record",
 ]
 
@@ -224,42 +229,48 @@ COLUMNS: tuple[Column[Result], ...] = (
     Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
     Column("Engine build, s", lambda r: None if r.build_seconds is None else f"{r.build_seconds:,.1f}"),
     Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
-    Column("Ended", lambda r: None if r.complete else "interrupted", numeric=False),
+    Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
 )
 
 
+def cut_short(result: Result) -> bool:
+    """Whether either kind of its figures was interrupted."""
+    return not all(figures.complete for figures in (result, result.device_only) if figures is not None)
+
+
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One line of the table of everything: figures, and the result that they are of."""
 
     result: Result
     figures: Figures
 
 
-def _of_result(column: Column[Result]) -> Column[_Row]:
+def _of_result(column: Column[Result]) -> Column[Row]:
     return Column(column.title, lambda row: column.text(row.result), numeric=column.numeric, setting=column.setting)
 
 
-_WHOSE: tuple[Column[_Row], ...] = (
+_WHOSE: tuple[Column[Row], ...] = (
     *(_of_result(column) for column in _SETTINGS if not column.detail),
     Column("Figures", lambda r: "end to end" if r.figures.transfers else "device only", numeric=False),
 )
-_PERCENTILES: tuple[Column[_Row], ...] = (
+PERCENTILES: tuple[Column[Row], ...] = (
     *_WHOSE,
-    Column("Mean, ms", lambda r: milliseconds(r.figures.mean_ms)),
-    Column("CV, %", lambda r: f"{100 * r.figures.cv:.1f}"),
+    Column("Mean, ms", lambda r: _told(r.figures.mean_ms, milliseconds)),
+    Column("CV, %", lambda r: _told(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
     Column("p50, ms", lambda r: _percentile(r.figures, "50")),
     Column("p90, ms", lambda r: _percentile(r.figures, "90")),
     Column("p95, ms", lambda r: _percentile(r.figures, "95")),
     Column("p99, ms", lambda r: _percentile(r.figures, "99")),
     Column("p99.9, ms", lambda r: _percentile(r.figures, "99_9")),
+    Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False),
 )
-_RUNS: tuple[Column[_Row], ...] = (
+RUNS: tuple[Column[Row], ...] = (
     *_WHOSE,
     Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
-    Column("First run, ms", lambda r: milliseconds(r.figures.first_run_ms)),
-    Column("Warm-up runs", lambda r: f"{r.figures.warmup_runs:,}"),
-    Column("Runs", lambda r: f"{r.figures.runs:,}"),
+    Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
+    Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
+    Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
     Column("Machine slower by, %", lambda r: _slower(r.figures)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
@@ -277,8 +288,8 @@ def markdown(results: Sequence[Result]) -> str:
 
 def details_markdown(results: Sequence[Result]) -> str:
     """Two Markdown tables: every percentile with its 95 % confidence interval; times, counts and memory."""
-    rows = _rows(results)
-    return f"{tabular.markdown(_PERCENTILES, rows)}\n{tabular.markdown(_RUNS, rows)}"
+    rows = rows_of(results)
+    return f"{tabular.markdown(PERCENTILES, rows)}\n{tabular.markdown(RUNS, rows)}"
 
 
 def print_table(results: Sequence[Result], console: Console) -> None:
@@ -288,14 +299,15 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 def print_details(results: Sequence[Result], console: Console) -> None:
     """The tables of `details_markdown` for a terminal."""
-    rows = _rows(results)
-    tabular.print_table(_PERCENTILES, rows, console)
-    tabular.print_table(_RUNS, rows, console)
+    rows = rows_of(results)
+    tabular.print_table(PERCENTILES, rows, console)
+    tabular.print_table(RUNS, rows, console)
 
 
-def _rows(results: Sequence[Result]) -> list[_Row]:
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """A line for each kind of figures of each result."""
     return [
-        _Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
+        Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
     ]
 
 
@@ -309,6 +321,11 @@ def _percentile(figures: Figures, q: str) -> str | None:
 
 def _slower(figures: Figures) -> str | None:
     return None if figures.pace_ms is None else f"{100 * (figures.slowdown - 1):.0f}"
+
+
+def _told(value: float | None, form: Callable[[Any], str]) -> str | None:
+    """A figure as text; None where a record of another version lacks it."""
+    return None if value is None else form(value)
 
 
 def _engine(result: Result) -> str | None:

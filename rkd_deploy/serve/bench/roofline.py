@@ -1,13 +1,13 @@
 """Prediction first: how fast a model could be on this machine, before it is measured.
 
-With W multiply-adds, Q bytes that have to be moved at the least, and the machine's ceilings pi (MAC/s) and beta
-(bytes/s), no run takes less than
+With W_k multiply-adds in arithmetic k, Q bytes that have to be moved at the least, and the machine's ceilings pi_k
+(MAC/s) and beta (bytes/s), no run takes less than
 
-    t >= max(W / pi, Q / beta),
+    t >= max(sum over k of W_k / pi_k, Q / beta),
 
-which is Williams, Waterman and Patterson's roofline (CACM 52(4), 2009) read as time: at W / Q MACs per byte the roof is
-min(pi, beta W / Q). The measured median is then told as the share t / p50 of it. `graph_cost` counts W and Q,
-`ceilings` measures pi and beta through the backend itself.
+which for one k is Williams, Waterman and Patterson's roofline (CACM 52(4), 2009) read as time: at W / Q MACs per byte
+the roof is min(pi, beta W / Q). The measured median is then told as the share t / p50 of it. `graph_cost` counts W and
+Q, `ceilings` measures pi and beta through the backend itself.
 
 Not covered: what starting operators costs (for small networks at batch 1 most of the time), operators that are no
 product, activations that do not stay in a cache. So a small share says that there is room, not that it can be had.
@@ -16,15 +16,19 @@ product, activations that do not stay in a cache. So a small share says that the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkd_deploy.errors import UsageError, require
+from rkd_deploy.errors import BackendError, UsageError, require
+from rkd_deploy.serve.backends import default_device
 from rkd_deploy.serve.bench import tabular
+from rkd_deploy.serve.bench.case import Case
 from rkd_deploy.serve.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
 from rkd_deploy.serve.bench.graph_cost import Cost, graph_cost
+from rkd_deploy.serve.bench.loading import ENGINE_BACKENDS, Setting
 from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.serve.bench.tabular import Column, milliseconds
 from rkd_deploy.serve.bench.timing import Progress
@@ -35,15 +39,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One model at one batch size on one backend; None where it cannot be told, and `note` says why."""
+class Prediction(Case):
+    """What is told of one case; None where it cannot be, and `note` says why."""
 
-    model: str
-    file_bytes: int
-    backend: str
-    device: str
-    threads: int | None
-    batch: int
     macs: int | None = None
     """Of one call."""
     least_bytes: int | None = None
@@ -51,8 +49,9 @@ class Prediction:
     unfused_bytes: int | None = None
     """All operators' inputs and outputs."""
     arithmetic: str | None = None
+    """What the multiply-adds are done in; of several the shares."""
     macs_per_s: float | None = None
-    """The machine's ceiling."""
+    """The machine's ceiling; of several kinds of arithmetic that of their mixture."""
     bytes_per_s: float | None = None
     """The machine's ceiling for a working set of this size."""
     bound_ms: float | None = None
@@ -86,21 +85,19 @@ def bound(macs: int, least_bytes: int, macs_per_s: float, bytes_per_s: float) ->
 
 def predict(
     models: Sequence[str | os.PathLike[str]],
+    setting: Setting,
     *,
-    backend: str = "onnxruntime",
-    device: str | None = None,
     batches: Sequence[int] = (1, 8, 32),
-    threads: int | None = None,
+    shape: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Roofline:
     """What each model has to do, what the machine can do, and the time that follows.
 
     Args:
         models: Bundle folders or ONNX files; of others the prediction says that nothing is known.
-        backend: As for `load_backend`, and so `device` and `threads`.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
+        setting: On what; its streams are of no effect: the bound is one caller's.
         batches: Numbers of images in one call.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        shape: Of one input, for models that leave it open and have no card.
         progress: Told what is being done.
 
     Returns:
@@ -111,31 +108,45 @@ def predict(
         ModelFileError: A model is missing.
         BackendError: The backend cannot run here.
     """
-    subjects = [_subject(path) for path in models]
+    subjects = [_subject(path, shape) for path in models]
     wanted = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
     costs = [cost for *_, cost, _ in wanted if cost is not None]
-    ceilings: dict[str, Ceilings] = {}
-    for arithmetic in sorted({cost.arithmetic for cost in costs} & set(ARITHMETIC)) if backend in BACKENDS else ():
-        if progress is not None:
-            progress(f"the machine's ceilings in {arithmetic}", 0)
-        sizes = sorted({footprint(cost.least_bytes) for cost in costs if cost.arithmetic == arithmetic})
-        ceilings[arithmetic] = measure_ceilings(
-            backend, device=device, threads=threads, arithmetic=arithmetic, footprints=sizes
-        )
-    ran_on = next((one.device for one in ceilings.values()), device or "cpu")
+    ceilings = _ceilings(setting, costs, progress) if costs and setting.backend in BACKENDS else {}
+    ran_on = next((one.device for one in ceilings.values()), setting.device or default_device(setting.backend))
     predictions = tuple(
         Prediction(
             model=subject.name,
             file_bytes=subject.file.stat().st_size,
             batch=batch,
-            backend=backend,
+            backend=setting.backend,
             device=ran_on,
-            threads=threads,
-            **({"note": note} if cost is None else _bounded(cost, ceilings.get(cost.arithmetic), backend)),
+            threads=setting.threads,
+            **({"note": note} if cost is None else _bounded(cost, ceilings, setting.backend)),
         )
         for subject, batch, cost, note in wanted
     )
     return Roofline(tuple(ceilings.values()), predictions)
+
+
+def _ceilings(setting: Setting, costs: Sequence[Cost], progress: Progress | None) -> dict[str, Ceilings]:
+    """By arithmetic; float32's too where another one's cannot be measured, or is not known here."""
+    sizes = sorted({footprint(cost.least_bytes) for cost in costs})
+    found: dict[str, Ceilings] = {}
+
+    def measure(arithmetic: str) -> None:
+        if progress is not None:
+            progress(f"the machine's ceilings on {setting} in {arithmetic}", 0)
+        found[arithmetic] = measure_ceilings(
+            setting.backend, device=setting.device, threads=setting.threads, arithmetic=arithmetic, footprints=sizes
+        )
+
+    wanted = {kind for cost in costs for kind in cost.macs_in}
+    for kind in sorted(wanted & {*ARITHMETIC} - {"float32"}):
+        with suppress(BackendError):  # of a runtime without such kernels; float32 below tells what is wrong otherwise
+            measure(kind)
+    if not wanted or not wanted <= {*found}:
+        measure("float32")
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,7 @@ class _Subject:
     """Whether it is an ONNX file; an engine is none."""
 
 
-def _subject(path: str | os.PathLike[str]) -> _Subject:
+def _subject(path: str | os.PathLike[str], shape: Sequence[int] | None) -> _Subject:
     onnx, file = require("onnx", "export"), model_path(path)
     try:
         found = onnx.load(str(file), load_external_data=False)
@@ -157,7 +168,8 @@ def _subject(path: str | os.PathLike[str]) -> _Subject:
         return _Subject(model_name(path), file, (), False)
     card = read_card(path, {entry.key: entry.value for entry in found.metadata_props})
     name = card.name if card is not None else model_name(path)
-    return _Subject(name, file, () if card is None else card.preprocess.input_shape, True)
+    image = shape or (() if card is None else card.preprocess.input_shape)
+    return _Subject(name, file, tuple(image), True)
 
 
 def _costed(subject: _Subject, batch: int) -> tuple[Cost | None, str | None]:
@@ -169,21 +181,35 @@ def _costed(subject: _Subject, batch: int) -> tuple[Cost | None, str | None]:
         return None, str(error)
 
 
-def _bounded(cost: Cost, ceilings: Ceilings | None, backend: str) -> dict[str, Any]:
+def _bounded(cost: Cost, ceilings: Mapping[str, Ceilings], backend: str) -> dict[str, Any]:
+    notes = [f"not counted: {', '.join(cost.uncounted)}"] if cost.uncounted else []
     known = {
         "macs": cost.macs,
         "least_bytes": cost.least_bytes,
         "unfused_bytes": cost.unfused_bytes,
-        "arithmetic": cost.arithmetic,
-        "note": f"not counted: {', '.join(cost.uncounted)}" if cost.uncounted else None,
+        "arithmetic": _shares(cost),
     }
-    if ceilings is None:
-        why = f"in {cost.arithmetic}" if backend in BACKENDS else f"of {backend}, which runs no ONNX file"
-        return {**known, "note": f"no ceiling is measured {why}"}
-    rate = ceilings.bytes_per_s[footprint(cost.least_bytes)]
-    bound_ms, limit = bound(cost.macs, cost.least_bytes, ceilings.macs_per_s, rate)
-    rates = {"macs_per_s": ceilings.macs_per_s, "bytes_per_s": rate}
-    return {**known, **rates, "bound_ms": bound_ms, "limit": limit}
+    if not ceilings:
+        return {**known, "note": f"no ceiling is measured of {backend}, which runs no ONNX file"}
+    seconds = 0.0
+    for kind, macs in cost.macs_in.items():
+        if kind not in ceilings:
+            notes.append(
+                f"{kind} is bounded by the peak of float32, which it may exceed: its own could not be measured"
+            )
+        seconds += macs / ceilings.get(kind, ceilings.get("float32", next(iter(ceilings.values())))).macs_per_s
+    rate = max(one.bytes_per_s[footprint(cost.least_bytes)] for one in ceilings.values())
+    peak = cost.macs / seconds if seconds else max(one.macs_per_s for one in ceilings.values())
+    bound_ms, limit = bound(cost.macs, cost.least_bytes, peak, rate)
+    told = {"macs_per_s": peak, "bytes_per_s": rate, "bound_ms": bound_ms, "limit": limit}
+    return {**known, **told, "note": "; ".join(notes) or None}
+
+
+def _shares(cost: Cost) -> str:
+    if len(cost.macs_in) < 2:
+        return cost.arithmetic
+    ordered = sorted(cost.macs_in.items(), key=lambda one: -one[1])
+    return ", ".join(f"{kind} {100 * macs / cost.macs:.0f} %" for kind, macs in ordered)
 
 
 @dataclass(frozen=True)
@@ -203,12 +229,14 @@ class Achieved:
 
 def achieved(predictions: Iterable[Prediction], results: Iterable[Result]) -> list[Achieved]:
     """Each prediction with the median of the result that it was made for."""
-    medians = {_key(result): result.p50_ms for result in reversed(list(results))}
-    return [Achieved(prediction, medians.get(_key(prediction))) for prediction in predictions]
+    medians = {_case(result): result.p50_ms for result in reversed(list(results))}
+    return [Achieved(prediction, medians.get(_case(prediction))) for prediction in predictions]
 
 
-def _key(one: Prediction | Result) -> tuple[Any, ...]:
-    return one.model, one.file_bytes, one.batch, one.backend, one.device, one.threads
+def _case(one: Prediction | Result) -> Case:
+    case = Case.of(one)
+    # What is predicted is the ONNX file, and what runs the engine that was built of it.
+    return replace(case, file_bytes=0) if case.backend in ENGINE_BACKENDS else case
 
 
 def _scaled(value: float | None, unit: float) -> str | None:
@@ -220,6 +248,7 @@ COLUMNS: tuple[Column[Achieved], ...] = (
     Column("Backend", lambda a: f"{a.prediction.backend} {a.prediction.device}", numeric=False, setting=True),
     Column("Threads", lambda a: None if a.prediction.threads is None else str(a.prediction.threads), setting=True),
     Column("Batch", lambda a: str(a.prediction.batch)),
+    Column("Arithmetic", lambda a: a.prediction.arithmetic, numeric=False, setting=True),
     Column("MACs of a call, M", lambda a: _scaled(a.prediction.macs, 1e6)),
     Column("Moved at least, MB", lambda a: _scaled(a.prediction.least_bytes, 1e6)),
     Column("Moved unfused, MB", lambda a: _scaled(a.prediction.unfused_bytes, 1e6), detail=True),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.serve.bench import roofline
 from rkd_deploy.serve.bench.layers import LayerTimes, layer_times
+from rkd_deploy.serve.bench.loading import USUAL_BATCHES, Setting
 from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.serve.bench.roofline import Roofline
 from rkd_deploy.serve.bench.timing import Progress
@@ -18,48 +19,66 @@ if TYPE_CHECKING:
 
 
 class Study:
-    """Of some models under the conditions of one bench; neither step touches the timed runs."""
+    """Of some models under all settings of one bench; neither step touches the timed runs."""
 
     def __init__(
         self,
         models: Sequence[str | os.PathLike[str]],
-        batches: Sequence[int],
+        settings: Sequence[Setting],
+        batches: Sequence[int] | None = None,
         *,
-        backend: str,
-        device: str | None,
-        threads: int | None,
+        shape: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Take the arguments of the bench.
+        """Take what is measured.
 
         Args:
-            models: Bundle folders or ONNX files.
-            batches: Numbers of images in one call.
-            backend: As for `load_backend`, and so `device` and `threads`.
-            device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-            threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+            models: As for `bench`.
+            settings: From `plan`. Those that differ in what changes neither bound nor layers are studied once.
+            batches: As for `bench`.
+            shape: As for `bench`.
             names: To call the models by, where their own are not those of the results.
         """
-        self._models, self._batches, self._names = list(models), list(batches), names
-        self._where: dict[str, Any] = {"backend": backend, "device": device, "threads": threads}
+        self._models, self._names, self._shape = list(models), names, shape
+        self._asked = None if batches is None else list(batches)
+        self._batches = self._asked or list(USUAL_BATCHES)
+        self._settings = list(dict.fromkeys(replace(one, streams=1, cuda_graph=True) for one in settings))
         self.roofline: Roofline | None = None
         self.layers: list[LayerTimes] | None = None
 
     def predict(self, progress: Progress | None = None) -> None:
-        """Before the measurement: see `roofline.predict`, also for the errors."""
-        found = roofline.predict(self._models, batches=self._batches, progress=progress, **self._where)
+        """Before the measurement, under each setting: see `roofline.predict`, also for the errors."""
+        found = [
+            roofline.predict(
+                self._models,
+                setting,
+                batches=self._batches,
+                shape=self._shape,
+                progress=self._counted(progress, number),
+            )
+            for number, setting in enumerate(self._settings)
+        ]
+        predictions = [one for each in found for one in each.predictions]
         if self._names is not None:
-            names = list(self._names) * len(self._batches)
-            made = zip(found.predictions, names, strict=True)
-            found = Roofline(found.ceilings, tuple(replace(one, model=name) for one, name in made))
-        self.roofline = found
+            names = list(self._names) * (len(predictions) // len(self._names))
+            predictions = [replace(one, model=name) for one, name in zip(predictions, names, strict=True)]
+        self.roofline = Roofline(tuple(one for each in found for one in each.ceilings), tuple(predictions))
 
     def profile(self, progress: Progress | None = None, *, batch: int | None = None) -> None:
-        """After it, at the smallest batch unless one is given: see `layers.layer_times`, also for the errors."""
-        found = layer_times(self._models, batch=batch or min(self._batches), progress=progress, **self._where)
-        if self._names is not None and found:
-            found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
-        self.layers = found
+        """After it, under each setting, at the smallest batch unless one is given: see `layers.layer_times`."""
+        self.layers = []
+        for number, setting in enumerate(self._settings):
+            found = layer_times(
+                self._models,
+                setting,
+                batch=batch or min(self._batches),
+                batches=self._asked,
+                shape=self._shape,
+                progress=self._counted(progress, number),
+            )
+            if self._names is not None and found:
+                found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
+            self.layers += found
 
     def print_roofline(self, results: Sequence[Result], console: Console) -> None:
         """The bounds, with the share of them that was reached where there are results; nothing where none were told."""
@@ -74,3 +93,7 @@ class Study:
         if self.layers is not None:
             found["layers"] = [times.to_record() for times in self.layers]
         return found
+
+    def _counted(self, progress: Progress | None, number: int) -> Progress | None:
+        """Shares of one setting as shares of all of them."""
+        return None if progress is None else lambda name, share: progress(name, (number + share) / len(self._settings))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rkd_deploy.serve.engines.progress import Progress, monitor
 from rkd_deploy.serve.engines.record import EngineRecord
 from rkd_deploy.serve.engines.settings import HARDWARE, EngineSettings, capabilities
 from rkd_deploy.serve.engines.source import Source, read_source
+from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_bytes
 
 
@@ -78,7 +80,9 @@ def build_engine(
     if watch is not None:
         config.progress_monitor = watch
     cache = _TimingCache.attach(library, config, settings)
-    built = builder.build_serialized_network(network, config)
+    # Ctrl-C between two lines of the monitor would be raised into the library: the monitor ends the build instead.
+    with nullcontext() if watch is None else handling(watch.stop):
+        built = builder.build_serialized_network(network, config)
     if watch is not None and watch.interrupted:
         raise KeyboardInterrupt
     if built is None:
@@ -156,17 +160,11 @@ def _dynamic_batch(network: Any, source: Source) -> bool:
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shapes[tensor.name] = tuple(tensor.shape)
-    described = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-    if len(shapes) != 1:
+    ((name, shape),) = shapes.items()
+    if -1 in shape[1:]:
         raise BackendError(
-            f"{source.file} has {len(shapes)} inputs ({described or 'none'}). rkd-deploy builds engines of models with "
-            "one input, batch first: export the classifier alone."
-        )
-    (shape,) = shapes.values()
-    if not shape or -1 in shape[1:]:
-        raise BackendError(
-            f"The input {described} of {source.file} leaves more open than its batch (-1). Export it with a fixed "
-            "image size: an engine is built for known shapes."
+            f"The input {name} {list(shape)} of {source.file} leaves more open than its batch (-1). Export it with a "
+            "fixed image size: an engine is built for known shapes."
         )
     return bool(shape[0] == -1)
 

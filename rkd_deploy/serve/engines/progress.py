@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeAlias
 
 Progress: TypeAlias = Callable[[str, float], None]
@@ -23,6 +24,10 @@ def monitor(trt: Any, progress: Progress | None) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.interrupted = False
             self._steps: dict[str, int] = {}
+
+        def stop(self, number: int, frame: FrameType | None) -> None:
+            """For a signal: the build ends with its next step."""
+            self.interrupted = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:

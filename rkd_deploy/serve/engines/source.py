@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
-from rkd_deploy.errors import ModelFileError, require
+from rkd_deploy.errors import BackendError, ModelFileError, require
 from rkd_deploy.serve.checksums import check_files
 from rkd_deploy.serve.files import broken_model, model_path
+from rkd_deploy.serve.opsets import too_new
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         ModelFileError: Missing, corrupt, weights outside of the folder, a card in a newer schema, or a file of the
             bundle that is not as it was written.
         MissingDependencyError: onnx is not installed.
+        BackendError: The file is in a newer opset or format than onnx knows, or has not one numeric input.
     """
     file = model_path(path)
     check_files(path, complete=False)
@@ -53,6 +55,8 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's own exceptions have no other base
         raise broken_model(file, " ".join(str(error).split())) from error
+    _check_versions(file, onnx, model)
+    _check_input(file, onnx, model.graph)
     inside = model.ByteSize()
     try:
         onnx.load_external_data_for_model(model, str(file.parent))  # refuses paths and links that leave the folder
@@ -67,7 +71,6 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise broken_model(file, " ".join(str(error).split())) from error
-    _check_opset(file, onnx, model)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     text = metadata.get(METADATA_KEY)
     card = None if text is None else ModelCard.from_json(text, str(file))
@@ -75,17 +78,34 @@ def read_source(path: str | os.PathLike[str]) -> Source:
 
 
 def _fixed_batch(graph: Any) -> bool:
+    return all(value.type.tensor_type.shape.dim[0].dim_value > 0 for value in _inputs(graph))
+
+
+def _inputs(graph: Any) -> list[Any]:
     constants = {constant.name for constant in graph.initializer}
-    shapes = [value.type.tensor_type.shape.dim for value in graph.input if value.name not in constants]
-    return all(len(sizes) > 0 and sizes[0].dim_value > 0 for sizes in shapes)
+    return [value for value in graph.input if value.name not in constants]
 
 
-def _check_opset(file: Path, onnx: Any, model: Any) -> None:
+def _check_input(file: Path, onnx: Any, graph: Any) -> None:
+    """One numeric input of known rank: the parsers say it of others in words of their own sources, if at all."""
+    inputs = _inputs(graph)
+    kinds = [onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in inputs]
+    described = ", ".join(f"{value.name} {kind.lower()}" for value, kind in zip(inputs, kinds, strict=True)) or "none"
+    way_out = "rkd-deploy builds engines of models with one numeric input, batch first: export the classifier alone."
+    if len(inputs) != 1:
+        raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
+    if kinds[0] in ("STRING", "UNDEFINED"):
+        raise BackendError(f"The input of {file} is {described}, no number. {way_out}")
+    if not inputs[0].type.tensor_type.shape.dim:
+        raise BackendError(f"The input of {file} has no known rank ({described}). {way_out}")
+
+
+def _check_versions(file: Path, onnx: Any, model: Any) -> None:
+    if model.ir_version > onnx.IR_VERSION:
+        version, newest = f"ONNX IR version {model.ir_version}", f"version {onnx.IR_VERSION}"
+        raise too_new(file, version, "onnx", onnx.__version__, newest)
     # The parsers take a newer opset for the newest one they know, and would build what the file may not mean.
     newest = onnx.defs.onnx_opset_version()
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=newest)
     if opset > newest:
-        raise ModelFileError(
-            f"{file} is written in opset {opset}, and onnx {onnx.__version__} knows up to opset {newest}. "
-            "Update onnx, or export the model again in an older one (opset_version of torch.onnx.export)."
-        )
+        raise too_new(file, f"opset {opset}", "onnx", onnx.__version__, f"opset {newest}")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rkd_deploy.serve.bench.canvas import INK, LINE, QUIET, WIDTH, drawing, frame, log_scale, new_figure, short
 from rkd_deploy.serve.bench.layers import Layer
-from rkd_deploy.serve.bench.report import Result
+from rkd_deploy.serve.bench.report import Figures, Result
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _LOG_FROM = 5
@@ -18,8 +18,8 @@ _RANKS = 400
 """Steps of a drawn distribution: more cannot be seen."""
 _BINS = 48
 
-Named = Mapping[str, Result]
-"""Results by the names that they have on the page."""
+Named = Mapping[str, Figures]
+"""What was measured, by the names that it has on the page."""
 
 
 @drawing()

@@ -12,7 +12,7 @@ from typing import Any
 from rkd_deploy.errors import ModelFileError
 from rkd_deploy.serve.bench.ceilings import Ceilings
 from rkd_deploy.serve.bench.layers import Layer, LayerTimes
-from rkd_deploy.serve.bench.report import RECORD_SCHEMA, Figures, Result
+from rkd_deploy.serve.bench.report import RECORD_SCHEMA, Figures, Result, cut_short
 from rkd_deploy.serve.bench.roofline import Prediction, Roofline
 
 KINDS = ("bench", "compare")
@@ -47,8 +47,18 @@ def gather(records: Sequence[Mapping[str, Any]]) -> Material:
         ),
         layers=[_layer_times(row) for record in records for row in record.get("layers") or ()],
         environments=[_environment(record) for record in records],
-        remarks=["Interrupted: what had been measured until then." for record in records if record.get("partial")],
+        remarks=[_remark(record) for record in records if record.get("partial")],
     )
+
+
+def _remark(record: Mapping[str, Any]) -> str:
+    """That a record is partial, and which of its results were cut short; the others are whole."""
+    cut = [
+        f"{one.model} on {one.backend}{'' if one.threads is None else f', threads {one.threads}'}, batch {one.batch}"
+        for one in map(_result, record["results"])
+        if cut_short(one)
+    ]
+    return "Interrupted: what had been measured until then." + (f" Cut short: {'; '.join(cut)}." if cut else "")
 
 
 def read_records(paths: Sequence[Path]) -> list[dict[str, Any]]:

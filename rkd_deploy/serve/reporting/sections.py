@@ -9,7 +9,7 @@ from rkd_deploy.serve.bench import plotting, report, roofline
 from rkd_deploy.serve.bench.canvas import WIDTH, distinct, series_colours
 from rkd_deploy.serve.bench.ceilings import Ceilings
 from rkd_deploy.serve.bench.layers import Layer, LayerTimes
-from rkd_deploy.serve.bench.report import Result
+from rkd_deploy.serve.bench.report import Figures, Result
 from rkd_deploy.serve.bench.roofline import Achieved
 from rkd_deploy.serve.bench.tabular import Column, milliseconds
 from rkd_deploy.serve.reporting import figures
@@ -78,9 +78,12 @@ def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
 
 
 def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Section]:
+    rows = report.rows_of([result for group in named.values() for result in group.values()])
     blocks: list[Picture | Table] = []
     for batch, group in named.items():
-        sampled = {name: result for name, result in group.items() if result.samples_ms}
+        both = {f"{name}{kind}": one for name, result in group.items() for kind, one in _kinds(result)}
+        sampled = {name: figures for name, figures in both.items() if figures.samples_ms}
+        shades = {f"{name}{kind}": colours[name] for name, result in group.items() for kind, _ in _kinds(result)}
         if not sampled:
             continue
         calls = sum(len(result.samples_ms) for result in sampled.values())
@@ -93,15 +96,31 @@ def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Ite
                 f"Latency, cumulative, batch {batch}",
                 f"Of all {calls:,} calls, none left out, the share that took at most so long. Dotted: p50, p90, p99. "
                 f"{told}.",
-                figures.distributions(sampled, colours),
+                figures.distributions(sampled, shades),
             ),
             Picture(
                 f"Latency, histogram, batch {batch}",
                 f"The same {calls:,} calls, as the share in each bin. Dotted: the median.",
-                figures.histograms(sampled, colours),
+                figures.histograms(sampled, shades),
             ),
         ]
-    yield Section("Every call", (), blocks)
+    if rows:
+        blocks.append(table_of("Percentiles, with their 95 % confidence intervals", report.PERCENTILES, rows))
+        blocks.append(table_of("Runs and memory", report.RUNS, rows, folded=True))
+    text = [_BOTH] if any(result.device_only for group in named.values() for result in group.values()) else []
+    yield Section("Every call", text, blocks)
+
+
+_BOTH = (
+    "End to end is from an array on the host to logits on the host; device only is the same model, in turns with it, "
+    "with input and output left on the device. Accuracy, throughput and roofline are drawn with the former."
+)
+
+
+def _kinds(result: Result) -> list[tuple[str, Figures]]:
+    """Its figures, and what their names end in."""
+    alone = result.device_only
+    return [("", result), *([] if alone is None else [(", device only", alone)])]
 
 
 def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Picture]:
@@ -170,11 +189,11 @@ def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
 
 def _under_the_roof(found: Sequence[Achieved]) -> dict[str, list[tuple[float, float, int]]]:
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for one in found:
+    for one, name in zip(found, plotting.names([one.prediction for one in found]), strict=True):
         made = one.prediction
         if made.macs and made.least_bytes and one.p50_ms and made.bound_ms:
             spot = (made.macs / made.least_bytes, 1000 * made.macs / one.p50_ms, made.batch)
-            points.setdefault(made.model, []).append(spot)
+            points.setdefault(name, []).append(spot)
     return points
 
 
@@ -186,7 +205,8 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
     for times, colour in zip(known, spare, strict=True):
         total = sum(layer.ms for layer in times.layers)
         longest = max(times.layers, key=lambda layer: layer.ms)
-        where = f"{times.model} on {times.backend}, batch {times.batch}"
+        threads = "" if times.threads is None else f", threads {times.threads}"
+        where = f"{times.model} on {times.backend}{threads}, batch {times.batch}"
         words = (
             f"{len(times.layers)} layers, {milliseconds(total)} ms together, medians of {times.runs} runs. Longest: "
             f"{longest.name} ({longest.op}), {100 * longest.ms / (total or 1):.0f} %."
@@ -207,6 +227,7 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
 _LAYER_COLUMNS: tuple[Column[tuple[Layer, float]], ...] = (
     Column("Layer", lambda row: row[0].name, numeric=False),
     Column("Type", lambda row: row[0].op, numeric=False),
+    Column("In", lambda row: row[0].precision, numeric=False),
     Column("Time, ms", lambda row: milliseconds(row[0].ms)),
     Column("Share, %", lambda row: f"{100 * row[0].ms / (row[1] or 1):.1f}"),
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from rkd_deploy import cli
-from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
+from rkd_deploy.errors import BackendError, DataError, UsageError
 from rkd_deploy.serve.bench import bench
 from rkd_deploy.serve.engines.build import build_engine
 
@@ -51,34 +53,120 @@ def huge(path):
     return write(path, nodes, {"x": (FLOAT, ["n", 3])}, {"y": (FLOAT, [1, "n", 3])}, constants)
 
 
+def large(path):
+    """Writes 2^30 copies of its input down: of a batch of 256 3 TiB."""
+    size = helper.make_tensor("size", TensorProto.INT64, [3], [1 << 30, 1, 1])
+    nodes = [("Expand", ["x", "size"], ["copies"]), ("Relu", ["copies"], ["y"])]
+    return write(path, nodes, {"x": (FLOAT, ["n", 3])}, {"y": (FLOAT, [1 << 30, "n", 3])}, [size])
+
+
+def string_input(path):
+    return write(path, [("Identity", ["x"], ["y"])], {"x": (STRING, ["n"])}, {"y": (STRING, ["n"])})
+
+
+ONNX_BACKENDS = ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+"""Those that read the file itself; the last two on a simulated device."""
 CASES = {
     "several inputs": (two_inputs, BackendError, r"has 2 inputs \(a .*b .*\).*one numeric input"),
     "no rank": (lambda path: relu(path, None), BackendError, "no known rank .*export the classifier alone"),
-    "free size": (lambda path: relu(path, ["n", 3, "h", "w"]), UsageError, "--shape 3,224,224"),
+    "free size": (
+        lambda path: relu(path, ["n", 3, "h", "w"]),
+        (UsageError, BackendError),
+        r"--shape 3,224,224|\[-1, 3, -1, -1\].*fixed image size",
+    ),
+    "a string input": (string_input, BackendError, "(?i)x .*string.*no number.*one numeric input"),
+    "opset too new": (
+        lambda path: relu(path, opset=99),
+        BackendError,
+        r"opset 99, and (ONNX Runtime|OpenVINO|onnx) [\d.]+ reads up to opset \d+\. Update .* or export",
+    ),
+    "wrong batch": (
+        lambda path: relu(path, [4, 3]),
+        UsageError,
+        "batch of 1 was asked for, and the model takes 4 .*Ask",
+    ),
 }
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.fixture
+def measured(request, monkeypatch, tmp_path, capsys):
+    """A bench of one model on one backend, as the command does it: exit code and what it said."""
+
+    def run(backend, model, *arguments):
+        if backend.startswith("tensorrt"):
+            request.getfixturevalue("gpu")
+        command = ["rkd-deploy", "bench", str(model), "--backend", backend, "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", [*command, "--seconds", "0", "--count", "2", "--warmup", "0", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not (tmp_path / "out").exists()
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_models_that_cannot_be_measured(case, backend, tmp_path):
+def test_models_that_cannot_be_measured(case, backend, tmp_path, measured):
     build, error, words = CASES[case]
-    with pytest.raises(error, match=words) as found:
-        bench([build(tmp_path / "m.onnx")], backend=backend, batches=[1], **SHORT)
-    assert "Copy the file again" not in str(found.value)  # the file is as its author wrote it
+    code, said = measured(backend, build(tmp_path / "m.onnx"), "--batch", "1")
+    assert re.search(words, said), said
+    assert code in {one.exit_code for one in (error if isinstance(error, tuple) else (error,))}
+    assert len(said.splitlines()) == 1  # and no page of a library's own
+    assert "Copy the file again" not in said  # the file is as its author wrote it
 
 
-def test_strings_are_refused_for_their_type_or_their_operators(tmp_path):
-    model = strings(tmp_path / "m.onnx")
-    with pytest.raises(BackendError, match=r"tensor\(string\).*no numbers for"):
-        bench([model], **SHORT)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["--resident", "--end-to-end"])
+def test_running_out_of_memory_is_said_in_words(backend, kind, tmp_path, measured):
+    code, said = measured(backend, large(tmp_path / "m.onnx"), "--batch", "256", kind)
+    assert code == 1
+    assert re.search(r"ran out of memory: [\d,]{17,} bytes more were asked for\. Use a smaller batch", said), said
+
+
+class Program(torch.nn.Module):
+    """Of one input unless it is given two, and as large as it is told."""
+
+    def __init__(self, copies=1):
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, x, other=None):
+        y = x.mean((2, 3)).expand(self.copies, -1, -1).relu().sum(0)
+        return y if other is None else y + other
+
+
+@pytest.mark.parametrize(
+    ("copies", "free", "inputs", "arguments", "code", "words"),
+    [
+        (1, (0,), 2, [], 1, r"has 2 inputs \(x, other\).*one numeric input"),
+        (1, (0, 2, 3), 1, [], 2, "--shape 3,224,224"),
+        (1, (), 1, ["--batch", "8"], 2, "batch of 8 was asked for, and the model takes 2"),
+        (1, (0,), 1, ["--batch", "65"], 1, "on a batch of 65: .*<= 64.*smaller batch"),
+        (1 << 42, (0,), 1, ["--batch", "1"], 1, r"allocate \d+ bytes.*Try a smaller batch"),
+    ],
+)
+def test_programs_that_cannot_be_measured(copies, free, inputs, arguments, code, words, tmp_path, measured):
+    x, other = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3)
+    sizes = {axis: torch.export.Dim(f"axis{axis}", min=1, max=64) for axis in free}
+    program = torch.export.export(
+        Program(copies).eval(),
+        (x, other)[:inputs],
+        dynamic_shapes=(sizes, {0: sizes[0]} if inputs == 2 else None)[:inputs] if free else None,
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    found, said = measured("pytorch", relu(tmp_path / "model.onnx").parent, *arguments)
+    assert (found, len(said.splitlines())) == (code, 1)
+    assert re.search(words, said), said
+
+
+def test_an_operator_that_openvino_does_not_know_is_named(tmp_path):
     with pytest.raises(BackendError, match=r"does not know what .* computes: .*StringNormalizer.*another backend"):
-        bench([model], backend="openvino", **SHORT)
+        bench([strings(tmp_path / "m.onnx")], backend="openvino", **SHORT)
 
 
-def test_an_opset_or_a_format_that_is_too_new_is_named_with_the_newest_one(tmp_path):
-    opset, form = relu(tmp_path / "o.onnx", opset=99), relu(tmp_path / "f.onnx", ir=99)
-    with pytest.raises(BackendError, match=r"opset 99, and ONNX Runtime .* reads up to opset \d+\. Update"):
-        bench([opset], **SHORT)
+def test_a_format_that_is_too_new_is_named_with_the_newest_one(tmp_path):
+    form = relu(tmp_path / "f.onnx", ir=99)
     with pytest.raises(BackendError, match=r"IR version 99, and ONNX Runtime .* reads up to version \d+\. Update"):
         bench([form], **SHORT)
 
@@ -88,7 +176,8 @@ def test_an_opset_or_a_format_that_is_too_new_is_named_with_the_newest_one(tmp_p
     [
         (two_inputs, BackendError, "has 2 inputs"),
         (lambda path: relu(path, ["n", 3, "h", "w"]), BackendError, "leaves more open than its batch"),
-        (lambda path: relu(path, opset=99), ModelFileError, r"opset 99, and onnx .* knows up to opset \d+"),
+        (lambda path: relu(path, opset=99), BackendError, r"opset 99, and onnx .* reads up to opset \d+"),
+        (lambda path: relu(path, ir=99), BackendError, r"IR version 99, and onnx .* reads up to version \d+"),
         (huge, BackendError, "could not build"),
     ],
 )

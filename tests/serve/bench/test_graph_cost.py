@@ -88,11 +88,15 @@ def test_halves_and_quantised_graphs_are_told_apart(write):
         helper.make_node("Constant", [], ["s"], value=scale),
         helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
-        helper.make_node("Conv", ["d", "w"], ["y"]),
+        helper.make_node("QuantizeLinear", ["w", "s"], ["v"]),
+        helper.make_node("DequantizeLinear", ["v", "s"], ["u"]),
+        helper.make_node("Conv", ["d", "u"], ["c"]),
+        helper.make_node("Conv", ["c", "k"], ["y"]),  # one that was left in float32
     ]
-    quantised = graph_cost(write(nodes, {"w": (4, 3, 1, 1)}), 1)
+    quantised = graph_cost(write(nodes, {"w": (4, 3, 1, 1), "k": (2, 4, 1, 1)}), 1)
     assert quantised.arithmetic == "int8"
-    assert quantised.macs == 4 * 3 * 64
+    assert quantised.macs_in == {"int8": 4 * 3 * 64, "float32": 2 * 4 * 64}
+    assert quantised.macs == (4 * 3 + 2 * 4) * 64
 
 
 def test_what_cannot_be_counted_is_named(write):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from rich.console import Console
 
 from rkd_deploy.errors import BackendError
 from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.ceilings import LARGEST, SMALLEST, footprint, measure_ceilings
-from rkd_deploy.serve.bench.roofline import Prediction, achieved, bound, predict, print_roofline
+from rkd_deploy.serve.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
+from rkd_deploy.serve.bench.graph_cost import Cost
+from rkd_deploy.serve.bench.loading import Setting
+from rkd_deploy.serve.bench.roofline import Prediction, _bounded, achieved, bound, predict, print_roofline
+from rkd_deploy.serve.bench.studying import Study
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def convolution(zoo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predicted(convolution):
-    return predict([convolution], batches=(1, 2), threads=1)
+    return predict([convolution], Setting("onnxruntime", None, 1), batches=(1, 2))
 
 
 def test_the_bound_is_the_larger_of_two_times():
@@ -89,13 +93,13 @@ def test_a_measurement_is_a_share_of_its_bound(predicted, convolution):
 
 def test_what_is_no_onnx_file_gets_no_bound_and_a_reason(tmp_path):
     (tmp_path / "model.plan").write_bytes(b"ftrt an engine")
-    (one,) = predict([tmp_path / "model.plan"], batches=(1,)).predictions
+    (one,) = predict([tmp_path / "model.plan"], Setting("tensorrt", None, None), batches=(1,)).predictions
     assert one.bound_ms is None
     assert "no ONNX file" in one.note
 
 
 def test_a_backend_without_onnx_files_gets_the_counts_alone(convolution):
-    (one,) = predict([convolution], backend="pytorch", batches=(1,)).predictions
+    (one,) = predict([convolution], Setting("pytorch", None, None), batches=(1,)).predictions
     assert one.macs > 0
     assert one.bound_ms is None
     assert "of pytorch" in one.note
@@ -115,3 +119,60 @@ def test_the_same_name_on_another_file_is_not_taken_for_it():
     assert achieved([made], [Found()])[0].p50_ms is None
     Found.file_bytes = 1
     assert achieved([made], [Found()])[0].share == 0.25
+    Found.file_bytes, Found.backend = 2, "tensorrt"  # of an engine, whose size is another one than its ONNX file's
+    assert achieved([replace(made, backend="tensorrt")], [Found()])[0].share == 0.25
+
+
+def ceilings(arithmetic, macs_per_s, bytes_per_s=1e12):
+    return Ceilings("b", "cpu", 1, arithmetic, macs_per_s, {}, {SMALLEST: bytes_per_s})
+
+
+def test_a_graph_of_several_precisions_takes_the_time_of_each():
+    cost = Cost({"int8": 8_000_000, "float32": 1_000_000}, 100, 100, 100, 1000, ())
+    peaks = {"int8": ceilings("int8", 4e9), "float32": ceilings("float32", 1e9)}
+    found = _bounded(cost, peaks, "onnxruntime")
+    assert found["bound_ms"] == pytest.approx(2 + 1)
+    assert found["macs_per_s"] == pytest.approx(3e9)  # 9 million in 3 ms
+    assert (found["arithmetic"], found["limit"], found["note"]) == ("int8 89 %, float32 11 %", "compute", None)
+
+
+def test_a_precision_without_a_ceiling_of_its_own_is_bounded_by_float32s_and_says_so():
+    cost = Cost({"bfloat16": 2_000_000}, 100, 100, 100, 1000, ())
+    found = _bounded(cost, {"float32": ceilings("float32", 1e9)}, "onnxruntime")
+    assert found["bound_ms"] == pytest.approx(2)
+    assert "bfloat16 is bounded by the peak of float32, which it may exceed" in found["note"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_int8_has_a_ceiling_of_its_own(backend):
+    found = measure_ceilings(backend, threads=1, arithmetic="int8", footprints=[SMALLEST])
+    assert found.arithmetic == "int8"
+    assert all(1e8 < rate < 1e15 for rate in found.kernels.values())
+
+
+def test_a_study_covers_every_setting_and_each_once(convolution, monkeypatch):
+    asked = []
+
+    def measured(backend, *, device, threads, arithmetic, footprints):
+        asked.append((backend, threads, arithmetic))
+        return Ceilings(backend, "cpu", threads, arithmetic, 1e9 * threads, {}, dict.fromkeys(footprints, 1e9))
+
+    monkeypatch.setattr("rkd_deploy.serve.bench.roofline.measure_ceilings", measured)
+    settings = [
+        Setting(backend, None, threads, streams)
+        for backend in ("onnxruntime", "openvino")
+        for threads in (1, 2)
+        for streams in (1, 2)
+    ]
+    told = []
+    study = Study([convolution], settings, [1, 4], names=["mine"])
+    study.predict(lambda name, share: told.append(share))
+    assert asked == [(backend, threads, "float32") for backend in ("onnxruntime", "openvino") for threads in (1, 2)]
+    assert told == [0, 0.25, 0.5, 0.75]
+    found = study.roofline.predictions
+    assert [(one.backend, one.threads, one.batch) for one in found] == [(b, t, n) for b, t, _ in asked for n in (1, 4)]
+    assert {one.model for one in found} == {"mine"}
+    assert found[2].bound_ms == found[0].bound_ms / 2  # with two threads
+    study.profile()
+    assert [(one.backend, one.threads, one.batch) for one in study.layers] == [(b, t, 1) for b, t, _ in asked]
+    assert all(one.layers for one in study.layers)

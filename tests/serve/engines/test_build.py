@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -109,9 +110,17 @@ def test_progress_is_the_outermost_phases_and_ctrl_c_ends_the_build(gpu, model, 
         if share == 0.5:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        export_engine(model, "tensorrt", progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    def terminate(phase, share):
+        seen.append(share)
+        if share == 0.5:
+            signal.raise_signal(signal.SIGTERM)
+
+    for stop in (interrupt, terminate):
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            export_engine(model, "tensorrt", progress=stop)
+        assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert seen == [0.0, 0.5]  # the library was told to go no further
 
 
 def test_weights_are_replaced_without_a_build(gpu, model, zoo, tmp_path):

@@ -55,6 +55,39 @@ def test_no_file_and_no_json_are_refused(tmp_path):
             read_records([tmp_path / name])
 
 
+def with_both(record):
+    """The record with device-only figures of half the time, the last one's cut short."""
+    both = json.loads(json.dumps(record))
+    for row in both["results"]:
+        times = [0.5 * ms for ms in row["samples_ms"]]
+        figures = {name: 0.5 * row[name] for name in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "first_run_ms")}
+        row["device_only"] = {**figures, "samples_ms": times, "transfers": False, "runs": len(times), "cv": 0.25}
+    both["results"][-1]["device_only"]["complete"] = False
+    return both | {"partial": True}
+
+
+def test_a_partial_record_names_what_was_cut_short(record):
+    (said,) = gather([with_both(record)]).remarks
+    assert said.endswith("Cut short: slow & worse on onnxruntime, threads 1, batch 8.")
+
+
+def test_a_page_has_both_kinds_of_figures_where_both_were_measured(record, tmp_path):
+    page = write_bench_report([with_both(record)], tmp_path)
+    text, words = page.page.read_text(), page.markdown.read_text()
+    first = record["results"][0]
+    for p50 in (first["p50_ms"], 0.5 * first["p50_ms"]):
+        assert f"{p50:.3g}" in words
+    assert "resnet20, device only: p50" in words
+    assert "Device only p50, ms" in words
+    for kind in ("end to end", "device only"):
+        assert words.count(f"| {kind} |") >= 6
+    assert "Cut short: slow" in words
+    assert "| interrupted |" in words
+    assert "End to end is from an array on the host" in text
+    alone = write_bench_report([record], tmp_path / "alone").markdown.read_text()
+    assert "device only" not in alone
+
+
 def test_nothing_measured_is_an_error(record, tmp_path):
     with pytest.raises(DataError, match="Nothing to report"):
         write_bench_report([record | {"results": []}], tmp_path / "none")
