@@ -1,6 +1,9 @@
 """The bundle appears whole and proven, or not at all."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError, StorageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
+from rkd_deploy.pipeline import export_run
 from rkd_deploy.serve.bench.parity import verify
 
 
@@ -58,6 +62,17 @@ def test_same_model_same_bytes(model, card, tmp_path):
         export_bundle(model, card, tmp_path / name, batches=batches(model, card))
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_another_process_writes_the_same_bytes(tiny_run, tmp_path):
+    """Same run, same settings; another seed of hashes, which gives sets another order, changes no byte."""
+    here = export_run(tiny_run, test_images=False, folder=tmp_path / "here").folder
+    command = ["export", str(tiny_run.folder), "--random-images", "--output", "there"]
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    subprocess.run([sys.executable, "-m", "rkd_deploy.cli", *command], cwd=tmp_path, env=environment, check=True)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {path.name for path in here.iterdir()}
+    for path in here.iterdir():
+        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("level", ["sum", "tail"])

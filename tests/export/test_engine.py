@@ -101,7 +101,7 @@ def test_an_engine_of_every_precision_and_batch(files, tmp_path, precision, batc
     assert {layer["dtype"] for layer in convolutions} == {"half" if precision == "fp16" else "float"}
     assert {layer["shape"][0] for layer in convolutions} == {-1 if batch == "dynamic" else 8}
     quantised = sum(layer["type"] == "quantize" for layer in record.layers)
-    assert (quantised >= len(nodes)) == (precision == "int8")
+    assert (quantised >= len({node.input[0] for node in nodes})) == (precision == "int8")  # what layers read, once each
     assert nodes[0].name in layer_table(record.layers)
 
 
@@ -337,20 +337,6 @@ def test_an_engine_is_taken_into_the_sums_and_blesses_no_other_file(whole):
     with pytest.raises(ModelFileError, match=r"labels\.txt changed"):
         export_engine(whole, RTX)
     assert not made.file.exists()
-
-
-def test_another_process_writes_the_same_bytes(exported, tiny_run, tmp_path):
-    """Same run, same settings; another seed of hashes, which gives sets another order, changes no byte."""
-    command = ["export", str(tiny_run.folder), "--random-images", "--with-pytorch", "--exit-threshold", "0.9"]
-    subprocess.run(
-        [sys.executable, "-m", "rkd_deploy.cli", *command, "--output", tmp_path / "again"],
-        env={**os.environ, "PYTHONHASHSEED": "12345"}, check=True, capture_output=True,
-    )  # fmt: skip
-    again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
-    assert set(again) == {name for name in EVERYTHING if "engine" not in name}
-    del again["model.json"]  # the other one lists the engine's sum; those of the other files are theirs
-    for name, content in again.items():
-        assert content == (Path(exported["bundle"]) / name).read_bytes(), name
 
 
 def test_a_bundle_is_proven_and_shown_elsewhere_without_torch(whole):

@@ -56,9 +56,15 @@ def as_trained(family):
     nn.init.normal_(model.assistant_adapters[0].bias)
     with torch.no_grad():
         for _ in range(3):
-            logits = model(torch.randn(16, 3, 32, 32))
-        model.head.weight /= logits.abs().max() / 5  # random weights give logits of any size; 1e-4 is for common ones
+            model(torch.randn(16, 3, 32, 32))
     return model.eval()
+
+
+@torch.no_grad()
+def of_common_size(model, x_NCHW):
+    """Random weights give logits of any size: brought to 5 at most, for which a difference of 1e-4 is meant."""
+    model.head.weight /= model(x_NCHW.float()).abs().max() / 5
+    return model
 
 
 def pictures(cifar100):
@@ -85,15 +91,17 @@ def test_fused_equals_the_formula_in_float64_on_photos_and_noise(residual, famil
     assert sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == LEFT.get(family, {}).get(level, 0)
 
 
+# Half a minute of export each is left out: sum and wide-grouped have no operator that these two have not.
+EXPORTED = {"shufflenetv1": ("tail", "wide"), "shufflenetv2": ("tail", "wide")}
+
+
 class EveryLevel(nn.Module):
     """A network of its own at each level, all in one graph: one export instead of four."""
 
-    outputs = LEVELS
-
     def __init__(self, models):
         super().__init__()
-        pairs = zip(models, LEVELS, strict=True)
-        self.graphs = nn.ModuleList(ExportGraph(fuse(model, level), PREPROCESS) for model, level in pairs)
+        self.outputs = list(models)
+        self.graphs = nn.ModuleList(ExportGraph(fuse(model, level), PREPROCESS) for level, model in models.items())
 
     def forward(self, x_NCHW):
         return tuple(graph(x_NCHW) for graph in self.graphs)
@@ -101,13 +109,14 @@ class EveryLevel(nn.Module):
 
 @pytest.mark.parametrize("family", NARROW)
 def test_the_file_answers_as_pytorch_does_and_nothing_is_left_to_optimise(family, cifar100, tmp_path):
-    models = [as_trained(family) for _ in LEVELS]  # with weights of their own, else equal layers would be merged
+    x_NCHW = pictures(cifar100)
+    # With weights of their own, else equal layers would be merged.
+    models = {level: of_common_size(as_trained(family), x_NCHW) for level in EXPORTED.get(family, LEVELS)}
     proto = to_onnx(EveryLevel(models), PREPROCESS)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    x_NCHW = pictures(cifar100)
     for x in (x_NCHW, x_NCHW[:1]):
-        found = session.run(list(LEVELS), {"input": x.numpy().astype(np.float32)})
-        for level, model, logits in zip(LEVELS, models, found, strict=True):
+        found = session.run(list(models), {"input": x.numpy().astype(np.float32)})
+        for (level, model), logits in zip(models.items(), found, strict=True):
             with torch.no_grad():
                 expected = model.double()(x).numpy()
             assert np.ptp(expected) > 0.01

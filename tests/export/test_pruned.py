@@ -49,7 +49,8 @@ def test_a_network_is_split_within_its_cost_learns_and_is_exported(name: str) ->
     x_NCHW, y_N = torch.randn(8, 3, SIDE, SIDE), torch.arange(8) % CLASSES
     check_steps(model.train(), x_NCHW, y_N)
     check_file(model.eval(), x_NCHW)
-    check_wide(name, model.double(), x_NCHW[:2].double())
+    if name != "tv:densenet121":  # 15 seconds of merging; test_wide.py has a small one
+        check_wide(name, model.double(), x_NCHW[:2].double())
 
 
 def check_steps(model: ResidualStudent, x_NCHW: Tensor, y_N: Tensor) -> None:
