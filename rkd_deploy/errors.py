@@ -8,6 +8,7 @@
     +-- DataError                 1  images or labels missing, broken, or not fitting the model
     +-- CheckpointError           1  weights missing, foreign, truncated
     +-- BudgetError               1  no student and assistant fit the budget
+    +-- ExportError               1  a network that cannot be written as an ONNX graph
     +-- ModelFileError            1  a bundle, card or ONNX file is missing, corrupt, or too new
     +-- StorageError              1  a file could not be written whole (disk full, no permission)
     +-- DivergenceError           1  the training loss is no longer finite
@@ -60,6 +61,10 @@ class CheckpointError(RkdError):
 
 class BudgetError(RkdError, ValueError):
     """No student and assistant fit the budget."""
+
+
+class ExportError(RkdError):
+    """A network cannot be written as an ONNX graph; the message names the module and the operator."""
 
 
 class ModelFileError(RkdError):

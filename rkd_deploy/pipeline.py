@@ -16,10 +16,11 @@ from typing import Any
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.drawing import Batches, draw_lowering
-from rkd_deploy.errors import UsageError
-from rkd_deploy.export.bundle import TOLERANCE, Proof, export_bundle
+from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.export.selection import Target
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.serve.bench import Result, bench
@@ -67,8 +68,8 @@ def export_run(
     Args:
         run: From `fit`.
         part: fused (S + A), student, s0 or teacher. Default: what the recipe is for, S + A, or S0 of a baseline.
-        level: Fusion level: tail, sum, wide, wide-grouped, or auto. Default: the one at which S and A were found to be
-            fast enough, where the recipe's budget is latency; else tail.
+        level: Fusion level: tail, sum, wide, wide-grouped, or auto. Default: the one that S and A were cut for: wide
+            where they lie side by side, else tail.
         outputs: Any of logits, probabilities, features.
         embedded: uint8 [N, H, W, C] in, pre-processing in the graph; else normalised float32 [N, C, H, W].
         tolerance: Largest allowed difference of a logit.
@@ -86,7 +87,11 @@ def export_run(
 
     Raises:
         GateError: The exported graph does not do what the trained model does, or a lower precision loses too much.
+        DataError: The run's images are no longer there, or are now of other classes.
+        MissingDependencyError: What converts to the precision, or proves it, is not installed.
     """
+    if precision is not None:
+        precision.check_installed()
     part = part or parts_of(run.recipe)[0]
     model = load_part(run, part)
     card = _card(run, part, embedded)
@@ -100,7 +105,7 @@ def export_run(
         card,
         chosen,
         batches=Batches(images().test) if test_images else None,
-        level=level or _measured_level(run, part),
+        level=level or _level(run, part),
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
@@ -175,9 +180,10 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
     )
 
 
-def _measured_level(run: Run, part: str) -> str:
-    latency = run.read_json("facts.json").get("separation", {}).get("latency") if part == "fused" else None
-    return str(latency["fused"]["level"]) if latency else "tail"
+def _level(run: Run, part: str) -> str:
+    """The one that S and A were cut for."""
+    separation = run.read_json("facts.json").get("separation", {}) if part == "fused" else {}
+    return str(separation.get("level", "tail"))
 
 
 def _free_folder(run: Run, part: str) -> Path:
@@ -193,7 +199,15 @@ def _images(run: Run) -> ImageSet:
     data = data_of(run.recipe, run)
     if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
-    return load_images(data, run.recipe.train.seed)
+    images, trained = load_images(data, run.recipe.train.seed), tuple(run.read_json("facts.json")["classes"])
+    if images.classes != trained:
+        changed = sorted(set(images.classes) ^ set(trained))
+        raise DataError(
+            f"{run.folder} was trained on {len(trained)} classes, and its data now have {len(images.classes)}; the "
+            f"difference is {', '.join(changed[:5]) or 'their order'}. Restore the data, or export on random images "
+            "(--random-images), which need none."
+        )
+    return images
 
 
 def _test_split(facts: Mapping[str, Any]) -> str:

@@ -88,6 +88,10 @@ class StudentRecipe:
     """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
     budget: str = "macs"
     """What must not exceed S0's: macs, params, or latency, which is measured on this machine before training."""
+    layout: str | None = None
+    """branches: S and A are two branches. side_by_side: their widths add up to S0's, so that level wide of fusion,
+    which export then takes, has S0's own operators and shapes, and its speed on any machine; of S0's MACs they have
+    about half. Default: branches; with budget = "latency" whichever leaves them more."""
     backend: str | None = None
     """Only for budget = "latency": what runs the networks, onnxruntime or openvino. Default: onnxruntime."""
     latency_batches: tuple[int, ...] | None = None
@@ -100,7 +104,8 @@ class StudentRecipe:
     assistants: int = 1
     """Length k of the chain A_1 .. A_k, each learning what the sum before it leaves over; they share equally."""
     round_to: int = 8
-    """Channel counts are multiples of this. 8 fits SIMD and tensor cores; odd widths run slower at equal MACs."""
+    """Channel counts are multiples of this. 8 fits AVX2 and tensor cores, CPUs with AVX-512 compute in blocks of 16;
+    widths that fit no block run slower at equal MACs."""
 
     @property
     def inherits(self) -> bool:
@@ -117,6 +122,8 @@ class StudentRecipe:
             _external("student", self)
         self._check_source()
         self._check_latency()
+        if self.layout is not None:
+            _choice("student.layout", self.layout, ("branches", "side_by_side"))
         _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         _range("student.assistants", self.assistants, 1, 16)
         _range("student.round_to", self.round_to, 1, 256)
@@ -209,6 +216,11 @@ class Recipe:
                 'student.budget = "latency" is measured with other schemes. Set student.budget = "macs" or "params", '
                 'or a method.scheme other than "progressive".'
             )
+        if self.student.layout == "side_by_side":
+            raise RecipeError(
+                'student.layout = "side_by_side", and with method.scheme = "progressive" S and A exchange their maps '
+                "at every stage, so that their layers cannot be merged. Leave one of them out."
+            )
         if self.student.weights == "inherited":
             raise RecipeError(
                 'student.weights = "inherited" has no effect with method.scheme = "progressive": fresh adapters lie '
@@ -224,6 +236,11 @@ class Recipe:
             )
         if not self.student.baseline:
             raise RecipeError(f"{name}, and student.baseline = false leaves it out. Leave that key out.")
+        if self.student.layout is not None:
+            raise RecipeError(
+                f"{name}, without assistants, and student.layout = {self.student.layout!r} says how S and A lie. Leave "
+                'that key out, or set method.name = "residual".'
+            )
         if self.student.assistants > 1:
             raise RecipeError(
                 f"{name}, without assistants, and student.assistants = {self.student.assistants}. Leave that key out, "

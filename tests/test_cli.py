@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -17,42 +16,6 @@ from onnx import numpy_helper
 from PIL import Image
 
 from rkd_deploy import cli
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def rkd(tmp_path, monkeypatch, capfd):
-    """Run a command in this process, in an empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rkd-deploy", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Outcome(code, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def runs(tiny_run, tmp_path):
-    """A copy of a finished run under runs/ of the working folder."""
-    shutil.copytree(tiny_run.folder, tmp_path / "runs" / tiny_run.folder.name)
-    return tmp_path / "runs" / tiny_run.folder.name
-
 
 TINY = ["data.image_size=8", "data.train_limit=100", "data.test_limit=50", "teacher.name=resnet8", "teacher.epochs=1"]
 TINY += ["train.epochs=1", "train.assistant_epochs=1", "train.device=cpu"]

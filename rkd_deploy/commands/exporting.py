@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rkd_deploy.commands.engines import add_engine, engine_settings
 from rkd_deploy.commands.options import (
     FORMATS,
     RUNS,
@@ -27,6 +28,17 @@ from rkd_deploy.commands.options import (
     emit,
     need,
 )
+from rkd_deploy.commands.precision import (
+    CalibrationCount,
+    CalibrationFolder,
+    Keep,
+    MaxDrop,
+    MinAgreement,
+    PrecisionName,
+    Seed,
+    TargetName,
+    read_precision,
+)
 from rkd_deploy.commands.triton import (
     InstanceGroup,
     MaxBatch,
@@ -45,7 +57,7 @@ from rkd_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from rkd_deploy.export.precision import PrecisionOptions
-    from rkd_deploy.serve.engines.settings import EngineSettings
+    from rkd_deploy.pipeline import Exported
 
 
 def export(
@@ -94,26 +106,14 @@ def export(
     with_pytorch: Annotated[
         bool, typer.Option("--with-pytorch", help="Write model.pt2 too, for --backend pytorch.")
     ] = False,
-    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16, int8 or fp8.")] = "fp32",
-    target: Annotated[
-        str | None, typer.Option("--target", help="Of a lower precision: cpu (default), tensorrt or openvino.")
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Folder of images to calibrate on. Default: training images.")
-    ] = None,
-    calibration_count: Annotated[
-        int | None, typer.Option("--calibration-count", help="How many of them. Default: 256, or all there are.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Draws images to calibrate and to judge on.")] = 0,
-    keep: Annotated[
-        str, typer.Option("--keep", help="Layers to leave in float32: NAME,NAME or auto, which finds those that hurt.")
-    ] = "",
-    min_agreement: Annotated[
-        float | None, typer.Option("--min-agreement", help="Least % of held-out images that keep their class.")
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option("--max-drop", help="Most points of accuracy that may be lost on them.")
-    ] = None,
+    precision: PrecisionName = "fp32",
+    target: TargetName = None,
+    calibration: CalibrationFolder = None,
+    calibration_count: CalibrationCount = None,
+    seed: Seed = 0,
+    keep: Keep = "",
+    min_agreement: MinAgreement = None,
+    max_drop: MaxDrop = None,
     early_exit: Annotated[
         bool, typer.Option("--early-exit", help="Write S and each A as graphs of their own too, and report the saving.")
     ] = False,
@@ -154,7 +154,7 @@ def export(
     """
     choose("format", output_format, FORMATS)
     choose("input", layout, ("uint8", "float32"))
-    settings = _engine_settings(
+    settings = engine_settings(
         output_format,
         profiles=profiles,
         compute_capabilities=capabilities,
@@ -190,11 +190,23 @@ def export(
             random_images=not test_images,
             with_pytorch=with_pytorch,
             precision=precision != "fp32",
+            target=target is not None,
+            calibration=calibration is not None,
+            calibration_count=calibration_count is not None,
+            seed=seed != 0,
+            keep=bool(keep),
+            min_agreement=min_agreement is not None,
+            max_drop=max_drop is not None,
             early_exit=early_exit,
+            exit_threshold=exit_threshold is not None,
+            backend=backend is not None,
+            device=device is not None,
+            batch=batches is not None,
+            threads=serving is None and threads is not None,
             output=serving is not None and output is not None,
         )
         if serving is None:
-            alone = _add_engine(run, output_format, settings, output, as_json)
+            alone = add_engine(run, output_format, settings, output, as_json)
         else:
             alone = write_repository(run, repository, serving, as_json)
         if as_json:
@@ -206,22 +218,11 @@ def export(
             "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
         )
     need("export", "torch", "safetensors", "onnx", "onnxscript")
-    from rkd_deploy.export.precision import PrecisionOptions
     from rkd_deploy.pipeline import export_run
-    from rkd_deploy.serve.bench.display import print_exits, status
-    from rkd_deploy.serve.bundles import describe
+    from rkd_deploy.serve.bench.display import status
     from rkd_deploy.train.runs import newest_run, open_run
 
-    options = PrecisionOptions(
-        precision=precision,
-        target=target,
-        calibration=calibration,
-        count=calibration_count,
-        seed=seed,
-        keep=tuple(name.strip() for name in keep.split(",") if name.strip()),
-        agreement=min_agreement,
-        drop=max_drop,
-    )
+    options = read_precision(precision, target, calibration, calibration_count, seed, keep, min_agreement, max_drop)
     measuring_threads = None if serving is not None and level != "auto" else threads
     measured_on = _fusion_target(level, backend, device, batches, measuring_threads, options)
     chosen = newest_run(root, finished=True) if run is None else open_run(run)
@@ -242,6 +243,19 @@ def export(
             progress=update,
             precision=options,
         )
+    _tell(made, precision, as_json)
+    added = add_engine(made.folder, output_format, settings, None, as_json)
+    if serving is not None:
+        added = write_repository(made.folder, repository, serving, as_json)
+    if as_json:
+        emit(_facts(made, precision) | added)
+
+
+def _tell(made: Exported, precision: str, as_json: bool) -> None:
+    """What was proven, in words."""
+    from rkd_deploy.serve.bench.display import print_exits
+    from rkd_deploy.serve.bundles import describe
+
     proof = made.proof
     console = console_for(as_json)
     console.print(
@@ -258,16 +272,24 @@ def export(
     if exits:
         print_exits(exits, console)
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
-    added = _add_engine(made.folder, output_format, settings, None, as_json)
-    if serving is not None:
-        added = write_repository(made.folder, repository, serving, as_json)
-    if as_json:
-        facts = {"images": proof.images, "differing": proof.differing}
-        accuracy = {"torch_top1": proof.torch_top1, "onnx_top1": proof.onnx_top1}
-        written = {"bundle": str(made.folder), "parity": proof.parity.to_dict()}
-        if proof.judgement is not None:
-            added |= {"precision": precision, "gate": proof.judgement.to_dict()}
-        emit({**written, **facts, **accuracy, "early_exit": exits, **added})
+
+
+def _facts(made: Exported, precision: str) -> dict[str, Any]:
+    """What was proven, for --json."""
+    from rkd_deploy.serve.bundles import describe
+
+    proof = made.proof
+    lowered = {} if proof.judgement is None else {"precision": precision, "gate": proof.judgement.to_dict()}
+    return {
+        "bundle": str(made.folder),
+        "parity": proof.parity.to_dict(),
+        "images": proof.images,
+        "differing": proof.differing,
+        "torch_top1": proof.torch_top1,
+        "onnx_top1": proof.onnx_top1,
+        "early_exit": describe(made.folder).early_exit,
+        **lowered,
+    }
 
 
 def _fusion_target(
@@ -295,27 +317,6 @@ def _fusion_target(
     return Target(chosen, device, threads, tuple(batch_sizes(batches or "1")))
 
 
-def _engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
-    """None for a format that is no engine, which none of these options then fits."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if output_format in ("onnx", "triton"):
-        if chosen:
-            named = ", ".join(sorted(name.replace("_", " ") for name in chosen))
-            raise UsageError(f"--format {output_format} builds no engine, and has no use for: {named}. Leave it out.")
-        return None
-    from rkd_deploy.serve.engines.build import gpu_to_build_on
-    from rkd_deploy.serve.engines.flavours import load_flavour
-    from rkd_deploy.serve.engines.settings import EngineSettings, Profile
-
-    for name, read in (("profiles", Profile.parse), ("compute_capabilities", str)):
-        if name in chosen:
-            chosen[name] = tuple(read(text) for text in chosen[name])
-    settings, library = EngineSettings(**chosen), load_flavour(output_format)
-    settings.check(library)  # before minutes of exporting, not after
-    gpu_to_build_on(library, settings)
-    return settings
-
-
 def _no_run_options(**given: bool) -> None:
     named = ", ".join(f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given)
     if named:
@@ -326,23 +327,3 @@ def _is_model(path: Path) -> bool:
     from rkd_deploy.serve.files import ONNX_NAME
 
     return path.suffix == ".onnx" or (path / ONNX_NAME).exists()
-
-
-def _add_engine(
-    model: Path, flavour: str, settings: EngineSettings | None, output: Path | None, as_json: bool
-) -> dict[str, Any]:
-    """Build an engine where one was asked for; what is known of it, for --json."""
-    if settings is None:
-        return {}
-    from rkd_deploy.export.engine import export_engine
-    from rkd_deploy.serve.bench.display import status
-
-    with status(f"Building the {flavour} engine of {model}") as update:
-        made = export_engine(model, flavour, settings, output=output, progress=update)
-    record = made.record
-    console_for(as_json).print(
-        f"Engine {made.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
-        f"built in {record.build_seconds:,.1f} s. Next: rkd-deploy bench {made.file} --backend {flavour}"
-    )
-    facts = {key: value for key, value in record.to_dict().items() if key != "layers"}
-    return {"engine": {**facts, "file": str(made.file)}}

@@ -6,6 +6,8 @@ Letters: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,20 +78,36 @@ def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, 
         DataError: The folder is missing, cannot be read, or has too few images; an image is broken.
     """
     try:
-        names = sorted(
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-        )
+        if not folder.is_dir():
+            raise _no_images(folder, "is no folder")
+        names = sorted(_images_in(folder))
     except OSError as error:
-        raise DataError(f"The calibration folder {folder} cannot be read: {error.strerror}.") from error
-    if not names:
-        reason = "holds no image" if folder.is_dir() else "is no folder"
         raise DataError(
-            f"The calibration folder {folder} {reason}; files that end in {', '.join(SUFFIXES)} are looked for, "
-            "also in the folders in it. Name another with --calibration FOLDER, or leave it out for training images."
-        )
+            f"The calibration folder {folder} cannot be read: {error.strerror} ({error.filename}). Mend its "
+            "permissions, or name another with --calibration FOLDER."
+        ) from error
+    if not names:
+        raise _no_images(folder, "holds no image")
     chosen = draw(len(names), count, seed, f"the folder {folder}")
     pixels = np.stack([to_array(folder / names[index], preprocess) for index in chosen])
     return Calibration(pixels, f"folder {folder.resolve().name}", seed)
+
+
+def _images_in(folder: Path) -> Iterator[str]:
+    def stop(error: OSError) -> None:
+        raise error  # a folder that is passed over in silence would be one whose images nobody misses
+
+    for parent, _, names in os.walk(folder, onerror=stop):
+        for name in names:
+            if name.lower().endswith(SUFFIXES):
+                yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def _no_images(folder: Path, reason: str) -> DataError:
+    return DataError(
+        f"The calibration folder {folder} {reason}; files that end in {', '.join(SUFFIXES)} are looked for, "
+        "also in the folders in it. Name another with --calibration FOLDER, or leave it out for training images."
+    )
 
 
 def draw(available: int, count: int | None, seed: int, source: str) -> npt.NDArray[np.int64]:

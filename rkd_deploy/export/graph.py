@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
 from rkd_deploy.export.fusion import SummedBranches
+from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
 
 OPSET = 18
@@ -95,34 +96,40 @@ def to_program(graph: ExportGraph, preprocess: Preprocess) -> torch.export.Expor
         return torch.export.export(graph.eval(), (example_input(preprocess),), dynamic_shapes=_dynamic_batch())
 
 
-def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET) -> Any:
+def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, unfused: nn.Module | None = None) -> Any:
     """Convert to an ONNX model in memory and check it.
 
     Args:
         graph: Pre-processing, network and outputs.
         preprocess: For the type and shape of the input.
         opset: Version of ONNX's operators.
+        unfused: The network before `fuse`, whose module paths people know, for messages.
 
     Returns:
         An onnx.ModelProto.
 
     Raises:
+        ExportError: ONNX has no operator for something in the network; the message names it and its module.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
     with _quiet():
-        converted = torch.onnx.export(
-            graph.eval(),
-            (example_input(preprocess),),
-            dynamo=True,
-            dynamic_shapes=_dynamic_batch(),
-            opset_version=opset,
-            external_data=False,
-            input_names=["input"],
-            output_names=list(graph.outputs),
-            verbose=False,
-        )
+        try:
+            converted = torch.onnx.export(
+                graph.eval(),
+                (example_input(preprocess),),
+                dynamo=True,
+                dynamic_shapes=_dynamic_batch(),
+                opset_version=opset,
+                external_data=False,
+                input_names=["input"],
+                output_names=list(graph.outputs),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            told = graph if unfused is None else ExportGraph(unfused, preprocess)
+            raise unsupported(told.network, lambda: to_program(told, preprocess)) from error
     assert converted is not None
     model = converted.model_proto
     # The exporter notes the source line of every node: paths of the machine it ran on, and bytes for nothing.

@@ -6,7 +6,7 @@ carries it ("network.layer1.0.conv1.weight" -> "layer1.0.conv1"). Other nodes ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rkd_deploy.errors import UsageError, unknown_name
@@ -39,17 +39,36 @@ def quantisable(proto: Any, kinds: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def chosen(nodes: dict[str, str], names: Iterable[str]) -> list[str]:
-    """Node names of layers given by either name.
+def summand(nodes: dict[str, str], number: int) -> dict[str, str]:
+    """The layers of one of several graphs whose logits add up (`early_exit.py`), named as in the fused graph.
+
+    Args:
+        nodes: As `quantisable` gives them of the graph of branch b = `number`, which is its only branch.
+        number: 0 (S), 1, ..
+    """
+    if number == 0:
+        return nodes
+    return {_in_summand(name, name == node, number): node for name, node in nodes.items()}
+
+
+def _in_summand(name: str, is_anonymous: bool, number: int) -> str:
+    if is_anonymous:  # the exporter numbers such nodes in each graph anew
+        return f"assistant_{number}.{name}"
+    return name.replace("backbones.0.", f"backbones.{number}.")
+
+
+def chosen(nodes: Sequence[dict[str, str]], names: Iterable[str]) -> list[list[str]]:
+    """Node names, of each graph, of layers given by either name; of the first graph also by that of the node.
 
     Raises:
-        UsageError: There is no such layer.
+        UsageError: There is no such layer in any graph.
     """
-    own = set(nodes.values())
+    first = {node: node for node in nodes[0].values()} | nodes[0]
+    tables, names = [first, *nodes[1:]], list(names)
     for name in names:
-        if name not in nodes and name not in own:
-            raise UsageError(unknown_name("layer in --keep", name, nodes))
-    return [nodes.get(name, name) for name in names]
+        if not any(name in table for table in tables):
+            raise UsageError(unknown_name("layer in --keep", name, {key for named in nodes for key in named}))
+    return [[table[name] for name in names if name in table] for table in tables]
 
 
 def _is_layer(node: Any, weights: set[str]) -> bool:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.errors import UsageError, require, unknown_name
 from rkd_deploy.export.calibration import Calibration
+from rkd_deploy.serve.backends import check_backend
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("cpu", "tensorrt", "openvino")
@@ -114,6 +115,17 @@ class PrecisionOptions:
             if value not in (None, ()):
                 name = names.get(option, option).replace("_", "-")
                 raise UsageError(f"--{name} has no effect with --precision {self.precision}, {why}. Leave it out.")
+
+    def check_installed(self) -> None:
+        """Refuse what could not be converted or proven here, before anything is computed.
+
+        Raises:
+            MissingDependencyError: The converter or the backend that the file is proven on is not installed.
+        """
+        if self.precision == "fp8":
+            require("modelopt", "quant")
+        if self.lowered:
+            check_backend(self.prover)
 
     @property
     def lowered(self) -> bool:

@@ -22,11 +22,14 @@ IMAGES = 64
 Array = npt.NDArray[Any]
 
 
-def harms(quantiser: Int8Quantiser, reference: Any, inputs: Array, backend: str) -> dict[str, float]:
-    """Mean squared change of the logits for every layer quantised alone, the worst first.
+def harms(
+    quantiser: Int8Quantiser, nodes: dict[str, str], reference: Any, inputs: Array, backend: str
+) -> dict[str, float]:
+    """Mean squared change of the logits for every layer quantised alone.
 
     Args:
         quantiser: Of the graph.
+        nodes: Name for people to name of the node.
         reference: The float32 graph.
         inputs: Calibration images as the graph takes them.
         backend: What the file is proven on.
@@ -34,10 +37,10 @@ def harms(quantiser: Int8Quantiser, reference: Any, inputs: Array, backend: str)
     inputs = inputs[:IMAGES]
     expected_NK = answers(reference, [inputs], backend)
     found = {}
-    for name, node in quantiser.nodes.items():
+    for name, node in nodes.items():
         found_NK = answers(quantiser.quantised(only=[node]), [inputs], backend)
         found[name] = float(np.mean((found_NK - expected_NK) ** 2))
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    return found
 
 
 def fewest(ranked: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> Sequence[str]:

@@ -17,6 +17,9 @@ from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 
+LEVELS = {"side_by_side": "wide", "branches": "tail"}
+"""Of fusion (`rkd_deploy.export.fusion`), by how S and A lie to each other."""
+
 
 class Cut:
     """What is cut from one model, and within which budget."""
@@ -69,6 +72,13 @@ class Cut:
             )
         return found
 
+    def within(self, layout: str) -> tuple[Widths, Widths]:
+        """The widest S and A that cost no more than S0, as two branches or side by side."""
+        if layout == "side_by_side":
+            student, assistant = self.side_by_side(1.0).widths
+            return student, assistant
+        return self.split(self.limit)
+
     def split(self, limit: int) -> tuple[Widths, Widths]:
         """The widest S and A within a limit.
 
@@ -96,14 +106,17 @@ class Cut:
         widths = self.given_within(fraction)
         return Candidate((widths,), lambda: self.network.rebuilt(widths, self._classes))
 
-    def fastest(self, S0: nn.Module, stopwatch: Stopwatch) -> tuple[Widths, Widths, dict[str, Any]]:
+    def fastest(
+        self, S0: nn.Module, stopwatch: Stopwatch, layout: str | None = None
+    ) -> tuple[Widths, Widths, dict[str, Any]]:
         """The widest S and A no slower than S0, and what was measured.
 
         Of the two ways that there are: two branches, which cost little more than their MACs where layers are large, and
-        layers side by side, of which there are no more than S0 has, each no larger.
+        layers side by side, of which there are no more than S0 has, each no larger. A given layout leaves one of them.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        ways: dict[str, Any] = {"wide": self.side_by_side, "tail": self.branches}
+        layouts = LEVELS if layout is None else {layout: LEVELS[layout]}
+        ways = {level: getattr(self, name) for name, level in layouts.items()}
         found: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
         cost = 0
@@ -112,7 +125,7 @@ class Cut:
                 fitting = fastest_fitting(way, stopwatch, S0, 1.0, above=cost / self.limit, deadline=deadline)
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
-                if level == "tail" and not found:
+                if level == list(ways)[-1] and not found:
                     raise
             else:
                 found[level], cost = fitting, sum(self.parts(*fitting.widths).values())

@@ -6,6 +6,9 @@ and rho the assistants' share, of which each of the k gets the same part:
     w_A:  the widest with  F(A) + F(P_A)        <= rho F(S0) / k
     w_S:  the widest with  F(S) + F(P_S) + F(h) <= F(S0) - k (F(A) + F(P_A))
 
+as two branches. Side by side, w_S + k w_A <= w(S0) in every layer besides: level `wide` of fusion then has S0's own
+operators and shapes, and its speed on any machine.
+
 "Widest" is the search of `prices.py`. Depth is kept. A network of a built-in family has the few widths of its paper;
 any other is pruned, with a width for every layer that has channels of its own (`pruned.py`).
 The paper's own separation formula is not public; this is the project's (method.md 1.4).
@@ -21,7 +24,7 @@ from torch import nn
 
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cut import Cut
+from rkd_deploy.models.cut import LEVELS, Cut
 from rkd_deploy.models.latency import Stopwatch
 from rkd_deploy.models.pruned import inherit_weights
 from rkd_deploy.models.staged import FeatureNetwork, Staged
@@ -29,6 +32,7 @@ from rkd_deploy.models.staged import FeatureNetwork, Staged
 Widths = tuple[int, ...]
 
 BUDGETS = ("macs", "params", "latency")
+LAYOUTS = tuple(LEVELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class Separation:
         cost: F(S) + F(P_S) + k (F(A) + F(P_A)) + F(h), in the budget's unit.
         budget: F(S0), never exceeded by `cost`.
         unit: ``"macs"`` or ``"params"``; MACs where the budget is latency.
+        level: Of fusion, that they were cut for.
         parts: Cost of student, assistant, student_adapter, assistant_adapter and head; those of the assistants are of
             all k together.
         latency: Where the budget is latency, everything that was measured, and whether A is the narrowest there is: it
@@ -54,6 +59,7 @@ class Separation:
     cost: int
     budget: int
     unit: str
+    level: str
     parts: dict[str, int]
     latency: dict[str, Any] | None = None
 
@@ -69,6 +75,7 @@ def separate(
     num_classes: int,
     input_size: int | tuple[int, int],
     budget: str = "macs",
+    layout: str | None = None,
     assistant_share: float = 0.2,
     assistants: int = 1,
     round_to: int = 8,
@@ -87,6 +94,8 @@ def separate(
         num_classes: K, of the head.
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"``, ``"params"``, or ``"latency"``, which `stopwatch` measures.
+        layout: ``"branches"``, or ``"side_by_side"``: widths of S and A add up to those of S0. Default: branches; where
+            the budget is latency, whichever leaves them more.
         assistant_share: rho, the share of the budget that all assistants and their adapters may take; of the MACs where
             the budget is latency, and of S0's own where the narrowest assistant takes more of a faster S + A.
         assistants: k, how many of them share it equally.
@@ -105,7 +114,7 @@ def separate(
         UsageError: Unknown name or unit, no assistant, or a model that cannot be narrowed; the message names the
             module and the operator.
     """
-    _check(budget, assistants, fraction, weights, stopwatch)
+    _check(budget, layout, assistants, fraction, weights, stopwatch)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = given.channels if channels is None else channels
@@ -115,10 +124,12 @@ def separate(
     if fraction is not None:
         records |= cut.narrow_given(given, fraction, stopwatch)
     if stopwatch is None:
-        student, assistant = cut.split(cut.limit)
+        layout = layout or "branches"
+        student, assistant, level = *cut.within(layout), LEVELS[layout]
     else:
         S0 = given if fraction is None else cut.network.rebuilt(cut.full, num_classes)
-        student, assistant, records["fused"] = cut.fastest(S0, stopwatch)
+        student, assistant, records["fused"] = cut.fastest(S0, stopwatch, layout)
+        level = records["fused"]["level"]
     parts = cut.parts(student, assistant)
     made = Separation(
         student=cut.network.rebuilt(student, None),
@@ -127,6 +138,7 @@ def separate(
         cost=sum(parts.values()),
         budget=cut.limit,
         unit=cut.unit,
+        level=level,
         parts=parts,
         latency=records or None,
     )
@@ -146,17 +158,26 @@ def narrow(
     stopwatch: Stopwatch | None = None,
 ) -> Widths:
     """The widths at which a model costs a fraction of what it costs; arguments and errors as for `separate`."""
-    _check(budget, 1, fraction, "fresh", stopwatch)
+    _check(budget, None, 1, fraction, "fresh", stopwatch)
     cut = Cut(model, input_size, budget, num_classes, model.channels, round_to)
     cut.narrow_given(model, fraction, stopwatch)
     return cut.full
 
 
-def _check(budget: str, assistants: int, fraction: float | None, weights: str, stopwatch: Stopwatch | None) -> None:
+def _check(
+    budget: str,
+    layout: str | None,
+    assistants: int,
+    fraction: float | None,
+    weights: str,
+    stopwatch: Stopwatch | None,
+) -> None:
     if assistants < 1:
         raise UsageError(f"assistants = {assistants} must be at least 1: without one, train S0 alone.")
     if budget not in BUDGETS:
         raise UsageError(unknown_name("budget", budget, BUDGETS))
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(unknown_name("layout", layout, LAYOUTS))
     if weights not in ("fresh", "inherited"):
         raise UsageError(unknown_name("weights", weights, ("fresh", "inherited")))
     if fraction is not None and not 0 < fraction <= 1:

@@ -8,14 +8,17 @@ meant to work alone. Against whoever changes a file and its sum this is no prote
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import ModelFileError
-from rkd_deploy.serve.files import ONNX_NAME, model_path
+from rkd_deploy.serve.files import ENGINE_SUFFIXES, ONNX_NAME, model_path
+from rkd_deploy.storage import write_text
 
 CARD_NAME = "model.json"
 _ZEROS = "0" * 64
@@ -29,13 +32,36 @@ def sealed(card: ModelCard, folder: Path) -> str:
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
 
+def reseal(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
+    """Take files that were written later, an engine and its record, into the sums of a bundle, or out of them.
+
+    Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder without a sealed card is
+    left alone.
+
+    Args:
+        folder: Of the bundle.
+        adding: Names of files in it.
+        without: Names that are to have no sum.
+
+    Raises:
+        StorageError: model.json could not be written; it is as it was.
+    """
+    beside = folder / CARD_NAME
+    if not beside.is_file() or not (content := json.loads(_text(beside))).get("checksums"):
+        return
+    sums = {name: found for name, found in content["checksums"].items() if name not in {*without, CARD_NAME}}
+    sums |= {name: _sha256(_bytes(folder / name)) for name in adding}
+    blank = json.dumps(content | {"checksums": {**dict(sorted(sums.items())), CARD_NAME: _ZEROS}}, indent=2) + "\n"
+    write_text(beside, blank.replace(f'"{CARD_NAME}": "{_ZEROS}"', f'"{CARD_NAME}": "{_sha256(blank.encode())}"'))
+
+
 def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, str]:
     """Compare the files of a bundle with their sums.
 
     Args:
         path: Bundle folder, or the ONNX file in it. Of an ONNX file alone, and of a bundle without sums, nothing can be
             said.
-        complete: Whether every file must be there; else an app may have left some out.
+        complete: Whether every file but engines must be there; else an app may have left some out.
 
     Returns:
         The sums, by file.
@@ -62,7 +88,8 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
                 "Export it again with rkd-deploy export."
             )
         if not (found := beside.with_name(name)).is_file():
-            missing.append(name)
+            if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
+                missing.append(name)
         elif _sha256(_bytes(found)) != sums[name]:
             changed.append(name)
     if changed or (missing and complete):

@@ -105,9 +105,15 @@ def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str
         raise ModelFileError(
             f"{path} has no graphs for early exit. Export the run again with: rkd-deploy export RUN --early-exit"
         )
+    files = [str(file) for file in card.early_exit.get("files", [])]
+    if not files or any(os.path.basename(file) != file for file in files):
+        raise ModelFileError(
+            f"The card of {path} lists the graphs {files} for early exit, which must be files beside it: a bundle is "
+            "one folder. Export it again with rkd-deploy export."
+        )
     with contextlib.ExitStack() as opened:
-        steps = [
-            opened.enter_context(load_backend(backend, folder / file, **options)) for file in card.early_exit["files"]
-        ]
+        steps = [opened.enter_context(load_backend(backend, folder / file, **options)) for file in files]
         opened.pop_all()  # all are there: from here on they are closed with the whole
-    return EarlyExitBackend(steps, threshold)
+    loaded = EarlyExitBackend(steps, threshold)
+    loaded.precision = card.precision  # the graphs have no card of their own
+    return loaded

@@ -131,7 +131,10 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, wha
         )
     broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
-        raise CheckpointError(f"{where} holds NaN or infinite weights{_first(broken)}: it was saved after diverging.")
+        raise CheckpointError(
+            f"{where} holds NaN or infinite weights{_first(broken)}: it was saved after diverging. Take an earlier "
+            "checkpoint, or train again with a lower train.lr."
+        )
     module.load_state_dict(dict(state), strict=False)
 
 

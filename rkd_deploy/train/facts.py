@@ -11,10 +11,12 @@ from typing import Any
 from rkd_deploy.data.pictures import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
+from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.latency import ExportStopwatch
 from rkd_deploy.models.external import External
 from rkd_deploy.models.progressive import paired_channels
 from rkd_deploy.models.pruned import narrowable
+from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
@@ -181,6 +183,7 @@ def _separation_facts(
         num_classes=len(images.classes),
         input_size=images.image_size,
         budget=recipe.student.budget,
+        layout=recipe.student.layout,
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
@@ -190,12 +193,15 @@ def _separation_facts(
         stopwatch=stopwatch,
         stage_channels=tuple(facts["stage_channels"]) if recipe.method.scheme == "progressive" else None,
     )
+    if separation.level == "wide":  # refuses here, and not after the training, what cannot be merged
+        fuse(ResidualStudent(separation.student, separation.assistants, teacher.channels, len(images.classes)), "wide")
     return {
         "given_widths": list(separation.given_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
         "separation": {
             "unit": separation.unit,
+            "level": separation.level,
             "budget": separation.budget,
             "cost": separation.cost,
             "parts": separation.parts,

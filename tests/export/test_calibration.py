@@ -1,6 +1,10 @@
 """Which images a precision is calibrated and judged on."""
 
 import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +62,25 @@ def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path):
         from_folder(tmp_path / "empty", PREPROCESS)
     with pytest.raises(DataError, match="is no folder"):
         from_folder(tmp_path / "missing", PREPROCESS)
+
+
+@pytest.mark.parametrize("locked", ["", "inside"])
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(request, locked):
+    folder = Path(tempfile.mkdtemp(prefix="rkd-locked-"))  # not below pytest's own folders, which others may not enter
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.chmod(0o755)
+    (folder / "inside").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "seen.png")
+    (folder / locked).chmod(0)
+    was = os.geteuid()
+    if was == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(DataError, match=rf"{folder.name} cannot be read: Permission denied .*{locked}.*Mend its"):
+            from_folder(folder, PREPROCESS)
+    finally:
+        os.seteuid(was)
+        (folder / locked).chmod(0o755)
 
 
 def test_a_broken_image_is_named(folder):

@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +15,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.transformers.float16 import convert_float_to_float16
 from typer.testing import CliRunner
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
@@ -20,6 +22,9 @@ from rkd_deploy.cli import app
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, StorageError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.engine import export_engine
+from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.pipeline import export_run
+from rkd_deploy.serve.bench.parity import verify
 from rkd_deploy.serve.engines.build import build_engine
 from rkd_deploy.serve.engines.layers import layer_table
 from rkd_deploy.serve.engines.record import EngineRecord, read_engine
@@ -33,60 +38,33 @@ else:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 
-class Digits(CalibrationDataReader):
-    """Two batches of noise."""
-
-    def __init__(self, shape):
-        self.left = [np.random.default_rng(seed).integers(0, 256, (4, *shape), dtype=np.uint8) for seed in range(2)]
-
-    def get_next(self):
-        return {"input": self.left.pop()} if self.left else None
-
-
-def restamped(model, precision, path):
-    """Save a model whose card says its precision, as the precision pass does."""
-    card = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
-    helper.set_model_props(model, {METADATA_KEY: json.dumps({**card, "precision": precision})})
-    path.parent.mkdir(exist_ok=True)
-    onnx.save(model, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
     """What the command says of a run's bundle with an engine in it."""
     bundle = tmp_path_factory.mktemp("exported") / "bundle"
     options = ["--format", RTX, "--random-images", "--output", str(bundle), "--json"]
+    options += ["--with-pytorch", "--exit-threshold", "0.9"]  # every file that a bundle can have, fusion.json aside
     result = CliRunner().invoke(app, ["export", str(tiny_run.folder), *options])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def files(exported, tmp_path_factory):
-    """Precision to ONNX file, all of the fused S + A."""
-    folder, bundle = tmp_path_factory.mktemp("engines"), Path(exported["bundle"])
-    whole = onnx.load(bundle / "model.onnx")
-    metadata = {entry.key: entry.value for entry in whole.metadata_props}
-    half = convert_float_to_float16(onnx.load(bundle / "model.onnx"), keep_io_types=True)
-    helper.set_model_props(half, metadata)
-    shape = [size.dim_value for size in whole.graph.input[0].type.tensor_type.shape.dim[1:]]
-    settings = {
-        "quant_format": QuantFormat.QDQ,
-        "activation_type": QuantType.QInt8,
-        "weight_type": QuantType.QInt8,
-        "per_channel": True,
-        "extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-    }
-    quantize_static(bundle / "model.onnx", folder / "int8.onnx", Digits(shape), **settings)
-    quantised = onnx.load(folder / "int8.onnx")
-    helper.set_model_props(quantised, metadata)
-    quantize_static(bundle / "model.onnx", folder / "cpu_int8.onnx", Digits(shape), quant_format=QuantFormat.QDQ)
+def files(tiny_run, exported, tmp_path_factory):
+    """Precision to the ONNX file of a real bundle, all of the fused S + A."""
+    folder = tmp_path_factory.mktemp("precisions")
+
+    def lowered(precision, target):
+        # How well this little network keeps its classes is none of this file's business.
+        asked = PrecisionOptions(precision=precision, target=target, agreement=0.0, drop=100.0)
+        name = f"{target}-{precision}"
+        return export_run(tiny_run, test_images=False, folder=folder / name, precision=asked).folder / "model.onnx"
+
     return {
-        "fp32": bundle / "model.onnx",
-        "fp16": restamped(half, "fp16", folder / "fp16/model.onnx"),
-        "int8": restamped(quantised, "int8", folder / "int8/model.onnx"),
-        "cpu int8": folder / "cpu_int8.onnx",
+        "fp32": Path(exported["bundle"]) / "model.onnx",
+        "fp16": lowered("fp16", "tensorrt"),
+        "int8": lowered("int8", "tensorrt"),
+        "cpu int8": lowered("int8", "cpu"),
     }
 
 
@@ -318,6 +296,80 @@ def test_the_command_builds_beside_a_bundle_and_info_shows_it(files):
     assert '"1:1:1", "2:4:8"' in shown.output
     assert re.search(r"^layer +type +data type +shape$", shown.output, re.MULTILINE)
     assert json.loads(CliRunner().invoke(app, ["info", made["file"], "--json"]).stdout)["flavour"] == RTX
+
+
+EVERYTHING = {
+    "model.onnx", "model.json", "labels.txt", "preprocessor_config.json", "golden.npz", "model.pt2", "student.onnx",
+    "assistant_1.onnx", "model.tensorrt-rtx.engine", "model.tensorrt-rtx.engine.json",
+}  # fmt: skip
+
+
+@pytest.fixture
+def whole(exported, tmp_path):
+    """A bundle of one's own, moved away from the run that it came from."""
+    return shutil.copytree(exported["bundle"], tmp_path / "elsewhere")
+
+
+def test_a_changed_byte_is_noticed_in_every_file_of_a_bundle(whole):
+    assert {path.name for path in whole.iterdir()} == EVERYTHING
+    assert verify(whole).passed
+    for name in sorted(EVERYTHING):
+        content = (whole / name).read_bytes()
+        for place in (0, len(content) // 3, len(content) - 1):
+            (whole / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(ModelFileError, match=re.escape(name)):
+                verify(whole)
+        (whole / name).write_bytes(content)
+    assert verify(whole).passed
+
+
+def test_an_engine_is_taken_into_the_sums_and_blesses_no_other_file(whole):
+    before = json.loads((whole / "model.json").read_text())
+    made = export_engine(whole, RTX, EngineSettings(profiles=(Profile(1, 2, 4),)))
+    after = json.loads((whole / "model.json").read_text())
+    differing = {name for name in EVERYTHING if after["checksums"][name] != before["checksums"][name]}
+    assert differing == {"model.json", made.file.name, made.file.name + ".json"}
+    assert {**after, "checksums": 0} == {**before, "checksums": 0}
+    assert verify(whole).passed
+    made.file.unlink()  # it can be built again
+    assert verify(whole).passed
+    (whole / "labels.txt").write_text("one\n")
+    with pytest.raises(ModelFileError, match=r"labels\.txt changed"):
+        export_engine(whole, RTX)
+    assert not made.file.exists()
+
+
+def test_another_process_writes_the_same_bytes(exported, tiny_run, tmp_path):
+    """Same run, same settings; another seed of hashes, which gives sets another order, changes no byte."""
+    command = ["export", str(tiny_run.folder), "--random-images", "--with-pytorch", "--exit-threshold", "0.9"]
+    subprocess.run(
+        [sys.executable, "-m", "rkd_deploy.cli", *command, "--output", tmp_path / "again"],
+        env={**os.environ, "PYTHONHASHSEED": "12345"}, check=True, capture_output=True,
+    )  # fmt: skip
+    again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert set(again) == {name for name in EVERYTHING if "engine" not in name}
+    del again["model.json"]  # the other one lists the engine's sum; those of the other files are theirs
+    for name, content in again.items():
+        assert content == (Path(exported["bundle"]) / name).read_bytes(), name
+
+
+def test_a_bundle_is_proven_and_shown_elsewhere_without_torch(whole):
+    """Without the run, in another folder, in a process that cannot import torch, onnx or this package's export."""
+    absent = ("torch", "onnx", "onnxscript", "rkd_deploy.export", "rkd_deploy.train", "rkd_deploy.models")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from rkd_deploy.cli import main; main()"
+    shown = {}
+    for command in ("verify", "info"):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, command, whole.name], cwd=whole.parent, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        shown[command] = ran.stdout
+    for backend in ("onnxruntime", "openvino"):
+        assert re.search(rf"elsewhere on {backend}: logits differ by at most \S+ \(tolerance 0.0001\)", shown["verify"])
+    card = json.loads((whole / "model.json").read_text())
+    rows = [*card["checksums"].items(), ("fusion", "tail"), ("precision", "fp32"), ("torch", card["versions"]["torch"])]
+    for key, value in [*rows, ("python", platform.python_version())]:
+        assert re.search(rf"{re.escape(key)}\W.*{re.escape(value)}", shown["info"]), key
 
 
 def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):

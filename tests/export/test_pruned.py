@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rkd_deploy.card import Preprocess
+from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models import zoo
@@ -30,6 +31,8 @@ NETWORKS = (
     "timm:regnety_004",
     "timm:convnext_atto",
 )
+NOT_WIDE: dict[str, str] = {"timm:convnext_atto": "is no operation that it knows"}
+"""Why S and A of these are not merged: it normalises over channels, where S's and A's would mix."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -46,6 +49,7 @@ def test_a_network_is_split_within_its_cost_learns_and_is_exported(name: str) ->
     x_NCHW, y_N = torch.randn(8, 3, SIDE, SIDE), torch.arange(8) % CLASSES
     check_steps(model.train(), x_NCHW, y_N)
     check_file(model.eval(), x_NCHW)
+    check_wide(name, model.double(), x_NCHW[:2].double())
 
 
 def check_steps(model: ResidualStudent, x_NCHW: Tensor, y_N: Tensor) -> None:
@@ -90,3 +94,15 @@ def check_file(model: ResidualStudent, x_NCHW: Tensor) -> None:
     assert np.isfinite(expected).all()
     assert np.ptp(expected) > 1e-3
     np.testing.assert_allclose(session.run(["logits"], {"input": x})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_wide(name: str, model: ResidualStudent, x_NCHW: Tensor) -> None:
+    """Level wide in double precision: equal to two branches, or a reason and a way out."""
+    if reason := NOT_WIDE.get(name):
+        with pytest.raises(UsageError, match=rf"Level wide cannot merge .*{reason}.*--fuse tail"):
+            fuse(model, "wide")
+        return
+    expected = model(x_NCHW)
+    size = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(fuse(model, "wide")(x_NCHW), expected, rtol=0, atol=1e-10 * size)

@@ -3,13 +3,48 @@
 What else was tried, by benchmarks/runtimes.py, is in docs/runtimes.md.
 """
 
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import onnx
 import openvino
 import pytest
+import tract
 from onnx.reference import ReferenceEvaluator
 
 from rkd_deploy.export.bundle import export_bundle
+
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / "benchmarks" / "runtimes.mjs"
+NODE_PACKAGES = ("onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0")
+
+
+@pytest.fixture(scope="session")
+def node_folder() -> Path:
+    """A folder with the packages for Node.js, installed once by npm; never skipped in CI."""
+    folder = REPO / ".data" / f"node-{hashlib.sha256(' '.join(NODE_PACKAGES).encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes at once install once
+        if not (folder / ".ready").exists():
+            # Without scripts: the only one would download libraries for GPUs.
+            command = ["npm", "install", "--prefix", folder, "--ignore-scripts", "--no-audit", "--no-fund"]
+            try:
+                subprocess.run([*command, *NODE_PACKAGES], check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                shutil.rmtree(folder / "node_modules", ignore_errors=True)
+                reason = f"no packages for Node.js: {error}: {getattr(error, 'stderr', '')}"
+                pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+            (folder / ".ready").touch()
+    return folder
 
 
 def reference_evaluator(file, x):
@@ -21,12 +56,37 @@ def openvino_itself(file, x):
     return compiled({"input": x})["logits"]
 
 
-@pytest.mark.parametrize("level", ["tail", "wide"])
-def test_runtimes_of_others_give_the_golden_logits(model, card, tmp_path, level):
-    export_bundle(model, card, tmp_path / "bundle", level=level)
+def tract_itself(file, x):
+    return tract.onnx().load(str(file)).into_model().into_runnable().run([x])[0].to_numpy()
+
+
+def by_node(folder, package, file, x):
+    inputs = file.with_name("inputs.bin")
+    inputs.write_bytes(x.tobytes())
+    command = ["node", SCRIPT, package, file, inputs, x.dtype.name, json.dumps(x.shape)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout.splitlines()[-1])["logits"]).reshape(len(x), -1)
+
+
+@pytest.fixture(params=["tail", "wide"])
+def exported(request, model, card, tmp_path):
+    export_bundle(model, card, tmp_path / "bundle", level=request.param)
     golden = np.load(tmp_path / "bundle/golden.npz")
     assert np.ptp(golden["logits"]) > 0.01
-    for run in (reference_evaluator, openvino_itself):
-        for batch in (8, 1):
-            found = run(tmp_path / "bundle/model.onnx", golden["inputs"][:batch])
-            np.testing.assert_allclose(found, golden["logits"][:batch], rtol=0, atol=float(golden["tolerance"]))
+    return tmp_path / "bundle/model.onnx", golden
+
+
+@pytest.mark.parametrize("run", [reference_evaluator, openvino_itself, tract_itself])
+def test_runtimes_of_others_give_the_golden_logits(exported, run):
+    file, golden = exported
+    for batch in (8, 1):
+        found = run(file, golden["inputs"][:batch])
+        np.testing.assert_allclose(found, golden["logits"][:batch], rtol=0, atol=float(golden["tolerance"]))
+
+
+@pytest.mark.parametrize("package", ["onnxruntime-node", "onnxruntime-web"])
+def test_node_and_the_browsers_runtime_give_the_golden_logits(exported, node_folder, package):
+    file, golden = exported
+    found = by_node(node_folder, package, file, golden["inputs"])
+    np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=float(golden["tolerance"]))

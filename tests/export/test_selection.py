@@ -11,7 +11,6 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.export import selection
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.calibration import Calibration
-from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.precision import Lowering, PrecisionOptions
 from rkd_deploy.export.selection import Target, fastest
 from rkd_deploy.models.residual import StudentAlone
@@ -104,13 +103,6 @@ def test_what_auto_cannot_compare_is_refused(model, card, tmp_path, options, tar
     )
     with pytest.raises(UsageError, match=message):
         export_bundle(model, card, tmp_path / "bundle", level="auto", target=target, lowering=lowering)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_early_exit_of_lower_precision_is_refused_with_the_reason(model, card, tmp_path):
-    lowering = Lowering(options=PrecisionOptions(precision="fp16"), held_out=[], held_out_source="none")
-    with pytest.raises(UsageError, match=r"rounded one by one.+Export two bundles"):
-        export_bundle(model, card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.9), lowering=lowering)
     assert list(tmp_path.iterdir()) == []
 
 

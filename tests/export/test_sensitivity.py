@@ -25,10 +25,9 @@ def test_the_shortest_beginning_that_passes_is_found_with_few_questions(count, n
 
 def test_the_layer_that_reads_the_uneven_map_does_the_most_harm(uneven):
     with Int8Quantiser(uneven.proto, uneven.calibration.images_NHWC, "tensorrt") as quantiser:
-        found = harms(quantiser, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
+        found = harms(quantiser, quantiser.nodes, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
     layers = {name for name, module in uneven.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert set(found) == layers
-    values = list(found.values())
-    assert values == sorted(values, reverse=True)
-    assert next(iter(found)) == "layer2.0.conv2"
-    assert values[0] > 10 * values[1]
+    first, second, *_ = sorted(found, key=lambda name: -found[name])
+    assert first == "layer2.0.conv2"
+    assert found[first] > 10 * found[second]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.serve.early_exit import confidence, exit_steps
+from rkd_deploy.serve.early_exit import confidence, exit_steps, load_early_exit
 
 LABELS = ("a", "b", "c", "d")
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -143,6 +144,21 @@ def test_what_cannot_leave_early_is_refused(tmp_path: Path, bundle: tuple[Residu
     for wrong in (-0.1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=r"must be at least 0 and finite"):
             load(bundle[1], exit_threshold=wrong)
+
+
+@pytest.mark.parametrize("files", [["../student.onnx"], []])
+def test_graphs_outside_of_the_folder_are_not_read(
+    tmp_path: Path, bundle: tuple[ResidualStudent, Path], files: list[str]
+) -> None:
+    with load_early_exit(bundle[1], 0.5, "onnxruntime") as loaded:
+        assert loaded.precision == "fp32"
+    folder = shutil.copytree(bundle[1], tmp_path / "bundle")
+    (folder / "student.onnx").rename(tmp_path / "student.onnx")
+    card = json.loads((folder / "model.json").read_text())
+    card["early_exit"]["files"] = files
+    (folder / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ModelFileError, match=r"which must be files beside it"):
+        load_early_exit(folder, 0.5, "onnxruntime")
 
 
 def test_a_branch_that_is_not_the_networks_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

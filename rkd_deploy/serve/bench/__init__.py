@@ -12,6 +12,8 @@ from typing import Any
 from rkd_deploy.serve.bench import memory
 from rkd_deploy.serve.bench.accuracy import folder_top1
 from rkd_deploy.serve.bench.loading import Loaded, Setting, batch_sizes, device_in_use, load_all, plan, random_input
+from rkd_deploy.serve.bench.pace import Pace, remembered_paces
+from rkd_deploy.serve.bench.provenance import cores
 from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.serve.bench.samples import Timing
 from rkd_deploy.serve.bench.timing import (
@@ -138,15 +140,20 @@ class _Course:
             subjects |= {_name(one.key, way): Subject(one.backends, x, way) for way in self.ways}
         memory.reset_peak()
         stopped: KeyboardInterrupt | None = None
+        pace = _pace(setting, loaded[0].backend.device)
         try:
-            found = measure_subjects(subjects, progress=progress, **self.limits)
+            found = measure_subjects(subjects, pace=pace, progress=progress, **self.limits)
         except MeasurementInterrupted as stop:
             found, stopped = stop.timings, stop
+        finally:
+            if pace is not None:
+                pace.close()
         peak, device_after = memory.resident_peak_bytes(), device_in_use(setting)
         for one in loaded:
             timings = [found[name] for way in self.ways if (name := _name(one.key, way)) in found]
             if timings:
                 facts = {
+                    "best_pace_ms": None if pace is None else pace.best_ms,
                     "resident_peak_bytes": peak,
                     "resident_growth_bytes": _less(peak, self.resident_before),
                     "device_growth_bytes": _less(device_after, device_before),
@@ -154,6 +161,13 @@ class _Course:
                 yield _result(one, setting, timings, right.get(one.key), **facts)
         if stopped is not None:
             raise stopped
+
+
+def _pace(setting: Setting, device: str) -> Pace | None:
+    """Of the cores that a setting uses; what a GPU does is not seen on them."""
+    if device != "cpu":
+        return None
+    return Pace((setting.threads or cores()) * setting.streams, remembered_paces())
 
 
 def _name(key: str, transfers: bool) -> str:

@@ -51,8 +51,8 @@ def provenance() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_model(Path("/proc/cpuinfo")),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_model(),
+        "cores": cores(),
         "memory_bytes": _memory_bytes(),
         "load_1min": round(os.getloadavg()[0], 2),
         "gpus": gpus(),
@@ -75,7 +75,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cpu_model(cpuinfo: Path) -> str | None:
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's name; None where the machine does not tell."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:

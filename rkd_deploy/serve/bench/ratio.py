@@ -4,11 +4,12 @@
                    median of r_i, with its order-statistics interval
     recorded       median b / median a of two benches apart; the unit is a turn of 0.1 s (`timing`), whose samples share
                    a clock and neighbours and so are not independent. Each median has an interval of confidence
-                   (1 + c) / 2, and [b_low / a_high, b_high / a_low] covers the ratio with confidence c (Bonferroni)
+                   (1 + c) / 2, and [b_low / a_high, b_high / a_low] covers the ratio with confidence c (Bonferroni),
+                   each low end first divided by the machine's slowdown at that time (`pace`)
 
 Neither assumes a distribution. Sessions are the unit where they can be, because a model loaded twice is not equally
 fast twice: where its memory comes to lie changes its latency, through the whole session. Two
-records are one session each, so their interval does not know of that, nor of a machine that was slower on one day.
+records are one session each, so their interval does not know of that.
 """
 
 from __future__ import annotations
@@ -91,19 +92,20 @@ def paired_ratio(a_ms: Sequence[float], b_ms: Sequence[float], confidence: float
 
 
 def recorded_ratio(
-    a_ms: Sequence[float], b_ms: Sequence[float], confidence: float = 0.95
+    a_ms: Sequence[float], b_ms: Sequence[float], slowdowns: tuple[float, float] = (1.0, 1.0), confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Ratio of two models measured apart, with its interval.
 
     Args:
         a_ms: Median latency of A in each turn.
         b_ms: The same of B.
+        slowdowns: How much slower than it can be the machine was under A, and under B: so much less a model may take.
         confidence: Above 0 and below 1.
     """
     each = (1 + confidence) / 2
     (a_low, a_high), (b_low, b_high) = (_interval(sorted(values), each) for values in (a_ms, b_ms))
-    low = b_low / a_high
-    high = b_high / a_low if a_low else math.inf
+    low = b_low / slowdowns[1] / a_high
+    high = b_high / (a_low / slowdowns[0]) if a_low else math.inf
     return median_low(b_ms) / median_low(a_ms), low, high
 
 
@@ -191,7 +193,8 @@ def recorded_ratios(
 
 
 def _recorded(a: Mapping[str, Any], b: Mapping[str, Any], confidence: float) -> Ratio:
-    ratio, low, high = recorded_ratio(a["round_medians_ms"], b["round_medians_ms"], confidence)
+    slowdowns = (a.get("slowdown", 1.0), b.get("slowdown", 1.0))  # older records took no pace
+    ratio, low, high = recorded_ratio(a["round_medians_ms"], b["round_medians_ms"], slowdowns, confidence)
     condition = {key: b[key] for key in ("backend", "device", "batch", "threads")}
     count = min(len(a["round_medians_ms"]), len(b["round_medians_ms"]))
     return Ratio(a=a["model"], b=b["model"], **condition, ratio=ratio, low=low, high=high, unit="turns", count=count)

@@ -22,6 +22,9 @@ from rkd_deploy.serve.bench.timing import Progress
 from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_json, write_text
 
+_NOTICED = 1.1
+"""Times as slow: a quiet machine's own turbo stays below that."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -87,6 +90,17 @@ class Recorded:
     """The machine before and after, as lines for people."""
 
 
+def _disturbed(results: Sequence[Result]) -> list[str]:
+    """A line, if the machine was clearly slower than it can be while something was measured."""
+    slowest = max((result.slowdown for result in results), default=1.0)
+    if slowest < _NOTICED:
+        return []
+    return [
+        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The low ends of "
+        "the intervals allow for that; to tell two models apart, use bench-compare."
+    ]
+
+
 def record_bench(
     models: Sequence[str | os.PathLike[str]],
     settings: Mapping[str, Any],
@@ -123,7 +137,7 @@ def record_bench(
         states = {"before": before, "after": conditions()}
         named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
         report = write_report(results, named, folder, states, told, more=more, partial=partial)
-        return Recorded(results, told, report, describe(**states))
+        return Recorded(results, told, report, [*describe(**states), *_disturbed(results)])
 
     def measure() -> None:
         nonlocal more

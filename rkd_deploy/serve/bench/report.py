@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
 from rkd_deploy.serve.bench import tabular
@@ -36,7 +37,7 @@ RECORD_SCHEMA = 1
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """What follows from the samples of one measurement; a `_low_ms` and a `_high_ms` are the ends of the 95 %
-    confidence interval, None where there are too few samples for one.
+    confidence interval, None where there are too few samples for one. The low end is divided by `slowdown`.
     """
 
     transfers: bool
@@ -67,18 +68,24 @@ class Figures:
     warmup_seconds: float
     complete: bool = True
     """False: the measurement was interrupted, and these are the samples it had."""
+    pace_ms: float | None = None
+    """Time that a fixed piece of work took beside the turns (`pace.Pace`), their median; None: not taken."""
+    slowdown: float = 1.0
+    """That over the least it was ever seen to take on this machine: above 1, something else ran there."""
     round_medians_ms: list[float] = field(repr=False)
     """Median of each turn of 0.1 s: between turns the machine drifts, and within one it hardly does."""
     samples_ms: list[float] = field(repr=False)
     """All of them, in the order they were measured."""
 
     @staticmethod
-    def of(timing: Timing) -> dict[str, Any]:
-        """The fields above, by name."""
+    def of(timing: Timing, best_pace_ms: float | None = None) -> dict[str, Any]:
+        """The fields above, by name; of the machine's fastest pace, the slowdown."""
+        slowdown = timing.slowdown(best_pace_ms)
         values: dict[str, Any] = {}
         for q in (50, 90, 95, 99, 99.9):
             name = f"p{q:g}".replace(".", "_")
             low, high = (end if math.isfinite(end) else None for end in timing.interval(q))
+            low = None if low is None else low / slowdown
             values |= {f"{name}_ms": timing.percentile(q), f"{name}_low_ms": low, f"{name}_high_ms": high}
         return values | {
             "transfers": timing.transfers,
@@ -90,6 +97,8 @@ class Figures:
             "warmup_runs": timing.warmup_runs,
             "warmup_seconds": timing.warmup_seconds,
             "complete": timing.complete,
+            "pace_ms": median(timing.paces_ms) if timing.paces_ms else None,
+            "slowdown": slowdown,
             "round_medians_ms": list(timing.round_medians_ms),
             "samples_ms": list(timing.samples_ms),
         }
@@ -144,16 +153,25 @@ class Result(Figures):
     """The same model with input and output left on the device, in turns with the figures above."""
 
     @classmethod
-    def from_timing(cls, timing: Timing, *, device_only: Timing | None = None, **facts: Any) -> Self:
+    def from_timing(
+        cls, timing: Timing, *, device_only: Timing | None = None, best_pace_ms: float | None = None, **facts: Any
+    ) -> Self:
         """Join the samples with the other fields.
 
         Args:
             timing: Of the figures.
             device_only: The same without transfers.
+            best_pace_ms: The least that the machine's pace was ever seen to be.
             facts: The fields that do not follow from the samples.
         """
-        resident = None if device_only is None else Figures(**Figures.of(device_only))
-        return cls(**facts, **Figures.of(timing), batch=timing.batch, streams=timing.streams, device_only=resident)
+        resident = None if device_only is None else Figures(**Figures.of(device_only, best_pace_ms))
+        return cls(
+            **facts,
+            **Figures.of(timing, best_pace_ms),
+            batch=timing.batch,
+            streams=timing.streams,
+            device_only=resident,
+        )
 
 
 def to_record(
@@ -181,7 +199,7 @@ def to_record(
         "settings": dict(settings),
         "conditions": None if conditions is None else dict(conditions),
         "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics, with "
-        "the design effect of turns of 0.1 s)",
+        "the design effect of turns of 0.1 s; the low end over the machine's slowdown)",
         "results": [asdict(result) for result in results],
     }
 
@@ -253,6 +271,7 @@ RUNS: tuple[Column[Row], ...] = (
     Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
     Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
     Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
+    Column("Machine slower by, %", lambda r: _slower(r.figures)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
@@ -298,6 +317,10 @@ def _percentile(figures: Figures, q: str) -> str | None:
         return None
     interval = _interval(low, high)
     return milliseconds(value) if interval is None else f"{milliseconds(value)} ({interval})"
+
+
+def _slower(figures: Figures) -> str | None:
+    return None if figures.pace_ms is None else f"{100 * (figures.slowdown - 1):.0f}"
 
 
 def _told(value: float | None, form: Callable[[Any], str]) -> str | None:

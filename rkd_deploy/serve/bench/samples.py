@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Timing:
     """How many of the samples fell into each turn of 0.1 s, in order: drift is within turns small, between them not."""
     streams: int = 1
     """Callers at once."""
+    paces_ms: tuple[float, ...] = ()
+    """The machine's pace (`pace.Pace`) just before each turn; empty where it was not taken."""
     complete: bool = True
     """False: interrupted before its limits were reached."""
 
@@ -122,6 +125,12 @@ class Timing:
             -math.inf if low is None else self._sorted[max(1, low * count // effective) - 1],
             math.inf if high is None else self._sorted[-(-high * count // effective) - 1],
         )
+
+    def slowdown(self, best_pace_ms: float | None) -> float:
+        """How much slower the machine was, in the median over the turns, than it can be; 1 where that is not known."""
+        if not self.paces_ms or best_pace_ms is None:
+            return 1.0
+        return max(1.0, median(self.paces_ms) / best_pace_ms)
 
     def design_effect(self, q: float) -> float:
         """How many times the variance of independent samples the share of samples below a percentile really has.

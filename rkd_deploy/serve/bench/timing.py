@@ -130,12 +130,13 @@ def measure_subjects(
     warmup_seconds: float = 0.5,
     warmup_runs: int = 10,
     clock: Clock = time.perf_counter_ns,
+    pace: Callable[[], float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
     """Time several subjects by turns of 0.1 s, so that the drift of a shared machine hits all alike.
 
-    The order turns round after each round, and the first call after a change of model is not counted: it finds
-    the caches full of the other one.
+    The order turns round after each round, and the first call after a change of model, or after the pace was taken, is
+    not counted: it finds the caches full of something else.
 
     Args:
         subjects: By name; each limit holds for each of them.
@@ -144,6 +145,7 @@ def measure_subjects(
         warmup_seconds: Time in untimed calls before, at least.
         warmup_runs: Number of untimed calls before, at least.
         clock: Nanoseconds.
+        pace: Asked before each turn how fast the machine itself is, in ms: a `pace.Pace`.
         progress: Told how far each measurement is.
 
     Raises:
@@ -162,9 +164,10 @@ def measure_subjects(
         pending = runners
         while pending:
             for runner in pending:
-                if len(runners) > 1:
+                pace_ms = None if pace is None else pace()
+                if len(runners) > 1 or pace is not None:
                     runner.warm_up(0, 1)
-                runner.run_round()
+                runner.run_round(pace_ms)
                 if progress is not None:
                     progress(runner.name, runner.done)
             pending = [runner for runner in reversed(pending) if runner.done < 1]

@@ -45,6 +45,7 @@ class Runner:
         self._min_ns, self._min_runs = min_ns, min_runs
         self._samples: list[int] = []
         self._rounds: list[int] = []
+        self._paces_ms: list[float] = []
         self._total = 0
         self._warmups = 0
         self._warmup_total = 0
@@ -61,8 +62,12 @@ class Runner:
         self._warmups += len(found)
         self._warmup_total += sum(found)
 
-    def run_round(self) -> None:
-        """One turn: `ROUND_NS`, or less where that reaches both limits."""
+    def run_round(self, pace_ms: float | None = None) -> None:
+        """One turn: `ROUND_NS`, or less where that reaches both limits.
+
+        Args:
+            pace_ms: The machine's pace just before.
+        """
         streams = len(self._callers)
         try:
             self._together(
@@ -74,6 +79,7 @@ class Runner:
             self._total += sum(found)
             if found:
                 self._rounds.append(len(found))
+                self._paces_ms += [] if pace_ms is None else [pace_ms]
 
     @property
     def has_samples(self) -> bool:
@@ -97,6 +103,7 @@ class Runner:
             warmup_seconds=self._warmup_total / 1e9,
             rounds=tuple(self._rounds),
             streams=len(self._callers),
+            paces_ms=tuple(self._paces_ms),
             complete=self.done >= 1,
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError, require
+from rkd_deploy.serve.checksums import check_files
 from rkd_deploy.serve.files import broken_model, model_path
 from rkd_deploy.serve.opsets import too_new
 
@@ -41,11 +42,13 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         path: Bundle folder or ONNX file.
 
     Raises:
-        ModelFileError: Missing, corrupt, weights outside of the folder, or a card in a newer schema.
+        ModelFileError: Missing, corrupt, weights outside of the folder, a card in a newer schema, or a file of the
+            bundle that is not as it was written.
         MissingDependencyError: onnx is not installed.
         BackendError: The file is in a newer opset or format than onnx knows, or has not one numeric input.
     """
     file = model_path(path)
+    check_files(path, complete=False)
     onnx = require("onnx", "export")
     content = file.read_bytes()
     try:
@@ -59,7 +62,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         onnx.load_external_data_for_model(model, str(file.parent))  # refuses paths and links that leave the folder
     except Exception as error:  # onnx's own, the file system's, and those of broken numbers
         raise ModelFileError(
-            f"The weights that {file} keeps in other files cannot be read: {' '.join(str(error).split())}. "
+            f"The weights that {file} keeps in other files cannot be read: {' '.join(str(error).split()).rstrip('.')}. "
             "They must lie in the same folder: copy them there, or save the model with its weights inside."
         ) from error
     if model.ByteSize() != inside:

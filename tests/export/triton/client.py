@@ -1,7 +1,8 @@
 """A client of a tritonserver, run in the environment of conftest.py; prints one JSON object.
 
 client.py config FILE                               parse a config.pbtxt with Triton's own protobuf definition
-client.py ask ADDRESS MODEL VERSION X.npy Y.npz     logits and labelled top 3 of one request
+client.py ask ADDRESS MODEL VERSION X.npy Y.npz     logits and labelled top 3 of one request, by gRPC
+client.py ask_http ADDRESS MODEL VERSION X.npy Y.npz    the same by HTTP
 client.py crowd ADDRESS MODEL X.npy Y.npz           every image a request of its own, all at once
 client.py follow ADDRESS MODEL VERSION X.npy Y.npz  ask on and on until VERSION is ready and answers
 """
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import tritonclient.grpc as grpc
+import tritonclient.http as http
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -24,9 +26,9 @@ def config(file):
     return json_format.MessageToDict(parsed, preserving_proto_field_name=True)
 
 
-def connect(address, model, version=""):
+def connect(address, model, version="", api=grpc):
     """A client, once the model is ready."""
-    client, start = grpc.InferenceServerClient(address), time.monotonic()
+    client, start = api.InferenceServerClient(address), time.monotonic()
     while not ready(client, model, version):
         assert time.monotonic() - start < SECONDS, f"{model} {version} is not ready after {SECONDS} s"
         time.sleep(0.05)
@@ -36,25 +38,29 @@ def connect(address, model, version=""):
 def ready(client, model, version):
     try:
         return client.is_model_ready(model, version)
-    except grpc.InferenceServerException:  # not listening yet
+    except (grpc.InferenceServerException, OSError):  # not listening yet
         return False
 
 
-def inputs(x):
-    tensor = grpc.InferInput("input", list(x.shape), "UINT8")
+def inputs(x, api=grpc):
+    tensor = api.InferInput("input", list(x.shape), "UINT8")
     tensor.set_data_from_numpy(x)
     return [tensor]
 
 
-def logits(client, model, x, version="", classes=0):
-    wanted = [grpc.InferRequestedOutput("logits", class_count=classes)]
-    return client.infer(model, inputs(x), model_version=version, outputs=wanted).as_numpy("logits")
+def logits(client, model, x, version="", classes=0, api=grpc):
+    wanted = [api.InferRequestedOutput("logits", class_count=classes)]
+    return client.infer(model, inputs(x, api), model_version=version, outputs=wanted).as_numpy("logits")
 
 
-def ask(address, model, version, x_file, y_file):
-    client, x = connect(address, model, version), np.load(x_file)
-    np.savez(y_file, logits=logits(client, model, x, version))
-    return {"top3": [[text.decode() for text in row] for row in logits(client, model, x, version, 3)]}
+def ask(address, model, version, x_file, y_file, api=grpc):
+    client, x = connect(address, model, version, api), np.load(x_file)
+    np.savez(y_file, logits=logits(client, model, x, version, api=api))
+    return {"top3": [[text.decode() for text in row] for row in logits(client, model, x, version, 3, api)]}
+
+
+def ask_http(*arguments):
+    return ask(*arguments, api=http)
 
 
 def counts(client, model):

@@ -31,7 +31,7 @@ from rkd_deploy.models.residual import ResidualStudent
 REPO = Path(__file__).parents[3]
 UV = shutil.which("uv") or "uv"
 CLIENT = Path(__file__).with_name("client.py")
-PACKAGES = ("numpy==1.26.4", "onnxruntime==1.32.0", "tritonclient[grpc]==2.73.0", "protobuf==6.33.6")
+PACKAGES = ("numpy==1.26.4", "onnxruntime==1.32.0", "tritonclient[grpc,http]==2.73.0", "protobuf==6.33.6")
 SERVER = "nvidia-pytriton==0.7.0"  # Triton 2.51, with the python backend and no other
 
 
@@ -40,6 +40,7 @@ class Address:
     """A server that runs, and its log."""
 
     grpc: str
+    http: str
     log: Path
 
 
@@ -62,9 +63,10 @@ class Triton:
     @contextmanager
     def server(self, repository: Path, log: Path) -> Iterator[Address]:
         """A tritonserver that polls a repository each second; every process of it is ended with the block."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        with socket.socket() as probe, socket.socket() as other:
+            for one in (probe, other):
+                one.bind(("127.0.0.1", 0))
+            port, http_port = probe.getsockname()[1], other.getsockname()[1]
         site = next((self.folder / "venv/lib").glob("python*/site-packages"))
         base = subprocess.run(
             [self.python, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"],
@@ -76,7 +78,8 @@ class Triton:
             f"--model-repository={repository}",
             f"--backend-directory={self.folder / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={memory}",
-            "--grpc-address=127.0.0.1", f"--grpc-port={port}", "--allow-http=false", "--allow-metrics=false",
+            "--grpc-address=127.0.0.1", f"--grpc-port={port}", "--allow-metrics=false",
+            "--http-address=127.0.0.1", f"--http-port={http_port}",
             "--model-control-mode=poll", "--repository-poll-secs=1", "--exit-timeout-secs=5",
         ]  # fmt: skip
         environment = {
@@ -89,7 +92,7 @@ class Triton:
                 command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            yield Address(f"127.0.0.1:{port}", log)
+            yield Address(f"127.0.0.1:{port}", f"127.0.0.1:{http_port}", log)
         finally:
             _end(process)
             for left_over in Path("/dev/shm").glob(f"{memory}*"):

@@ -32,12 +32,14 @@ def test_golden_logits_labels_batching_and_the_next_version(triton, bundles, gol
     export_triton(bundles[0], repository, SERVING)
     np.save(x, golden[0]["inputs"])
     with triton.server(repository, tmp_path / "log") as server:
-        told = json.loads(triton.client("ask", server.grpc, NAME, "1", x, y))
-        same(np.load(y)["logits"], golden[0])
-        for row, logits in zip(told["top3"], golden[0]["logits"], strict=True):
-            best = np.argsort(-logits)[:3]
-            assert [entry.split(":")[1:] for entry in row] == [[str(k), LABELS[k]] for k in best]
-            np.testing.assert_allclose([float(entry.split(":")[0]) for entry in row], logits[best], atol=1e-4)
+        for how, address in (("ask", server.grpc), ("ask_http", server.http)):
+            told = json.loads(triton.client(how, address, NAME, "1", x, y))
+            same(np.load(y)["logits"], golden[0])
+            y.unlink()
+            for row, logits in zip(told["top3"], golden[0]["logits"], strict=True):
+                best = np.argsort(-logits)[:3]
+                assert [entry.split(":")[1:] for entry in row] == [[str(k), LABELS[k]] for k in best]
+                np.testing.assert_allclose([float(entry.split(":")[0]) for entry in row], logits[best], atol=1e-4)
 
         np.save(x, np.concatenate([golden[0]["inputs"]] * 4))
         ran = json.loads(triton.client("crowd", server.grpc, NAME, x, y))

@@ -1,7 +1,8 @@
 """Every name of TensorRT and CUDA that our sources use exists in the libraries, where no library can be run.
 
 The names are looked up in TensorRT-RTX's own bindings, in those of TensorRT 11, which load without TensorRT once empty
-libraries stand in for it, and in listings of the bindings of TensorRT 10.3 (today's Jetson) and 10.13.
+libraries stand in for it, and in listings of the bindings of TensorRT 10.3 (today's Jetson) and 10.13, which listing.py
+makes of the real ones; a test does that again.
 """
 
 import ast
@@ -102,6 +103,16 @@ def library(request):
     if request.param.startswith("tensorrt_10"):
         return request.param, parsed((HERE / f"{request.param}.json").read_text())
     return request.param, request.getfixturevalue({"tensorrt_rtx": "rtx"}.get(request.param, request.param))
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.13.3.9"])
+def test_the_listings_are_those_of_nvidias_own_bindings(version):
+    command = [sys.executable, HERE / "listing.py", version]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        absent(f"TensorRT's bindings {version} cannot be looked at: {made.stderr}")
+    listed = (HERE / f"tensorrt_{'_'.join(version.split('.')[:2])}.json").read_text()
+    assert made.stdout == listed
 
 
 def dotted(node):

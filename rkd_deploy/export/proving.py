@@ -1,0 +1,164 @@
+"""What a bundle is proven by: the exported graph against PyTorch, and the golden data that proves it again elsewhere.
+
+Golden logits are PyTorch's where the file is float32. A file of lower precision is not PyTorch's equal: there they are
+what the file itself gave on the backend that it was proven on, with PyTorch's beside them (`fp32_logits`), and the
+tolerance is the largest difference between the two on the held-out images. Whatever runs the file elsewhere may round
+otherwise, but not by more than the precision itself costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import GateError
+from rkd_deploy.export.graph import ExportGraph
+from rkd_deploy.export.judging import Judgement, as_input
+from rkd_deploy.serve.backends import infer_many, load_backend
+from rkd_deploy.serve.backends.pytorch import PyTorchBackend
+from rkd_deploy.serve.bench.accuracy import top1
+from rkd_deploy.serve.bench.parity import Parity, compare, gate
+from rkd_deploy.serve.files import ONNX_NAME
+
+TOLERANCE = 1e-4
+"""Largest difference of a float32 logit between PyTorch and the exported graph."""
+
+ALLOWED_PER_10000 = 2
+"""Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
+
+Array = npt.NDArray[Any]
+Golden = dict[str, Any]
+"""Arrays of golden.npz by name."""
+Batches = Iterable[tuple[Array, Array]]
+"""Images uint8 [n, H, W, C] with labels [n]; -1 where they are not known."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the gate saw.
+
+    Attributes:
+        parity: Logits of the exported graph against PyTorch's.
+        images: How many images were classified by both.
+        differing: How many of them otherwise.
+        torch_top1: PyTorch's accuracy on them in percent, where labels were given.
+        onnx_top1: The exported float32 graph's.
+        judgement: Of the file of lower precision, on held-out images; None for float32.
+        lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
+    """
+
+    parity: Parity
+    images: int
+    differing: int
+    torch_top1: float | None
+    onnx_top1: float | None
+    judgement: Judgement | None = None
+    lowered_top1: float | None = None
+
+
+def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
+    """The unfused model behind the same pre-processing: what the exported graph is held against."""
+    graph = ExportGraph(model, card.preprocess)
+    shape = (None, *card.preprocess.input_shape)
+    return PyTorchBackend(graph, input_shape=shape, input_dtype=card.preprocess.input_dtype)
+
+
+def prove(
+    reference: PyTorchBackend, file: Path, card: ModelCard, batches: Batches, tolerance: float
+) -> tuple[Proof, Golden]:
+    """Run both over every image; gate on logits and on classes.
+
+    Raises:
+        GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
+    """
+    labels, expected, found, first = [], [], [], None
+    with load_backend("onnxruntime", file) as candidate:
+        for images_NHWC, labels_n in batches:
+            x = as_input(images_NHWC, card)
+            first = x[:8] if first is None else first
+            expected.append(infer_many(reference, x))
+            found.append(infer_many(candidate, x))
+            labels.append(labels_n)
+    expected_NK, found_NK, labels_N = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)
+    parity = compare(expected_NK, found_NK, tolerance)
+    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
+    proof = Proof(
+        parity=parity,
+        images=parity.n,
+        differing=int((expected_NK.argmax(1) != found_NK.argmax(1)).sum()),
+        torch_top1=_top1(expected_NK, labels_N),
+        onnx_top1=_top1(found_NK, labels_N),
+    )
+    allowed = math.ceil(proof.images * ALLOWED_PER_10000 / 10000)
+    if proof.differing > allowed:
+        raise GateError(
+            f"{ONNX_NAME} classifies {proof.differing} of {proof.images} images otherwise than PyTorch does; "
+            f"allowed are {allowed} ({ALLOWED_PER_10000} in 10,000). Check the weights: float32 should not do that."
+        )
+    assert first is not None
+    return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
+
+
+def prove_lowered(
+    proof: Proof,
+    golden: Golden,
+    judgement: Judgement,
+    file: Path,
+    card: ModelCard,
+    batches: Batches,
+    prover: str,
+) -> tuple[Proof, Golden]:
+    """The proof and the golden data of a file of lower precision, from those of the float32 file."""
+    with load_backend(prover, file) as candidate:
+        found, labels = [], []
+        for images_NHWC, labels_n in batches:
+            found.append(infer_many(candidate, as_input(images_NHWC, card)))
+            labels.append(labels_n)
+    found_NK = np.concatenate(found)
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
+    return proof, {**golden, **own, "fp32_logits": golden["logits"]}
+
+
+def _top1(logits_NK: Array, labels_N: Array) -> float | None:
+    return None if (labels_N < 0).any() else top1(logits_NK.argmax(1), labels_N)
+
+
+def random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
+    """Random images without labels (-1)."""
+    preprocess = card.preprocess
+    shape = (count, preprocess.height, preprocess.width, preprocess.channels)
+    images_NHWC = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return images_NHWC, np.full(count, -1)
+
+
+def npz(golden: Golden) -> bytes:
+    """An .npz with fixed time stamps: np.savez would make every bundle differ."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, value in golden.items():
+            array = io.BytesIO()
+            np.save(array, np.ascontiguousarray(value) if np.ndim(value) else value, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array.getvalue())
+    return buffer.getvalue()
+
+
+def account(proof: Proof) -> dict[str, Any]:
+    """For the card."""
+    return {
+        **proof.parity.to_dict(),
+        "differing": proof.differing,
+        "torch_top1": proof.torch_top1,
+        "onnx_top1": proof.onnx_top1,
+    }

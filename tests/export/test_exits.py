@@ -1,0 +1,168 @@
+"""Early exit in lower precision: what ships is judged, each partial sum of it, and the threshold is chosen by it."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from rkd_deploy import load
+from rkd_deploy.errors import GateError, UsageError
+from rkd_deploy.export import early_exit
+from rkd_deploy.export.bundle import export_bundle
+from rkd_deploy.export.early_exit import EarlyExit, Exits
+from rkd_deploy.export.exit_sums import UpTo
+from rkd_deploy.export.judging import HeldOut
+from rkd_deploy.export.lowering import lower_sum
+from rkd_deploy.export.proving import reference_of
+from rkd_deploy.models.residual import StudentAlone
+from rkd_deploy.serve.early_exit import exit_steps
+from rkd_deploy.train.networks import load_part
+
+FILES = ["student.onnx", "assistant_1.onnx"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    """S + A of the shared run."""
+    return load_part(tiny_run, "fused").eval()
+
+
+@pytest.fixture(scope="module")
+def lowered(trained, model, tmp_path_factory):
+    """The folder of a bundle in int8, and its card."""
+    folder, seen = tmp_path_factory.mktemp("exits") / "bundle", trained.held_out
+    asked = EarlyExit(held_out=seen, test=[(seen[0][0][:100], seen[0][1][:100])])
+    lowering = trained.lowering(precision="int8", agreement=50.0, drop=50.0)
+    export_bundle(model, trained.card, folder, batches=asked.test, early_exit=asked, lowering=lowering)
+    return folder, json.loads((folder / "model.json").read_text())
+
+
+@torch.no_grad()
+def by_torch(trained, model, x_NHWC):
+    """z_0 and z_1 of the unfused network, normalised by hand."""
+    preprocess = trained.card.preprocess
+    scaled = (x_NHWC / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
+    x_NCHW = torch.from_numpy(scaled.transpose(0, 3, 1, 2)).float()
+    return StudentAlone(model)(x_NCHW).numpy(), model(x_NCHW).numpy()
+
+
+def by_files(folder, x_NHWC):
+    parts = [onnxruntime.InferenceSession(folder / file).run(None, {"input": x_NHWC})[0] for file in FILES]
+    return parts[0], parts[0] + parts[1]
+
+
+def test_every_graph_is_lowered_and_every_partial_sum_judged(trained, model, lowered):
+    folder, card = lowered
+    x, labels = trained.held_out[0]
+    for file in (*FILES, "model.onnx"):
+        kinds = {node.op_type for node in onnx.load(folder / file).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= kinds, file
+    told = card["early_exit"]["lowering"]
+    assert (told["precision"], told["kept"], len(told["steps"])) == ("int8", [], 2)
+    assert told["calibration"]["sha256"] == trained.calibration.sha256
+    for found, expected, step in zip(by_files(folder, x), by_torch(trained, model, x), told["steps"], strict=True):
+        assert step["images"] == len(x)
+        assert step["agreement"] == pytest.approx(100 * (found.argmax(1) == expected.argmax(1)).mean())
+        assert step["top1"] == pytest.approx(100 * (found.argmax(1) == labels).mean())
+        assert step["max_abs_diff"] == pytest.approx(np.abs(found - expected).max(), rel=1e-3)
+        assert step["max_abs_diff"] > 1e-4  # it is not float32
+
+
+def test_the_report_is_of_the_lowered_graphs(trained, lowered):
+    folder, card = lowered
+    x, labels = trained.held_out[0]
+    z = np.stack(by_files(folder, x))
+    for row in card["early_exit"]["held_out"]:
+        steps = exit_steps(list(z), row["threshold"])
+        assert row["shares"] == pytest.approx([(steps == 0).mean(), (steps == 1).mean()])
+        assert row["top1"] == pytest.approx(100 * (z[steps, np.arange(len(x))].argmax(1) == labels).mean())
+    with load(folder, exit_threshold=card["early_exit"]["threshold"]) as classifier:
+        steps = exit_steps([part[:100] for part in z], card["early_exit"]["threshold"])
+        np.testing.assert_allclose(classifier.logits(x[:100]), z[steps, np.arange(100)], atol=1e-4)
+
+
+def test_a_sum_that_loses_too_much_stops_the_export(trained, model, tmp_path, monkeypatch):
+    """The judge of the export: it holds the sums against the opposite of PyTorch's, which they are not."""
+    monkeypatch.setattr(early_exit, "UpTo", lambda *given: nn.Sequential(UpTo(*given), Negative()))
+    lowering = trained.lowering(precision="int8", agreement=50.0, drop=50.0)
+    with pytest.raises(GateError, match=r"int8 loses too much: .*bundle\.report\.json"):
+        export_bundle(model, trained.card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.5), lowering=lowering)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.report.json"]
+    report = json.loads((tmp_path / "bundle.report.json").read_text())
+    assert [step["passed"] for step in report["steps"]] == [False, False]
+
+
+class Negative(nn.Module):
+    def forward(self, x_NK):
+        return -x_NK
+
+
+@pytest.fixture(scope="module")
+def summands(trained, model, lowered, tmp_path_factory):
+    """The float32 graphs of S and A, and what PyTorch says of S alone and of both."""
+    exits = Exits(tmp_path_factory.mktemp("float32"), model, trained.card, [trained.held_out[0]], 1e-4)
+    references = [reference_of(one, trained.card) for one in (StudentAlone(model), model)]
+    return exits.branches, [HeldOut(one, trained.held_out, trained.card) for one in references]
+
+
+def test_s_alone_is_judged_though_the_whole_sum_passes(trained, summands):
+    branches, (alone, whole) = summands
+
+    def judged(held_out, limit):
+        options = trained.lowering(precision="int8", agreement=limit, drop=100.0).options
+        images = trained.calibration.images_NHWC
+        return lower_sum(branches, trained.card.preprocess, images, held_out, options)
+
+    right, wrong = judged([alone, whole], 0.0), judged([whole, whole], 0.0)  # S held against itself, and against S + A
+    limit = (min(one.agreement for one in right.judgements) + wrong.judgements[0].agreement) / 2
+    assert wrong.judgements[0].agreement < limit - 2
+    assert judged([alone, whole], limit).passed
+    failed = judged([whole, whole], limit)
+    assert [one.passed for one in failed.judgements] == [False, True]
+    assert not failed.passed
+    assert failed.judgement == failed.judgements[0]
+
+
+def test_layers_are_sought_in_all_graphs_at_once(trained, model, summands, tmp_path):
+    """A hard to quantise, as in conftest.py's `uneven`: its layer is found, and S is quantised all the same."""
+    branches, held_out = summands
+    uneven = copy.deepcopy(model)
+    block = uneven.assistants[0].layer2[0]
+    with torch.no_grad():
+        block.bn1.weight[0] *= 3000
+        block.bn1.bias[0] *= 3000
+        block.conv2.weight[:, 0] /= 3000
+    branches = Exits(tmp_path, uneven, trained.card, [trained.held_out[0]], 1e-3).branches
+    options = trained.lowering(precision="int8", target="tensorrt", agreement=97.0, drop=100.0, keep=("auto",)).options
+    found = lower_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
+    assert found.passed
+    assert found.kept == ("branches.backbones.1.layer2.0.conv2",)
+    assert next(iter(found.harms)) == found.kept[0]
+    assert {name.split(".")[2] for name in found.harms if "backbones" in name} == {"0", "1"}
+
+
+def test_a_layer_has_one_name_in_every_graph(trained, model, summands, tmp_path):
+    branches, held_out = summands
+    images, preprocess = trained.calibration.images_NHWC, trained.card.preprocess
+    name = "branches.backbones.1.layer1.0.conv1"
+    options = trained.lowering(precision="int8", agreement=0.0, drop=100.0, keep=(name,)).options
+    S, A = lower_sum(branches, preprocess, images, held_out, options).protos
+    kept = {tensor.name for tensor in A.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert "network.branches.backbones.0.layer1.0.conv1.weight" in kept
+    assert "network.branches.backbones.0.layer1.0.conv2.weight" not in kept
+    assert "network.branches.backbones.0.layer1.0.conv1.weight" not in {one.name for one in S.graph.initializer}
+    with pytest.raises(UsageError, match=r"names layers of level sum.*--fuse tail, or --keep auto"):
+        export_bundle(
+            model,
+            trained.card,
+            tmp_path / "bundle",
+            level="sum",
+            early_exit=EarlyExit(threshold=0.5),
+            lowering=trained.lowering(precision="int8", keep=(name,)),
+        )
+    assert not list(tmp_path.iterdir())
