@@ -1,6 +1,6 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are the dataclasses below, `[data]`, `[method]` and `[train]` in `recipe_data.py` and its sisters.
+Tables and keys are dataclasses, each table's in a file of its own: `recipe_data.py` and its sisters.
 `--set table.key=value` replaces one value; `read_recipe` checks every key, type and rule before anything is computed,
 and `to_toml` writes the whole recipe back, so that a run folder reproduces itself. Standard library only.
 """
@@ -19,9 +19,7 @@ from typing import Any
 from rkd_deploy.errors import RecipeError, unknown_name
 from rkd_deploy.recipe_data import DataRecipe
 from rkd_deploy.recipe_method import MethodRecipe
-from rkd_deploy.recipe_rules import choice as _choice
-from rkd_deploy.recipe_rules import in_range as _range
-from rkd_deploy.recipe_rules import normalisation as _normalisation
+from rkd_deploy.recipe_networks import StudentRecipe, TeacherRecipe
 from rkd_deploy.recipe_rules import toml_value as _toml_value
 from rkd_deploy.recipe_train import TrainRecipe
 
@@ -35,140 +33,6 @@ __all__ = [
     "parse_recipe",
     "read_recipe",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherRecipe:
-    """Table `[teacher]`: the network T that is imitated."""
-
-    name: str = "resnet20"
-    """A family's (resnet56), tv:NAME of torchvision, timm:NAME, or your own nn.Module as package.module:attribute."""
-    checkpoint: str | None = None
-    """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
-    pretrained: bool = False
-    """Start from the weights that torchvision or timm publish. With other classes than theirs T is trained on here."""
-    stages: tuple[str, ...] | None = None
-    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
-    epochs: int | None = None
-    """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
-    lr: float | None = None
-    """Peak learning rate of that training, where T's family wants another one than S0's. Default: train.lr."""
-    mean: tuple[float, ...] | None = None
-    """The normalisation T was trained with, where it is known: checked against that of the data."""
-    std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None:
-            _range("teacher.epochs", self.epochs, 1)
-        if self.lr is not None:
-            _range("teacher.lr", self.lr, 1e-9)
-        _external("teacher", self)
-        _normalisation("teacher", self.mean, self.std)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentRecipe:
-    """Table `[student]`: the given network S0, and how S and A are cut from its cost."""
-
-    name: str = "resnet8"
-    """As for T; or teacher: S0 is the teacher's own network, narrowed to `fraction` of its cost, weights inherited."""
-    fraction: float | None = None
-    """Only where name = "teacher": what S0 costs in units of T, by `budget`."""
-    checkpoint: str | None = None
-    """Trained weights of S0, for the baseline and to be inherited. Default: S0 is trained here."""
-    weights: str | None = None
-    """inherited: S and A (and S0 where name = "teacher") begin with the most important channels of the trained network
-    they are cut from. fresh: they begin at random. Default: inherited where there is a trained one (scheme
-    progressive always begins at random)."""
-    pretrained: bool = False
-    """Start S0's training from the weights that torchvision or timm publish."""
-    stages: tuple[str, ...] | None = None
-    """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
-    baseline: bool = True
-    """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
-    budget: str = "macs"
-    """What must not exceed S0's: macs, params, or latency, which is measured on this machine before training."""
-    layout: str | None = None
-    """branches: S and A are two branches. side_by_side: their widths add up to S0's, so that level wide of fusion,
-    which export then takes, has S0's own operators and shapes, and its speed on any machine; of S0's MACs they have
-    about half. Default: branches; with budget = "latency" whichever leaves them more."""
-    backend: str | None = None
-    """Only for budget = "latency": what runs the networks, onnxruntime or openvino. Default: onnxruntime."""
-    latency_batches: tuple[int, ...] | None = None
-    """Only for budget = "latency": S + A are no slower than S0 at each of these batch sizes. Default: 1 and 8."""
-    latency_threads: int | None = None
-    """Only for budget = "latency": CPU threads of the backend. Default: its own choice. With 1, CPU time counts:
-    what else the machine does then hardly matters."""
-    assistant_share: float = 0.2
-    """Share of the budget that all assistants and their adapters may take; S gets what is left."""
-    assistants: int = 1
-    """Length k of the chain A_1 .. A_k, each learning what the sum before it leaves over; they share equally."""
-    round_to: int = 8
-    """Channel counts are multiples of this. 8 fits AVX2 and tensor cores, CPUs with AVX-512 compute in blocks of 16;
-    widths that fit no block run slower at equal MACs."""
-
-    @property
-    def inherits(self) -> bool:
-        """Whether S and A begin with weights of a trained network."""
-        return (self.weights or ("inherited" if self._trained else "fresh")) == "inherited"
-
-    @property
-    def _trained(self) -> bool:
-        return self.name == "teacher" or self.checkpoint is not None or self.pretrained
-
-    def __post_init__(self) -> None:
-        _choice("student.budget", self.budget, ("macs", "params", "latency"))
-        if self.name != "teacher":
-            _external("student", self)
-        self._check_source()
-        self._check_latency()
-        if self.layout is not None:
-            _choice("student.layout", self.layout, ("branches", "side_by_side"))
-        _range("student.assistant_share", self.assistant_share, 0.01, 0.9)
-        _range("student.assistants", self.assistants, 1, 16)
-        _range("student.round_to", self.round_to, 1, 256)
-
-    def _check_source(self) -> None:
-        is_teacher = self.name == "teacher"
-        if is_teacher != (self.fraction is not None):
-            raise RecipeError(
-                f'student.fraction = {self.fraction} and student.name = "{self.name}": the fraction says what the '
-                'teacher\'s own network is narrowed to. Set both, e.g. name = "teacher" and fraction = 0.5, or neither.'
-            )
-        if self.fraction is not None:
-            _range("student.fraction", self.fraction, 0.01, 1)
-        for name in ("checkpoint", "pretrained", "stages"):
-            if is_teacher and (value := getattr(self, name)):
-                raise RecipeError(
-                    f'student.{name} = {value!r} is about an S0 of its own, and student.name = "teacher" cuts S0 from '
-                    f"the teacher. Leave one of them out; the teacher has a key teacher.{name}."
-                )
-        if self.weights is not None:
-            _choice("student.weights", self.weights, ("inherited", "fresh"))
-        if self.weights == "inherited" and not self._trained:
-            raise RecipeError(
-                'student.weights = "inherited" needs a trained network to inherit from: set student.checkpoint or '
-                'student.pretrained, or student.name = "teacher".'
-            )
-        if self.inherits and not is_teacher and not self.baseline:
-            raise RecipeError(
-                "student.baseline = false leaves S0 out, and S and A are to inherit its weights. Leave that key out, "
-                'or set student.weights = "fresh" and give no weights of S0.'
-            )
-
-    def _check_latency(self) -> None:
-        for name in ("backend", "latency_batches", "latency_threads"):
-            if (value := getattr(self, name)) is not None and self.budget != "latency":
-                raise RecipeError(
-                    f'student.{name} = {value!r} says how latency is measured, and student.budget = "{self.budget}". '
-                    'Leave it out, or set student.budget = "latency".'
-                )
-        if self.backend is not None:
-            _choice("student.backend", self.backend, ("onnxruntime", "openvino"))
-        if self.latency_threads is not None:
-            _range("student.latency_threads", self.latency_threads, 1)
-        if self.latency_batches is not None and (not self.latency_batches or min(self.latency_batches) < 1):
-            raise RecipeError(f"student.latency_batches = {list(self.latency_batches)} must be batch sizes from 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,22 +218,3 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
     target[name] = value
-
-
-def _external(table: str, network: TeacherRecipe | StudentRecipe) -> None:
-    """Keys that only networks of others have."""
-    name = f"{table}.name = {network.name!r}"
-    if network.stages is not None and ":" not in network.name:
-        raise RecipeError(f"{table}.stages names stages of {name}, and those of a family are given. Leave it out.")
-    if network.stages == ():
-        raise RecipeError(f"{table}.stages = [] names no stage. Leave it out, and they are found.")
-    if network.pretrained and not network.name.startswith(("tv:", "timm:")):
-        raise RecipeError(
-            f"{table}.pretrained = true, and {name}: only tv:NAME and timm:NAME have published weights. "
-            f"Give a file with {table}.checkpoint, or leave it out."
-        )
-    if network.pretrained and network.checkpoint is not None:
-        raise RecipeError(
-            f"{table}.pretrained = true and {table}.checkpoint = {network.checkpoint!r} both give weights. "
-            "Leave one of them out."
-        )

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import hypothesis
 import numpy as np
@@ -97,7 +97,17 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def absent() -> Callable[[str], NoReturn]:
+    """Ends a test that lacks something: a skip with its reason, but a failure in CI, where a skip would pass unseen."""
+
+    def end(reason: str) -> NoReturn:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+    return end
+
+
+@pytest.fixture(scope="session")
+def shared_data(absent: Callable[[str], NoReturn]) -> Path:
     """The folder of real images and weights (its README says what is in it)."""
     if not DATA.is_dir():
         absent(f"{DATA} is not there: name the folder with RKD_TEST_DATA")
@@ -105,7 +115,7 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_root(shared_data: Path) -> Path:
+def cifar_root(shared_data: Path, absent: Callable[[str], NoReturn]) -> Path:
     """The folder that holds cifar-100-python/, unpacked once and kept between test runs."""
     archive, root = shared_data / "cifar-100-python.tar.xz", REPO / ".data"
     if not archive.is_file():
@@ -131,13 +141,6 @@ def cifar100(cifar_root: Path) -> ImageSet:
     from rkd_deploy.recipe import DataRecipe
 
     return load_images(DataRecipe(name="cifar100", root=str(cifar_root), val_fraction=0), 0)
-
-
-def absent(reason: str) -> None:
-    """Skip what needs the real data where they are not, but never in CI, where a skip would pass unseen."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,26 @@ from onnx import numpy_helper
 from PIL import Image
 
 from rkd_deploy import cli
+from rkd_deploy.pipeline import export_run
+from rkd_deploy.train.runs import Run
 
 TINY = ["data.image_size=8", "data.train_limit=100", "data.test_limit=50", "teacher.name=resnet8", "teacher.epochs=1"]
 TINY += ["train.epochs=1", "train.assistant_epochs=1", "train.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def exported_once(tiny_run, tmp_path_factory):
+    """A finished run with the bundles of its teacher and of S + A; read only."""
+    run = Run(shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("exported") / tiny_run.folder.name))
+    for part in ("teacher", "fused"):  # S + A last: the newest bundle is what commands take
+        export_run(run, part=part)
+    return run.folder
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """A copy of it under runs/ of the working folder."""
+    return shutil.copytree(exported_once, tmp_path / "runs" / exported_once.name)
 
 
 def test_train_export_bench_without_an_argument_take_the_newest(rkd, tmp_path):
@@ -65,8 +82,7 @@ def test_compare_takes_the_newest_run_and_writes_where_it_says(rkd, runs):
     assert {path.name for path in Path("side").iterdir()} == {"compare.json", "compare.md", "compare.png"}
 
 
-def test_a_report_is_made_while_measuring_and_from_the_record_later(rkd, runs):
-    assert rkd("export").code == 0
+def test_a_report_is_made_while_measuring_and_from_the_record_later(rkd, exported):
     options = ("--batch", "1,4", "--seconds", 0.01, "--count", 5, "--threads", 1)
     made = rkd("bench", *options, "--report", "page", "--json")
     assert made.code == 0, made.err
@@ -108,35 +124,32 @@ def test_a_comparison_is_reported_with_its_measurements(rkd, runs):
     assert mixed.code == 2
 
 
-def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, runs):
-    assert rkd("export").code == 0
-    assert rkd("export", "--part", "teacher").code == 0
+def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, exported):
     options = ("--batch", 32, "--seconds", 0.2, "--threads", 1)
-    faster = rkd("bench-compare", runs / "bundle", runs / "bundle-teacher", *options, "--tolerance", 1000, "--json")
+    pair = (exported / "bundle", exported / "bundle-teacher")
+    faster = rkd("bench-compare", *pair, *options, "--tolerance", 1000, "--json")
     assert faster.code == 0, faster.err
     (one,) = faster.json["ratios"]
     assert one["count"] == 8
     assert one["low"] <= one["ratio"] <= one["high"]
-    slow = rkd("bench-compare", runs / "bundle", runs / "bundle-teacher", *options, "--tolerance", -1)
+    slow = rkd("bench-compare", *pair, *options, "--tolerance", -1)
     assert slow.code == 3
     assert "times its latency" in slow.err
-    mixed = rkd("bench-compare", runs / "bundle", "bench.json")
+    mixed = rkd("bench-compare", pair[0], "bench.json")
     assert mixed.code == 2
 
 
-def test_predict_names_the_class_of_an_image_file(rkd, runs, tmp_path):
-    assert rkd("export").code == 0
+def test_predict_names_the_class_of_an_image_file(rkd, exported, tmp_path):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "black.png")
-    found = rkd("predict", runs / "bundle", "black.png", "--top", 2, "--json")
+    found = rkd("predict", exported / "bundle", "black.png", "--top", 2, "--json")
     best = found.json["predictions"]["black.png"]
     assert len(best) == 2
     assert best[0]["probability"] >= best[1]["probability"] > 0
     assert "black.png" in found.err
 
 
-def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, runs):
-    assert rkd("export").code == 0
-    path = runs / "bundle/model.onnx"
+def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, exported):
+    path = exported / "bundle/model.onnx"
     model = onnx.load(path)
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     changed = numpy_helper.to_array(weight) + np.float32(0.1)  # all of it: a single weight may see nothing but padding
@@ -145,8 +158,8 @@ def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, runs):
     outcome = rkd("verify", "--json")
     assert outcome.code == 1
     assert "model.onnx changed (by the checksums in model.json)" in outcome.err
-    (runs / "bundle/model.json").unlink()  # without its sums there is still the proof
-    outcome = rkd("verify", runs / "bundle", "--backend", "onnxruntime", "--json")
+    (exported / "bundle/model.json").unlink()  # without its sums there is still the proof
+    outcome = rkd("verify", exported / "bundle", "--backend", "onnxruntime", "--json")
     assert outcome.code == 3
     assert "Parity failed" in outcome.err
     assert outcome.json["exit_code"] == 3

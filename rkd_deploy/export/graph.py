@@ -7,10 +7,7 @@ external data break ONNX Runtime's own tools and cannot be embedded as one artef
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
+from rkd_deploy.export.exporter import quick_exporter
 from rkd_deploy.export.fusion import SummedBranches
 from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
@@ -114,7 +112,7 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, u
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
-    with _quiet():
+    with quick_exporter(graph):
         try:
             converted = torch.onnx.export(
                 graph.eval(),
@@ -155,18 +153,3 @@ def stamp(model: Any, card: ModelCard) -> None:
 
 def _dynamic_batch() -> tuple[dict[int, Any]]:
     return ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own progress and deprecation notes away from people who can do nothing about them."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

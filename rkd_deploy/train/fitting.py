@@ -20,7 +20,7 @@ from torch import nn
 
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
-from rkd_deploy.errors import DataError, RecipeError
+from rkd_deploy.errors import RecipeError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.serve.bench.accuracy import top1
@@ -32,6 +32,7 @@ from rkd_deploy.train.curves import draw_curves
 from rkd_deploy.train.evaluation import batches, predictions
 from rkd_deploy.train.facts import data_of, gather_facts
 from rkd_deploy.train.given import load_given_weights, load_published_weights
+from rkd_deploy.train.guessing import refuse_guessing, teacher_warning
 from rkd_deploy.train.interruption import StopRequest
 from rkd_deploy.train.loop import Display, Phase, train_phase
 from rkd_deploy.train.parallel import Group, joined, restarted
@@ -155,7 +156,7 @@ class _Trainer:
             phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
             how = self.recipe.train if plan.lr is None else replace(self.recipe.train, lr=plan.lr)
             average = train_phase(phase, self._loader(plan.name), how, run, display, stop, self.group)
-            self.group.first(lambda: self._keep_phase(run, plan, average))
+            self.group.first(lambda: self._keep_phase(run, plan, average, display))
         # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
         state, _ = self.group.first(lambda: load_tensors(run.weights(plan.name)))
         load_weights(plan.product, state, str(run.weights(plan.name)), plan.name)
@@ -193,20 +194,9 @@ class _Trainer:
             self._check_sanity(module, table, checkpoint, known)
 
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
-        """A network that guesses on its own data is fed wrongly: say so now, not after hours of imitating it."""
         seen = self.val or self.train
         seen = seen.take(torch.arange(min(1000, len(seen))))
-        accuracy = self._top1(module, seen)
-        chance = 100 / len(self.facts["classes"])
-        if accuracy < 3 * chance:
-            normalisation = (
-                "" if known else f"; its normalisation is not recorded, the data's is mean {self.facts['mean']}"
-            )
-            raise DataError(
-                f"{table} {checkpoint} classifies {accuracy:.1f} % of {len(seen)} training images right, chance is "
-                f"{chance:.1f} %: it was trained on other classes, another order of them, or another normalisation"
-                f"{normalisation}. State the right ones in [data]: mean, std, name."
-            )
+        refuse_guessing(f"{table} {checkpoint}", self._top1(module, seen), len(seen), self.facts, known)
 
     def _val_top1(self, module: nn.Module | None) -> float | None:
         if module is None or not len(self.val):
@@ -220,7 +210,7 @@ class _Trainer:
         if not run.weights(name).exists():
             self._keep(run, name, module.state_dict())
 
-    def _keep_phase(self, run: Run, plan: Plan, average: dict[str, torch.Tensor] | None) -> None:
+    def _keep_phase(self, run: Run, plan: Plan, average: dict[str, torch.Tensor] | None, display: Display) -> None:
         """What ships under the name of the phase, and last, because a phase that has it is done."""
         last = plan.product.state_dict()
         if average is not None:
@@ -228,7 +218,15 @@ class _Trainer:
             self._keep(run, f"{plan.name}_{networks.other_weights(self.recipe)}", other)
             last = ships
         draw_curves(run, self.recipe)
+        if plan.name == "teacher":
+            self._warn_of_guessing(run, display)
         self._keep(run, plan.name, last)
+
+    def _warn_of_guessing(self, run: Run, display: Display) -> None:
+        last_epoch = read_log(run.log.path)[-1]
+        if warning := teacher_warning(last_epoch, len(self.val), self.facts["classes"], self.recipe):
+            run.log.append("warning", **warning)
+            display.note(f"Warning: {warning['text']}")
 
     def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
         own = {key: self.facts[key] for key in ("classes", "mean", "std")}

@@ -52,7 +52,8 @@ class RunLog:
         self.rewind(kept)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a log; a last line cut off by a kill is left out."""
+def read_log(path: Path, event: str = "epoch") -> list[dict[str, Any]]:
+    """Every whole line of a log that tells of an event, ``"epoch"`` or ``"warning"``; one cut off by a kill is none."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["event"] == event]

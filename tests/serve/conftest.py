@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -129,9 +130,17 @@ def _load(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def simulated() -> ModuleType:
-    """The simulated CUDA and TensorRT; see there."""
-    return _load("simulated")
+def simulated() -> SimpleNamespace:
+    """A simulated device, and CUDA and TensorRT over it; see there."""
+    cuda, building, running = (_load(f"simulated_{name}") for name in ("cuda", "building", "running"))
+
+    def tensorrt(device: Any, version: str = "11.4.0", rtx: bool = False) -> ModuleType:
+        module = building.tensorrt(version, rtx)
+        building.add_building(module, device)
+        running.add_running(module, device, rtx)
+        return module
+
+    return SimpleNamespace(Device=cuda.Device, cuda_runtime=cuda.cuda_runtime, tensorrt=tensorrt)
 
 
 @pytest.fixture
@@ -141,7 +150,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 @pytest.fixture
-def gpu(simulated: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
+def gpu(simulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A simulated GPU with TensorRT and TensorRT-RTX on it, and a cache folder of the test's own.
 
     Whatever was taken from the device has to be given back by the end of the test.

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.models.separation import separate
 from rkd_deploy.train import facts, fitting
+from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.train.runs import Run
 
 separate_once, load_once = functools.cache(separate), functools.cache(load_images)
 
@@ -22,3 +26,10 @@ def what_is_the_same_each_time_is_remembered() -> Iterator[None]:
         patch.setattr(facts, "separate", separate_once)
         patch.setattr(fitting, "load_images", load_once)
         yield
+
+
+@pytest.fixture
+def pth(tmp_path: Path, tiny_run: Run) -> Path:
+    """The teacher of the shared run as a foreign file: nothing is recorded in it."""
+    torch.save(load_tensors(tiny_run.weights("teacher"))[0], tmp_path / "teacher.pth")
+    return tmp_path / "teacher.pth"

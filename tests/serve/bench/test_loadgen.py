@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -157,24 +154,16 @@ def test_a_report_calls_it_unofficial_everywhere_and_keeps_the_logs(bundle, tmp_
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_ctrl_c_during_loadgen_keeps_the_bench_and_drops_the_half_log(zoo, tmp_path):
-    model = zoo.build(tmp_path / "m.onnx")
-    command = [sys.executable, "-m", "rkd_deploy.cli", "bench", str(model), "--threads", "1", "--end-to-end"]
-    command += ["--batch", "1", "--seconds", "1", "--warmup", "0", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen([*command, "--scenario", "SingleStream"], stderr=subprocess.PIPE, text=True)
-    try:
-        while not list(tmp_path.glob("out/.loadgen-*")):
-            assert process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
+def test_ctrl_c_during_loadgen_keeps_the_bench_and_drops_the_half_log(zoo, tmp_path, interrupted):
+    options = ("--end-to-end", "--batch", 1, "--seconds", 1, "--warmup", 0, "--scenario", "SingleStream")
+
+    def loading(_):
+        begun = list(tmp_path.glob("out/.loadgen-*"))
+        time.sleep(0.1 * len(begun))  # into its queries
+        return begun
+
+    _, err, record = interrupted(loading, zoo.build(tmp_path / "m.onnx"), *options)
     assert "marked as partial" in err
-    record = json.loads((tmp_path / "out/bench.json").read_text())
-    assert (record["partial"], len(record["results"]), record["loadgen"]) == (True, 1, [])
+    assert (len(record["results"]), record["loadgen"]) == (1, [])
     assert record["results"][0]["complete"]
     assert not list(tmp_path.glob("out/*loadgen*"))

@@ -6,9 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -130,28 +127,11 @@ def test_an_error_leaves_what_was_measured_before(bundle, zoo, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path):
-    """A real process, a real SIGINT: after 3 s of CPU time it is past its start and in its first long measurement."""
-    model = zoo.build(tmp_path / "m.onnx")
-    command = [sys.executable, "-m", "rkd_deploy.cli", "bench", str(model), "--threads", "1", "--json"]
-    command += ["--seconds", "600", "--warmup", "0.1", "--batch", "1,8", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while _cpu_seconds(process.pid) < 3:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    answer = json.loads(out.splitlines()[-1])
-    assert answer["exit_code"] == 130
-    assert "Interrupted. " in err
-    assert "Traceback" not in err
-    record = json.loads((tmp_path / "out/bench.json").read_text())
-    assert record["partial"] is True
+def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path, interrupted, cpu_seconds):
+    """After 3 s of CPU time it is past its start and in its first long measurement."""
+    options = ("--json", "--seconds", 600, "--warmup", 0.1, "--batch", "1,8")
+    out, _, record = interrupted(lambda pid: cpu_seconds(pid) > 3, zoo.build(tmp_path / "m.onnx"), *options)
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 130
     (row,) = record["results"]  # of batch 1; batch 8 was never begun
     assert row["batch"] == 1
     assert row["complete"] is False
@@ -193,12 +173,6 @@ def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, mo
         record_bench([bundle], SHORT, tmp_path / "out")
     assert not isinstance(stop.value, InterruptedBench)
     assert not (tmp_path / "out").exists()
-
-
-def _cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
-        fields = stream.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_path):

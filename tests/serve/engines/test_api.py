@@ -55,18 +55,16 @@ print(json.dumps({name: " ".join(dir(getattr(module, name))) for name in names})
 """
 
 
-def absent(reason):
-    """A skip on a developer's machine; in CI, where it would pass unseen, a failure."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+@pytest.fixture(scope="module")
+def dump(absent):
+    def names(package, **environment):
+        if importlib.util.find_spec(package) is None:
+            absent(f"{package} is not installed")
+        command = [sys.executable, "-c", DUMP, package]
+        found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return parsed(found.stdout)
 
-
-def dump(package, **environment):
-    if importlib.util.find_spec(package) is None:
-        absent(f"{package} is not installed")
-    found = subprocess.run(
-        [sys.executable, "-c", DUMP, package], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    return parsed(found.stdout)
+    return names
 
 
 def parsed(text):
@@ -74,12 +72,12 @@ def parsed(text):
 
 
 @pytest.fixture(scope="module")
-def rtx():
+def rtx(dump):
     return dump("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")
-def tensorrt_11(tmp_path_factory):
+def tensorrt_11(tmp_path_factory, dump, absent):
     """The bindings of TensorRT 11 over empty libraries: importing them looks for these functions and calls none."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:

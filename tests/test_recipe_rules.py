@@ -1,0 +1,251 @@
+"""Values that a recipe refuses: of another type, outside of a range, at odds with each other, read by nothing."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from typing import Any
+
+import pytest
+
+from rkd_deploy.errors import RecipeError
+from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, parse_recipe, read_recipe
+
+TABLES = ("data", "teacher", "student", "method", "train")
+KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]
+
+
+OF_EACH_TYPE: dict[str, Any] = {
+    "bool": True,
+    "int": 1,
+    "float": 1.5,
+    "str": "text",
+    "table": {"a": 1},
+    "bools": [True],
+    "ints": [1],
+    "floats": [1.5],
+    "strs": ["text"],
+}
+FITTING = {
+    bool: {"bool"},
+    int: {"int"},
+    float: {"int", "float"},
+    str: {"str"},
+    tuple[str, ...]: {"strs"},
+    tuple[int, ...]: {"ints"},
+    tuple[float, ...]: {"ints", "floats"},
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_the_wrong_type_is_refused(key: str) -> None:
+    table, name = key.split(".")
+    hint = typing.get_type_hints(typing.get_type_hints(Recipe)[table])[name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = (item for item in typing.get_args(hint) if item is not types.NoneType)
+    for kind in OF_EACH_TYPE.keys() - FITTING[hint]:
+        with pytest.raises(RecipeError, match=rf"^{key} = .* must be (of type \w+\.|a list, e\.g\. {name} = )"):
+            parse_recipe({table: {name: OF_EACH_TYPE[kind]}})
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.lr", "train.seed", "data.val_fraction", "student.round_to"])
+def test_true_is_not_one(key: str) -> None:
+    table, name = key.split(".")
+    with pytest.raises(RecipeError, match=rf"{key} = True must be of type (int|float)"):
+        parse_recipe({table: {name: True}})
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "rule"),
+    [
+        (
+            "data.name",
+            ["mnist", ""],
+            "Unknown value of data.name .*Choices: cifar10, cifar100, digits, imagefolder, imagenet",
+        ),
+        (
+            "data.augment",
+            [["crop", "rotate"]],
+            "Unknown value of data.augment 'rotate'.*Choices: crop, flip, randaugment, resized_crop",
+        ),
+        ("data.normalisation", ["mine"], "Choices: data, teacher"),
+        ("data.cache", ["disk"], "Choices: auto, memory, off"),
+        ("data.broken", ["mend"], "Choices: skip, stop"),
+        ("data.crop_fraction", [0.0, 1.5], "must be between 0.1 and 1"),
+        ("data.test_fraction", [0.0, 1.0], "must be between 0.01 and 0.9"),
+        ("data.split_seed", [-1], "must be between 0 and"),
+        ("data.workers", [-1, 300], "must be between 0 and 256"),
+        ("data.randaugment_ops", [0], "must be between 1 and 16"),
+        ("data.randaugment_magnitude", [31], "must be between 0 and 30"),
+        ("data.mixup", [-0.1, float("nan")], "must be between 0 and 100"),
+        ("data.cutmix", [-1.0], "must be between 0 and 100"),
+        ("data.label_smoothing", [0.91], "must be between 0 and 0.9"),
+        ("data.cache_gb", [-1.0], "must be at least 0"),
+        ("data.val_fraction", [-0.1, 0.51, float("nan")], "must be between 0 and 0.5"),
+        ("data.crop_padding", [-1, 17], "must be between 0 and 16"),
+        ("data.train_limit", [0, -5], "must be at least 1"),
+        ("data.test_limit", [0], "must be at least 1"),
+        ("data.image_size", [0], "must be at least 1"),
+        ("data.mean", [[0.5], [0.5] * 4, []], r"has \d values; there are 3 channels \(RGB\)"),
+        ("data.mean", [[0.5, 0.5, float("nan")], [0.5, 0.5, float("inf")]], "must be finite"),
+        ("data.std", [[0.5]], "has 1 values; there are 3 channels"),
+        ("data.std", [[0.5, 0.0, 0.5], [0.5, 0.5, -1.0]], "must be positive"),
+        ("data.std", [[0.5, float("nan"), 0.5]], "must be finite"),
+        ("teacher.epochs", [0], "must be at least 1"),
+        ("teacher.mean", [[0.5, 0.5]], "has 2 values; there are 3 channels"),
+        ("teacher.std", [[0.0, 0.5, 0.5]], "must be positive"),
+        ("student.budget", ["flops"], "Unknown value of student.budget 'flops'.*Choices: latency, macs, params"),
+        ("student.layout", ["stacked"], "Choices: branches, side_by_side"),
+        ("student.assistant_share", [0.0, 0.91, float("nan")], "must be between 0.01 and 0.9"),
+        ("student.round_to", [0, 257], "must be between 1 and 256"),
+        ("student.assistants", [0, 17], "must be between 1 and 16"),
+        ("method.name", ["rkd"], "Choices: at, cross_entropy, dkd, fitnet, kd, residual, reviewkd, simkd"),
+        ("method.scheme", ["parallel"], "Choices: end_to_end, progressive, sequential"),
+        ("method.head", ["student"], "Choices: finetuned, teacher, trained"),
+        ("method.distance", ["l2"], "Choices: cosine, mse, normalised_mse, smooth_l1"),
+        ("method.base", ["crd"], "Choices: at, dkd, fitnet, kd, none, reviewkd, simkd"),
+        ("method.base_weight", [0.0, -1.0, float("inf")], "must be (at least 1e-09|finite)"),
+        ("method.base_warmup_epochs", [-1], "must be at least 0"),
+        ("method.ce_weight", [-0.1, float("nan")], "must be (at least 0|finite)"),
+        ("method.kl_weight", [-0.1], "must be at least 0"),
+        ("method.assistant_weight", [-0.1], "must be at least 0"),
+        ("method.stage_weight", [-0.1], "must be at least 0"),
+        ("method.stages", [[2, 1], [1, 1], [0, 3]], "must rise, from 1 on"),
+        ("method.step_decay", [-0.1, 1.1], "must be between 0 and 1"),
+        ("method.temperature", [0.0, -1.0], "must be at least 0.001"),
+        ("method.dkd_alpha", [-0.1], "must be at least 0"),
+        ("method.dkd_beta", [-0.1], "must be at least 0"),
+        ("method.hint_stage", [0], "must be at least 1"),
+        ("method.simkd_factor", [0], "must be at least 1"),
+        ("method.feature_weight", [0.0, -1.0], "must be at least 1e-06"),
+        ("method.feature_weight", [float("inf"), float("nan")], "must be finite"),
+        ("teacher.lr", [0.0, float("inf")], "must be (at least 1e-09|finite)"),
+        ("train.epochs", [0, -1], "must be at least 1"),
+        ("train.assistant_epochs", [0], "must be at least 1"),
+        ("train.head_epochs", [0], "must be at least 1"),
+        ("train.threads", [0], "must be at least 1"),
+        ("train.batch_size", [0, 1], "must be at least 2"),
+        ("train.lr", [0.0, -0.1], "must be at least 1e-09"),
+        ("train.lr", [float("inf"), float("nan")], "must be finite"),
+        ("train.momentum", [-0.1, 1.0], "must be between 0 and 0.9999"),
+        ("train.weight_decay", [-1e-4], "must be at least 0"),
+        ("train.warmup_epochs", [-1.0], "must be at least 0"),
+        ("train.lr_decay", [-0.1, 1.1, float("nan")], "must be between 0 and 1"),
+        ("train.schedule", ["linear"], "Choices: constant, cosine, step"),
+        ("train.seed", [-1, 2**31], "must be between 0 and 2147483647"),
+        ("train.milestones", [[2, 1], [1, 1]], "must rise"),
+    ],
+)
+def test_a_value_outside_its_rule_is_refused(key: str, values: list[Any], rule: str) -> None:
+    table, name = key.split(".")
+    for value in values:
+        with pytest.raises(RecipeError, match=rule) as caught:
+            parse_recipe({table: {name: value}})
+        assert key in str(caught.value)
+
+
+def test_the_ends_of_a_range_belong_to_it() -> None:
+    recipe = parse_recipe({"data": {"val_fraction": 0.5, "crop_padding": 16}, "train": {"batch_size": 2, "seed": 0}})
+    assert (recipe.data.val_fraction, recipe.data.crop_padding, recipe.train.batch_size) == (0.5, 16, 2)
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(RecipeError, match=r"train\.nesterov = true needs train\.momentum above 0"):
+        parse_recipe({"train": {"nesterov": True, "momentum": 0.0}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.name=kd", "student.checkpoint=s.pth"], r"student\.checkpoint = 's\.pth' gives it trained"),
+        (["method.name=kd", "student.baseline=false"], r"student\.baseline = false leaves it out"),
+        (
+            ["method.name=at", "student.layout=side_by_side"],
+            r"without assistants, and student\.layout = 'side_by_side'",
+        ),
+        (
+            ["method.scheme=progressive", "student.layout=side_by_side"],
+            r'layout = "side_by_side", and.* cannot be merged',
+        ),
+        (["method.name=at", "student.assistants=2"], r"student\.assistants = 2.*method\.name = \"residual\""),
+        (["method.name=at", "method.ce_weight=0"], r"method\.ce_weight = 0 leaves nothing that trains the classifier"),
+        (
+            ["method.scheme=end_to_end", "method.head=trained", "method.ce_weight=0", "method.kl_weight=0"],
+            r"leave nothing that trains a trained head.*method\.head = \"teacher\"",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(None, overrides)
+
+
+# What belongs together in [data]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "cifar10", "image_size": 32}, r'data\.image_size = 32 has no effect with data\.name = "cifar10"'),
+        ({"crop_fraction": 0.9}, r'crop_fraction = 0\.9 has no effect .*"imagefolder", "imagenet" or "webdataset"'),
+        ({"workers": 2}, "data.workers = 2 has no effect"),
+        ({"broken": "skip"}, 'data.broken = "skip" has no effect'),
+        ({"cache": "off"}, 'data.cache = "off" has no effect'),
+        (
+            {"name": "imagefolder", "root": "r", "cache": "off", "cache_gb": 1.0},
+            'cache_gb = 1.0 .* data.cache = "auto"',
+        ),
+        ({"name": "imagefolder", "root": "r", "test_root": "t"}, 'test_root = "t" has no effect.*"webdataset"'),
+        ({"name": "webdataset", "root": "r", "test_root": "t", "split_seed": 1}, "split_seed = 1 .*and data.test_root"),
+        ({"name": "imagenet", "root": "r", "test_fraction": 0.5}, "data.test_fraction = 0.5 has no effect"),
+        ({"randaugment_magnitude": 5}, r'randaugment_magnitude = 5 has no effect.*"randaugment" in data\.augment'),
+        ({"augment": ("crop", "resized_crop")}, "crop and resized_crop both choose the window. Keep one"),
+        ({"name": "imagefolder"}, r"needs data.root, where the images are: --set data\.root=FOLDER"),
+        ({"normalisation": "teacher", "mean": (0.5,) * 3}, "go before data.normalisation"),
+    ],
+)
+def test_data_keys_that_nothing_reads_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        DataRecipe(**keys)
+
+
+def test_files_are_cropped_by_area_and_others_by_padding_by_default() -> None:
+    assert DataRecipe().augmentations == DataRecipe(name="cifar10").augmentations == ("crop", "flip")
+    assert DataRecipe(name="imagenet", root="r").augmentations == ("resized_crop", "flip")
+    assert DataRecipe(name="imagefolder", root="r", augment=()).augmentations == ()
+
+
+@pytest.mark.parametrize("key", ["mixup", "cutmix"])
+def test_mixed_labels_are_refused_where_a_loss_needs_one_class(key: str) -> None:
+    mixed = DataRecipe(**{key: 0.2})
+    for method in (MethodRecipe(name="dkd"), MethodRecipe(base="dkd")):
+        with pytest.raises(RecipeError, match=rf"data\.{key} = 0\.2.* mix labels, and dkd needs one class"):
+            Recipe(data=mixed, method=method)
+    Recipe(data=mixed, method=MethodRecipe(name="kd"))
+    Recipe(data=DataRecipe(label_smoothing=0.1), method=MethodRecipe(name="dkd"))
+
+
+def test_the_teachers_normalisation_must_be_stated_somewhere() -> None:
+    asked = DataRecipe(normalisation="teacher")
+    with pytest.raises(RecipeError, match=r'data\.normalisation = "teacher", and nothing states that of T'):
+        Recipe(data=asked)
+    Recipe(data=asked, teacher=TeacherRecipe(mean=(0.5,) * 3, std=(0.5,) * 3))
+    Recipe(data=asked, teacher=TeacherRecipe(checkpoint="t.safetensors"))
+
+
+def test_a_fraction_of_the_teacher() -> None:
+    recipe = read_recipe(None, ["student.name=teacher", "student.fraction=0.5"])
+    assert (recipe.student.fraction, recipe.student.inherits) == (0.5, True)
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    for wrong in (
+        ["student.fraction=0.5"],
+        ["student.name=teacher"],
+        ["student.name=teacher", "student.fraction=0.5", "student.checkpoint=x"],
+        ["student.weights=inherited"],
+        ["student.backend=onnxruntime"],
+        ["student.budget=latency", "student.backend=pytorch"],
+        ["student.budget=latency", "student.latency_batches=[0]"],
+    ):
+        with pytest.raises(RecipeError, match="student"):
+            read_recipe(None, wrong)
