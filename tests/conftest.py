@@ -55,12 +55,14 @@ TINY = (
 # Minutes each: begun first, so that no process is left alone with one in the end.
 LONGEST = (
     "export/test_pruned.py",
+    "train/test_plans.py",
     "test_cifar100.py",
     "test_cli.py",
-    "train/test_plans.py",
     "export/test_families.py",
+    "test_quickstart.py",
     "train/test_inherited.py",
     "train/test_recipes.py",
+    "train/test_external.py",
 )
 
 
