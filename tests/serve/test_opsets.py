@@ -31,7 +31,7 @@ def write(path, *imports, weights=0, last=False):
         ([("", 18)], 18),
         ([("", 300)], 300),
         ([("com.microsoft", 99), ("", 21), ("ai.onnx.ml", 40)], 21),
-        ([("ai.onnx", 22)], 22),
+        ([("ai.onnx", 22), ("", 7)], 22),
         ([("com.microsoft", 1)], 0),
     ],
 )

@@ -149,7 +149,7 @@ def _roofline(material: Material, results: Sequence[Result], colours: Colours) -
         spare = dict(zip(points, series_colours([None] * len(points)), strict=True))
         shares = [one.share for one in found if one.share is not None]
         words = (
-            "The line is the roof, what this machine was seen to do at the most through the same backend; a point is a "
+            "A line is a roof, what this machine was seen to do at the most through one backend; a point is a "
             "model, numbered by its batch size. Left of the bend memory is the limit, right of it arithmetic. The "
             f"models reach {100 * min(shares):.0f} % to {100 * max(shares):.0f} % of it."
         )
@@ -180,7 +180,7 @@ def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
     """Name, MAC/s and bytes/s: of the working set that memory serves fastest, and of the one it serves slowest."""
     lines = []
     for one in ceilings:
-        threads = "" if one.threads is None else f", {one.threads} threads"
+        threads = "" if one.threads is None else f", threads {one.threads}"
         name = f"{one.backend}{threads}, {one.arithmetic}: " if len(ceilings) > 1 else ""
         fast, slow = max(one.bytes_per_s.values()), min(one.bytes_per_s.values())
         lines += [(name, one.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]

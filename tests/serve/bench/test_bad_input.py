@@ -54,10 +54,10 @@ def huge(path):
 
 
 def large(path):
-    """Writes 2^30 copies of its input down: of a batch of 256 3 TiB."""
-    size = helper.make_tensor("size", TensorProto.INT64, [3], [1 << 30, 1, 1])
+    """Writes 2^20 copies of its input down: of a batch of 2^18 3 TiB."""
+    size = helper.make_tensor("size", TensorProto.INT64, [3], [1 << 20, 1, 1])
     nodes = [("Expand", ["x", "size"], ["copies"]), ("Relu", ["copies"], ["y"])]
-    return write(path, nodes, {"x": (FLOAT, ["n", 3])}, {"y": (FLOAT, [1 << 30, "n", 3])}, [size])
+    return write(path, nodes, {"x": (FLOAT, ["n", 3])}, {"y": (FLOAT, [1 << 20, "n", 3])}, [size])
 
 
 def string_input(path):
@@ -119,7 +119,7 @@ def test_models_that_cannot_be_measured(case, backend, tmp_path, measured):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("kind", ["--resident", "--end-to-end"])
 def test_running_out_of_memory_is_said_in_words(backend, kind, tmp_path, measured):
-    code, said = measured(backend, large(tmp_path / "m.onnx"), "--batch", "256", kind)
+    code, said = measured(backend, large(tmp_path / "m.onnx"), "--batch", str(1 << 18), kind)
     assert code == 1
     assert re.search(r"ran out of memory: [\d,]{17,} bytes more were asked for\. Use a smaller batch", said), said
 

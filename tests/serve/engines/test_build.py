@@ -113,7 +113,7 @@ def test_progress_is_the_outermost_phases_and_ctrl_c_ends_the_build(gpu, model, 
     def terminate(phase, share):
         seen.append(share)
         if share == 0.5:
-            signal.raise_signal(signal.SIGTERM)
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
     for stop in (interrupt, terminate):
         seen.clear()

@@ -72,6 +72,7 @@ def test_a_partial_record_names_what_was_cut_short(record):
 
 
 def test_a_page_has_both_kinds_of_figures_where_both_were_measured(record, tmp_path):
+    record = {name: record[name] for name in ("kind", "schema")} | {"results": record["results"][:1]}
     page = write_bench_report([with_both(record)], tmp_path)
     text, words = page.page.read_text(), page.markdown.read_text()
     first = record["results"][0]
@@ -80,8 +81,8 @@ def test_a_page_has_both_kinds_of_figures_where_both_were_measured(record, tmp_p
     assert "resnet20, device only: p50" in words
     assert "Device only p50, ms" in words
     for kind in ("end to end", "device only"):
-        assert words.count(f"| {kind} |") >= 6
-    assert "Cut short: slow" in words
+        assert words.count(f"| {kind} |") == 2
+    assert "Cut short: resnet20" in words
     assert "| interrupted |" in words
     assert "End to end is from an array on the host" in text
     alone = write_bench_report([record], tmp_path / "alone").markdown.read_text()
