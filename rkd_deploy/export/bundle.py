@@ -34,6 +34,7 @@ from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.judging import HeldOut, as_input
 from rkd_deploy.export.lowering import insist, lower, unjudged
+from rkd_deploy.export.memory import give_back
 from rkd_deploy.export.precision import AUTO, Lowering, PrecisionOptions
 from rkd_deploy.export.proving import (
     TOLERANCE,
@@ -128,6 +129,7 @@ def export_bundle(
         fused, choice = choice.network, dataclasses.replace(choice, network=model, proto=None)
         graph = ExportGraph(fused, preprocess, outputs).eval() if lowering is not None or with_pytorch else None
         del fused
+        give_back()
         reference = reference_of(model, card)
         images = batches or [random_batch(card)]
         proof, golden = prove(reference, file, card, images, tolerance)

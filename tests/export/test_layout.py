@@ -80,6 +80,7 @@ def test_layouts_without_effect_are_refused(tiny_recipe, settings, said):
 
 
 def test_what_cannot_be_merged_is_refused_before_the_training(tiny_recipe, tmp_path):
-    recipe = tiny_recipe("student.name=shufflenetv1", "data.image_size=16", "student.layout=side_by_side")
-    with pytest.raises(UsageError, match="wide"):
+    how = ("student.name=timm:convnext_atto", "data.image_size=32", "student.layout=side_by_side")
+    recipe = tiny_recipe(*how, "student.baseline=false")
+    with pytest.raises(UsageError, match="Level wide cannot merge"):
         fit(recipe, root=tmp_path)

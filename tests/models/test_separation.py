@@ -165,6 +165,7 @@ def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separatio
         cost=sum(parts.values()),
         budget=made.budget,
         unit=made.unit,
+        level=made.level,
         parts=parts,
     )
 
