@@ -71,7 +71,7 @@ def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
     """The unfused model behind the same pre-processing: what the exported graph is held against."""
     graph = ExportGraph(model, card.preprocess)
     shape = (None, *card.preprocess.input_shape)
-    return PyTorchBackend(graph, input_shape=shape, input_dtype=card.preprocess.input_dtype)
+    return PyTorchBackend(graph, input_shape=shape, input_dtype=card.preprocess.input_dtype, shared=True)
 
 
 def prove(

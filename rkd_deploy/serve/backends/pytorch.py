@@ -56,6 +56,7 @@ class PyTorchBackend(Backend):
         threads: int | None = None,
         precision: str = "fp32",
         memory_limit: int | None = None,
+        shared: bool = False,
     ) -> None:
         """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
 
@@ -67,6 +68,7 @@ class PyTorchBackend(Backend):
             threads: `torch.set_num_threads`, which holds for the whole process.
             precision: What the module's arithmetic is, for reports.
             memory_limit: Most bytes that PyTorch may take on this GPU, in the whole process.
+            shared: On a CPU, hold the module's own weights and no copies: they must not be changed meanwhile.
 
         Raises:
             UsageError: Unknown device, or a thread count below 1.
@@ -83,7 +85,8 @@ class PyTorchBackend(Backend):
         self.precision = precision
         kind, index = parse_device(device)
         self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
-        self._module: nn.Module | None = copy.deepcopy(module).to(self._place)
+        own = [*module.parameters(), *module.buffers()] if shared and self.device == "cpu" else []
+        self._module: nn.Module | None = copy.deepcopy(module, {id(one): one for one in own}).to(self._place)
         with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
             self._module.eval()
 

@@ -179,3 +179,17 @@ def test_more_than_the_memory_limit_is_an_error(bundle, zoo):
             backend.infer(np.zeros((1 << 22, 4, 4, 3), np.uint8))  # 200 MB before it becomes float
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_shared_weights_are_the_modules_own_and_others_are_copies():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).train()
+    x = np.ones((1, 3, 1, 1), np.float32)
+    how = {"input_shape": (None, 3, 1, 1), "input_dtype": "float32"}
+    with PyTorchBackend(module, **how) as copied, PyTorchBackend(module, **how, shared=True) as shared:
+        before = copied.infer(x)
+        np.testing.assert_array_equal(shared.infer(x), before)
+        with torch.no_grad():
+            module[1].bias += 1
+        np.testing.assert_array_equal(copied.infer(x), before)
+        np.testing.assert_allclose(shared.infer(x), before + 1, rtol=1e-6)
+    assert module.training
