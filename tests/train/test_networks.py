@@ -69,7 +69,14 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         "student_widths": list(made.student.widths),
         "assistant_widths": list(made.assistant.widths),
         "channels": 256,  # the teacher's
-        "separation": {"unit": "macs", "budget": made.budget, "cost": made.cost, "parts": made.parts, "latency": None},
+        "separation": {
+            "unit": "macs",
+            "level": "tail",
+            "budget": made.budget,
+            "cost": made.cost,
+            "parts": made.parts,
+            "latency": None,
+        },
     }
     model = build_residual(recipe, facts)
     assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)

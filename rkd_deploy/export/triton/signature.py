@@ -52,21 +52,18 @@ def read_signature(source: Source) -> Signature:
     """Read it from an ONNX file.
 
     Raises:
-        UsageError: Triton's batching cannot serve such a model: several inputs, a fixed batch, another free dimension.
+        UsageError: Triton's batching cannot serve such a model: a fixed batch, another free dimension.
     """
     graph = onnx.load_model_from_string(source.content).graph
     weights = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs) or "none"
-        raise UsageError(f"{source.file} has {len(inputs)} inputs ({names}); what is served here has one: the images.")
+    (images,) = (value for value in graph.input if value.name not in weights)  # `read_source` has seen to it
     card = source.card
     labels = () if card is None else card.labels
     if any("\n" in label or "\r" in label for label in labels):
         raise ModelFileError(f"A label of {source.file} holds a line break, and labels.txt is one label a line.")
     return Signature(
         name=_slug(source.file.stem if card is None else card.name),
-        input=_tensor(source, inputs[0]),
+        input=_tensor(source, images),
         outputs=tuple(_tensor(source, value) for value in graph.output),
         labels=labels,
     )

@@ -91,7 +91,7 @@ def _check_input(file: Path, onnx: Any, graph: Any) -> None:
     inputs = _inputs(graph)
     kinds = [onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in inputs]
     described = ", ".join(f"{value.name} {kind.lower()}" for value, kind in zip(inputs, kinds, strict=True)) or "none"
-    way_out = "rkd-deploy builds engines of models with one numeric input, batch first: export the classifier alone."
+    way_out = "Engines and servers get models with one numeric input, batch first: export the classifier alone."
     if len(inputs) != 1:
         raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
     if kinds[0] in ("STRING", "UNDEFINED"):

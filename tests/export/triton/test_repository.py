@@ -14,7 +14,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from rkd_deploy.errors import ModelFileError, StorageError, UsageError
+from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.export.triton import repository as repository_module
 from rkd_deploy.export.triton.kserve import inference_service, service_name
 from rkd_deploy.export.triton.repository import export_triton
@@ -215,16 +215,16 @@ def save(path, shapes, dtype=TensorProto.FLOAT):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "reason"),
+    ("shapes", "error", "reason"),
     [
-        ([["n", 3], ["n", 3]], "has 2 inputs"),
-        ([[4, 3]], r"the shape \[4, 3\]: its batch is fixed"),
-        ([["n", "w"]], r"the shape \[\?, \?\]: only the batch may be free"),
+        ([["n", 3], ["n", 3]], BackendError, "has 2 inputs"),
+        ([[4, 3]], UsageError, r"the shape \[4, 3\]: its batch is fixed"),
+        ([["n", "w"]], UsageError, r"the shape \[\?, \?\]: only the batch may be free"),
     ],
 )
-def test_what_cannot_be_batched_is_refused(tmp_path, shapes, reason):
+def test_what_cannot_be_batched_is_refused(tmp_path, shapes, error, reason):
     file = save(tmp_path / "model.onnx", shapes)
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(error, match=reason):
         export_triton(file, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
