@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rkd_deploy.serve.bench import _pace, bench
 from rkd_deploy.serve.bench.loading import Setting
-from rkd_deploy.serve.bench.pace import Pace, remembered_paces
+from rkd_deploy.serve.bench.pace import Pace, _aligned, remembered_paces
 from rkd_deploy.serve.bench.ratio import recorded_ratio
 from rkd_deploy.serve.bench.recording import record_bench
 from rkd_deploy.serve.bench.report import Figures
@@ -109,6 +110,13 @@ def test_a_bench_says_how_much_slower_the_machine_was(bundle, tmp_path, monkeypa
     (second,) = told.results
     assert second.slowdown == pytest.approx(100 * second.pace_ms / best)
     assert f"up to {second.slowdown:.2f} times slower" in told.conditions[-1]
+
+
+def test_the_work_lies_alike_in_every_process():
+    x, y = _aligned()
+    assert (x.ctypes.data % 64, y.ctypes.data % 64) == (0, 0)
+    assert abs(y.ctypes.data - x.ctypes.data) % 4096 == 2048
+    assert not np.shares_memory(x, y)
 
 
 def test_cores_tell_nothing_of_a_gpu():
