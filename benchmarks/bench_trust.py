@@ -5,7 +5,9 @@
 The model is a ResNet-20 for CIFAR-100 with random weights, batch 8, one thread. Compared with, in turns:
 - nothing: a backend that does nothing, for the cost of the timing loop;
 - ONNX Runtime called by hand: a session of its own and a loop of four lines;
-- OpenVINO's benchmark_app, a process of its own each time, against our device-only figure: it fills its inputs once;
+- OpenVINO's benchmark_app, a process of its own each time, against our device-only figure: it fills its inputs once.
+  The median that it prints is of the request's own clock, which stops before OpenVINO's call from Python returns; we
+  time the whole call. So that the same is compared, what the call takes is added: its loop's time less its requests';
 - itself: benches in processes of their own, each pair of which should agree within their own confidence intervals;
 - a process that runs the model by hand, for memory.
 """
@@ -69,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = resnet20(folder / "bundle") / "model.onnx"
-        claims = [loop_cost(), by_hand(model), benchmark_app(model), *itself(model, folder / "out")]
+        claims = [loop_cost(), by_hand(model), *benchmark_app(model), *itself(model, folder / "out")]
     save("bench_trust", claims)
 
 
@@ -127,9 +129,9 @@ def _loop_by_hand(run: Callable[[], object]) -> float:
     return median(samples)
 
 
-def benchmark_app(model: Path) -> Claim:
+def benchmark_app(model: Path) -> list[Claim]:
     """OpenVINO through our backend over its own tool, in turns."""
-    ours, theirs = [], []
+    ours, printed, whole = [], [], []
     for number in range(SESSIONS):
         for is_ours in (True, False) if number % 2 else (False, True):
             if is_ours:
@@ -137,11 +139,18 @@ def benchmark_app(model: Path) -> Claim:
                     x = random_input(backend, None, BATCH, seed=0)
                     ours.append(measure(backend, x, min_seconds=1.0, warmup_seconds=0.3, transfers=False).p50)
             else:
-                theirs.append(_benchmark_app(model))
-    return _off_one("OpenVINO through our backend over benchmark_app, off 1", ours, theirs)
+                request, call = _benchmark_app(model)
+                printed.append(request)
+                whole.append(request + call)
+    what = "OpenVINO through our backend over benchmark_app"
+    return [
+        _off_one(f"{what}, off 1", ours, whole),
+        _off_one(f"{what}'s requests without the call from Python, off 1", ours, printed, limit=None),
+    ]
 
 
-def _benchmark_app(model: Path) -> float:
+def _benchmark_app(model: Path) -> tuple[float, float]:
+    """The median of its requests, and what the call adds to a request, in ms."""
     tool = Path(sys.executable).with_name("benchmark_app")
     options = [
         "-d",
@@ -162,9 +171,8 @@ def _benchmark_app(model: Path) -> float:
     options += ["-inference_only", "true"]  # else it fills its inputs anew in every iteration
     shape = ["-data_shape", f"[{BATCH},32,32,3]"]
     done = subprocess.run([str(tool), "-m", str(model), *options, *shape], check=True, capture_output=True, text=True)
-    found = re.search(r"Median:\s+([\d.]+) ms", done.stdout)
-    assert found is not None, done.stdout
-    return float(found[1])
+    told = {key: float(value) for key, value in re.findall(r"(Count|Duration|Median|Average):\s+([\d.]+)", done.stdout)}
+    return told["Median"], told["Duration"] / told["Count"] - told["Average"]
 
 
 def itself(model: Path, folder: Path) -> list[Claim]:
@@ -199,11 +207,11 @@ def _answer(code: str, model: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
 
 
-def _off_one(what: str, ours: list[float], theirs: list[float]) -> Claim:
+def _off_one(what: str, ours: list[float], theirs: list[float], limit: float | None = 0.02) -> Claim:
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     print(f"{what}: ratio {median(ratios):.4f}, of sessions {min(ratios):.4f} to {max(ratios):.4f}")
     samples = {"ours_ms": ours, "theirs_ms": theirs}
-    return Claim(what, abs(median(ratios) - 1), "ratio", 0.02, samples)
+    return Claim(what, abs(median(ratios) - 1), "ratio", limit, samples)
 
 
 if __name__ == "__main__":
