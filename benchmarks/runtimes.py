@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version as version_of
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,8 @@ def main() -> None:
     runtimes: dict[str, Callable[[Path, Array], Logits]] = {
         "onnx ReferenceEvaluator": _reference,
         "OpenVINO": _openvino,
-        "onnxruntime-node": lambda file, x: _node(node, "onnxruntime-node", file, x),
-        "onnxruntime-web, wasm": lambda file, x: _node(node, "onnxruntime-web", file, x),
+        "onnxruntime-node": partial(_node, node, "onnxruntime-node"),
+        "onnxruntime-web, wasm": partial(_node, node, "onnxruntime-web"),
         "tract": _tract,
         "MNN": _mnn,
         "ncnn": _ncnn,
@@ -60,7 +63,9 @@ def _row(name: str, run: Callable[[Path, Array], Logits], what: str, bundle: Pat
     spread = float(golden["logits"].std(axis=0).mean())  # over the images: what a runtime could get wrong
     row: dict[str, Any] = {"runtime": name, "bundle": what, "spread": spread, "tolerance": float(golden["tolerance"])}
     try:
-        logits, version = run(bundle / "model.onnx", golden["inputs"])
+        # A process of its own: a runtime that dies takes nothing else with it.
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            logits, version = alone.submit(run, bundle / "model.onnx", golden["inputs"]).result()
         row |= {"version": version, "max_abs_diff": float(np.abs(logits - golden["logits"]).max())}
     except Exception as error:  # every runtime has its own; what it says is the finding
         row |= {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"}
@@ -163,23 +168,25 @@ def _mnn(file: Path, x: Array) -> Logits:
 
 
 def _ncnn(file: Path, x: Array) -> Logits:
-    """Ncnn has no reader of its own for ONNX: pnnx makes its format first, for one image at a time."""
+    """Ncnn has no reader of its own for ONNX: pnnx makes its format first, for one image at a time; in float32."""
     ncnn = import_module("ncnn")
 
     kind = "u8" if x.dtype == np.uint8 else "f32"
-    command = ["pnnx", str(file), f"inputshape=[1,{','.join(map(str, x.shape[1:]))}]{kind}"]
+    command = ["pnnx", str(file), f"inputshape=[1,{','.join(map(str, x.shape[1:]))}]{kind}", "fp16=0"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=file.parent)
     parameters = file.with_suffix(".ncnn.param")
     if not parameters.is_file():
         raise RuntimeError((done.stderr.strip().splitlines() or ["pnnx wrote nothing"])[-1])
     with ncnn.Net() as net:
+        for half in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+            setattr(net.opt, half, False)
         if net.load_param(str(parameters)) or net.load_model(str(file.with_suffix(".ncnn.bin"))):
             raise RuntimeError("ncnn cannot load what pnnx wrote; it has no layer that makes floats of uint8")
         rows = []
         for image in x:
-            extractor = net.create_extractor()
-            extractor.input("in0", ncnn.Mat(image))
-            rows.append(np.array(extractor.extract("out0")[1]))
+            with net.create_extractor() as extractor:  # it must not outlive its network
+                extractor.input("in0", ncnn.Mat(image))
+                rows.append(np.array(extractor.extract("out0")[1]))
     return np.stack(rows), version_of("ncnn")
 
 
