@@ -113,7 +113,7 @@ def export_bundle(
     check_finite(model)
     onnx = require("onnx", "export")
     preprocess = card.preprocess
-    branches = None if early_exit is None else check(model)
+    branches = None if early_exit is None else check(model, early_exit)
     with new_folder(folder) as temporary:
         choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
         card = dataclasses.replace(

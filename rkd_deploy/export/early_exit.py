@@ -38,6 +38,7 @@ from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork
+from rkd_deploy.serve.early_exit import check_threshold
 from rkd_deploy.storage import write_bytes
 
 
@@ -47,7 +48,7 @@ class EarlyExit:
 
     Attributes:
         threshold: Confidence at which an image leaves. None: the lowest that loses nothing on `held_out`.
-        held_out: Batches to choose it on, as those of `export_bundle`; no test images.
+        held_out: Batches to choose it on, as those of `export_bundle`, anew at each pass; no test images.
         test: Batches to report on.
     """
 
@@ -56,11 +57,11 @@ class EarlyExit:
     test: Batches = ()
 
 
-def check(model: nn.Module) -> ResidualStudent:
-    """The model, if its branches can be run one after the other.
+def check(model: nn.Module, asked: EarlyExit) -> ResidualStudent:
+    """The model, if its branches can be run one after the other; a threshold is given, or can be chosen.
 
     Raises:
-        UsageError: They cannot.
+        UsageError: One of these is not so.
     """
     if not isinstance(model, ResidualStudent):
         raise UsageError(
@@ -72,6 +73,13 @@ def check(model: nn.Module) -> ResidualStudent:
         raise UsageError(
             "Early exit adds up the logits of S and of each assistant, which a head that is not linear does not allow. "
             'Train with method.head = "trained", or export without it.'
+        )
+    if asked.threshold is not None:
+        check_threshold(asked.threshold)
+    elif next(iter(asked.held_out), None) is None:
+        raise UsageError(
+            "Early exit needs a threshold: this run held out no images to choose it on (data.val_fraction = 0); "
+            "test images are not for choosing. Give one, e.g. --exit-threshold 0.9."
         )
     return model
 
@@ -125,17 +133,8 @@ class Exits:
         return lowered
 
     def report(self, asked: EarlyExit) -> dict[str, Any]:
-        """The card's `early_exit`: what leaving early saves and costs with these graphs.
-
-        Raises:
-            UsageError: Neither a threshold nor images to choose it on.
-        """
+        """The card's `early_exit`: what leaving early saves and costs with these graphs."""
         held_out = self._sums(asked.held_out)
-        if asked.threshold is None and not held_out.images:
-            raise UsageError(
-                "Early exit needs a threshold: this run held out no images to choose it on (data.val_fraction = 0); "
-                "test images are not for choosing. Give one, e.g. --exit-threshold 0.9."
-            )
         threshold = held_out.lowest_without_loss() if asked.threshold is None else asked.threshold
         test, macs = self._sums(asked.test), self._macs
         report: dict[str, Any] = {"files": self._files, "macs": macs, "threshold": threshold}

@@ -85,6 +85,16 @@ class EarlyExitBackend(Backend):
             step.close()
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuse what is no confidence.
+
+    Raises:
+        UsageError: The threshold is no number from 0 on.
+    """
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"exit_threshold = {threshold} must be at least 0 and finite; above 1 no image leaves early.")
+
+
 def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str, **options: Any) -> EarlyExitBackend:
     """Load the graphs of a bundle that was exported with early exit.
 
@@ -98,8 +108,7 @@ def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str
         UsageError: The threshold is no number from 0 on.
         ModelFileError: The bundle has no such graphs, or one of them is missing.
     """
-    if not 0 <= threshold < math.inf:
-        raise UsageError(f"exit_threshold = {threshold} must be at least 0 and finite; above 1 no image leaves early.")
+    check_threshold(threshold)
     folder, card = model_path(path).parent, read_card(path, {})
     if card is None or not card.early_exit:
         raise ModelFileError(
