@@ -14,6 +14,8 @@ R = TypeVar("R")
 
 _LONGEST_WORD = 24
 """Characters of a name that a terminal keeps together."""
+_PADDINGS = ((0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0))
+"""Room around a cell, the widest first: what fits a terminal is read more easily than what is squeezed into it."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
 
     title, known, cells = without_shared(columns, rows)
 
-    def table(kept: list[int]) -> Table:
+    def table(kept: list[int], padding: tuple[int, int, int, int]) -> Table:
         made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
+        made.padding = padding
         for index in kept:
             head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
             words = [word for row in cells for word in row[index].split()]
@@ -67,11 +70,12 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
             made.add_row(*[escape(row[index]) for index in kept])
         return made
 
-    kept = list(range(len(known)))
     unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
-    if console.measure(table(kept), options=unbounded).maximum > console.width:
-        kept = [index for index in kept if not known[index].detail]
-    console.print(table(kept))
+    everything = list(range(len(known)))
+    brief = [index for index in everything if not known[index].detail]
+    candidates = [table(kept, padding) for kept in (everything, brief) for padding in _PADDINGS]
+    fitting = (one for one in candidates if console.measure(one, options=unbounded).maximum <= console.width)
+    console.print(next(fitting, candidates[-1]))
 
 
 def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str, list[Column[R]], list[list[str]]]:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rkd_deploy.errors import DataError
 from rkd_deploy.serve.bench.plotting import draw, plot
-from rkd_deploy.serve.bench.report import Result, markdown, print_table, to_record
+from rkd_deploy.serve.bench.report import Result, markdown, print_details, print_table, to_record
 from rkd_deploy.serve.bench.timing import Timing
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -103,6 +103,20 @@ def test_the_terminal_table_says_once_what_is_equal_in_all_rows():
     assert text.count("onnxruntime") == 1
     assert "[one]" in text
     assert "3.00" in text
+
+
+def test_a_terminal_of_80_columns_shows_every_percentile_with_the_median_s_interval_on_one_line():
+    results = [result("resnet20", runs=2001, spread=1.0, batch=batch) for batch in (1, 8)]
+    stream = io.StringIO()
+    print_details(results, Console(file=stream, width=80))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    row, _ = (line.split() for line in lines if "end to end" in line and " 8 " in line)
+    found = results[1]
+    shown = [found.mean_ms, None, found.p50_ms, found.p50_low_ms, None, found.p50_high_ms, found.p90_ms, found.p95_ms]
+    for text, value in zip(row[5:13], shown, strict=True):
+        assert value is None or float(text) == pytest.approx(value, rel=0.006)
+    assert float(row[14]) == pytest.approx(found.p99_9_ms, rel=0.006)
 
 
 def test_the_plot_is_a_png_written_whole(tmp_path):
