@@ -13,7 +13,7 @@ _RESET_PEAK = "5"
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process now (VmRSS)."""
+    """Resident memory of this process now (VmRSS; the kernel's sum lags by some pages for each CPU, see `proc(5)`)."""
     return _status("VmRSS")
 
 

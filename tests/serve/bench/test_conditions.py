@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 
 import pytest
 
@@ -98,14 +97,19 @@ def test_this_machine_tells_something_that_is_json():
     assert found["preempted"] >= 0
 
 
+_UNSETTLED = 8 << 20
+"""The kernel counts pages for each CPU by itself and adds them up in batches: what it tells lags by that (`proc(5)`
+calls VmRSS inaccurate), and a peak may read a few pages below a size that was read before it."""
+
+
 def test_memory_grows_and_its_peak_stays_until_it_is_reset():
     before = resident_bytes()
     held = bytearray(os.urandom(1 << 20) * 64)
     grown = resident_bytes()
     assert grown - before > 50 << 20
     del held
-    time.sleep(0.01)
-    assert resident_peak_bytes() >= grown
+    assert resident_bytes() < grown - (50 << 20)
+    assert resident_peak_bytes() >= grown - _UNSETTLED
     assert reset_peak()
     assert resident_peak_bytes() < grown - (30 << 20)
     assert available_bytes() > 1 << 20
