@@ -18,7 +18,7 @@ from rkd_deploy.pipeline import export_run
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-PAGES = [path for path in REPO.rglob("*.md") if not {".venv", ".data", "runs"} & set(path.relative_to(REPO).parts)]
+PAGES = [path for path in REPO.rglob("*.md") if not re.search(r"(^|/)(\.|runs/)", path.relative_to(REPO).as_posix())]
 
 
 def tree() -> dict[str, str]:
