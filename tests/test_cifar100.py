@@ -20,7 +20,7 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
         REPO / "train/cifar100_resnet56_resnet20.toml",
         [
             f"data.root={cifar_root}",
-            "data.train_limit=3000",
+            "data.train_limit=1600",
             "data.test_limit=2000",
             f"teacher.checkpoint={shared_data}/weights/cifar100_resnet56.pth",
             "student.baseline=false",
