@@ -21,6 +21,7 @@ from rkd_deploy.commands.options import (
     newest_bundle,
     plain,
 )
+from rkd_deploy.commands.showing import fact_lines
 
 
 def predict(
@@ -109,12 +110,13 @@ def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None
         emit(card)
         return
     labels, checksums, versions = card.pop("labels"), card.pop("checksums"), card.pop("versions")
-    for key, value in card.items():
-        typer.echo(f"{key:>13}  {json.dumps(value) if isinstance(value, dict) else value}")
-    typer.echo(f"{'labels':>13}  {len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}")
-    for name, checksum in checksums.items():
-        typer.echo(f"{'unchanged':>13}  {name}, SHA-256 {checksum}")
-    typer.echo(f"{'exported with':>13}  {', '.join(f'{key} {value}' for key, value in versions.items())}")
+    facts = {
+        **card,
+        "labels": f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}",
+        "unchanged": [{name: f"SHA-256 {checksum}"} for name, checksum in checksums.items()],
+        "exported with": ", ".join(f"{key} {value}" for key, value in versions.items()),
+    }
+    typer.echo("\n".join(fact_lines(facts)))
 
 
 def _show_engine(file: Path, as_json: bool) -> None:
@@ -129,8 +131,7 @@ def _show_engine(file: Path, as_json: bool) -> None:
         return
     layers = content.pop("layers")
     del content["metadata"]  # the model's card, which is shown of the model
-    for key, value in content.items():
-        typer.echo(f"{key:>20}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
+    typer.echo("\n".join(fact_lines(content)))
     typer.echo(layer_table(layers))
 
 
