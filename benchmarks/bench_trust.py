@@ -153,6 +153,8 @@ def benchmark_app(model: Path) -> list[Claim]:
             break
     pace.close()
     print(f"{len(ours)} of {number + 1} sessions at a steady pace")
+    if not ours:
+        raise SystemExit("The pace of this machine changed in every session: measure when it has less else to do.")
     what = "OpenVINO through our backend over benchmark_app"
     return [
         _off_one(f"{what}, off 1", ours, whole),

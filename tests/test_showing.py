@@ -18,7 +18,7 @@ CARD = {
 def test_a_line_for_every_fact_and_none_for_what_is_empty():
     assert fact_lines(CARD) == [
         "name                 digits S + A",
-        "outputs              logits, features",
+        "outputs              logits features",
         "macs                 1010944",
         "shift                0",
         "parity.passed        yes",

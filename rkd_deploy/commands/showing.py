@@ -21,23 +21,23 @@ def fact_lines(content: Mapping[str, Any]) -> list[str]:
     return [f"{key:<{column}}  {value}" for key, value in facts]
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "", between: str = ", ") -> Iterator[tuple[str, str]]:
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in content.items():
         key = prefix + name
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{key}.", between)
+            yield from _flat(value, f"{key}.")
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             for row in value:
-                yield key, ", ".join(f"{name} {text}" for name, text in _flat(row, between=" "))
+                yield key, ", ".join(f"{column} {text}" for column, text in _flat(row))
         elif value not in (None, "", [], ()):
-            yield key, _text(value, between)
+            yield key, _text(value)
 
 
-def _text(value: Any, between: str) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
-        return between.join(_text(one, between) for one in value)
+        return " ".join(map(_text, value))
     return str(value)

@@ -2,8 +2,8 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -285,13 +285,12 @@ def test_a_drop_is_held_to_its_limit_in_whole_images(trained, limit, lost, passe
     assert judgement.passed == passes
 
 
-@pytest.mark.skipif(find_spec("modelopt") is not None, reason="ModelOpt is installed: the next test runs")
-def test_fp8_says_what_to_install(trained):
+def test_fp8_says_what_to_install(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
     with pytest.raises(MissingDependencyError, match=r"modelopt.+pip install 'rkd-deploy\[quant\]'"):
         lowered(trained, precision="fp8", target="tensorrt")
 
 
-@pytest.mark.skipif(find_spec("modelopt") is None, reason="needs the extra quant, 12 packages that CI does not install")
 def test_fp8_by_modelopt(trained):
     found = lowered(trained, precision="fp8", target="tensorrt", keep=("layer1.0.conv1",), drop=2.0)
     assert found.judgement.passed

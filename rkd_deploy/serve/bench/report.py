@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
@@ -254,32 +255,30 @@ _WHOSE: tuple[Column[Row], ...] = (
     *(_of_result(column) for column in _SETTINGS if not column.detail),
     Column("Figures", lambda r: "end to end" if r.figures.transfers else "device only", numeric=False),
 )
-_SPREAD: tuple[Column[Row], ...] = (
+
+
+def _percentiles() -> Iterator[Column[Row]]:
+    """Each with its interval: the median's says whether two benches differ, so any terminal has room for that one."""
+    for name in ("p50", "p90", "p95", "p99", "p99_9"):
+        yield Column(f"{name.replace('_', '.')}, ms", partial(_percentile, name))
+        yield Column("its 95 % CI, ms", partial(_percentile_interval, name), detail=name != "p50")
+
+
+def _percentile(name: str, row: Row) -> str | None:
+    return _told(getattr(row.figures, f"{name}_ms"), milliseconds)
+
+
+def _percentile_interval(name: str, row: Row) -> str | None:
+    return _interval(getattr(row.figures, f"{name}_low_ms"), getattr(row.figures, f"{name}_high_ms"))
+
+
+PERCENTILES: tuple[Column[Row], ...] = (
     *_WHOSE,
     Column("Mean, ms", lambda r: _told(r.figures.mean_ms, milliseconds)),
     Column("CV, %", lambda r: _told(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
+    *_percentiles(),
+    Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False),
 )
-_END: Column[Row] = Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False)
-PERCENTILES: tuple[Column[Row], ...] = (
-    *_SPREAD,
-    Column("p50, ms", lambda r: _percentile(r.figures, "50")),
-    Column("p90, ms", lambda r: _percentile(r.figures, "90")),
-    Column("p95, ms", lambda r: _percentile(r.figures, "95")),
-    Column("p99, ms", lambda r: _percentile(r.figures, "99")),
-    Column("p99.9, ms", lambda r: _percentile(r.figures, "99_9")),
-    _END,
-)
-_NARROW_PERCENTILES: tuple[Column[Row], ...] = (
-    *_SPREAD,
-    Column("p50, ms", lambda r: milliseconds(r.figures.p50_ms)),
-    Column("its 95 % CI, ms", lambda r: _interval(r.figures.p50_low_ms, r.figures.p50_high_ms)),
-    Column("p90, ms", lambda r: milliseconds(r.figures.p90_ms)),
-    Column("p95, ms", lambda r: _told(r.figures.p95_ms, milliseconds)),
-    Column("p99, ms", lambda r: milliseconds(r.figures.p99_ms)),
-    Column("p99.9, ms", lambda r: _told(r.figures.p99_9_ms, milliseconds)),
-    _END,
-)
-"""For a terminal: five intervals would not stand side by side there; all of them are in the record and in bench.md."""
 RUNS: tuple[Column[Row], ...] = (
     *_WHOSE,
     Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
@@ -313,9 +312,9 @@ def print_table(results: Sequence[Result], console: Console) -> None:
 
 
 def print_details(results: Sequence[Result], console: Console) -> None:
-    """The tables of `details_markdown` for a terminal, with the interval of p50 alone."""
+    """The tables of `details_markdown` for a terminal: of the intervals, the median's, and all where there is room."""
     rows = rows_of(results)
-    tabular.print_table(_NARROW_PERCENTILES, rows, console)
+    tabular.print_table(PERCENTILES, rows, console)
     tabular.print_table(RUNS, rows, console)
 
 
@@ -324,14 +323,6 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     return [
         Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
     ]
-
-
-def _percentile(figures: Figures, q: str) -> str | None:
-    value, low, high = (getattr(figures, f"p{q}{end}_ms") for end in ("", "_low", "_high"))
-    if value is None:
-        return None
-    interval = _interval(low, high)
-    return milliseconds(value) if interval is None else f"{milliseconds(value)} ({interval})"
 
 
 def _slower(figures: Figures) -> str | None:

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 _LONGEST_WORD = 24
 """Characters of a name that a terminal keeps together."""
-_PADDINGS = ((0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0))
+_PADDINGS = ((0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 0))  # above, right, below, left
 """Room around a cell, the widest first: what fits a terminal is read more easily than what is squeezed into it."""
 
 
@@ -57,8 +57,8 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
     title, known, cells = without_shared(columns, rows)
 
     def table(kept: list[int], padding: tuple[int, int, int, int]) -> Table:
-        made = Table(title=escape(title) or None, title_justify="left", title_style="dim", box=SIMPLE_HEAD)
-        made.padding = padding
+        heading = escape(title) or None
+        made = Table(title=heading, title_justify="left", title_style="dim", box=SIMPLE_HEAD, padding=padding)
         for index in kept:
             head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
             words = [word for row in cells for word in row[index].split()]
