@@ -28,11 +28,14 @@ def test_s_and_a_that_were_measured_ship_as_they_were_measured(
     run = fit(recipe, root=tmp_path)
     latency = run.read_json("facts.json")["separation"]["latency"]["fused"]
     assert latency["level"] == "wide"
-    last = latency["readings"][-1]
-    assert last["confirm"]
-    assert max(last["ratios"].values()) == latency["worst_ratio"] <= 1 + ROUNDING
-    assert list(last["ratios"]) == ["1", "4"]
-    S, A = last["widths"]
+    confirmed = [row for row in latency["readings"] if row["confirm"]]
+    *_, at = (index for index, row in enumerate(confirmed) if row["fraction"] == latency["fraction_of_macs"])
+    chosen = confirmed[at]
+    assert max(chosen["ratios"].values()) == latency["worst_ratio"] <= 1 + ROUNDING
+    assert list(chosen["ratios"]) == ["1", "4"]
+    # On a busy machine a wider one may be tried after it, and found slower.
+    assert all(max(row["ratios"].values()) > 1 + ROUNDING for row in confirmed[at + 1 :])
+    S, A = chosen["widths"]
     assert all(s + a <= own for s, a, own in zip(S, A, zoo.create("resnet8", 10).widths, strict=True))
     assert card_of(export_run(run, test_images=False)).fusion == "wide"
     assert card_of(export_run(run, level="tail", test_images=False)).fusion == "tail"
