@@ -122,7 +122,8 @@ def test_models_that_cannot_be_measured(case, backend, tmp_path, measured):
 def test_running_out_of_memory_is_said_in_words(backend, kind, tmp_path):
     """In a process of its own: what a runtime leaves of its memory when it could get no more is not for other tests."""
     command = [sys.executable, "-m", "rkd_deploy.cli", "bench", large(tmp_path / "m.onnx"), "--backend", backend, kind]
-    command += ["--seconds", "0", "--count", "2", "--warmup", "0", "--batch", str(1 << 18), "--output", tmp_path / "out"]
+    command += ["--seconds", "0", "--count", "2", "--warmup", "0"]
+    command += ["--batch", str(1 << 18), "--output", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     words = r"ran out of memory: [\d,]{17,} bytes more were asked for\. Use a smaller batch"
