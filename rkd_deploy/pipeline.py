@@ -131,7 +131,8 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
     """Train, export, prove, measure, draw.
 
     S and A are cut to lie side by side: layers as small as these are too short to pay for a second branch, and S + A
-    then have S0's shapes and speed.
+    then have S0's shapes and speed. The recipe itself leaves that open, because `train --set` may choose a method or a
+    scheme for which it is refused.
 
     Args:
         root: Folder of runs.

@@ -8,6 +8,7 @@ CARD = {
     "early_exit": {},
     "device": None,
     "labels": [],
+    "exported with": [{}],
     "macs": 1_010_944,
     "shift": 0,
     "parity": {"passed": True, "max_abs_diff": 1.1444091796875e-05, "gate": {"top1": 96.37883008356546}},

@@ -27,8 +27,8 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(value, Mapping):
             yield from _flat(value, f"{key}.")
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            for row in value:
-                yield key, ", ".join(f"{column} {text}" for column, text in _flat(row))
+            rows = (", ".join(f"{column} {text}" for column, text in _flat(row)) for row in value)
+            yield from ((key, row) for row in rows if row)
         elif value not in (None, "", [], ()):
             yield key, _text(value)
 

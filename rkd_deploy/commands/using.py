@@ -114,7 +114,7 @@ def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None
         **card,
         "labels": f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}",
         "unchanged": [{name: f"SHA-256 {checksum}"} for name, checksum in checksums.items()],
-        "exported with": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "exported with": [versions],
     }
     typer.echo("\n".join(fact_lines(facts)))
 
