@@ -31,10 +31,10 @@ import numpy as np
 from models import resnet20
 from record import Claim, save
 
-from rkd_deploy.serve.backends import Array, load_backend
-from rkd_deploy.serve.bench.loading import random_input
-from rkd_deploy.serve.bench.pace import Pace, remembered_paces
-from rkd_deploy.serve.bench.timing import measure
+from rkd_deploy.backends import Array, load_backend
+from rkd_deploy.bench.loading import random_input
+from rkd_deploy.bench.machine import Pace, remembered_paces
+from rkd_deploy.bench.timing import measure
 
 BATCH = 8
 SESSIONS = 15

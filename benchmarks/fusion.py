@@ -32,17 +32,17 @@ import torchvision
 from record import Claim, save
 from torch import Tensor, nn
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.bench.timing import measure_interleaved
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.selection import fastest
+from rkd_deploy.export.measuring import fastest
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench.timing import measure_interleaved
 
 BATCHES = (1, 8, 32)
 BACKENDS = ("onnxruntime", "openvino")

@@ -27,7 +27,7 @@ from rkd_deploy.data.loader import Loader, Normaliser, train_loader
 from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.recipe import DataRecipe, TrainRecipe
 from rkd_deploy.train.methods.residual import StudentStep
 from rkd_deploy.train.stepping import Stepper

@@ -17,9 +17,9 @@ from statistics import median
 from models import resnet20
 from record import Claim, save
 
-from rkd_deploy.serve.backends import Backend, load_backend
-from rkd_deploy.serve.bench.loadgen import Load, library, run_scenario
-from rkd_deploy.serve.bench.timing import measure
+from rkd_deploy.backends import Backend, load_backend
+from rkd_deploy.bench.loadgen import Load, library, run_scenario
+from rkd_deploy.bench.timing import measure
 
 ROUNDS = 41
 SECONDS = 0.5

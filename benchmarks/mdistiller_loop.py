@@ -33,11 +33,11 @@ from rkd_deploy.data.sources import Split
 from rkd_deploy.models import zoo
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.methods.base_loss import WeightedLoss
+from rkd_deploy.train.methods.base import WeightedLoss
+from rkd_deploy.train.methods.baseline import Taught
 from rkd_deploy.train.methods.kd import KD
-from rkd_deploy.train.methods.taught import Taught
+from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
-from rkd_deploy.train.sums import EpochSums
 
 PAIRS = (("resnet56", "resnet20"), ("resnet20", "resnet8"))
 BATCH, TAU, CE, KD_WEIGHT, LR = 64, 4.0, 0.1, 0.9, 0.05

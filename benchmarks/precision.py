@@ -25,19 +25,19 @@ from record import Claim, save
 from torch import nn
 from torchvision.models import resnet18
 
+from rkd_deploy.backends.pytorch import PyTorchBackend
+from rkd_deploy.bench import bench
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import ImageSet, load_images
-from rkd_deploy.drawing import Batches, draw_lowering
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx
-from rkd_deploy.export.int8 import Int8Quantiser
-from rkd_deploy.export.judging import HeldOut, answers
-from rkd_deploy.export.lowering import lower
-from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.precision.convert import lower
+from rkd_deploy.export.precision.gate import HeldOut, answers
+from rkd_deploy.export.precision.int8 import Int8Quantiser
+from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
+from rkd_deploy.pipeline import Batches, draw_lowering
 from rkd_deploy.recipe import DataRecipe
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
-from rkd_deploy.serve.bench import bench
 
 FILES = (
     ("int8", "cpu"),

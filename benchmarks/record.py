@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rkd_deploy.serve.bench.provenance import provenance
+from rkd_deploy.bench.machine import provenance
 from rkd_deploy.storage import write_json
 
 FOLDER = Path(__file__).parent

@@ -22,9 +22,8 @@ from typing import Any
 from record import FOLDER, Claim, save
 
 from rkd_deploy.recipe import Recipe, read_recipe
-from rkd_deploy.recipe_method import SCHEMES
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import newest_run
+from rkd_deploy.recipe.method import SCHEMES
+from rkd_deploy.train.runs import newest_run, read_log
 
 NURSERY = FOLDER.parent / "tests" / "train" / "nursery.py"
 EPOCH_ONLY, EACH_STEP = 60.0, 0.0

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from record import FOLDER, hardware
 
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.machine import provenance
 from rkd_deploy.card import ModelCard
 from rkd_deploy.pipeline import export_run
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.provenance import provenance
 from rkd_deploy.storage import write_json
 from rkd_deploy.train.runs import open_run
 

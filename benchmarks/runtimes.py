@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from record import FOLDER, hardware
 
-from rkd_deploy.serve.bench.provenance import provenance
+from rkd_deploy.bench.machine import provenance
 from rkd_deploy.storage import write_json
 
 Array = npt.NDArray[Any]
@@ -78,14 +78,14 @@ def _bundles(folder: Path) -> dict[str, Path]:
 
     from rkd_deploy.card import ModelCard, Preprocess
     from rkd_deploy.export.bundle import export_bundle
-    from rkd_deploy.models import cifar, mobilenet, shufflenet
+    from rkd_deploy.models.families import cifar_resnet, mobilenet, shufflenet
     from rkd_deploy.models.residual import ResidualStudent
     from rkd_deploy.models.staged import Staged
 
     torch.manual_seed(0)
     pairs: dict[str, tuple[list[Staged], tuple[str, ...]]] = {
         "ResNet-20": (
-            [cifar.CifarResNet(20, widths, None) for widths in ((16, 16, 24, 56), (8, 8, 16, 24))],
+            [cifar_resnet.CifarResNet(20, widths, None) for widths in ((16, 16, 24, 56), (8, 8, 16, 24))],
             ("sum", "tail", "wide", "wide-grouped"),
         ),
         "MobileNetV2": ([mobilenet.MobileNetV2((width,) * 9, None) for width in (16, 8)], ("tail", "wide")),

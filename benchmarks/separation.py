@@ -15,10 +15,10 @@ from typing import Any
 from record import Claim, save
 
 from rkd_deploy.errors import BudgetError
-from rkd_deploy.export.latency import ExportStopwatch
+from rkd_deploy.export.measuring import ExportStopwatch
 from rkd_deploy.models import zoo
-from rkd_deploy.models.latency import ROUNDING
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.latency import ROUNDING
+from rkd_deploy.models.separation.separate import separate
 
 SMALL = (("resnet20", 32, 100), ("resnet8x4", 32, 100), ("tv:resnet18", 224, 1000))
 """Network, side of an image, classes."""

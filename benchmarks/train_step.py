@@ -21,19 +21,19 @@ import torch
 from record import Claim, ratio_of_medians, save
 from torch import Tensor
 
+from rkd_deploy.bench.machine import reset_peak, resident_bytes, resident_peak_bytes
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.serve.bench.memory import reset_peak, resident_bytes, resident_peak_bytes
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.methods.base import Method
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
+from rkd_deploy.train.methods.baseline import CrossEntropy
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
-from rkd_deploy.train.progress import Silent
+from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
-from rkd_deploy.train.sums import EpochSums
 
 STEPS = 25
 BATCH = 64

@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rkd_deploy.backends import Backend, load_backend
+    from rkd_deploy.bench.parity import verify
+    from rkd_deploy.bench.timing import measure
     from rkd_deploy.card import ModelCard, Preprocess
     from rkd_deploy.errors import RkdError
     from rkd_deploy.export.bundle import export_bundle
     from rkd_deploy.export.fusion import fuse
-    from rkd_deploy.models.separation import Separation, separate
+    from rkd_deploy.models.separation.separate import Separation, separate
     from rkd_deploy.recipe import Recipe, read_recipe
-    from rkd_deploy.serve.backends import Backend, load_backend
-    from rkd_deploy.serve.bench.parity import verify
-    from rkd_deploy.serve.bench.timing import measure
     from rkd_deploy.serve.classifier import Classifier, Prediction, load
     from rkd_deploy.train.fitting import fit
 

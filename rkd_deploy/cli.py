@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands import exporting, measuring, reporting, training, using
+from rkd_deploy.commands import bench, export, train, use
 from rkd_deploy.commands.options import emit
 from rkd_deploy.errors import RkdError
 
@@ -37,17 +37,17 @@ def _version(
         raise typer.Exit
 
 
-app.command()(training.quickstart)
-app.command()(training.train)
-app.command()(exporting.export)
-app.command()(measuring.bench)
-app.command("bench-compare")(measuring.bench_compare)
-app.command()(training.compare)
-app.command()(reporting.report)
-app.command()(using.predict)
-app.command()(using.verify)
-app.command()(using.info)
-app.command()(using.backends)
+app.command()(train.quickstart)
+app.command()(train.train)
+app.command()(export.export)
+app.command()(bench.bench)
+app.command("bench-compare")(bench.bench_compare)
+app.command()(train.compare)
+app.command()(bench.report)
+app.command()(use.predict)
+app.command()(use.verify)
+app.command()(use.info)
+app.command()(use.backends)
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -33,3 +33,24 @@ def handling(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+class StopRequest:
+    """While the block runs, SIGINT and SIGTERM only set `signal_name`; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._handling = ExitStack()
+
+    def __enter__(self) -> StopRequest:
+        self._handling.enter_context(handling(self._note))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handling.close()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+        self._handling.close()

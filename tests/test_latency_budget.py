@@ -9,7 +9,7 @@ import pytest
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.models import zoo
-from rkd_deploy.models.latency import ROUNDING
+from rkd_deploy.models.separation.latency import ROUNDING
 from rkd_deploy.pipeline import Exported, export_run
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.fitting import fit

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.card import ModelCard, Preprocess
-from rkd_deploy.drawing import HELD_OUT, Batches, draw_lowering
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.judging import HeldOut, answers
-from rkd_deploy.export.lowering import lower
-from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.precision.convert import lower
+from rkd_deploy.export.precision.gate import HeldOut, answers
+from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
+from rkd_deploy.pipeline import HELD_OUT, Batches, draw_lowering
 
 PREPROCESS = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 

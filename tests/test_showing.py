@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rkd_deploy.commands.showing import fact_lines
+from rkd_deploy.commands.options import fact_lines
 
 CARD = {
     "name": "digits S + A",

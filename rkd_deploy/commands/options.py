@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import UsageError, require, unknown_name
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
 
 def newest_bundle(root: Path) -> Path:
     """The bundle below a folder that was written last."""
-    from rkd_deploy.serve.bundles import newest_bundle
+    from rkd_deploy.backends.files import newest_bundle
 
     return newest_bundle(root)
 
@@ -119,3 +122,62 @@ def console_for(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+_COLUMN = 28
+"""Room for a key; a longer one pushes its value aside."""
+
+
+def fact_lines(content: Mapping[str, Any]) -> list[str]:
+    """Every fact that is there, as ``key  value``.
+
+    Args:
+        content: What JSON can hold. Tables in tables get dotted keys, a list of tables a line for each; what is None
+            or empty is left out; numbers have six significant digits.
+    """
+    facts = list(_flat(content))
+    column = min(max((len(key) for key, _ in facts), default=0), _COLUMN)
+    return [f"{key:<{column}}  {value}" for key, value in facts]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in content.items():
+        key = prefix + name
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{key}.")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            rows = (", ".join(f"{column} {text}" for column, text in _flat(row)) for row in value)
+            yield from ((key, row) for row in rows if row)
+        elif value not in (None, "", [], ()):
+            yield key, _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
+    return str(value)
+
+
+@contextmanager
+def status(text: str) -> Iterator[Progress]:
+    """A line on standard error that moves while the block runs; in anything but a terminal it says nothing.
+
+    Args:
+        text: What is being done.
+
+    Yields:
+        To be told which model is measured, and how far.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(text) as line:
+
+        def update(name: str, share: float) -> None:
+            line.update(f"{text}: {name}, {share:.0%}")
+
+        yield update

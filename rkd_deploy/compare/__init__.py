@@ -9,10 +9,9 @@ paging.py    the page
 
 from __future__ import annotations
 
-from rkd_deploy.compare.latency import timed
-from rkd_deploy.compare.paging import write_comparison_report
-from rkd_deploy.compare.report import Files, print_comparison, write_comparison
+from rkd_deploy.compare.report import Files, print_comparison, write_comparison, write_comparison_report
 from rkd_deploy.compare.rows import Comparison, Row, compare
+from rkd_deploy.compare.timing import timed
 
 __all__ = [
     "Comparison",

@@ -2,21 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkd_deploy.compare.plotting import plot
+from rkd_deploy.bench.machine import provenance
 from rkd_deploy.compare.rows import Comparison, Row
-from rkd_deploy.errors import MissingDependencyError
-from rkd_deploy.serve.bench import tabular
-from rkd_deploy.serve.bench.provenance import provenance
-from rkd_deploy.serve.bench.tabular import Column, milliseconds
+from rkd_deploy.errors import MissingDependencyError, ModelFileError
+from rkd_deploy.report import tables
+from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
+from rkd_deploy.report.reading import gather
+from rkd_deploy.report.sections import sections
+from rkd_deploy.report.style import COLOURS, INK, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
+from rkd_deploy.report.tables import Column, milliseconds
+from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Write the picture as PNG.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        StorageError: The file could not be written.
+    """
+    write_png(draw(comparison), path)
+
+
+@drawing()
+def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
+    """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
+    rows = comparison.rows
+    values: list[tuple[str, Callable[[Row], float | None]]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
+    if any(row.p50_ms is not None for row in rows):
+        values.append(("Median latency, ms", lambda row: row.p50_ms))
+    count = 1 + len(values)
+    if narrow:
+        figure = new_figure(WIDTH, count * (0.6 + 0.28 * len(rows)))
+        panels = figure.subplots(count, 1)
+    else:
+        figure = new_figure(5 + 3 * (count - 1), 1.5 + 0.36 * len(rows))
+        panels = figure.subplots(1, count, sharey=True, width_ratios=[2, 1, 1][:count])
+        title = f"{comparison.data}, {comparison.test_images:,} test images"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    _accuracy(panels[0], rows)
+    for axes, (label, value) in zip(panels[1:], values, strict=True):
+        _bars(axes, rows, value, label)
+    for axes in panels:
+        frame(axes, "x")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        if narrow or axes is panels[0]:
+            axes.set_yticks(range(len(rows)), [short(row.name, 32) if narrow else row.name for row in rows], color=INK)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
+    for place, row in enumerate(rows):
+        half = row.standard_error if row.deviation is None else row.deviation
+        axes.errorbar(
+            row.top1, place, xerr=half, fmt="o", markersize=6, capsize=3, elinewidth=1.2, color=COLOURS[row.part]
+        )
+        axes.annotate(
+            f"{row.top1:.1f}",
+            (row.top1 + half, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=QUIET,
+        )
+    # Where S0 stands is what every other network is read against.
+    for row in rows:
+        if row.part == "s0":
+            axes.axvline(row.top1, color=COLOURS["s0"], linewidth=0.8, alpha=0.5, linestyle=":", zorder=0)
+            break
+    axes.margins(x=0.12)
+    axes.set_xlabel("Top-1, % (bar: deviation or error)", color=INK)
+
+
+def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:
+    known = [(place, value(row), COLOURS[row.part]) for place, row in enumerate(rows)]
+    for place, length, colour in known:
+        if length is None:
+            continue
+        axes.barh(place, length, height=0.55, color=colour, alpha=0.85)
+        axes.annotate(
+            f"{length:.3g}",
+            (length, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=QUIET,
+        )
+    axes.margins(x=0.22)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label, color=INK)
+
 
 SCHEMA = 1
 NOTE = (
@@ -69,7 +156,7 @@ class Files:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The table, what it means, and what is missing in it."""
     console.print(f"{comparison.data}, {comparison.test_images:,} test images")
-    tabular.print_table(COLUMNS, comparison.rows, console)
+    tables.print_table(COLUMNS, comparison.rows, console)
     console.print(NOTE, style="dim")
     for sentence in comparison.missing:
         console.print(f"Missing: {sentence}", style="yellow")
@@ -79,7 +166,7 @@ def markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
     missing = "".join(f"\nMissing: {sentence}\n" for sentence in comparison.missing)
     head = f"{comparison.data}, {comparison.test_images:,} test images.\n\n"
-    return head + tabular.markdown(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
+    return head + tables.markdown(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,3 +204,41 @@ def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder
     except MissingDependencyError:
         picture = None
     return Files(record, table, picture)
+
+
+def write_comparison_report(record: Mapping[str, Any], folder: Path) -> Pages:
+    """Write compare.html and compare.md from what compare.json holds.
+
+    Args:
+        record: Its content.
+        folder: Made when it is not there.
+
+    Raises:
+        ModelFileError: The record lacks something.
+        MissingDependencyError: matplotlib is not installed.
+        StorageError: A file could not be written; the earlier one is intact.
+    """
+    comparison, material = _from_record(record), gather([record])
+    facts = {"Data": comparison.data, "Test images": f"{comparison.test_images:,}", **facts_of(material)}
+    title = f"Comparison of {len(comparison.rows)} networks on {comparison.data}"
+    found = [_section(comparison), *sections(material)]
+    return write_pages(title, facts, found, folder, "compare")
+
+
+def _section(comparison: Comparison) -> Section:
+    best = max(comparison.rows, key=lambda row: row.top1)
+    words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
+    picture = Picture("Accuracy, cost, latency", words, draw(comparison, narrow=True))
+    table = table_of("Networks", COLUMNS, comparison.rows)
+    return Section("Networks", [NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
+
+
+def _from_record(record: Mapping[str, Any]) -> Comparison:
+    try:
+        rows = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in record["rows"])
+        data, images = record["data"], record["test_images"]
+    except (KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"The record of a comparison lacks something or has too much ({error}). Compare the runs again."
+        ) from error
+    return Comparison(data=data, test_images=images, rows=rows, networks=(), missing=tuple(record.get("missing", ())))

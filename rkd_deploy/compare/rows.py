@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rkd_deploy.bench.results import Result
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.serve.bench.report import Result
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
 

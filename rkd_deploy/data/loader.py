@@ -14,9 +14,16 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from rkd_deploy.data import augment
-from rkd_deploy.data.batches import Batching, Loader, Share, generator_of_batch, generator_of_epoch, seeded_image
-from rkd_deploy.data.mixing import Mixing
-from rkd_deploy.data.normalising import Normaliser
+from rkd_deploy.data.augment import Mixing
+from rkd_deploy.data.batches import (
+    Batching,
+    Loader,
+    Normaliser,
+    Share,
+    generator_of_batch,
+    generator_of_epoch,
+    seeded_image,
+)
 from rkd_deploy.data.splits import AnySplit, FileSplit, Split
 from rkd_deploy.data.streaming import StreamLoader
 from rkd_deploy.recipe import DataRecipe

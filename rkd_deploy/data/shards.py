@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from rkd_deploy.data.folder import Labelled, Layout, split_folders
-from rkd_deploy.data.pictures import remembered_at, stamps
+from rkd_deploy.data.files import Labelled, Layout, remembered_at, split_folders, stamps
 from rkd_deploy.errors import DataError, require
 from rkd_deploy.storage import write_bytes
 

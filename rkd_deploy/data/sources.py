@@ -1,23 +1,158 @@
-"""Data sets by name: those that come as arrays, here, and those of image files, in `filesets.py`.
-
-The test images are handed out apart from the others and are meant to be used once, at the end.
-"""
+"""Sets of image files as a recipe asks for them: splits by seed, decoded or streamed, broken files, statistics."""
 
 from __future__ import annotations
 
+import os
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rkd_deploy.data.drawing import held_out, limited
-from rkd_deploy.data.filesets import load_files
+from rkd_deploy.card import Preprocess
+from rkd_deploy.data.files import Labelled, Layout, find_broken, judge, remember_broken, scan_folder, scan_imagenet
+from rkd_deploy.data.shards import scan_shards
 from rkd_deploy.data.splits import AnySplit, FileSplit, ImageSet, Split, on_device
-from rkd_deploy.errors import DataError, require
+from rkd_deploy.data.subsets import held_out, limited, statistics, test_share
+from rkd_deploy.errors import DataError, RecipeError, require
 from rkd_deploy.recipe import DataRecipe
 
 __all__ = ["AnySplit", "FileSplit", "ImageSet", "Split", "load_images", "on_device"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that published ImageNet weights are trained with."""
+
+_SIDE, _TEST_FRACTION = 224, 0.2
+_Chosen = dict[str, tuple[Labelled, Tensor]]
+
+
+def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
+    """Find the images, draw the splits, and read what fits.
+
+    Args:
+        recipe: Table `[data]` of an imagefolder, imagenet or webdataset.
+        seed: Decides which images are held out or left out.
+        memory: Folder where indexes and lists of broken files are kept.
+
+    Raises:
+        DataError: Images missing, or broken and not to be skipped, or fewer than asked for.
+        RecipeError: A key that these files have no use for.
+    """
+    layout, damaged = _scan(recipe, memory)
+    chosen, sources = _draw(recipe, layout, seed)
+    workers = min(8, os.cpu_count() or 1) if recipe.workers is None else recipe.workers
+    preprocess = _preprocess(recipe)
+    splits: dict[str, AnySplit] = {}
+    broken = damaged
+    total = sum(len(index_N) for _, index_N in chosen.values()) + len(damaged)
+    decode = _in_memory(recipe, total)
+    for name, (labelled, index_N) in chosen.items():
+        files = FileSplit(
+            pictures=labelled.pictures,
+            index_N=index_N,
+            labels_N=labelled.labels_N[index_N],
+            preprocess=preprocess,
+            workers=workers,
+        )
+        splits[name], reasons = _decoded(files, workers, memory) if decode else _checked(files, workers, memory)
+        broken = broken + list(reasons.values())
+    judge(broken, total, recipe.broken)
+    _check_classes(splits["train"], layout.classes)
+    mean, std = _normalisation(recipe, splits["train"], seed)
+    return ImageSet(
+        name=recipe.name,
+        classes=layout.classes,
+        mean=mean,
+        std=std,
+        crop_fraction=preprocess.crop_fraction,
+        sources=sources | {"reading": "decoded once into memory" if decode else "streamed"},
+        skipped=tuple(broken),
+        **splits,
+    )
+
+
+def _scan(recipe: DataRecipe, memory: Path) -> tuple[Layout, list[str]]:
+    assert recipe.root is not None
+    if recipe.name == "webdataset":
+        return scan_shards(recipe.root, recipe.test_root, memory)
+    scan = scan_imagenet if recipe.name == "imagenet" else scan_folder
+    return scan(Path(recipe.root)), []
+
+
+def _draw(recipe: DataRecipe, layout: Layout, seed: int) -> tuple[_Chosen, dict[str, str]]:
+    """Which images each split has, and in words where they come from."""
+    train, classes = layout.splits["train"], len(layout.classes)
+    sources = {"train": layout.sources["train"]}
+    if "test" in layout.splits:
+        for key in ("test_fraction", "split_seed"):
+            if (value := getattr(recipe, key)) is not None:
+                raise RecipeError(
+                    f"data.{key} = {value} has no effect: the test split is {layout.sources['test']} of "
+                    f"{recipe.root}. Leave it out."
+                )
+        train_N, (test, test_N) = torch.arange(len(train.labels_N)), (layout.splits["test"], None)
+        sources["test"] = layout.sources["test"]
+    else:
+        fraction, split_seed = recipe.test_fraction or _TEST_FRACTION, recipe.split_seed or 0
+        (train_N, test_N), test = test_share(train.labels_N, fraction, split_seed), train
+        sources["test"] = f"{fraction:g} of every class, drawn with data.split_seed = {split_seed}"
+    if test_N is None:
+        test_N = torch.arange(len(test.labels_N))
+    train_N = train_N[limited(train.labels_N[train_N], recipe.train_limit, classes, "data.train_limit", seed)]
+    test_N = test_N[limited(test.labels_N[test_N], recipe.test_limit, classes, "data.test_limit", seed)]
+    if "val" in layout.splits:  # given: nothing is held out of train
+        val, sources["val"] = layout.splits["val"], layout.sources["val"]
+        chosen = {"train": (train, train_N), "val": (val, torch.arange(len(val.labels_N)))}
+    else:
+        kept_N, out_N = held_out(len(train_N), recipe.val_fraction, seed)
+        sources["val"] = f"{recipe.val_fraction:g} of train, held out with train.seed = {seed}"
+        chosen = {"train": (train, train_N[kept_N]), "val": (train, train_N[out_N])}
+    return chosen | {"test": (test, test_N)}, sources
+
+
+def _preprocess(recipe: DataRecipe) -> Preprocess:
+    """From a file to the pixels that networks see; normalisation is another step."""
+    side = recipe.image_size or _SIDE
+    fraction = recipe.crop_fraction or (0.875 if recipe.name == "imagenet" else 1.0)
+    return Preprocess(height=side, width=side, mean=(0.0,) * 3, std=(1.0,) * 3, crop_fraction=fraction)
+
+
+def _in_memory(recipe: DataRecipe, images: int) -> bool:
+    side = recipe.image_size or _SIDE
+    return recipe.cache == "memory" or (recipe.cache == "auto" and images * 3 * side**2 <= recipe.cache_gb * 1e9)
+
+
+def _decoded(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
+    """The split in memory without its broken images, and what is wrong with them."""
+    whole, broken = split.in_memory(threads)
+    remember_broken(split.pictures, split.index_N.tolist(), broken, memory)
+    return whole, broken
+
+
+def _checked(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
+    """The split without its broken images, and what is wrong with them."""
+    positions = split.index_N.tolist()
+    broken = find_broken(split.pictures, positions, threads, memory)
+    whole_N = torch.tensor([position not in broken for position in positions]).nonzero().flatten()
+    return split.take(whole_N) if broken else split, broken
+
+
+def _check_classes(train: AnySplit, classes: tuple[str, ...]) -> None:
+    have_K = train.labels_N.bincount(minlength=len(classes))
+    if missing := [name for name, count in zip(classes, have_K.tolist(), strict=True) if not count]:
+        raise DataError(
+            f"No training image is left of {len(missing)} of {len(classes)} classes ({', '.join(missing[:5])}), once "
+            "broken, tested and held-out ones are taken away. Add images of them, or lower data.val_fraction."
+        )
+
+
+def _normalisation(recipe: DataRecipe, train: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if recipe.mean and recipe.std:
+        return recipe.mean, recipe.std
+    mean, std = IMAGENET if recipe.name == "imagenet" else statistics(train, seed)
+    return recipe.mean or mean, recipe.std or std
+
 
 DEFAULT_ROOT = Path(".data")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rkd_deploy.card import Preprocess
-from rkd_deploy.data.pictures import Pictures, for_each, read
+from rkd_deploy.data.files import Pictures, for_each, read
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.images import Pixels, fitted
+from rkd_deploy.images import Pixels, fitted
 
 
 @dataclass(frozen=True, kw_only=True)

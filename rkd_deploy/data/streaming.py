@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from rkd_deploy.data.batches import Batching, Share, generator_of_batch, generator_of_epoch, seeded_image
-from rkd_deploy.data.mixing import Mixing
-from rkd_deploy.data.normalising import Normaliser
-from rkd_deploy.data.pictures import read
+from rkd_deploy.data.augment import Mixing
+from rkd_deploy.data.batches import Batching, Normaliser, Share, generator_of_batch, generator_of_epoch, seeded_image
+from rkd_deploy.data.files import read
 from rkd_deploy.data.splits import FileSplit, as_tensor, collate, unwrap
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.images import fitted
+from rkd_deploy.images import fitted
 
 _Key = tuple[int, int, int]
 """Seed, epoch, position in the split."""

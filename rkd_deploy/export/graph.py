@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
-from rkd_deploy.export.exporter import quick_exporter
+from rkd_deploy.export.exporter import quick_exporter, unsupported
 from rkd_deploy.export.fusion import SummedBranches
-from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
 from rkd_deploy.storage import append_bytes
 

@@ -21,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from rkd_deploy.backends import infer_many, load_backend
+from rkd_deploy.backends.files import ONNX_NAME
+from rkd_deploy.backends.pytorch import PyTorchBackend
+from rkd_deploy.bench.accuracy import top1
+from rkd_deploy.bench.parity import Parity, compare, gate
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
-from rkd_deploy.export.judging import Judgement, as_input
-from rkd_deploy.serve.backends import infer_many, load_backend
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
-from rkd_deploy.serve.bench.accuracy import top1
-from rkd_deploy.serve.bench.parity import Parity, compare, gate
-from rkd_deploy.serve.files import ONNX_NAME
+from rkd_deploy.export.precision.gate import Judgement, as_input
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""

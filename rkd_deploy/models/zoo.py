@@ -1,20 +1,191 @@
-"""Every network that can be made by its name.
+"""Networks that others have written, by name: torchvision's (``tv:NAME``), timm's (``timm:NAME``), a user's own.
 
-The CIFAR families that distillation is compared on are written here (``resnet20``). Any other classifier is made by
-whoever wrote it and seen through `External`: ``tv:NAME``, ``timm:NAME``, ``package.module:attribute`` (`catalogues`).
+A user's own is named ``package.module:attribute``; the current directory can be imported from. The attribute is
+
+    an nn.Module            taken as it is, weights included: a copy of it
+    a class or function     called with num_classes=K where it has such a parameter, else without arguments; what it
+                            returns must be an nn.Module
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from rkd_deploy.errors import UsageError, unknown_name
-from rkd_deploy.models import catalogues, cifar, mobilenet, resnet50, shufflenet, vgg, wide_resnet
+from torch import Tensor, nn
+
+from rkd_deploy.errors import CheckpointError, UsageError, require, unknown_name
 from rkd_deploy.models.external import External
+from rkd_deploy.models.families import cifar_resnet, mobilenet, resnet50, shufflenet, vgg, wide_resnet
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 
+PREFIXES = ("tv", "timm")
+
+
+class Published(NamedTuple):
+    """Weights that torchvision or timm publish.
+
+    Attributes:
+        state: By the names of the network's own modules; a classifier of other classes is left out.
+        mean: Per channel, in units of [0, 1]: the normalisation that they were trained with.
+        std: The same.
+        complete: Whether the classifier is among them.
+    """
+
+    state: Mapping[str, Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    complete: bool
+
+
+def is_external(name: str) -> bool:
+    """Whether a name is of the form ``tv:NAME``, ``timm:NAME`` or ``module:attribute``."""
+    return ":" in name
+
+
+def build(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+    """A network with fresh weights, or a user's own as it is.
+
+    Args:
+        name: See above.
+        num_classes: K.
+        size: Height and width of the images, for networks that are built for one size.
+
+    Raises:
+        UsageError: Nothing of this name, or no network behind it.
+        MissingDependencyError: timm is not installed.
+    """
+    prefix, _, own = name.partition(":")
+    if prefix == "tv":
+        return _torchvision(own, num_classes, size)
+    return _timm(own, num_classes, size) if prefix == "timm" else _users(prefix, own, num_classes)
+
+
+def published(name: str, network: nn.Module) -> Published:
+    """Download the weights of a network that `build` gave, by torchvision's or timm's own code and into their cache.
+
+    Raises:
+        CheckpointError: None are published, or they could not be fetched.
+    """
+    prefix, _, own = name.partition(":")
+    try:
+        state, mean, std = (_torchvision_weights if prefix == "tv" else _timm_weights)(own)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a network error of urllib, requests or the hub's client, or a damaged download
+        raise CheckpointError(
+            f"The published weights of {name} could not be fetched: {error}. Where there is no internet, download them "
+            "elsewhere and give the file: checkpoint = PATH in place of pretrained = true."
+        ) from error
+    wanted = network.state_dict()
+    differing = [key for key, value in state.items() if key in wanted and wanted[key].shape != value.shape]
+    if any(wanted[key].shape[1:] != state[key].shape[1:] for key in differing):
+        raise CheckpointError(
+            f"The published weights of {name} are for images of another size: {differing[0]} is "
+            f"{tuple(state[differing[0]].shape)}, not {tuple(wanted[differing[0]].shape)}. Use images of that size."
+        )
+    return Published({key: state[key] for key in state if key not in differing}, mean, std, not differing)
+
+
+def _torchvision(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if own not in names:
+        raise UsageError(_unknown("torchvision", own, names))
+    settings: dict[str, Any] = {}
+    if own.startswith("vit_"):
+        settings["image_size"] = _side(f"tv:{own}", size)
+    if own in ("googlenet", "inception_v3"):
+        settings |= {"aux_logits": False, "init_weights": True}  # in training they would answer three times
+    return cast(nn.Module, torchvision.models.get_model(own, num_classes=num_classes, **settings))
+
+
+def _timm(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+    timm = require("timm", "timm")
+    architecture = own.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise UsageError(_unknown("timm", architecture, timm.list_models()))
+    settings = {}
+    if timm.get_pretrained_cfg_value(architecture, "fixed_input_size"):
+        settings["img_size"] = _side(f"timm:{own}", size)
+    return cast(nn.Module, timm.create_model(own, num_classes=num_classes, **settings))
+
+
+def _unknown(library: str, name: str, names: list[str]) -> str:
+    near = ", ".join(difflib.get_close_matches(name, names, n=8, cutoff=0.5)) or "none"  # a thousand are too many
+    return f"Unknown classifier {name!r} of {library}. Near it, of {len(names)}: {near}."
+
+
+def _side(name: str, size: tuple[int, int]) -> int:
+    if size[0] != size[1]:
+        raise UsageError(f"{name} is built for square images; these have {size[0]} x {size[1]} pixels. Resize them.")
+    return size[0]
+
+
+def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
+    name = f"{module_name}:{attribute}"
+    rule = (
+        "Name an nn.Module, or a class or function that gives one (called with num_classes where it has such a "
+        "parameter), as package.module:attribute; the current directory can be imported from."
+    )
+    try:
+        with _importing_from(Path.cwd()):
+            found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"No network {name!r}: {error}. {rule}") from error
+    if isinstance(found, nn.Module):
+        return copy.deepcopy(found)
+    if not callable(found):
+        raise UsageError(f"{name} is of type {type(found).__name__}. {rule}")
+    network = _called(found, num_classes)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{name} gave an object of type {type(network).__name__}. {rule}")
+    return network
+
+
+def _called(maker: Callable[..., Any], num_classes: int) -> Any:
+    parameters = inspect.signature(maker).parameters.values()
+    takes_it = any(one.name == "num_classes" or one.kind is one.VAR_KEYWORD for one in parameters)
+    return maker(num_classes=num_classes) if takes_it else maker()
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _torchvision_weights(own: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(own).DEFAULT
+    preprocessing = weights.transforms()
+    state = weights.get_state_dict(progress=False, check_hash=True)
+    return state, tuple(preprocessing.mean), tuple(preprocessing.std)
+
+
+def _timm_weights(own: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
+    timm = require("timm", "timm")
+    network = timm.create_model(own, pretrained=True)
+    settings = network.pretrained_cfg
+    return network.state_dict(), tuple(settings["mean"]), tuple(settings["std"])
+
+
 _MAKERS: dict[str, Callable[[int], Staged]] = {
-    **cifar.FAMILY,
+    **cifar_resnet.FAMILY,
     **wide_resnet.FAMILY,
     **vgg.FAMILY,
     **mobilenet.FAMILY,
@@ -43,7 +214,7 @@ def create(
         UsageError: Unknown name; an external network that gives another number of logits; stages of a family.
         MissingDependencyError: timm is not installed.
     """
-    if not catalogues.is_external(name):
+    if not is_external(name):
         if name not in _MAKERS:
             outside = "Other classifiers: tv:NAME (torchvision), timm:NAME, package.module:attribute (your own)."
             raise UsageError(f"{unknown_name('network', name, _MAKERS)} {outside}")
@@ -51,7 +222,7 @@ def create(
             raise UsageError(f"stages = {list(stages)} has no effect: those of {name} are given. Leave it out.")
         return _MAKERS[name](num_classes)
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    network = External(catalogues.build(name, num_classes, (height, width)), stages, input_size=(height, width))
+    network = External(build(name, num_classes, (height, width)), stages, input_size=(height, width))
     if network.num_classes != num_classes:
         raise UsageError(
             f"{name} gives {network.num_classes} logits; the data have {num_classes} classes. Give it a parameter "

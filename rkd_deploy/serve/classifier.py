@@ -18,13 +18,12 @@ from typing import NamedTuple, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rkd_deploy.backends import Backend, infer_many, load_backend
+from rkd_deploy.backends.files import check_files, model_path, read_card
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
-from rkd_deploy.serve.backends import Backend, infer_many, load_backend
-from rkd_deploy.serve.checksums import check_files
+from rkd_deploy.images import ImageLike, Pixels, normalise, to_array
 from rkd_deploy.serve.early_exit import EarlyExitBackend, load_early_exit
-from rkd_deploy.serve.files import model_path, read_card
-from rkd_deploy.serve.images import ImageLike, Pixels, normalise, to_array
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rkd_deploy.backends import Array, Backend, infer_many, load_backend
+from rkd_deploy.backends.files import model_path, read_card
 from rkd_deploy.errors import ModelFileError, UsageError
-from rkd_deploy.serve.backends import Array, Backend, infer_many, load_backend
-from rkd_deploy.serve.files import model_path, read_card
 
 
 def confidence(z_NK: Array) -> npt.NDArray[np.float64]:

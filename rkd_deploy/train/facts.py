@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.data.pictures import SHOWN
+from rkd_deploy.data.files import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.latency import ExportStopwatch
+from rkd_deploy.export.measuring import ExportStopwatch
 from rkd_deploy.models.external import External
 from rkd_deploy.models.progressive import paired_channels
-from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import narrow, separate
+from rkd_deploy.models.separation.pruning import narrowable
+from rkd_deploy.models.separation.separate import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
-from rkd_deploy.train.checkpoint import load_foreign
 from rkd_deploy.train.networks import created, linear_head, needs_teacher_head
 from rkd_deploy.train.runs import Run
+from rkd_deploy.train.weights import load_foreign
 
 
 def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:

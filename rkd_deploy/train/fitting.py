@@ -6,41 +6,47 @@ checkpoint. The test images are used once, at the end.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import nn
 
+from rkd_deploy.bench.accuracy import top1
+from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
-from rkd_deploy.errors import RecipeError
+from rkd_deploy.errors import InterruptedTraining, RecipeError, UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, TrainRecipe
-from rkd_deploy.serve.bench.accuracy import top1
-from rkd_deploy.serve.bench.provenance import provenance
+from rkd_deploy.signals import StopRequest
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
-from rkd_deploy.train.checkpoint import load_tensors, load_weights, save_tensors
-from rkd_deploy.train.curves import draw_curves
+from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
+from rkd_deploy.train.distributed import Group, joined, restarted
 from rkd_deploy.train.evaluation import batches, predictions
 from rkd_deploy.train.facts import data_of, gather_facts
-from rkd_deploy.train.given import load_given_weights, load_published_weights
-from rkd_deploy.train.guessing import refuse_guessing, teacher_warning
-from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.loop import Display, Phase, train_phase
-from rkd_deploy.train.parallel import Group, joined, restarted
-from rkd_deploy.train.plans import Plan, Planner
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, create_run, runs_of
-from rkd_deploy.train.tensorboard import with_tensorboard
+from rkd_deploy.train.loop import Display, train_phase
+from rkd_deploy.train.phases import Plan, Planner
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
+from rkd_deploy.train.state import Phase
+from rkd_deploy.train.weights import (
+    load_given_weights,
+    load_published_weights,
+    load_tensors,
+    load_weights,
+    refuse_guessing,
+    save_tensors,
+    teacher_warning,
+)
 
 
 def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = None) -> Run:
@@ -321,3 +327,51 @@ def _check_pieces(recipe: TrainRecipe, images: int, group: Group) -> None:
             f"train.batch_size = {batch} counts the images of all processes: {group.size} processes with "
             f"train.accumulate = {recipe.accumulate} need a multiple of {pieces}."
         )
+
+
+def fit_series(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    root: Path = DEFAULT_ROOT,
+    display: Display | None = None,
+    resumed: bool = False,
+) -> Series:
+    """Train a recipe once with each seed; train.seed is replaced.
+
+    Args:
+        recipe: See `rkd_deploy.recipe`.
+        seeds: Two or more, each once.
+        root: Folder of runs.
+        display: Shows each run in turn.
+        resumed: Go on with a series that was interrupted: runs of this recipe and these seeds that are finished are
+            taken as they are, unfinished ones are resumed.
+
+    Raises:
+        UsageError: Fewer than two seeds, or one of them twice.
+        RkdError: As `fit`.
+    """
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds {list(seeds)}: a standard deviation needs two or more, each once, e.g. --seeds 0,1,2.")
+    recipes = [dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed)) for seed in seeds]
+    with joined() as group:
+        runs = []
+        for one in recipes:
+            found = group.first(lambda one=one: runs_of(root, one)) if resumed else []  # type: ignore[misc]
+            try:
+                runs.append(resume(found[-1], display=display) if found else fit(one, root=root, display=display))
+            except InterruptedTraining as error:
+                raise InterruptedTraining(f"{error} (or the whole series: the same command with --resume)") from error
+        return group.first(lambda: _summed_up(tuple(seeds), tuple(runs), root))
+
+
+def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:
+    metrics = [run.read_json("metrics.json")["parts"] for run in runs]
+    parts = {}
+    for part, facts in metrics[0].items():
+        accuracies = [one[part]["test_top1"] for one in metrics]
+        own = {"test_top1": accuracies, "mean": mean(accuracies), "std": stdev(accuracies)}
+        parts[part] = own | {key: facts[key] for key in ("test_images", "macs", "parameters")}
+    series = Series(seeds, runs, parts, root / f"series-{runs[0].folder.name}.json")
+    write_json(series.path, series.to_dict())
+    return series

@@ -7,24 +7,19 @@ A phase interrupted at any step and resumed ends in the same bits as one that wa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rkd_deploy.data.loader import Loader
 from rkd_deploy.errors import DivergenceError, InterruptedTraining
 from rkd_deploy.recipe import TrainRecipe
+from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
-from rkd_deploy.train.averaging import Average
-from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.methods.base import Method
-from rkd_deploy.train.parallel import ALONE, Group, Votes
+from rkd_deploy.train.distributed import ALONE, Group, Votes
 from rkd_deploy.train.runs import Run
-from rkd_deploy.train.schedule import learning_rate
-from rkd_deploy.train.stepping import Stepper
-from rkd_deploy.train.sums import EpochSums
+from rkd_deploy.train.state import EpochSums, Phase
+from rkd_deploy.train.stepping import Average, Stepper, learning_rate
 
 
 class Display(Protocol):
@@ -41,25 +36,6 @@ class Display(Protocol):
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is done; the row is what the log has of it."""
-
-
-@dataclass
-class Phase:
-    """One stretch of training with one method.
-
-    Attributes:
-        name: Names its log lines and its weights.
-        method: What is trained.
-        product: The network whose weights are kept.
-        epochs: How long.
-        val_top1: Accuracy of the deployable network on the held-out images in percent, or None without either.
-    """
-
-    name: str
-    method: Method
-    product: nn.Module
-    epochs: int
-    val_top1: Callable[[nn.Module | None], float | None]
 
 
 def train_phase(

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from rkd_deploy.errors import CheckpointError, UsageError, unknown_name
-from rkd_deploy.models import catalogues, zoo
+from rkd_deploy.models import zoo
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
-from rkd_deploy.models.pruned import narrowable
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
+from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.staged import FeatureNetwork, stage_shapes
 from rkd_deploy.recipe import Recipe, StudentRecipe, TeacherRecipe
-from rkd_deploy.train.checkpoint import load_tensors, load_weights
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
+from rkd_deploy.train.weights import load_tensors, load_weights
 
 PARTS = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
 """fused: S + A. student: S alone, same head. s0: the control or baseline at S0's full cost. teacher: T."""
@@ -107,7 +107,7 @@ def linear_head(recipe: Recipe, teacher: FeatureNetwork) -> bool:
 
 def _head(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:
     """The head h with fresh weights, built as T's where T's is to be its start."""
-    if catalogues.is_external(recipe.teacher.name) and needs_teacher_head(recipe):
+    if zoo.is_external(recipe.teacher.name) and needs_teacher_head(recipe):
         teacher = created(recipe.teacher, facts)
         if not linear_head(recipe, teacher):
             return copy.deepcopy(cast(nn.Module, teacher.fc))

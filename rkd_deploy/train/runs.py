@@ -15,6 +15,7 @@ metrics.json             written last: a run that has it is finished
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,56 @@ from typing import Any
 from rkd_deploy.errors import ModelFileError, UsageError
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import storage_error, write_text
-from rkd_deploy.train.runlog import RunLog
+
+
+class RunLog:
+    """Appends to log.jsonl.
+
+    Args:
+        path: The file; made when it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Write one line.
+
+        Raises:
+            StorageError: The disk is full; lines written before are intact.
+        """
+        line = json.dumps({"event": event, **facts}) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise storage_error(self.path, error, needed=len(line)) from error
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Forget what was written after a checkpoint: a resumed run writes it again."""
+        if self.size() > size:
+            os.truncate(self.path, size)
+
+    def forget(self, phase: str) -> None:
+        """Forget the last phase of the log, if that is its name, and a line that a kill cut off."""
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            if not line.endswith(b"\n") or json.loads(line)["phase"] == phase:
+                break
+            kept += len(line)
+        self.rewind(kept)
+
+
+def read_log(path: Path, event: str = "epoch") -> list[dict[str, Any]]:
+    """Every whole line of a log that tells of an event, ``"epoch"`` or ``"warning"``; one cut off by a kill is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["event"] == event]
+
 
 DEFAULT_ROOT = Path("runs")
 
@@ -144,3 +194,25 @@ def runs_of(root: Path, recipe: Recipe) -> list[Run]:
 
 def _begun(run: Run) -> tuple[float, str]:
     return (run.folder / "recipe.toml").stat().st_mtime, run.folder.name
+
+
+@dataclass(frozen=True)
+class Series:
+    """Finished runs that differ in their seed only.
+
+    Attributes:
+        seeds: In the order of the runs.
+        runs: One for each seed.
+        parts: For every network: `test_top1` of each run, their `mean` and sample standard deviation `std` in percent,
+            its `macs` and `parameters`.
+        path: The JSON file that says the same.
+    """
+
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    parts: dict[str, dict[str, Any]]
+    path: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"seeds": list(self.seeds), "runs": [str(run.folder) for run in self.runs], "parts": self.parts}

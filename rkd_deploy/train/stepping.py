@@ -4,19 +4,144 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.graphing import GraphedPasses
+from rkd_deploy.train.distributed import ALONE, Group
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.parallel import ALONE, Group
-from rkd_deploy.train.schedule import sgd
+
+_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
+
+
+class GraphedPasses:
+    """Forward and backward passes of batches of one shape; recorded anew when the shape changes.
+
+    Args:
+        method: Its gradients are what a replay writes.
+        passes: Forward and backward pass of a batch, eagerly.
+    """
+
+    def __init__(self, method: Method, passes: Callable[[Tensor, Tensor], Losses]) -> None:
+        self._method, self._passes = method, passes
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._x: Tensor
+        self._y: Tensor
+        self._losses: Losses
+
+    def __call__(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
+        """Gradients and losses of this batch. The tensors that come back are overwritten by the next call."""
+        if self._graph is None or self._x.shape != x_NCHW.shape or self._y.shape != y_N.shape:
+            self._record(x_NCHW, y_N)
+        assert self._graph is not None
+        self._x.copy_(x_NCHW)
+        self._y.copy_(y_N)
+        self._graph.replay()
+        return self._losses
+
+    def forget(self) -> None:
+        """Record anew at the next call."""
+        self._graph = None
+
+    def _record(self, x_NCHW: Tensor, y_N: Tensor) -> None:
+        self._graph = None  # gives the memory of the one before back
+        self._x, self._y = x_NCHW.clone(), y_N.clone()
+        statistics = [(buffer, buffer.clone()) for buffer in self._method.buffers()]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._method.zero_grad(set_to_none=True)
+                self._passes(self._x, self._y)
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, before in statistics:  # the warm-up moved batch norm's averages: it was no training
+            buffer.copy_(before)
+        self._method.zero_grad(set_to_none=True)  # so that the graph's backward pass writes gradients, not adds them
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._losses = self._passes(self._x, self._y)
+
+
+class Average:
+    """Follows a network.
+
+    Args:
+        network: Its state dict is averaged.
+        decay: Share of the average that is kept at each update.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self._network = network
+        mean: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._averaged = AveragedModel(network, multi_avg_fn=mean, use_buffers=True)
+
+    def update(self) -> None:
+        """Take the network's present weights in."""
+        self._averaged.update_parameters(self._network)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged state dict, under the network's names."""
+        return dict(self._averaged.module.state_dict())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While the block runs, the network itself has the averaged weights."""
+        own = {key: value.clone() for key, value in self._network.state_dict().items()}
+        self._network.load_state_dict(self.weights())
+        try:
+            yield
+        finally:
+            self._network.load_state_dict(own)
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs."""
+        return dict(self._averaged.state_dict())
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        self._averaged.load_state_dict(state)
+
+
+def learning_rate(recipe: TrainRecipe, step: int, epochs: int, steps_per_epoch: int) -> float:
+    """Learning rate of one optimiser step.
+
+    Args:
+        recipe: Table `[train]`.
+        step: From 0, over all epochs of the phase.
+        epochs: Of the phase.
+        steps_per_epoch: Batches in an epoch.
+    """
+    epoch = step / steps_per_epoch
+    warmup = min(1.0, (step + 1) / (recipe.warmup_epochs * steps_per_epoch)) if recipe.warmup_epochs else 1.0
+    if recipe.schedule == "step":
+        return warmup * recipe.lr * recipe.lr_decay ** sum(epoch >= milestone for milestone in recipe.milestones)
+    if recipe.schedule == "cosine":
+        return warmup * recipe.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return warmup * recipe.lr
+
+
+def sgd(module: nn.Module, recipe: TrainRecipe) -> torch.optim.SGD:
+    """SGD over what the module trains; weight decay only on weights of two dimensions and more."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,  # one kernel for all parameters: small networks are bound by launches otherwise
+    )
+
 
 # PyTorch 2.15 has a new name for it and warns of the old one.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters

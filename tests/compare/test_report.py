@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from rkd_deploy.compare import compare, print_comparison, timed, write_comparison
-from rkd_deploy.compare.plotting import draw
+from rkd_deploy.compare.report import draw
 
 
 @pytest.fixture(scope="session")

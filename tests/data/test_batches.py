@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rkd_deploy.data.augment import Mixing
 from rkd_deploy.data.batches import Batching, Share, seeded_image
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
-from rkd_deploy.data.mixing import Mixing
 from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import RecipeError
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from rkd_deploy.data.folder import Files, scan_folder, scan_imagenet
+from rkd_deploy.data.files import Files, scan_folder, scan_imagenet
 from rkd_deploy.errors import DataError
 
 

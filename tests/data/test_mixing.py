@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 from torchvision.transforms import v2
 
-from rkd_deploy.data.mixing import Mixing, cutmix, draw_box, hard_labels, mixup, smoothed
+from rkd_deploy.data.augment import Mixing, cutmix, draw_box, hard_labels, mixup, smoothed
 
 K = 7
 

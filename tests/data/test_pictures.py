@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from rkd_deploy.data import pictures
-from rkd_deploy.data.pictures import Files, find_broken, for_each, judge, read
+from rkd_deploy.data import files
+from rkd_deploy.data.files import Files, find_broken, for_each, judge, read
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import DataError
 from rkd_deploy.recipe import DataRecipe
@@ -77,7 +77,7 @@ def test_all_broken_files_are_listed_at_once_and_skipped_only_when_asked(
     assert (len(images.train), len(images.test), len(images.skipped)) == (18, 6, 4)
     assert sum(name in line for line in images.skipped for name in BROKEN) == 4
     assert images.train.labels_N.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    monkeypatch.setattr(pictures, "SHOWN", 3)
+    monkeypatch.setattr(files, "SHOWN", 3)
     with pytest.raises(DataError, match=r"\.\.\. and 1 more"):
         load_images(set_of(photos, cache=cache), 0)
 
@@ -137,7 +137,7 @@ def test_a_class_that_loses_all_its_images_is_named(photos: Path, photo: Path) -
 
 def test_decoding_is_that_of_served_models(photos: Path, photo: Path) -> None:
     from rkd_deploy.card import Preprocess
-    from rkd_deploy.serve.images import to_array
+    from rkd_deploy.images import to_array
 
     images = load_images(set_of(photos, image_size=20, crop_fraction=0.8), 0)
     rule = Preprocess(height=20, width=20, mean=images.mean, std=images.std, crop_fraction=images.crop_fraction)

@@ -12,11 +12,11 @@ from torch import nn
 
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import load_images
-from rkd_deploy.export.calibration import Calibration
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.precision import Lowering, PrecisionOptions
-from rkd_deploy.models import cifar
+from rkd_deploy.export.precision.images import Calibration, Lowering
+from rkd_deploy.export.precision.options import PrecisionOptions
+from rkd_deploy.models.families import cifar_resnet
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import Staged
 from rkd_deploy.train.networks import load_part
@@ -36,8 +36,8 @@ def _scramble(module: nn.Module) -> nn.Module:
 
 
 def _model(assistants: int = 1) -> ResidualStudent:
-    student = cifar.CifarResNet(8, (8, 8, 16, 24), None)
-    chain = [cifar.CifarResNet(8, (8, 8, 8, 8), None) for _ in range(assistants)]
+    student = cifar_resnet.CifarResNet(8, (8, 8, 16, 24), None)
+    chain = [cifar_resnet.CifarResNet(8, (8, 8, 8, 8), None) for _ in range(assistants)]
     return _scramble(ResidualStudent(student, chain, channels=12, num_classes=CLASSES))
 
 
@@ -70,8 +70,8 @@ def proto():
 
 
 @pytest.fixture
-def classifier() -> cifar.CifarResNet:
-    return _scramble(cifar.CifarResNet(8, (8, 8, 8, 16), CLASSES))
+def classifier() -> cifar_resnet.CifarResNet:
+    return _scramble(cifar_resnet.CifarResNet(8, (8, 8, 8, 16), CLASSES))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def classifier_of():
 
     def make(depth: int, size: int) -> tuple[nn.Module, ModelCard]:
         preprocess = Preprocess(height=size, width=size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-        model = cifar.CifarResNet(depth, (16, 16, 32, 64), CLASSES)
+        model = cifar_resnet.CifarResNet(depth, (16, 16, 32, 64), CLASSES)
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # deep and random: keep the size of the maps
                 nn.init.kaiming_normal_(module.weight)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import rkd_deploy.export.bundle as bundle_module
+from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError, StorageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.pipeline import export_run
-from rkd_deploy.serve.bench.parity import verify
 
 
 def batches(model, card, count=40):

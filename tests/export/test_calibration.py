@@ -13,10 +13,10 @@ from PIL import Image
 
 from rkd_deploy.card import Preprocess
 from rkd_deploy.data.sources import ImageSet, Split
-from rkd_deploy.drawing import draw_lowering
 from rkd_deploy.errors import DataError
-from rkd_deploy.export.calibration import Calibration, draw, from_folder
-from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.precision.images import Calibration, draw, from_folder
+from rkd_deploy.export.precision.options import PrecisionOptions
+from rkd_deploy.pipeline import draw_lowering
 
 PREPROCESS = Preprocess(height=4, width=4, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 

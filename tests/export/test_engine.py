@@ -17,18 +17,18 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
+from rkd_deploy.backends.tensorrt.build import build_engine
+from rkd_deploy.backends.tensorrt.cache import export_engine
+from rkd_deploy.backends.tensorrt.layers import layer_table
+from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile
+from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.cli import app
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, StorageError, UsageError
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.engine import export_engine
-from rkd_deploy.export.precision import PrecisionOptions
+from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.pipeline import export_run
-from rkd_deploy.serve.bench.parity import verify
-from rkd_deploy.serve.engines.build import build_engine
-from rkd_deploy.serve.engines.layers import layer_table
-from rkd_deploy.serve.engines.record import EngineRecord, read_engine
-from rkd_deploy.serve.engines.settings import EngineSettings, Profile
 
 RTX = "tensorrt-rtx"
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.export.exchange import _AsTrained, _Folded
-from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.fusion import _AsTrained, _Folded, fuse
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student

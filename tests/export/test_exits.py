@@ -14,10 +14,9 @@ from rkd_deploy import load
 from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export import early_exit
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.early_exit import EarlyExit, Exits
-from rkd_deploy.export.exit_sums import UpTo
-from rkd_deploy.export.judging import HeldOut
-from rkd_deploy.export.lowering import lower_sum
+from rkd_deploy.export.early_exit import EarlyExit, Exits, UpTo
+from rkd_deploy.export.precision.convert import lower_sum
+from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.proving import reference_of
 from rkd_deploy.models.residual import StudentAlone
 from rkd_deploy.serve.early_exit import exit_steps

@@ -14,13 +14,13 @@ from torch import nn
 from rkd_deploy.card import Preprocess
 from rkd_deploy.export.fusion import LEVELS, fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.models.cifar import CifarResNet
-from rkd_deploy.models.mobilenet import MobileNetV2
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.models.families.mobilenet import MobileNetV2
+from rkd_deploy.models.families.resnet50 import ResNet50
+from rkd_deploy.models.families.shufflenet import ShuffleNetV1, ShuffleNetV2
+from rkd_deploy.models.families.vgg import VGG
+from rkd_deploy.models.families.wide_resnet import WideResNet
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.resnet50 import ResNet50
-from rkd_deploy.models.shufflenet import ShuffleNetV1, ShuffleNetV2
-from rkd_deploy.models.vgg import VGG
-from rkd_deploy.models.wide_resnet import WideResNet
 
 NARROW = {
     "wrn": (WideResNet(10, (8, 8, 8, 16), None), WideResNet(10, (4, 6, 8, 8), None)),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.export.fusion import LEVELS, fuse
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 
 HEADS = {

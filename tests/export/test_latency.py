@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from rkd_deploy.export.latency import ExportStopwatch, paired_ratio
-from rkd_deploy.models.cifar import CifarResNet
-from rkd_deploy.serve.bench.timing import Timing
+from rkd_deploy.bench.timing import Timing
+from rkd_deploy.export.measuring import ExportStopwatch, paired_ratio
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 
 DRIFT = [1.0, 1.0, 1.5, 2.0, 4.0, 4.0, 3.0, 1.0, 1.0, 1.0, 1.0]
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from rkd_deploy.backends.files import read_card
 from rkd_deploy.errors import RecipeError, UsageError
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
-from rkd_deploy.serve.files import read_card
 from rkd_deploy.train.fitting import fit
 
 SIDE, CLASSES = 32, 10

@@ -13,23 +13,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from rkd_deploy.backends.pytorch import PyTorchBackend
+from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import (
-    CheckpointError,
-    DataError,
-    GateError,
-    MissingDependencyError,
-    ModelFileError,
-    UsageError,
-)
+from rkd_deploy.errors import CheckpointError, DataError, GateError, MissingDependencyError, ModelFileError, UsageError
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.half import to_half
-from rkd_deploy.export.int8 import Int8Quantiser
-from rkd_deploy.export.judging import HeldOut
-from rkd_deploy.export.lowering import lower
-from rkd_deploy.export.precision import Gates
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
-from rkd_deploy.serve.bench.parity import verify
+from rkd_deploy.export.precision.convert import lower, to_half
+from rkd_deploy.export.precision.gate import HeldOut
+from rkd_deploy.export.precision.int8 import Int8Quantiser
+from rkd_deploy.export.precision.options import Gates
 
 
 def lowered(trained, **options):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.export.precision import GATES, PRECISIONS, TARGETS, PrecisionOptions
+from rkd_deploy.export.precision.options import GATES, PRECISIONS, TARGETS, PrecisionOptions
 
 FITS = {
     "fp16": {"cpu", "tensorrt", "openvino"},

@@ -16,7 +16,7 @@ from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 
 CLASSES, SIDE = 4, 64
 NETWORKS = (

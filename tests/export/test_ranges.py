@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rkd_deploy.export.ranges import best_range, best_ranges
+from rkd_deploy.export.precision.int8 import best_range, best_ranges
 
 SHARES = (np.arange(1_000_000) + 0.5) / 1_000_000
 

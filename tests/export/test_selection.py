@@ -6,16 +6,16 @@ import numpy as np
 import onnx
 import pytest
 
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import UsageError
-from rkd_deploy.export import selection
+from rkd_deploy.export import measuring
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.calibration import Calibration
-from rkd_deploy.export.precision import Lowering, PrecisionOptions
-from rkd_deploy.export.selection import Target, fastest
+from rkd_deploy.export.measuring import Target, fastest
+from rkd_deploy.export.precision.images import Calibration, Lowering
+from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.residual import StudentAlone
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.parity import verify
 
 
 def test_every_batch_size_counts_alike():
@@ -68,7 +68,7 @@ def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, t
         measured.extend(onnx.load(file) for file in files)
         return bench(files, **settings)
 
-    monkeypatch.setattr(selection, "bench", bench_of)  # looks at the files on their way
+    monkeypatch.setattr(measuring, "bench", bench_of)  # looks at the files on their way
     folder = tmp_path / "bundle"
     target = Target(batches=(1, 2), min_seconds=0.01, threads=1)
     export_bundle(model, card, folder, level="auto", target=target, lowering=lowering)

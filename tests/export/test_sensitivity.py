@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rkd_deploy.export.int8 import Int8Quantiser
-from rkd_deploy.export.sensitivity import fewest, harms
+from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest, harms
 
 
 @given(count=st.integers(1, 60), needed=st.integers(1, 80))

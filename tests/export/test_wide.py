@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.wide import merge
-from rkd_deploy.export.wide_layers import merge_convs
+from rkd_deploy.export.fusion.layers import merge_convs
+from rkd_deploy.export.fusion.wide import merge
 
 
 def trained_looking(network):

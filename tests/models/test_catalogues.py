@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from rkd_deploy.errors import CheckpointError, UsageError
-from rkd_deploy.models import catalogues, zoo
+from rkd_deploy.models import zoo
 from rkd_deploy.models.external import External
 
 OWN = """
@@ -57,10 +57,10 @@ def test_by_name(name, type_):
 
 
 def test_transformers_are_built_for_the_size_of_the_images():
-    assert catalogues.build("tv:vit_b_32", 4, (64, 64)).image_size == 64
-    assert catalogues.build("timm:vit_tiny_patch16_224", 4, (64, 64)).patch_embed.grid_size == (4, 4)
+    assert zoo.build("tv:vit_b_32", 4, (64, 64)).image_size == 64
+    assert zoo.build("timm:vit_tiny_patch16_224", 4, (64, 64)).patch_embed.grid_size == (4, 4)
     with pytest.raises(UsageError, match="square images; these have 32 x 64"):
-        catalogues.build("timm:vit_tiny_patch16_224", 4, (32, 64))
+        zoo.build("timm:vit_tiny_patch16_224", 4, (32, 64))
 
 
 def test_auxiliary_classifiers_are_left_out():
@@ -116,8 +116,8 @@ def test_published_weights_but_for_another_classifier(monkeypatch, tmp_path, cla
     cached.parent.mkdir(parents=True)
     torch.save(source, cached)
 
-    network = catalogues.build("tv:squeezenet1_1", classes, (32, 32))
-    found = catalogues.published("tv:squeezenet1_1", network)
+    network = zoo.build("tv:squeezenet1_1", classes, (32, 32))
+    found = zoo.published("tv:squeezenet1_1", network)
     assert found.complete is (classes == 1000)
     assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
     left_out = source.keys() - found.state.keys()
@@ -135,8 +135,8 @@ def test_without_internet_the_way_out_is_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     network = nn.Linear(1, 1)
     with pytest.raises(CheckpointError, match=r"tv:squeezenet1_1 could not be fetched: no route.*checkpoint = PATH"):
-        catalogues.published("tv:squeezenet1_1", network)
+        zoo.published("tv:squeezenet1_1", network)
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", offline)
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", offline)
     with pytest.raises(CheckpointError, match="timm:resnet10t could not be fetched"):
-        catalogues.published("timm:resnet10t", network)
+        zoo.published("timm:resnet10t", network)

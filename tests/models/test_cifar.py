@@ -7,7 +7,7 @@ import torch
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cifar import FAMILY, CifarResNet
+from rkd_deploy.models.families.cifar_resnet import FAMILY, CifarResNet
 from rkd_deploy.models.staged import pool
 
 

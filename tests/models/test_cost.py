@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cifar import FAMILY, CifarResNet
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.families.cifar_resnet import FAMILY, CifarResNet
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 

@@ -12,14 +12,14 @@ from torch import nn
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.mobilenet import MobileNetV2
+from rkd_deploy.models.families.mobilenet import MobileNetV2
+from rkd_deploy.models.families.resnet50 import ResNet50
+from rkd_deploy.models.families.shufflenet import ShuffleNetV1, ShuffleNetV2, shuffled
+from rkd_deploy.models.families.vgg import VGG
+from rkd_deploy.models.families.wide_resnet import WideResNet
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.resnet50 import ResNet50
-from rkd_deploy.models.separation import Separation, separate
-from rkd_deploy.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shuffled
+from rkd_deploy.models.separation.separate import Separation, separate
 from rkd_deploy.models.staged import Staged, pool
-from rkd_deploy.models.vgg import VGG
-from rkd_deploy.models.wide_resnet import WideResNet
 
 MAPS = {
     "wrn_16_2": [(32, 32), (64, 16), (128, 8)],

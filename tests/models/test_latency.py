@@ -13,12 +13,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rkd_deploy.errors import BudgetError, UsageError
-from rkd_deploy.models import latency
-from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.latency import CONFIRMATIONS, ROUNDING, STEPS, Candidate, Fitting, Reading, fastest_fitting
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import Separation, separate
+from rkd_deploy.models.separation import latency
+from rkd_deploy.models.separation.latency import (
+    CONFIRMATIONS,
+    ROUNDING,
+    STEPS,
+    Candidate,
+    Fitting,
+    Reading,
+    fastest_fitting,
+)
+from rkd_deploy.models.separation.separate import Separation, separate
 
 
 class Formula:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.progressive import ProgressiveStudent, adapter_cost, paired_channels, progressive_student
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.models.staged import Staged, stage_shapes
 
 FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "resnet50"]

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.channels import STAYS, trace_channels
-from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.inheritance import inherit
-from rkd_deploy.models.pruned import inherit_weights
-from rkd_deploy.models.pruning import Pruner
-from rkd_deploy.models.separation import narrow
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.models.separation.channels import STAYS, trace_channels
+from rkd_deploy.models.separation.pruning import Pruner, inherit, inherit_weights
+from rkd_deploy.models.separation.separate import narrow
 
 SIZE = (32, 32)
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from rkd_deploy.errors import BudgetError, UsageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cifar import CifarResNet
-from rkd_deploy.models.prices import widest
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation import Separation, separate
+from rkd_deploy.models.separation.separate import Separation, separate
+from rkd_deploy.models.separation.widths import widest
 
 Widths = tuple[int, ...]
 NARROW = (16, 16, 32, 64)

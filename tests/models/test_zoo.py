@@ -13,7 +13,7 @@ import torch
 from rkd_deploy.errors import CheckpointError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
-from rkd_deploy.train.checkpoint import load_foreign, load_weights
+from rkd_deploy.train.weights import load_foreign, load_weights
 
 K = 100
 WEIGHT, BIASED = ("weight",), ("weight", "bias")

@@ -18,8 +18,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends.tensorrt.settings import load_flavour
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
-from rkd_deploy.serve.engines.flavours import load_flavour
 
 SCALE = 2.0**-8
 

@@ -54,7 +54,7 @@ def install(monkeypatch):
         graphs.append(Graph())
         return graphs[-1]
 
-    monkeypatch.setattr("rkd_deploy.serve.backends.pytorch._place", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("rkd_deploy.backends.pytorch._place", lambda device: torch.device("cpu"))
     for name, value in {
         "CUDAGraph": make,
         "graph": _Writing,

@@ -9,12 +9,10 @@ import pytest
 from onnx import numpy_helper
 
 import rkd_deploy
+from rkd_deploy.backends.files import check_files, describe, sealed
+from rkd_deploy.bench.parity import verify, verify_everywhere
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.serve.bench.parity import verify
-from rkd_deploy.serve.bench.verification import verify_everywhere
-from rkd_deploy.serve.bundles import describe
-from rkd_deploy.serve.checksums import check_files, sealed
 
 OPENERS = {
     "verify": verify,

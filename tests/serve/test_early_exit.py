@@ -17,8 +17,8 @@ from rkd_deploy.errors import GateError, ModelFileError, UsageError
 from rkd_deploy.export import early_exit
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
-from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.serve.early_exit import confidence, exit_steps, load_early_exit
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError
-from rkd_deploy.serve.images import normalise, to_array
+from rkd_deploy.images import normalise, to_array
 
 STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 

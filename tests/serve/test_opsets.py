@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from rkd_deploy.serve.opsets import opset
+from rkd_deploy.backends.files import opset
 
 
 def write(path, *imports, weights=0, last=False):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rkd_deploy.data.sources import load_images
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.train import facts, fitting
-from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.runs import Run
+from rkd_deploy.train.weights import load_tensors
 
 separate_once, load_once = functools.cache(separate), functools.cache(load_images)
 

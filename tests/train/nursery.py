@@ -27,8 +27,8 @@ from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import ModelFileError, RkdError
 from rkd_deploy.recipe import parse_recipe
 from rkd_deploy.train import facts
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runs import newest_run
 
 

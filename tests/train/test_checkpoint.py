@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rkd_deploy.errors import CheckpointError, StorageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.cifar import CifarResNet
-from rkd_deploy.train.checkpoint import load_foreign, load_tensors, load_weights, save_tensors
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.train.weights import load_foreign, load_tensors, load_weights, save_tensors
 
 TINY = (4, 4, 4, 4)
 

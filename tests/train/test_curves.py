@@ -11,12 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rkd_deploy.errors import StorageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.curves import draw, draw_curves
+from rkd_deploy.train.display import Silent, TensorBoard, draw, draw_curves, with_tensorboard
 from rkd_deploy.train.fitting import fit
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, create_run
-from rkd_deploy.train.tensorboard import TensorBoard, with_tensorboard
+from rkd_deploy.train.runs import Run, create_run, read_log
 
 
 def row(phase: str, epoch: int, **more: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from torchvision import transforms
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.sources import ImageSet, Split
 from rkd_deploy.models import zoo
-from rkd_deploy.train.checkpoint import load_foreign, load_weights
 from rkd_deploy.train.evaluation import BATCH, batch_of, predictions
+from rkd_deploy.train.weights import load_foreign, load_weights
 
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
 PIXELS = Normaliser((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))

@@ -12,20 +12,19 @@ from torch import nn
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import CheckpointError, DataError, RecipeError
-from rkd_deploy.models import catalogues, zoo
+from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import MethodRecipe
-from rkd_deploy.recipe_method import BASE_LOSSES
+from rkd_deploy.recipe.method import BASE_LOSSES
 from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.methods.catalogue import base_loss
-from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.methods import base_loss
+from rkd_deploy.train.methods.baseline import Taught
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
-from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
-from rkd_deploy.train.methods.taught import Taught
+from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, mse
 from rkd_deploy.train.networks import build_residual, load_part
 
 K, SIZE = 4, 32
@@ -180,7 +179,7 @@ def test_a_head_that_cannot_be_reused_is_refused_before_anything_is_computed(tin
 
 
 def test_checkpoints_of_others_and_our_own_load(own, tiny_recipe, tmp_path):
-    network = catalogues.build(own, 10, (8, 8))
+    network = zoo.build(own, 10, (8, 8))
     torch.save(network.state_dict(), tmp_path / "theirs.pth")
     settings = (f"teacher.name={own}", "method.name=kd", "train.epochs=1", "data.val_fraction=0", "data.test_limit=10")
     with pytest.raises(DataError, match="trained on other classes"):  # it loads, and its guesses are seen through

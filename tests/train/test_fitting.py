@@ -15,21 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.sources import ImageSet, Split, load_images
-from rkd_deploy.errors import (
-    CheckpointError,
-    DivergenceError,
-    StorageError,
-    UsageError,
-)
+from rkd_deploy.errors import CheckpointError, DivergenceError, StorageError, UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import evaluation, fitting
-from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS, load_part, seeded
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, newest_run
+from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.weights import load_tensors
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1")

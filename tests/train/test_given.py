@@ -13,10 +13,9 @@ import torch
 
 from rkd_deploy.errors import BudgetError, CheckpointError, DataError, RecipeError, RkdError, UsageError
 from rkd_deploy.recipe import Recipe, read_recipe
-from rkd_deploy.train.checkpoint import load_tensors, save_tensors
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run
+from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.weights import load_tensors, save_tensors
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1")

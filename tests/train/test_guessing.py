@@ -11,11 +11,10 @@ import pytest
 from rkd_deploy.errors import DataError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import fitting
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.guessing import near_chance, refuse_guessing, teacher_warning
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, newest_run
+from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.weights import near_chance, refuse_guessing, teacher_warning
 
 
 class Noting(Silent):

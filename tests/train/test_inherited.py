@@ -16,14 +16,14 @@ import torch
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.pruned import narrowable
+from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import build_given, build_teacher, load_part
-from rkd_deploy.train.progress import Silent
 from rkd_deploy.train.runs import Run, newest_run
+from rkd_deploy.train.weights import load_tensors
 
 MakeRecipe = Callable[..., Recipe]
 HALF = ("student.name=teacher", "student.fraction=0.5", "student.assistant_share=0.3")

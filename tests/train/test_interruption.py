@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rkd_deploy.train.interruption import StopRequest
+from rkd_deploy.signals import StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

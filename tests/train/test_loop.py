@@ -8,22 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rkd_deploy.data.augment import smoothed
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
-from rkd_deploy.data.mixing import smoothed
 from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import DivergenceError, InterruptedTraining
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.recipe import Recipe, TrainRecipe
-from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.signals import StopRequest
 from rkd_deploy.train.evaluation import predictions
-from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.loop import Phase, train_phase
+from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, create_run
+from rkd_deploy.train.methods.baseline import CrossEntropy
+from rkd_deploy.train.runs import Run, create_run, read_log
+from rkd_deploy.train.state import EpochSums, Phase
 from rkd_deploy.train.stepping import Stepper
-from rkd_deploy.train.sums import EpochSums
+from rkd_deploy.train.weights import load_tensors
 
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
 

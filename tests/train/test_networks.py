@@ -8,13 +8,7 @@ from rkd_deploy.data.sources import load_images
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import facts as run_facts
 from rkd_deploy.train.facts import gather_facts
-from rkd_deploy.train.networks import (
-    build_given,
-    build_residual,
-    build_teacher,
-    derived_seed,
-    seeded,
-)
+from rkd_deploy.train.networks import build_given, build_residual, build_teacher, derived_seed, seeded
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -31,16 +31,16 @@ from rkd_deploy.errors import InterruptedTraining, RecipeError, RkdError, Storag
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.recipe import Recipe, TrainRecipe
+from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import fitting
-from rkd_deploy.train.checkpoint import load_tensors
-from rkd_deploy.train.interruption import StopRequest
-from rkd_deploy.train.loop import Phase, train_phase
-from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.display import Silent
+from rkd_deploy.train.distributed import ALONE, Group, Votes, joined, restarted
+from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
-from rkd_deploy.train.parallel import ALONE, Group, Votes, joined, restarted
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, create_run
+from rkd_deploy.train.methods.residual import mse
+from rkd_deploy.train.runs import Run, create_run, read_log
+from rkd_deploy.train.state import Phase
+from rkd_deploy.train.weights import load_tensors
 
 IMAGES, BATCH, EPOCHS = 24, 8, 2
 

@@ -16,17 +16,16 @@ from torch import nn
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import Cost, count
-from rkd_deploy.models.separation import separate
+from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import facts, fitting
-from rkd_deploy.train.checkpoint import load_tensors
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.networks import load_part
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import read_log
-from rkd_deploy.train.runs import Run, newest_run
+from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.weights import load_tensors
 
 MakeRecipe = Callable[..., Recipe]
 # Two steps in a phase: one before an interruption and one after.

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rkd_deploy.train.progress import Progress
+from rkd_deploy.train.display import Progress
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.train import networks
 from rkd_deploy.train.facts import gather_facts
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
-from rkd_deploy.train.plans import Planner
-from rkd_deploy.train.schedule import learning_rate
-from rkd_deploy.train.stepping import Stepper
+from rkd_deploy.train.methods.baseline import CrossEntropy
+from rkd_deploy.train.phases import Planner
+from rkd_deploy.train.stepping import Stepper, learning_rate
 
 RECIPES = sorted((Path(__file__).parents[2] / "train").glob("*.toml"))
 CIFAR100 = [path for path in RECIPES if path.stem.startswith("cifar100_")]

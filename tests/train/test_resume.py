@@ -16,10 +16,9 @@ import pytest
 
 from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.progress import Silent
-from rkd_deploy.train.runlog import RunLog, read_log
-from rkd_deploy.train.runs import Run, newest_run
+from rkd_deploy.train.runs import Run, RunLog, newest_run, read_log
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.batch_size=12")

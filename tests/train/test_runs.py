@@ -9,8 +9,7 @@ import pytest
 
 from rkd_deploy.errors import ModelFileError, StorageError, UsageError
 from rkd_deploy.recipe import Recipe, TrainRecipe, read_recipe
-from rkd_deploy.train.runlog import RunLog, read_log
-from rkd_deploy.train.runs import Run, create_run, newest_run, open_run
+from rkd_deploy.train.runs import Run, RunLog, create_run, newest_run, open_run, read_log
 
 
 def begun(run: Run, seconds: float) -> Run:

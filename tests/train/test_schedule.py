@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.schedule import learning_rate, sgd
+from rkd_deploy.train.stepping import learning_rate, sgd
 
 
 def rates(epochs: int, steps: int, **how: Any) -> list[float]:

@@ -10,8 +10,8 @@ import pytest
 
 from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.progress import Silent, print_series
-from rkd_deploy.train.series import fit_series
+from rkd_deploy.train.display import Silent, print_series
+from rkd_deploy.train.fitting import fit_series
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1", "method.name=cross_entropy")

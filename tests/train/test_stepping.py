@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.averaging import Average
 from rkd_deploy.train.methods.base import Losses
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
-from rkd_deploy.train.stepping import Stepper
-from rkd_deploy.train.sums import EpochSums
+from rkd_deploy.train.methods.baseline import CrossEntropy
+from rkd_deploy.train.state import EpochSums
+from rkd_deploy.train.stepping import Average, Stepper
 
 BATCH, CLASSES = 8, 4
 

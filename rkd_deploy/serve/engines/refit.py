@@ -7,12 +7,11 @@ import hashlib
 import os
 from pathlib import Path
 
+from rkd_deploy.backends.tensorrt.build import Engine, read_source
+from rkd_deploy.backends.tensorrt.cuda import find_gpu
+from rkd_deploy.backends.tensorrt.record import read_engine
+from rkd_deploy.backends.tensorrt.settings import load_flavour
 from rkd_deploy.errors import BackendError, UsageError
-from rkd_deploy.serve.backends.cuda import find_gpu
-from rkd_deploy.serve.engines.build import Engine
-from rkd_deploy.serve.engines.flavours import load_flavour
-from rkd_deploy.serve.engines.record import read_engine
-from rkd_deploy.serve.engines.source import read_source
 
 
 def refit_engine(engine: str | os.PathLike[str], path: str | os.PathLike[str], *, device: int = 0) -> Engine:

@@ -1,1 +1,49 @@
 """Training methods, one paper on one page: the loss as a pure function, the Method under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from rkd_deploy.models.staged import FeatureNetwork, stage_shapes
+from rkd_deploy.recipe import MethodRecipe
+from rkd_deploy.train.methods.attention import AttentionTransfer
+from rkd_deploy.train.methods.base import BaseLoss, WeightedLoss
+from rkd_deploy.train.methods.dkd import DKD
+from rkd_deploy.train.methods.fitnet import FitNet
+from rkd_deploy.train.methods.kd import KD
+from rkd_deploy.train.methods.reviewkd import ReviewKD
+from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
+
+
+def base_loss(
+    recipe: MethodRecipe, teacher: FeatureNetwork, network: nn.Module, image_size: Sequence[int]
+) -> WeightedLoss:
+    """The borrowed loss of a recipe, with fresh adapters between these two networks, on the network's device.
+
+    Args:
+        recipe: Table `[method]`; its `loss` is not ``"none"``.
+        teacher: T.
+        network: What is taught: S, S0, or S0 with a reused head.
+        image_size: Height and width.
+    """
+    shapes = (stage_shapes(teacher, image_size), stage_shapes(network, image_size))
+    loss: BaseLoss
+    match recipe.loss:
+        case "kd":
+            loss = KD(recipe.temperature, recipe.standardise)
+        case "dkd":
+            loss = DKD(recipe.dkd_alpha, recipe.dkd_beta, recipe.temperature, recipe.standardise)
+        case "at":
+            loss = AttentionTransfer()
+        case "fitnet":
+            loss = FitNet(*shapes, recipe.hint_stage)
+        case "reviewkd":
+            loss = ReviewKD(*shapes)
+        case "simkd":
+            loss = SimKD(*shapes, None if isinstance(network, ReusedClassifier) else recipe.simkd_factor)
+        case other:
+            raise AssertionError(other)  # recipes know no other name
+    device = next(network.parameters()).device
+    return WeightedLoss(loss, recipe.base_weight, recipe.base_warmup_epochs).to(device)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike, paired, promoted
+from rkd_deploy.train.methods.base import BaseLoss, View, alike, paired, promoted
 
 
 def attention(f_NCHW: Tensor) -> Tensor:

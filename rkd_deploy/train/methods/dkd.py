@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, one_hot
 
-from rkd_deploy.data.mixing import hard_labels
-from rkd_deploy.train.methods.base_loss import BaseLoss, View
+from rkd_deploy.data.augment import hard_labels
+from rkd_deploy.train.methods.base import BaseLoss, View
 from rkd_deploy.train.methods.kd import standardised
 
 

@@ -22,11 +22,9 @@ from torch.nn.functional import cross_entropy
 
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, view_teacher
-from rkd_deploy.train.methods.distance import Distance
+from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import added, alike_each, explained, over_stages
+from rkd_deploy.train.methods.residual import Distance, added, alike_each, explained, over_stages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike
+from rkd_deploy.train.methods.base import BaseLoss, View, alike
 
 
 class FitNet(BaseLoss):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from rkd_deploy.train.methods.base_loss import BaseLoss, View
+from rkd_deploy.train.methods.base import BaseLoss, View
 
 
 def kd_loss(z_T: Tensor, z_S: Tensor, temperature: float) -> Tensor:

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
-from rkd_deploy.train.methods.distance import Distance
-from rkd_deploy.train.methods.residual import explained
+from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, alike, view_teacher
+from rkd_deploy.train.methods.residual import Distance, explained
 
 
 class ProgressiveStep(Method):

@@ -19,18 +19,54 @@ X is applied are this project's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, smooth_l1_loss
 
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.methods.base_loss import View, WeightedLoss, alike, view_teacher
-from rkd_deploy.train.methods.distance import Distance, mse
+from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, alike, promoted, view_teacher
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+_TINY = 1e-12  # |t|^2 of a target that is nothing but zeros
+
+
+def mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+    """Mean squared error over all elements."""
+    return mse_loss(m_NCHW, t_NCHW)
+
+
+def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+    """Squared error of each image over its target's square."""
+    t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
+    error_N = (t_NCHW - m_NCHW).square().flatten(1).sum(1)
+    return (error_N / t_NCHW.square().flatten(1).sum(1).clamp_min(_TINY)).mean()
+
+
+def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+    """Squared near 0, linear beyond 1."""
+    return smooth_l1_loss(m_NCHW, t_NCHW)
+
+
+def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+    """One minus the cosine of the angle between the maps of each image."""
+    t, m = promoted(t_NCHW).flatten(1), promoted(m_NCHW).flatten(1)
+    t_norm_N = t.norm(dim=1).clamp_min(_TINY**0.5)
+    m_norm_N = torch.maximum(m.norm(dim=1), t_norm_N / 10)
+    cosine_N: Tensor = (t * m).sum(1) / (t_norm_N * m_norm_N)
+    return 1 - cosine_N.mean()
+
+
+DISTANCES: dict[str, Distance] = {
+    "mse": mse,
+    "normalised_mse": normalised_mse,
+    "smooth_l1": smooth_l1,
+    "cosine": cosine,
+}
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, mse_loss
 
 from rkd_deploy.models.staged import pool
-from rkd_deploy.train.methods.base_loss import BaseLoss, View
+from rkd_deploy.train.methods.base import BaseLoss, View
 
 
 def hierarchical_context_loss(u_NCHW: Tensor, f_NCHW: Tensor) -> Tensor:

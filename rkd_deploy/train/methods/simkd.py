@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rkd_deploy.models.staged import FeatureNetwork
-from rkd_deploy.train.methods.base_loss import BaseLoss, View, alike
+from rkd_deploy.train.methods.base import BaseLoss, View, alike
 
 
 def projector(channels: int, out_channels: int, factor: int) -> nn.Sequential:

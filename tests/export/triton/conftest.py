@@ -26,7 +26,7 @@ import torch
 
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
 
 REPO = Path(__file__).parents[3]

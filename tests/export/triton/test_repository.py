@@ -14,13 +14,12 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends.tensorrt.build import read_source
+from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
-from rkd_deploy.export.triton import repository as repository_module
-from rkd_deploy.export.triton.kserve import inference_service, service_name
-from rkd_deploy.export.triton.repository import export_triton
-from rkd_deploy.export.triton.settings import Instances, Serving
-from rkd_deploy.serve.engines.record import EngineRecord, write_engine
-from rkd_deploy.serve.engines.source import read_source
+from rkd_deploy.serve.triton import repository as repository_module
+from rkd_deploy.serve.triton.repository import export_triton, inference_service, service_name
+from rkd_deploy.serve.triton.settings import Instances, Serving
 
 NAME = "tiny-s-a"
 LABELS = "ant\nbee\ncat\ndog\nelk\n"

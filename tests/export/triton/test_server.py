@@ -8,8 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from rkd_deploy.export.triton.repository import export_triton
-from rkd_deploy.export.triton.settings import Serving
+from rkd_deploy.serve.triton.repository import export_triton
+from rkd_deploy.serve.triton.settings import Serving
 
 pytestmark = pytest.mark.slow
 

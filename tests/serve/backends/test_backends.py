@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import available, infer_many, load_backend, model_path
+from rkd_deploy.backends.files import model_name, read_card
 from rkd_deploy.errors import MissingDependencyError, ModelFileError, UsageError
-from rkd_deploy.serve.backends import available, infer_many, load_backend, model_path
-from rkd_deploy.serve.files import model_name, read_card
 
 ENGINES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import available, load_backend
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
-from rkd_deploy.serve.backends import available, load_backend
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.recording import record_bench
 
 WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
 SIMULATED = {"tensorrt": "gpu", "tensorrt-rtx": "gpu", "pytorch:cuda-graphs": "graphs"}

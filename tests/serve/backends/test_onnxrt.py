@@ -6,9 +6,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.onnxrt import OnnxRuntimeBackend, check_provider, multiplies_int8_exactly
 from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.onnxrt import OnnxRuntimeBackend, check_provider, multiplies_int8_exactly
 
 CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
 

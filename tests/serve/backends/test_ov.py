@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.ov import newest_opset
 from rkd_deploy.errors import BackendError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.ov import newest_opset
 
 
 def test_a_prepared_run_outlives_the_array_it_was_prepared_with(zoo, tmp_path):

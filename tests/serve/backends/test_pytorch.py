@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.pytorch import CompiledPyTorchBackend, PyTorchBackend
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.pytorch import CompiledPyTorchBackend, PyTorchBackend
 
 
 def live(module, **options):

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from rkd_deploy.backends import available, infer_many, load_backend
+from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
+from rkd_deploy.backends.tensorrt.cache import export_engine
+from rkd_deploy.backends.tensorrt.record import read_engine
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
-from rkd_deploy.export.engine import export_engine
-from rkd_deploy.serve.backends import available, infer_many, load_backend
-from rkd_deploy.serve.backends.trt import TensorRtBackend, TensorRtRtxBackend
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.recording import record_bench
-from rkd_deploy.serve.engines.flavours import load_flavour
-from rkd_deploy.serve.engines.record import read_engine
-from rkd_deploy.serve.engines.settings import EngineSettings, Profile
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.bench.accuracy import predictions, top1
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench.accuracy import predictions, top1
 
 
 @pytest.mark.parametrize("batch", ["batch", 4])

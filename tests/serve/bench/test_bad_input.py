@@ -11,9 +11,9 @@ import torch
 from onnx import TensorProto, helper
 
 from rkd_deploy import cli
+from rkd_deploy.backends.tensorrt.build import build_engine
+from rkd_deploy.bench import bench
 from rkd_deploy.errors import BackendError, DataError, UsageError
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.engines.build import build_engine
 
 SHORT = {"min_seconds": 0.0, "min_runs": 2, "warmup_seconds": 0.0}
 FLOAT, STRING = TensorProto.FLOAT, TensorProto.STRING

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.bench import bench, random_input
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import ModelFileError, UsageError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench import bench, random_input
 
 SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
 

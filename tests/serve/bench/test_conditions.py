@@ -8,9 +8,10 @@ import os
 
 import pytest
 
-from rkd_deploy.serve.bench.conditions import conditions, describe
-from rkd_deploy.serve.bench.memory import (
+from rkd_deploy.bench.machine import (
     available_bytes,
+    conditions,
+    describe,
     device_used_bytes,
     reset_peak,
     resident_bytes,

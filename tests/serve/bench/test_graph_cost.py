@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from rkd_deploy.bench.graph_cost import graph_cost, macs
 from rkd_deploy.errors import ModelFileError, UsageError
-from rkd_deploy.serve.bench.graph_cost import graph_cost, macs
 
 
 @pytest.fixture

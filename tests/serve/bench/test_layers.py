@@ -7,11 +7,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.backends.protocol import LayerTime
-from rkd_deploy.serve.backends.pytorch import PyTorchBackend
-from rkd_deploy.serve.bench.layers import Layer, _medians, layer_times, read_profile
-from rkd_deploy.serve.bench.loading import Setting
+from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.protocol import LayerTime
+from rkd_deploy.backends.pytorch import PyTorchBackend
+from rkd_deploy.bench.layers import Layer, _medians, layer_times, read_profile
+from rkd_deploy.bench.loading import Setting
 
 
 def kernel(name, index, us, op="Conv"):

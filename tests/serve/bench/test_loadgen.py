@@ -8,9 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from rkd_deploy.errors import BackendError, UsageError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench.loadgen import (
+from rkd_deploy.backends import load_backend
+from rkd_deploy.bench.loadgen import (
     LIBRARY,
     MULTI_STREAM_IMAGES,
     SCENARIOS,
@@ -20,7 +19,8 @@ from rkd_deploy.serve.bench.loadgen import (
     read_log,
     run_scenario,
 )
-from rkd_deploy.serve.bench.recording import record_bench
+from rkd_deploy.bench.records import record_bench
+from rkd_deploy.errors import BackendError, UsageError
 
 BRIEF = {"min_seconds": 0.2, "min_queries": 10}
 SLEEP = 0.002

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rkd_deploy.serve.bench import _pace, bench
-from rkd_deploy.serve.bench.loading import Setting
-from rkd_deploy.serve.bench.pace import Pace, _aligned, remembered_paces
-from rkd_deploy.serve.bench.ratio import recorded_ratio
-from rkd_deploy.serve.bench.recording import record_bench
-from rkd_deploy.serve.bench.report import Figures
-from rkd_deploy.serve.bench.samples import Timing
+from rkd_deploy.bench import _pace, bench
+from rkd_deploy.bench.compare import recorded_ratio
+from rkd_deploy.bench.loading import Setting
+from rkd_deploy.bench.machine import Pace, _aligned, remembered_paces
+from rkd_deploy.bench.records import record_bench
+from rkd_deploy.bench.results import Figures
+from rkd_deploy.bench.statistics import Timing
 
 TIMING = Timing(
     samples_ms=(4.0, 5.0, 6.0) * 100,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from rkd_deploy.bench.parity import compare, gate, read_golden, verify
 from rkd_deploy.errors import GateError, ModelFileError, UsageError
-from rkd_deploy.serve.bench.parity import compare, gate, read_golden, verify
 
 REFERENCE = np.array([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
 

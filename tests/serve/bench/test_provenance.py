@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rkd_deploy.serve.bench import provenance as module
-from rkd_deploy.serve.bench.provenance import command_line, parse_gpus, provenance
+from rkd_deploy.bench import machine as module
+from rkd_deploy.bench.machine import command_line, parse_gpus, provenance
 
 
 def test_it_is_json_and_says_what_ran_where():

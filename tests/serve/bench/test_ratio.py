@@ -8,15 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from rkd_deploy.bench import compare
+from rkd_deploy.bench.compare import differing_environment, paired_ratio, read_record, recorded_ratio, recorded_ratios
 from rkd_deploy.errors import ModelFileError, UsageError
-from rkd_deploy.serve.bench import ratio
-from rkd_deploy.serve.bench.ratio import (
-    differing_environment,
-    paired_ratio,
-    read_record,
-    recorded_ratio,
-    recorded_ratios,
-)
 
 
 def result(medians, model="net", batch=1, **facts):
@@ -103,8 +97,8 @@ def test_both_models_are_loaded_first_by_turns_and_keep_their_sides(monkeypatch)
         times = {"a": 1.0, "b": 1.5}
         return [SimpleNamespace(model=m, batch=n, p50_ms=n * times[m], **facts) for n in batches for m in models]
 
-    monkeypatch.setattr(ratio, "bench", bench)  # its times are known here; the real one is run by the command's test
-    found = ratio.measure_ratios("a", "b", batches=(1, 8))
+    monkeypatch.setattr(compare, "bench", bench)  # its times are known here; the real one is run by the command's test
+    found = compare.measure_ratios("a", "b", batches=(1, 8))
     assert loaded == [("a", "b"), ("b", "a")] * 4
     assert [(one.a, one.b, one.batch, one.ratio, one.low, one.high) for one in found] == [
         ("a", "b", 1, 1.5, 1.5, 1.5),

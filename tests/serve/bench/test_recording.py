@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rkd_deploy.backends.tensorrt.record import read_engine
+from rkd_deploy.bench import records
+from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, InterruptedBench
-from rkd_deploy.serve.bench import recording
-from rkd_deploy.serve.bench.recording import record_bench
-from rkd_deploy.serve.engines.record import read_engine
 
 SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
 FIXED_NAMES = {"backend", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "throughput_per_s"}
@@ -167,7 +167,7 @@ def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, mo
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recording, "bench", interrupted)
+    monkeypatch.setattr(records, "bench", interrupted)
     with pytest.raises(KeyboardInterrupt) as stop:
         record_bench([bundle], SHORT, tmp_path / "out")
     assert not isinstance(stop.value, InterruptedBench)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rkd_deploy.bench.results import Result, to_record
+from rkd_deploy.bench.timing import Timing
 from rkd_deploy.errors import DataError
-from rkd_deploy.serve.bench.plotting import draw, plot
-from rkd_deploy.serve.bench.report import Result, markdown, print_details, print_table, to_record
-from rkd_deploy.serve.bench.timing import Timing
+from rkd_deploy.report.accuracy_latency import draw, plot
+from rkd_deploy.report.columns import print_details, print_results, results_markdown
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -53,7 +54,7 @@ def test_a_result_holds_the_ends_of_the_intervals():
 
 
 def test_markdown_has_units_and_leaves_unknown_columns_out():
-    text = markdown([result(), result("a|b", p50=123.456, accuracy=None)])
+    text = results_markdown([result(), result("a|b", p50=123.456, accuracy=None)])
     head, rule, first, second = text.strip().splitlines()
     assert head.count("|") == rule.count("|") == first.count("|")
     for title in (
@@ -72,7 +73,9 @@ def test_markdown_has_units_and_leaves_unknown_columns_out():
     assert "| a\\|b |" in second
     assert "| 123 | 123 to 124 |" in second
     assert "| - |" in second
-    bare = markdown([result(part=None, fusion="none", accuracy=None, threads=None, macs=None, precision="unknown")])
+    bare = results_markdown(
+        [result(part=None, fusion="none", accuracy=None, threads=None, macs=None, precision="unknown")]
+    )
     for title in ("Part", "Fusion", "Top-1", "Threads", "MACs", "Precision"):
         assert title not in bare
 
@@ -81,14 +84,14 @@ def test_markdown_has_units_and_leaves_unknown_columns_out():
     ("value", "text"), [(0.01234, "0.0123"), (0.5, "0.500"), (9.876, "9.88"), (12.34, "12.3"), (1234.5, "1,234")]
 )
 def test_milliseconds_have_three_digits(value, text):
-    assert f"| {text} |" in markdown([result(p50=value, spread=0, runs=3)])
+    assert f"| {text} |" in results_markdown([result(p50=value, spread=0, runs=3)])
 
 
 def test_a_narrow_terminal_gets_the_table_without_details_and_unbroken():
     widths = {}
     for width in (80, 200):
         stream = io.StringIO()
-        print_table([result("digits S alone"), result("two", p50=3.0)], Console(file=stream, width=width))
+        print_results([result("digits S alone"), result("two", p50=3.0)], Console(file=stream, width=width))
         widths[width] = stream.getvalue()
     assert "95 % CI" in widths[200]
     assert "95 % CI" not in widths[80]
@@ -97,7 +100,7 @@ def test_a_narrow_terminal_gets_the_table_without_details_and_unbroken():
 
 def test_the_terminal_table_says_once_what_is_equal_in_all_rows():
     stream = io.StringIO()
-    print_table([result("[one]"), result("two", p50=3.0)], Console(file=stream, width=160))
+    print_results([result("[one]"), result("two", p50=3.0)], Console(file=stream, width=160))
     text = stream.getvalue()
     assert "backend onnxruntime cpu, precision fp32, threads 1, batch 1" in text
     assert text.count("onnxruntime") == 1

@@ -11,13 +11,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
+from rkd_deploy.bench.graph_cost import Cost
+from rkd_deploy.bench.loading import Setting
+from rkd_deploy.bench.roofline import Prediction, Study, _bounded, achieved, bound, predict
 from rkd_deploy.errors import BackendError
-from rkd_deploy.serve.bench import bench
-from rkd_deploy.serve.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
-from rkd_deploy.serve.bench.graph_cost import Cost
-from rkd_deploy.serve.bench.loading import Setting
-from rkd_deploy.serve.bench.roofline import Prediction, _bounded, achieved, bound, predict, print_roofline
-from rkd_deploy.serve.bench.studying import Study
+from rkd_deploy.report.columns import print_roofline
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_study_covers_every_setting_and_each_once(convolution, monkeypatch):
         asked.append((backend, threads, arithmetic))
         return Ceilings(backend, "cpu", threads, arithmetic, 1e9 * threads, {}, dict.fromkeys(footprints, 1e9))
 
-    monkeypatch.setattr("rkd_deploy.serve.bench.roofline.measure_ceilings", measured)
+    monkeypatch.setattr("rkd_deploy.bench.roofline.measure_ceilings", measured)
     settings = [
         Setting(backend, None, threads, streams)
         for backend in ("onnxruntime", "openvino")

@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from rkd_deploy.bench.statistics import Timing, interval_ranks
 from rkd_deploy.errors import UsageError
-from rkd_deploy.serve.bench.samples import Timing, interval_ranks
 
 
 def timing(samples, **options):

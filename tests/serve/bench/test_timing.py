@@ -8,15 +8,9 @@ from itertools import cycle
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.bench.timing import MeasurementInterrupted, Subject, measure, measure_interleaved, measure_subjects
 from rkd_deploy.errors import UsageError
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.bench.timing import (
-    MeasurementInterrupted,
-    Subject,
-    measure,
-    measure_interleaved,
-    measure_subjects,
-)
 
 X = np.zeros((4, 1), np.float32)
 MS = 1_000_000

@@ -7,15 +7,14 @@ import signal
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.tensorrt.build import build_engine
+from rkd_deploy.backends.tensorrt.cache import export_engine
+from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_table
+from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine, write_engine
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour, profile_for
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
-from rkd_deploy.export.engine import export_engine
-from rkd_deploy.serve.backends import load_backend
-from rkd_deploy.serve.engines.build import build_engine
-from rkd_deploy.serve.engines.flavours import load_flavour
-from rkd_deploy.serve.engines.layers import engine_layers, layer_table
-from rkd_deploy.serve.engines.record import EngineRecord, read_engine, write_engine
 from rkd_deploy.serve.engines.refit import refit_engine
-from rkd_deploy.serve.engines.settings import EngineSettings, Profile, profile_for
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def comparison() -> dict[str, Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page of a bench and of a comparison, drawn once."""
     from rkd_deploy.compare import write_comparison_report
-    from rkd_deploy.serve.reporting.writing import write_bench_report
+    from rkd_deploy.report.writing import write_bench_report
 
     folder = tmp_path_factory.mktemp("pages")
     return {

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkd_deploy.serve.bench.canvas import THEME, series_colours, short
-from rkd_deploy.serve.bench.layers import Layer
-from rkd_deploy.serve.bench.plotting import pareto_front
-from rkd_deploy.serve.reporting import figures
+from rkd_deploy.bench.layers import Layer
+from rkd_deploy.report import plots
+from rkd_deploy.report.accuracy_latency import pareto_front
+from rkd_deploy.report.style import THEME, series_colours, short
 
 RED = THEME["fused"][0]
 
@@ -23,7 +23,7 @@ def measured(samples, **facts):
 
 def test_the_distribution_ends_at_the_slowest_call_and_is_right_between():
     samples = [float(place) for place in np.random.default_rng(0).permutation(np.arange(1, 1001))]
-    (axes,) = figures.distributions({"a": measured(samples)}, {"a": RED}).axes
+    (axes,) = plots.distributions({"a": measured(samples)}, {"a": RED}).axes
     xs, ys = axes.lines[0].get_data()
     assert (xs[0], ys[0]) == (1.0, 0.0)
     assert (xs[-1], ys[-1]) == (1000.0, 100.0)
@@ -34,7 +34,7 @@ def test_the_distribution_ends_at_the_slowest_call_and_is_right_between():
 @pytest.mark.parametrize("outlier", [1.02, 400.0], ids=["linear", "logarithmic"])
 def test_a_histogram_holds_every_sample_the_outlier_too(outlier):
     samples = [1.0, 1.0, 1.01, outlier]
-    (axes,) = figures.histograms({"a": measured(samples)}, {"a": RED}).axes
+    (axes,) = plots.histograms({"a": measured(samples)}, {"a": RED}).axes
     values, edges, _ = axes.patches[0].get_data()
     assert values.sum() == pytest.approx(100)
     assert values[-1] == pytest.approx(25)
@@ -42,26 +42,26 @@ def test_a_histogram_holds_every_sample_the_outlier_too(outlier):
 
 
 def test_equal_samples_can_be_drawn():
-    axes = figures.histograms({"a": measured([2.0, 2.0])}, {"a": RED}).axes[0]
+    axes = plots.histograms({"a": measured([2.0, 2.0])}, {"a": RED}).axes[0]
     assert axes.patches[0].get_data().values.sum() == pytest.approx(100)
 
 
 def test_throughput_is_that_of_the_results():
     points = [SimpleNamespace(batch=batch, throughput_per_s=100.0 + batch) for batch in (1, 8)]
-    (axes,) = figures.throughputs({"a": points}, {"a": RED}).axes
+    (axes,) = plots.throughputs({"a": points}, {"a": RED}).axes
     assert axes.lines[0].get_xydata().tolist() == [[1, 101], [8, 108]]
 
 
 def test_the_bars_of_layers_add_up_to_all_of_them():
     layers = [Layer(f"l{number}", "Conv", number + 1.0) for number in range(30)]
-    (axes,) = figures.layer_bars(layers, RED, count=10).axes
+    (axes,) = plots.layer_bars(layers, RED, count=10).axes
     lengths = [bar.get_width() for bar in axes.patches]
     assert lengths[:10] == [30.0 - place for place in range(10)]
     assert sum(lengths) == sum(range(1, 31))
 
 
 def test_the_roof_is_memory_then_arithmetic():
-    (axes,) = figures.roofs([("", 8e9, 2e9)], {"a": [(1.0, 1e9, 1), (16.0, 4e9, 8)]}, {"a": RED}).axes
+    (axes,) = plots.roofs([("", 8e9, 2e9)], {"a": [(1.0, 1e9, 1), (16.0, 4e9, 8)]}, {"a": RED}).axes
     xs, ys = axes.lines[0].get_data()
     assert ys == pytest.approx(np.where(xs < 4, 2 * xs, 8.0))
     assert axes.lines[1].get_xydata().tolist() == [[1.0, 1.0], [16.0, 4.0]]

@@ -9,8 +9,8 @@ import pytest
 
 from rkd_deploy.compare import write_comparison_report
 from rkd_deploy.errors import DataError, ModelFileError
-from rkd_deploy.serve.reporting.records import gather, read_records
-from rkd_deploy.serve.reporting.writing import write_bench_report
+from rkd_deploy.report.reading import gather, read_records
+from rkd_deploy.report.writing import write_bench_report
 
 
 def test_fields_may_be_missing_and_unknown_ones_are_left(record):

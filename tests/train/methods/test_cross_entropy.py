@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from rkd_deploy.models.cifar import CifarResNet
-from rkd_deploy.train.methods.cross_entropy import CrossEntropy
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.train.methods.baseline import CrossEntropy
 
 
 def test_loss_is_the_mean_negative_log_probability() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkd_deploy.train.methods.distance import DISTANCES
+from rkd_deploy.train.methods.residual import DISTANCES
 
 
 def second(name: str, t: Tensor, m: Tensor) -> float:

@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.recipe import MethodRecipe
-from rkd_deploy.train.methods.base_loss import WeightedLoss
-from rkd_deploy.train.methods.catalogue import base_loss
-from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.methods import base_loss
+from rkd_deploy.train.methods.base import WeightedLoss
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
+from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, mse
 
 CHANNELS, CLASSES = 8, 4
 WEIGHTS = Weights(feature=3.0, assistant=0.7, ce=0.4, kl=0.2, temperature=4.0, step_decay=0.5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkd_deploy.data.mixing import smoothed
-from rkd_deploy.train.methods.base_loss import BaseLoss, View, WeightedLoss
+from rkd_deploy.data.augment import smoothed
+from rkd_deploy.train.methods.base import BaseLoss, View, WeightedLoss
 from rkd_deploy.train.methods.dkd import DKD, dkd_loss
 from rkd_deploy.train.methods.kd import KD, kd_loss, standardised
 

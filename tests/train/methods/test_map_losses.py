@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.staged import stage_shapes
 from rkd_deploy.recipe import MethodRecipe
+from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.attention import attention, attention_loss
-from rkd_deploy.train.methods.base_loss import View, alike, paired, view_teacher
-from rkd_deploy.train.methods.catalogue import base_loss
+from rkd_deploy.train.methods.base import View, alike, paired, view_teacher
+from rkd_deploy.train.methods.baseline import Taught
 from rkd_deploy.train.methods.fitnet import FitNet
 from rkd_deploy.train.methods.reviewkd import ReviewKD, hierarchical_context_loss
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
-from rkd_deploy.train.methods.taught import Taught
 
 CLASSES = 4
 SHAPES_T, SHAPES_S = [(4, 8, 8), (6, 4, 4), (8, 2, 2)], [(3, 8, 8), (4, 4, 4), (5, 2, 2)]

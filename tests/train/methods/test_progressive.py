@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
 from rkd_deploy.train.methods.attention import AttentionTransfer, attention_loss
-from rkd_deploy.train.methods.base_loss import WeightedLoss
-from rkd_deploy.train.methods.distance import mse
+from rkd_deploy.train.methods.base import WeightedLoss
 from rkd_deploy.train.methods.kd import KD, kd_loss
 from rkd_deploy.train.methods.progressive import ProgressiveStep
-from rkd_deploy.train.methods.residual import HeadStep
+from rkd_deploy.train.methods.residual import HeadStep, mse
 
 CHANNELS, CLASSES, WEIGHT = (6, 8, 10), 4, 3.0
 EVERY = [(stage, branch) for stage in (1, 2, 3) for branch in (0, 1, 2)]

@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.models.cifar import CifarResNet
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.train.methods.base import Method
-from rkd_deploy.train.methods.base_loss import alike
-from rkd_deploy.train.methods.distance import mse
-from rkd_deploy.train.methods.residual import (
-    AssistantStep,
-    HeadStep,
-    StudentStep,
-    explained,
-)
+from rkd_deploy.train.methods.base import Method, alike
+from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, explained, mse
 
 CHANNELS, CLASSES, WEIGHT = 10, 4, 3.0
 Make = Callable[[CifarResNet, ResidualStudent], Method]

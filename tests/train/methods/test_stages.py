@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.models.cifar import CifarResNet
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.checkpoint import load_tensors
 from rkd_deploy.train.fitting import fit
-from rkd_deploy.train.methods.distance import mse
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
-from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep
+from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, mse
 from rkd_deploy.train.networks import load_part
+from rkd_deploy.train.weights import load_tensors
 
 W, V = 3.0, 0.7
 STAGES = (1, 2)

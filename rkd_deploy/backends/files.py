@@ -1,0 +1,298 @@
+"""Whether a bundle's files are the ones that were written: SHA-256 of each, in model.json.
+
+model.json holds its own sum too, taken of its text with zeros in that place. So a change of any byte of any file is
+noticed, model.json included. The card inside model.onnx holds no sums: a file cannot hold its own, and the ONNX file is
+meant to work alone. Against whoever changes a file and its sum this is no protection: it is no signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from rkd_deploy.backends import load_backend
+from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.storage import write_text
+
+ONNX_NAME = "model.onnx"
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+
+
+def model_path(path: str | os.PathLike[str]) -> Path:
+    """The ONNX file meant by a bundle folder or by a file's own name.
+
+    Raises:
+        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty.
+    """
+    given = Path(path)
+    file = given / ONNX_NAME if given.is_dir() else given
+    try:
+        if not file.is_file():
+            reason = f"the folder {given} holds no {ONNX_NAME}" if given.is_dir() else f"there is no file {file}"
+            raise ModelFileError(
+                f"No model to load: {reason}. Name a bundle folder or an .onnx file; rkd-deploy export writes both."
+            )
+        size = file.stat().st_size
+    except OSError as error:
+        raise ModelFileError(
+            f"{file} cannot be read: {error.strerror}. Name another file or mend its permissions."
+        ) from error
+    if size == 0:
+        raise broken_model(file, "it is empty (0 bytes)")
+    return file
+
+
+def model_name(path: str | os.PathLike[str]) -> str:
+    """A short name for a model without a card: its folder's for a bundle, else the file's; never a whole path."""
+    file = model_path(path).resolve()
+    return file.parent.name if file.name == ONNX_NAME else file.stem
+
+
+def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelCard | None:
+    """The card of a model: from the metadata inside the file, else from the JSON file of the same name beside it.
+
+    Args:
+        path: Bundle folder or ONNX file.
+        metadata: What `Backend.metadata` gave for it.
+
+    Returns:
+        None where there is no card at all.
+
+    Raises:
+        ModelFileError: There is a card and it cannot be read.
+    """
+    file = model_path(path)
+    if METADATA_KEY in metadata:
+        return ModelCard.from_json(metadata[METADATA_KEY], str(file))
+    beside = file.with_suffix(".json")
+    try:
+        text = beside.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(
+            f"{beside} cannot be read as a model card: {error}. Export the model again with rkd-deploy export."
+        ) from error
+    return ModelCard.from_json(text, str(beside))
+
+
+def broken_model(file: Path, reason: str) -> ModelFileError:
+    """The error for a file that is there and holds no model that can be loaded."""
+    return ModelFileError(
+        f"{file} cannot be loaded as a model: {reason}. Copy the file again if a transfer broke off, "
+        "or export the model again with rkd-deploy export."
+    )
+
+
+CARD_NAME = "model.json"
+_ZEROS = "0" * 64
+_OWN_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
+
+
+def sealed(card: ModelCard, folder: Path) -> str:
+    """The text of model.json for a folder that holds every other file of the bundle."""
+    sums = {file.name: _sha256_of(file) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
+    blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
+    return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
+
+
+def reseal(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
+    """Take files that were written later, an engine and its record, into the sums of a bundle, or out of them.
+
+    Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder without a sealed card is
+    left alone.
+
+    Args:
+        folder: Of the bundle.
+        adding: Names of files in it.
+        without: Names that are to have no sum.
+
+    Raises:
+        StorageError: model.json could not be written; it is as it was.
+    """
+    beside = folder / CARD_NAME
+    if not beside.is_file() or not (content := json.loads(_text(beside))).get("checksums"):
+        return
+    sums = {name: found for name, found in content["checksums"].items() if name not in {*without, CARD_NAME}}
+    sums |= {name: _sha256_of(folder / name) for name in adding}
+    blank = json.dumps(content | {"checksums": {**dict(sorted(sums.items())), CARD_NAME: _ZEROS}}, indent=2) + "\n"
+    write_text(beside, blank.replace(f'"{CARD_NAME}": "{_ZEROS}"', f'"{CARD_NAME}": "{_sha256(blank.encode())}"'))
+
+
+def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, str]:
+    """Compare the files of a bundle with their sums.
+
+    Args:
+        path: Bundle folder, or the ONNX file in it. Of an ONNX file alone, and of a bundle without sums, nothing can be
+            said.
+        complete: Whether every file but engines must be there; else an app may have left some out.
+
+    Returns:
+        The sums, by file.
+
+    Raises:
+        ModelFileError: A file was changed or is missing; the message names all of them.
+    """
+    file = model_path(path)
+    beside = file.with_name(CARD_NAME)
+    if file.name != ONNX_NAME or not beside.is_file():
+        return {}
+    text = _text(beside)
+    sums = dict(ModelCard.from_json(text, str(beside)).checksums)
+    own = _OWN_SUM.search(text)
+    if own is None and not sums:
+        return {}
+    changed, missing = [], []
+    if own is None or _sha256(text.replace(own[1], _ZEROS).encode()) != own[1]:
+        changed.append(CARD_NAME)
+    for name in sorted(sums.keys() - {CARD_NAME}):
+        if Path(name).name != name:
+            raise ModelFileError(
+                f"{beside} lists the file {name!r}, which is not in the folder of the bundle: a bundle is one folder. "
+                "Export it again with rkd-deploy export."
+            )
+        if not (found := beside.with_name(name)).is_file():
+            if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
+                missing.append(name)
+        elif _sha256_of(found) != sums[name]:
+            changed.append(name)
+    if changed or (missing and complete):
+        raise _damaged(beside.parent, changed, missing if complete else [])
+    return sums
+
+
+def _damaged(folder: Path, changed: list[str], missing: list[str]) -> ModelFileError:
+    found = [f"{', '.join(names)} {what}" for names, what in ((changed, "changed"), (missing, "missing")) if names]
+    return ModelFileError(
+        f"The bundle {folder} is not as it was written: {'; '.join(found)} (by the checksums in {CARD_NAME}). "
+        "Copy it again, or export it again with rkd-deploy export."
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except UnicodeDecodeError as error:
+        raise ModelFileError(
+            f"{file} cannot be read as a model card: {error}. Copy the bundle again, or export it again."
+        ) from error
+
+
+def _sha256_of(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{file} cannot be read: {error.strerror}. Mend its permissions or copy it again.")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def newest_bundle(root: Path) -> Path:
+    """The bundle that was written last in any run.
+
+    Args:
+        root: Folder of runs.
+
+    Raises:
+        ModelFileError: There is none; the message says how to get one.
+    """
+    cards = list(root.glob("*/bundle*/model.json"))
+    if not cards:
+        raise ModelFileError(f"There is no bundle in {root}/. Make one with: rkd-deploy train && rkd-deploy export")
+    return max(cards, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def describe(path: Path) -> ModelCard:
+    """The card of a bundle or an ONNX file.
+
+    Raises:
+        ModelFileError: The model is missing or corrupt, or has no card; a file of the bundle is not as it was written.
+        MissingDependencyError: Only the ONNX file is there, and no onnxruntime to read it.
+    """
+    file = model_path(path)
+    check_files(path, complete=True)
+    metadata = {}
+    if not file.with_suffix(".json").exists():
+        with load_backend("onnxruntime", file) as backend:
+            metadata = dict(backend.metadata())
+    card = read_card(file, metadata)
+    if card is None:
+        raise ModelFileError(f"{file} has no model card: it was not written by rkd-deploy export.")
+    return card
+
+
+_OPSET_IMPORT, _DOMAIN, _VERSION = 8, 1, 2  # field numbers of ModelProto and OperatorSetIdProto
+_LENGTHS = {1: 8, 5: 4}  # bytes of the wire types of fixed size
+
+DEFAULT_DOMAINS = (b"", b"ai.onnx")
+
+
+def opset(file: Path) -> int:
+    """The version of ONNX's own operators that a file imports; 0 where it imports none.
+
+    Only the outermost fields are looked at, and the graph and its weights skipped, so it costs the same for any size.
+
+    Args:
+        file: An ONNX file that a runtime has read: no other check is made.
+
+    Reference: https://protobuf.dev/programming-guides/encoding, onnx.proto of https://github.com/onnx/onnx
+    """
+    found = 0
+    with file.open("rb") as stream:
+        for number, content in _fields(stream, _OPSET_IMPORT):
+            if number == _OPSET_IMPORT and isinstance(content, bytes):
+                entry = dict(_fields(BytesIO(content), _DOMAIN))
+                version = entry.get(_VERSION, 0)
+                if entry.get(_DOMAIN, b"") in DEFAULT_DOMAINS and isinstance(version, int):
+                    found = max(found, version)
+    return found
+
+
+def too_new(file: Path, written_in: str, library: str, version: str, newest: str) -> BackendError:
+    """The error for a file that is newer than the library that is to run it."""
+    return BackendError(
+        f"{file} is written in {written_in}, and {library} {version} reads up to {newest}. Update {library}, or export "
+        "the model again in an older one (opset_version of torch.onnx.export)."
+    )
+
+
+def _fields(stream: BinaryIO, wanted: int) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field of a message; of those with a length, the content of the wanted one only."""
+    while (key := _varint(stream)) is not None:
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            yield number, _varint(stream) or 0
+            continue
+        size = _LENGTHS[kind] if kind in _LENGTHS else _varint(stream) or 0
+        if number == wanted:
+            yield number, stream.read(size)
+        else:
+            stream.seek(size, 1)
+
+
+def _varint(stream: BinaryIO) -> int | None:
+    """A number in groups of 7 bits, the lowest first; None at the end."""
+    value = shift = 0
+    while byte := stream.read(1):
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+        shift += 7
+    return None

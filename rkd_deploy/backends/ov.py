@@ -1,0 +1,238 @@
+"""OpenVINO on the CPU; it reads the ONNX file as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rkd_deploy.backends.files import broken_model, model_path, opset, too_new
+from rkd_deploy.backends.protocol import (
+    Array,
+    Backend,
+    InputSpec,
+    check_threads,
+    closed_backend,
+    logits_first,
+    parse_device,
+)
+from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.errors import BackendError, require
+
+_KNOWN_TO_ALL = 21
+"""Opset of ONNX 1.16, which is older than the oldest OpenVINO that is taken: nothing needs to be looked up for it."""
+
+
+class OpenVinoBackend(Backend):
+    """An ONNX file compiled by OpenVINO; threads may share it."""
+
+    name = "openvino"
+
+    def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> None:
+        """Compile the file for the CPU, in the precision that it is written in.
+
+        Raises:
+            UsageError: Unknown device, or a thread count below 1.
+            ModelFileError: The file is missing or corrupt.
+            BackendError: Another device than the CPU, or the model has no single numeric input.
+        """
+        file = model_path(path)
+        if parse_device(device)[0] != "cpu":
+            raise BackendError(f"Device {device!r} was asked for; the openvino backend runs on device='cpu' only.")
+        check_threads(threads)
+        model = _read(file)
+        self.device = "cpu"
+        self._input = _only_input(file, model.inputs)
+        self.input_name, self.input_shape = self._input.name, self._input.shape
+        self.input_dtype = self._input.dtype.name
+        names = [output.get_any_name() for output in model.outputs]
+        self.outputs = logits_first(file, names)
+        self._logits_index = names.index(self.outputs[0])
+        self._metadata = _onnx_metadata(model)
+        card = self._metadata.get(METADATA_KEY)
+        self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
+        self._compiled: Any = _compile(file, model, threads)
+        self._local = threading.local()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+        """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
+        return cls(path, device=device, threads=threads)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        request = self._request()
+        self._input.check(x)
+        # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
+        _run(request, np.ascontiguousarray(x))
+        logits: Array = self._result(request, len(x)).copy()
+        return logits
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`."""
+        self._input.check(x)
+        request = self._live().create_infer_request()
+        # A copy that the tensor owns: bound once, and nobody else can write or free it.
+        request.set_input_tensor(require("openvino", "openvino").Tensor(np.ascontiguousarray(x), shared_memory=False))
+
+        checked = False
+
+        def run() -> None:
+            nonlocal checked
+            self._live()
+            _run(request, None)
+            if not checked:
+                self._result(request, len(x))
+                checked = True
+
+        return run
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`: every run has ended when its call returns."""
+        self._live()
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: the custom metadata of the ONNX file."""
+        return self._metadata
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._compiled = None
+        self._local = threading.local()
+
+    def _live(self) -> Any:
+        if self._compiled is None:
+            raise closed_backend(self.name)
+        return self._compiled
+
+    def _result(self, request: Any, batch: int) -> Array:
+        """The logits of a run, in memory of the request's."""
+        logits: Array = request.get_output_tensor(self._logits_index).data
+        if logits.size == 0:  # and no error: seen of 2026.4, and the time of such a run says nothing
+            raise BackendError(
+                f"OpenVINO gave an empty result {list(logits.shape)} for a batch of {batch}, as it does where memory "
+                "runs out. Use a smaller batch, or fewer streams, or free memory."
+            )
+        return logits
+
+    def _request(self) -> Any:
+        """This thread's own request: one request runs one batch at a time."""
+        compiled = self._live()
+        if getattr(self._local, "request", None) is None:
+            self._local.request = compiled.create_infer_request()
+        return self._local.request
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that this backend would run on here."""
+    require("openvino", "openvino")
+    return ("cpu",)
+
+
+def _read(file: Path) -> Any:
+    try:
+        model = require("openvino", "openvino").Core().read_model(str(file))
+    except RuntimeError as error:
+        if "No conversion rule" in str(error):
+            _check_opset(file)
+            raise BackendError(
+                f"OpenVINO does not know what {file} computes: {_reason(error).lstrip('- ')}. "
+                "Run it on another backend (rkd-deploy backends lists them), or export the classifier without it."
+            ) from error
+        raise broken_model(file, _reason(error)) from error
+    _check_opset(file)
+    return model
+
+
+def _check_opset(file: Path) -> None:
+    # OpenVINO takes a newer opset for the newest one it knows, and would compute what the file may not mean.
+    found = opset(file)
+    newest = None if found <= _KNOWN_TO_ALL else newest_opset()
+    if newest is not None and found > newest:
+        version = require("openvino", "openvino").__version__.split("-")[0]
+        raise too_new(file, f"opset {found}", "OpenVINO", version, f"opset {newest}")
+
+
+@cache
+def newest_opset() -> int | None:
+    """The newest ONNX opset that OpenVINO knows; None where that cannot be told.
+
+    There is no function to ask: it is the newest of the operator tables of ONNX that are linked into its reader.
+    """
+    folder = Path(str(require("openvino", "openvino").__file__)).parent
+    readers = [file for file in folder.rglob("*openvino_onnx_frontend*") if file.is_file()]
+    found = [int(one) for file in readers for one in re.findall(rb"OpSet_Onnx_ver(\d+)", file.read_bytes())]
+    return max(found, default=None)
+
+
+def _onnx_metadata(model: Any) -> dict[str, str]:
+    info = model.get_rt_info()
+    return {key: str(value.value) for key, value in info["framework"].items()} if "framework" in info else {}
+
+
+def compile_options(threads: int | None) -> dict[str, Any]:
+    """Properties that every model here is compiled with; None leaves the threads to OpenVINO."""
+    # On CPUs with bfloat16 units OpenVINO would compute in that by itself; a file that says fp32 must mean it.
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return options
+
+
+def _compile(file: Path, model: Any, threads: int | None) -> Any:
+    try:
+        return require("openvino", "openvino").Core().compile_model(model, "CPU", compile_options(threads))
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO cannot run {file}: {_reason(error)}. Run it on another backend (rkd-deploy backends lists them)."
+        ) from error
+
+
+def _run(request: Any, x: Array | None) -> None:
+    """Run once; None takes the input that is bound already."""
+    try:
+        # Shared outputs: else each run copies all of them into arrays that nobody reads.
+        request.infer(None if x is None else {0: x}, share_inputs=True, share_outputs=True)
+    except RuntimeError as error:
+        wanted = re.search(r"Failed to allocate (\d+) bytes", str(error))
+        if wanted:
+            raise BackendError(
+                f"OpenVINO ran out of memory: {int(wanted[1]):,} bytes more were asked for. Use a smaller batch, or "
+                "fewer streams, or free memory."
+            ) from error
+        raise BackendError(
+            f"OpenVINO failed to run the model: {_reason(error)}. "
+            "Try a smaller batch; if it stays, check the file with: rkd-deploy verify"
+        ) from error
+
+
+def _only_input(file: Path, inputs: list[Any]) -> InputSpec:
+    way_out = "rkd-deploy runs models with one numeric input, batch first: export the classifier alone."
+    described = ", ".join(f"{item.get_any_name()} {item.partial_shape}" for item in inputs) or "none"
+    if len(inputs) != 1:
+        raise BackendError(f"{file} has {len(inputs)} inputs ({described}). {way_out}")
+    if inputs[0].partial_shape.rank.is_dynamic:
+        raise BackendError(f"The input of {file} has no known rank ({described}). {way_out}")
+    only = inputs[0]
+    try:
+        dtype = np.dtype(only.element_type.to_dtype())
+    except (RuntimeError, TypeError):
+        dtype = np.dtype(np.str_)
+    if dtype.kind not in "biuf":
+        raise BackendError(
+            f"The input of {file} is {described} of type {only.element_type.get_type_name()}, no number. {way_out}"
+        )
+    shape = tuple(size.get_length() if size.is_static else None for size in only.partial_shape)
+    return InputSpec(only.get_any_name(), shape, dtype)
+
+
+def _reason(error: Exception) -> str:
+    # Traces of OpenVINO's own source files come first, the reason last.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

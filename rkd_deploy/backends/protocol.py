@@ -1,0 +1,237 @@
+"""What every backend offers: a loaded model that runs. It neither times nor prints; `bench` does.
+
+Letters: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.backends.files import broken_model
+from rkd_deploy.errors import BackendError, UsageError
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class LayerTime(NamedTuple):
+    """One layer of one run, as the runtime tells it."""
+
+    name: str
+    op: str
+    """Its type."""
+    ms: float
+    precision: str | None = None
+    """Type it works on, NumPy's name where it has one; None where the runtime does not tell it."""
+
+
+LayerRun: TypeAlias = list[LayerTime]
+"""All layers of one run, in order."""
+
+
+class Backend(Protocol):
+    """A loaded model on one device. After `close` every use raises BackendError."""
+
+    name: str
+    """As in `load_backend`."""
+    device: str
+    """Where it runs: "cpu" or "cuda:N"; never where it was merely asked to run."""
+    precision: str
+    """Of the model's arithmetic: fp32, fp16, int8, ...; "unknown" where the file does not say."""
+    input_name: str
+    input_shape: tuple[int | None, ...]
+    """Of the input, batch first; None is a dimension that the caller chooses."""
+    input_dtype: str
+    """NumPy name of the input's type."""
+    outputs: tuple[str, ...]
+    """Names of the outputs, the logits first."""
+    max_batch: int | None = None
+    """Largest batch where the caller chooses it; None: what the memory holds."""
+    build_seconds: float | None = None
+    """What building an engine took, where loading had to do that."""
+
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Whether runs are launches of a captured CUDA graph; None where the backend knows no such thing."""
+        return None
+
+    def infer(self, x: Array) -> Array:
+        """Run once, host to host.
+
+        Args:
+            x: [N, ...] of `input_shape` and `input_dtype`.
+
+        Returns:
+            Logits [N, K].
+
+        Raises:
+            UsageError: `x` has another type or shape; the message names both.
+            BackendError: The run failed, or the backend is closed.
+        """
+        ...
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """Copy `x` to the device once; each call of what is returned enqueues one run there.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: The backend is closed.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until every enqueued run is done."""
+        ...
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """Run so often with profiling on, and tell the layers of each run; empty where that is not to be had.
+
+        Args:
+            x: As for `infer`.
+            count: Of runs.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: A run failed, or the backend is closed.
+        """
+        return []
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the model file says about itself; empty where the format holds nothing."""
+        ...
+
+    def close(self) -> None:
+        """Give the model's memory back; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The one input of a model, and the check that an array fits it."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    """Batch first; None is free."""
+    dtype: np.dtype[Any]
+    _tail: tuple[int | None, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tail", self.shape[1:])
+
+    def check(self, x: Array) -> None:
+        """Refuse an array that does not fit.
+
+        Raises:
+            UsageError: Names what was found and what is expected.
+        """
+        # This runs before every prediction: the usual case, free batch and fixed rest, is three comparisons.
+        if isinstance(x, np.ndarray) and x.dtype == self.dtype:
+            shape = x.shape
+            if self.shape[0] is None and shape and shape[0] > 0 and shape[1:] == self._tail:
+                return
+            if len(shape) == len(self.shape) and all(
+                found == wanted or (wanted is None and found > 0)
+                for found, wanted in zip(shape, self.shape, strict=True)
+            ):
+                return
+        found = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        wanted = ", ".join("any" if size is None else str(size) for size in self.shape)
+        raise UsageError(
+            f"Input {self.name!r} was given {found}; the model takes a NumPy array {self.dtype} [{wanted}], "
+            "batch first. Convert the array, or let rkd_deploy.load(...) prepare images for the model."
+        )
+
+
+_CHUNK_NUMBERS = 1 << 18
+"""Of an input that is run at once: 341 images of 32 x 32 in colour, 6 of 224 x 224."""
+
+
+def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Array:
+    """Logits of any number of inputs, in chunks that the model and the memory can take.
+
+    A model with a fixed batch gets exactly that: its last chunk is filled up with copies, whose logits are dropped.
+
+    Args:
+        backend: The model.
+        x: [N, ...], N at least 1.
+        max_batch: Largest chunk where the model leaves the batch free. Default: 256 small images, fewer large ones,
+            because a network's maps are many times as large as its input.
+
+    Returns:
+        [N, K].
+
+    Raises:
+        UsageError: `x` does not fit the model.
+    """
+    fixed = backend.input_shape[0]
+    max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // math.prod(x.shape[1:])))
+    max_batch = min(max_batch, backend.max_batch or max_batch)
+    count = len(x)
+    if count <= max_batch if fixed is None else count == fixed:
+        return backend.infer(x)
+    size = fixed or max_batch
+    parts = []
+    for start in range(0, count, size):
+        chunk = x[start : start + size]
+        missing = 0 if fixed is None else fixed - len(chunk)
+        if missing:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
+        parts.append(backend.infer(chunk)[: size - missing])
+    if not parts:
+        raise UsageError("A batch of 0 inputs was given; a model takes at least 1.")
+    return np.concatenate(parts)
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """Kind and index of a device name: "cpu" -> ("cpu", 0), "cuda" -> ("cuda", 0), "cuda:1" -> ("cuda", 1).
+
+    Raises:
+        UsageError: Another name.
+    """
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not found:
+        raise UsageError(f"Unknown device {device!r}. Choices: cpu, cuda, cuda:N (N counts from 0).")
+    return device.split(":")[0], int(found[1] or 0)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a thread count below 1; None leaves the choice to the runtime.
+
+    Raises:
+        UsageError: It is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be at least 1, or left out for the runtime's own choice.")
+
+
+def logits_first(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Names of a model's outputs, the logits in front: the one of that name, else the first.
+
+    Raises:
+        ModelFileError: There are none.
+    """
+    if not names:
+        raise broken_model(file, "it has no outputs")
+    first = "logits" if "logits" in names else names[0]
+    return (first, *(name for name in names if name != first))
+
+
+def closed_backend(name: str) -> BackendError:
+    """The error for any use after `close`."""
+    return BackendError(f"This {name} backend is closed. Load the model again with load_backend({name!r}, path).")

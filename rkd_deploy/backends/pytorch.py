@@ -1,0 +1,384 @@
+"""PyTorch: a live module as the reference of the parity gate, or a bundle's exported program.
+
+Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
+(`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
+
+The only file of `serve` that imports torch; it is loaded by name, so nothing else reaches torch through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+
+from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.protocol import (
+    Array,
+    Backend,
+    InputSpec,
+    LayerRun,
+    LayerTime,
+    check_threads,
+    closed_backend,
+    parse_device,
+)
+from rkd_deploy.errors import BackendError, UsageError
+
+PROGRAM_SUFFIX = ".pt2"
+_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
+
+
+class PyTorchBackend(Backend):
+    """An nn.Module in inference mode. Float32 on CUDA follows PyTorch's own TF32 settings."""
+
+    name = "pytorch"
+    input_name = "input"
+    outputs = ("logits",)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        input_shape: Sequence[int | None],
+        input_dtype: str,
+        device: str = "cpu",
+        threads: int | None = None,
+        precision: str = "fp32",
+        memory_limit: int | None = None,
+        shared: bool = False,
+    ) -> None:
+        """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
+
+        Args:
+            module: Gives a tensor [N, K], or a tuple that begins with it.
+            input_shape: Batch first; None is free.
+            input_dtype: NumPy name.
+            device: "cpu", "cuda" or "cuda:N".
+            threads: `torch.set_num_threads`, which holds for the whole process.
+            precision: What the module's arithmetic is, for reports.
+            memory_limit: Most bytes that PyTorch may take on this GPU, in the whole process.
+            shared: On a CPU, hold the module's own weights and no copies: they must not be changed meanwhile.
+
+        Raises:
+            UsageError: Unknown device, or a thread count below 1.
+            BackendError: CUDA was asked for and is not to be had here.
+        """
+        self._place = _place(device)
+        check_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if memory_limit is not None:
+            _limit_memory(self._place, memory_limit)
+        self._input = InputSpec(self.input_name, tuple(input_shape), np.dtype(input_dtype))
+        self.input_shape, self.input_dtype = self._input.shape, self._input.dtype.name
+        self.precision = precision
+        kind, index = parse_device(device)
+        self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
+        own = [*module.parameters(), *module.buffers()] if shared and self.device == "cpu" else []
+        self._module: nn.Module | None = copy.deepcopy(module, {id(one): one for one in own}).to(self._place)
+        with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
+            self._module.eval()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Self:
+        """Load the exported program of a bundle, model.pt2. Load only files that you trust.
+
+        Raises:
+            BackendError: The bundle has no exported program, or CUDA was asked for and is not to be had here.
+            ModelFileError: The file is corrupt.
+        """
+        file = _program_path(Path(path))
+        place = _place(device)
+        if not zipfile.is_zipfile(file):  # torch logs a page of traceback before it raises
+            raise broken_model(file, "it is no PyTorch archive")
+        try:
+            program = move_to_device_pass(torch.export.load(file), place)
+            inputs = program.graph_signature.user_inputs
+            values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in inputs}
+            module = program.module()
+        except Exception as error:  # zipfile, JSON and torch errors of every kind, none with a common base
+            raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
+        if len(values) != 1:
+            raise BackendError(
+                f"{file} has {len(values)} inputs ({', '.join(values) or 'none'}). rkd-deploy runs models with one "
+                "numeric input, batch first: export the classifier alone."
+            )
+        (value,) = values.values()
+        shape = [size if isinstance(size, int) else None for size in value.shape]
+        dtype = str(value.dtype).removeprefix("torch.")
+        return cls(module, input_shape=shape, input_dtype=dtype, device=device, **options)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        module = self._live()
+        self._input.check(x)
+        return _to_numpy(_run(module, self._tensor(x)))
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`."""
+        self._live()
+        self._input.check(x)
+        resident = self._tensor(x).clone()
+
+        def run() -> None:
+            _run(self._live(), resident)
+
+        return run
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: the operators of an exported program, which alone has names for them."""
+        module = self._live()
+        self._input.check(x)
+        if not isinstance(module, torch.fx.GraphModule):
+            return []
+        interpreter, given = _Named(module), self._tensor(x)
+        with _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
+            for interpreter.run_number in range(count):
+                interpreter.run(given)
+        runs: list[LayerRun] = [[] for _ in range(count)]
+        for event in sorted(profile.events(), key=lambda one: one.time_range.start):
+            run, _, name = event.name.partition(" ")
+            if name in interpreter.kinds and run.isdecimal():
+                total = event.cpu_time_total if self._place.type == "cpu" else event.device_time_total
+                op, precision = interpreter.kinds[name]
+                runs[int(run)].append(LayerTime(name, op, total / 1000, precision))
+        return runs
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._live()
+        if self._place.type == "cuda":
+            torch.cuda.synchronize(self._place)
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: an exported program holds none."""
+        return {}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._module = None
+
+    def _live(self) -> nn.Module:
+        if self._module is None:
+            raise closed_backend(self.name)
+        return self._module
+
+    def _tensor(self, x: Array) -> Tensor:
+        # from_numpy warns about read-only memory and refuses negative strides; such arrays are copied.
+        with _explained(len(x)):
+            return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self._place)
+
+
+class CompiledPyTorchBackend(PyTorchBackend):
+    """The same, compiled by torch.compile.
+
+    The first run compiles, and so does the first of another batch size, which then stands for all further ones.
+    """
+
+    name = "pytorch:compile"
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: what is compiled is no longer the program's operators."""
+        return []
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        """Take a copy of a live module; arguments and errors as for `PyTorchBackend`."""
+        super().__init__(module, **options)
+        # fullgraph: what cannot be compiled is an error; else torch runs it eagerly, and says nothing.
+        compiled: Any = torch.compile(self._live(), fullgraph=True)
+        self._module = compiled
+
+
+class GraphedPyTorchBackend(PyTorchBackend):
+    """The same, recorded as a CUDA graph and replayed; another input shape is recorded anew. Threads take turns."""
+
+    name = "pytorch:cuda-graphs"
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: a captured graph is one launch."""
+        return []
+
+    def __init__(self, module: nn.Module, *, device: str = "cuda", **options: Any) -> None:
+        """Take a copy of a live module; arguments and errors as for `PyTorchBackend`.
+
+        Raises:
+            BackendError: Another device than CUDA.
+        """
+        if parse_device(device)[0] == "cpu":
+            raise BackendError(
+                f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only. On a CPU "
+                "run pytorch, or pytorch:compile."
+            )
+        super().__init__(module, device=device, **options)
+        self._recorded: _Recorded | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether a run is the launch of a captured graph: always."""
+        return True
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        module = self._live()
+        self._input.check(x)
+        given = self._tensor(x)
+        with self._lock:
+            if self._recorded is None or self._recorded.shape != given.shape:
+                self._recorded = None  # gives its memory back first
+                self._recorded = _Recorded(module, given)
+            return _to_numpy(self._recorded.run(given).to("cpu", copy=True))
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`. What is prepared is a graph of its own."""
+        module = self._live()
+        self._input.check(x)
+        recorded = _Recorded(module, self._tensor(x))
+
+        def run() -> None:
+            self._live()
+            recorded.replay()
+
+        return run
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        super().close()
+        self._recorded = None
+
+
+class _Recorded:
+    """One input shape's run as a CUDA graph: it reads and writes the same memory each time.
+
+    Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self._x = x.clone()
+        with torch.cuda.device(x.device), _explained(len(x)):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UPS):
+                    _run(module, self._x)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = _run(module, self._x)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the input."""
+        return self._x.shape
+
+    def run(self, x: Tensor) -> Tensor:
+        """Logits of another input; the next run overwrites them."""
+        self._x.copy_(x)
+        self.replay()
+        return self._logits
+
+    def replay(self) -> None:
+        """Start a run of the input that is there."""
+        self._graph.replay()
+
+
+class _Named(torch.fx.Interpreter):
+    """Runs a program operator by operator, each under its name and the number of the run in PyTorch's profile."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.run_number = 0
+        self.kinds: dict[str, tuple[str, str]] = {}
+        """Type of each operator, and of the numbers that it gives."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Run one operator."""
+        if not isinstance(n.target, torch._ops.OpOverload):
+            return super().run_node(n)
+        with torch.profiler.record_function(f"{self.run_number} {n.name}"):
+            result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.kinds[n.name] = (n.target.overloadpacket.__name__, str(result.dtype).removeprefix("torch."))
+        return result
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that PyTorch would run on here."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    with _explained(len(x)), torch.inference_mode():
+        result: Any = module(x)
+    logits = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(logits, Tensor):
+        raise BackendError(
+            f"The module gave a {type(result).__name__}; a backend needs a tensor of logits [N, K], "
+            "or a tuple that begins with one. Wrap the module so that it returns that."
+        )
+    return logits
+
+
+@contextlib.contextmanager
+def _explained(batch: int) -> Iterator[None]:
+    """Out of memory, a shape that the program was not exported for, no compiler: said as a backend's error."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(
+            f"PyTorch failed to run the model on a batch of {batch}: {' '.join(str(error).split())}. "
+            "Try a smaller batch, or check that the module takes this input."
+        ) from error
+
+
+def _to_numpy(logits: Tensor) -> Array:
+    if logits.dtype is torch.bfloat16:
+        logits = logits.float()  # NumPy has no bfloat16
+    array: Array = logits.cpu().numpy()
+    return array
+
+
+def _place(device: str) -> torch.device:
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise BackendError(
+            f"Device {device!r} was asked for, and PyTorch {torch.__version__} sees {count} CUDA devices here. "
+            "Check with nvidia-smi, install a CUDA build of PyTorch (https://pytorch.org/get-started), "
+            "or run on device='cpu'."
+        )
+    return torch.device(kind, index)
+
+
+def _limit_memory(place: torch.device, limit: int) -> None:
+    total = torch.cuda.mem_get_info(place)[1]
+    if limit > total:
+        raise UsageError(
+            f"memory_limit is {limit:,} bytes, and cuda:{place.index or 0} has {total:,}. Give at most that."
+        )
+    torch.cuda.set_per_process_memory_fraction(limit / total, place)
+
+
+def _program_path(path: Path) -> Path:
+    file = path / f"model{PROGRAM_SUFFIX}" if path.is_dir() else model_path(path).with_suffix(PROGRAM_SUFFIX)
+    if not file.is_file():
+        raise BackendError(
+            f"The pytorch backend runs a bundle's exported program, and there is no {file}. "
+            "Export it with: rkd-deploy export --with-pytorch"
+        )
+    return file

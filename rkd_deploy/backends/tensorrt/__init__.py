@@ -1,0 +1,254 @@
+"""TensorRT and TensorRT-RTX: an engine on a CUDA device, run as one CUDA graph.
+
+A run is upload, `execute_async_v3` and download on a stream of the backend's own, from and to pinned memory. Captured
+into a CUDA graph it is one launch; another input shape is captured anew. No torch is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_path
+from rkd_deploy.backends.protocol import (
+    Array,
+    Backend,
+    LayerRun,
+    LayerTime,
+    check_threads,
+    closed_backend,
+    parse_device,
+)
+from rkd_deploy.backends.tensorrt.build import Progress
+from rkd_deploy.backends.tensorrt.cache import cached_engine
+from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_count
+from rkd_deploy.backends.tensorrt.engine import LoadedEngine, Run, load_engine
+from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Flavour, Profile, load_flavour
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
+
+
+class TensorRtBackend(Backend):
+    """An engine on one GPU; threads may share it, and take turns.
+
+    Attributes:
+        cuda_graph: Whether any run is the launch of a captured graph.
+        build_seconds: What building the engine took, where this load had to do it; else None.
+        engine_file: Where the engine lies.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cuda",
+        threads: int | None = None,
+        settings: EngineSettings | None = None,
+        cuda_graph: bool = True,
+        batches: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        """Load an engine; of an ONNX file, build it first, once for this GPU, version and settings.
+
+        Args:
+            path: An engine file; a bundle folder, whose engine is taken if there is one; or an ONNX file.
+            device: "cuda" or "cuda:N".
+            threads: Not for a GPU.
+            settings: How to build where an engine has to be built.
+            cuda_graph: Capture the runs.
+            batches: Batch sizes that the engine has to take.
+            progress: Told how far a build is.
+
+        Raises:
+            UsageError: Unknown device, a thread count, settings that the library does not have, or an engine that does
+                not take one of the batches.
+            MissingDependencyError: The library, cuda-bindings, or onnx for a build, is not installed.
+            ModelFileError: The file is missing or corrupt, or the engine is not that of the model beside it.
+            BackendError: There is no such GPU, the engine is another GPU's or version's, or memory ran out.
+        """
+        self._engine: LoadedEngine | None = None
+        self._stream: Stream | None = None
+        self._runs: list[Run] = []
+        self._lock = threading.RLock()
+        library = load_flavour(self.name)
+        gpu = _gpu(self.name, device, threads)
+        self.device = f"cuda:{gpu.index}"
+        call("cudaSetDevice", gpu.index)
+        plan, record = self._find(Path(path), library, gpu, settings or EngineSettings(), progress)
+        self._metadata = {} if record is None else dict(record.metadata)
+        self.precision = "unknown" if record is None else record.precision
+        self._gpu, self._capture = gpu, cuda_graph
+        try:
+            self._engine = load_engine(plan, record, library, gpu, self.engine_file)
+            for batch in batches:
+                self._engine.profile_index(batch)
+            self._stream = Stream()
+            self._infer = Run(self._engine, self._stream, transfers=True, capture=cuda_graph)
+            self._runs.append(self._infer)
+        except BaseException:
+            self.close()
+            raise
+        self._input = self._engine.input
+        self.input_name, self.input_shape = self._input.name, self._input.shape
+        self.input_dtype = self._input.dtype.name
+        self.outputs = self._engine.output_names
+        self.max_batch = self._engine.max_batch
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, batches: Sequence[int] | None = None, **options: Any) -> Self:
+        """Load an engine, a bundle folder or an .onnx file (see the class); what is built is built for `batches`."""
+        settings = EngineSettings(profiles=(Profile.around(batches),)) if batches else None
+        return cls(path, settings=settings, batches=batches or (), **options)
+
+    @property
+    def cuda_graph(self) -> bool:
+        """See the class."""
+        return any(run.captured for run in self._runs)
+
+    def infer(self, x: Array) -> Array:
+        """See `Backend.infer`."""
+        with self._lock:
+            return self._run(x)[self.outputs[0]].copy()
+
+    def infer_all(self, x: Array) -> dict[str, Array]:
+        """Every output of one run, host to host, by name; arguments and errors as for `infer`."""
+        with self._lock:
+            return {name: value.copy() for name, value in self._run(x).items()}
+
+    def _run(self, x: Array) -> dict[str, Array]:
+        stream = self._live()
+        self._input.check(x)
+        self._infer.fit(x.shape)
+        np.copyto(self._infer.input_host, x)
+        self._infer.enqueue()
+        stream.synchronize()
+        return self._infer.outputs_host
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """See `Backend.prepare`. What is prepared holds device memory of its own until the backend is closed."""
+        with self._lock:
+            stream = self._live()
+            self._input.check(x)
+            assert self._engine is not None
+            prepared = Run(self._engine, stream, transfers=False, capture=self._capture)
+            prepared.fit(x.shape, x)
+            self._runs.append(prepared)
+
+        def run() -> None:
+            with self._lock:
+                self._live()
+                prepared.enqueue()
+
+        return run
+
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: the layers after fusion; of an engine built without detail, their names alone."""
+        with self._lock:
+            stream = self._live()
+            self._input.check(x)
+            assert self._engine is not None
+            known = {layer["name"]: layer for layer in self._engine.layers()}
+            run = Run(self._engine, stream, transfers=False, capture=False)
+            try:
+                run.fit(x.shape, x)
+                times = run.layer_times(count)
+            finally:
+                run.close()
+
+        def described(name: str, ms: float) -> LayerTime:
+            layer = known.get(name, {})
+            return LayerTime(name, str(layer.get("type", "")), ms, layer.get("dtype") or None)
+
+        return [[described(*each) for each in one] for one in times]
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._live().synchronize()
+
+    def metadata(self) -> Mapping[str, str]:
+        """See `Backend.metadata`: that of the ONNX file, from the record beside the engine."""
+        return self._metadata
+
+    def close(self) -> None:
+        """See `Backend.close`: graphs, contexts, engine, memory, stream, in this order."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+            engine, self._engine = self._engine, None
+            if stream is not None:
+                call("cudaSetDevice", self._gpu.index)
+                stream.synchronize()
+                for run in self._runs:
+                    run.close()
+                self._runs = []
+            if engine is not None:
+                engine.close()
+            if stream is not None:
+                stream.close()
+
+    def _live(self) -> Stream:
+        if self._stream is None:
+            raise closed_backend(self.name)
+        call("cudaSetDevice", self._gpu.index)  # each thread has a current device of its own
+        return self._stream
+
+    def _find(
+        self, path: Path, library: Flavour, gpu: Gpu, settings: EngineSettings, progress: Progress | None
+    ) -> tuple[bytes, EngineRecord | None]:
+        """The engine that is meant by a path, and its record."""
+        self.build_seconds = None
+        file = model_path(path)
+        if file.suffix in ENGINE_SUFFIXES:
+            self.engine_file = file
+            return read_engine(file)
+        beside = engine_path(file, library.name)
+        if path.is_dir() and beside.is_file():
+            self.engine_file = beside
+            plan, record = read_engine(beside)
+            if record is not None and record.onnx_sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
+                raise ModelFileError(
+                    f"{beside} was built of another model than the {file.name} beside it. "
+                    f"Build it again with: rkd-deploy export {path} --format {library.name}"
+                )
+            return plan, record
+        kept = cached_engine(file, library, gpu, settings, progress)
+        self.engine_file = kept.file
+        self.build_seconds = kept.record.build_seconds if kept.built else None
+        return kept.plan, kept.record
+
+
+class TensorRtRtxBackend(TensorRtBackend):
+    """The same, by TensorRT-RTX."""
+
+    name = "tensorrt-rtx"
+
+
+def devices() -> tuple[str, ...]:
+    """Devices that an engine would run on here.
+
+    Raises:
+        BackendError: There is none; the message says what is missing.
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+    if gpu_count() == 0:
+        raise BackendError("CUDA finds no device.")
+    return ("cuda",)
+
+
+def _gpu(name: str, device: str, threads: int | None) -> Gpu:
+    kind, index = parse_device(device)
+    check_threads(threads)
+    if kind == "cpu":
+        raise BackendError(f"Device 'cpu' was asked for; the {name} backend runs on device='cuda' or 'cuda:N' only.")
+    if threads is not None:
+        raise UsageError(f"threads is {threads}; an engine runs on a GPU, where it has no effect. Leave it out.")
+    gpu = find_gpu(index)
+    assert gpu is not None
+    return gpu

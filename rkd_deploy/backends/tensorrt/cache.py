@@ -1,0 +1,157 @@
+"""Engines that were built on the way to running an ONNX file, kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkd_deploy.backends.files import ONNX_NAME, model_path, reseal
+from rkd_deploy.backends.tensorrt.build import Progress, build_engine, read_source
+from rkd_deploy.backends.tensorrt.cuda import Gpu
+from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine, record_path, write_engine
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Flavour
+from rkd_deploy.errors import ModelFileError, StorageError
+from rkd_deploy.storage import new_folder
+
+ENGINE_NAME = "model.engine"
+VARIABLE = "RKD_DEPLOY_CACHE"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An engine from the cache."""
+
+    file: Path
+    plan: bytes
+    record: EngineRecord
+    built: bool
+    """Whether it was built just now."""
+
+
+def cache_folder() -> Path:
+    """Where engines are kept: RKD_DEPLOY_CACHE, else the user's cache folder. Removing it costs new builds only."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen) / "engines"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd-deploy" / "engines"
+
+
+def cached_engine(
+    path: str | os.PathLike[str],
+    library: Flavour,
+    gpu: Gpu,
+    settings: EngineSettings,
+    progress: Progress | None = None,
+) -> Kept:
+    """The engine of an ONNX file for this GPU: kept from an earlier time, or built now and kept.
+
+    Args:
+        path: Bundle folder or ONNX file.
+        library: Which builds it.
+        gpu: For which.
+        settings: How; an engine that was kept for other profiles is another engine.
+        progress: Told how far the build is.
+
+    Raises:
+        StorageError: The engine could not be kept.
+    """
+    source = read_source(path)
+    chosen = settings.to_dict()
+    if source.fixed_batch:  # the profiles have no effect, and must not ask for a second engine
+        del chosen["profiles"]
+    key = {
+        "onnx": source.sha256,
+        "flavour": library.name,
+        "version": library.version,
+        "gpu": gpu.name,
+        "capability": gpu.capability,
+        "driver": gpu.driver,
+        "settings": chosen,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder() / f"{library.name}-{digest[:24]}"
+    kept = _read(folder)
+    if kept is not None:
+        return kept
+    engine = build_engine(path, library.name, settings, device=gpu.index, progress=progress)
+    try:
+        with new_folder(folder) as temporary:
+            write_engine(temporary / ENGINE_NAME, engine.plan, engine.record)
+    except StorageError:
+        kept = _read(folder)
+        if kept is None:
+            raise
+        return kept  # another process built the same one meanwhile: it is as good
+    return Kept(folder / ENGINE_NAME, engine.plan, engine.record, True)
+
+
+def _read(folder: Path) -> Kept | None:
+    """What is kept there; a damaged engine is thrown away, because it can be built again."""
+    file = folder / ENGINE_NAME
+    if not folder.exists():
+        return None
+    try:
+        plan, record = read_engine(file)
+    except ModelFileError:
+        record = None
+    if record is None:
+        shutil.rmtree(folder)
+        return None
+    return Kept(file, plan, record, False)
+
+
+@dataclass(frozen=True)
+class ExportedEngine:
+    """An engine on disk, and what is known of it."""
+
+    file: Path
+    record: EngineRecord
+
+
+def export_engine(
+    path: str | os.PathLike[str],
+    flavour: str = "tensorrt",
+    settings: EngineSettings | None = None,
+    *,
+    output: Path | None = None,
+    device: int = 0,
+    progress: Progress | None = None,
+) -> ExportedEngine:
+    """Build an engine and write it with its JSON record; nothing is written before the build has ended well.
+
+    The file is the library's own bytes: trtexec --loadEngine and Triton take it as it is. In a bundle its checksum and
+    that of the record are added to model.json's.
+
+    Args:
+        path: Bundle folder or ONNX file; its precision is the engine's.
+        flavour: tensorrt or tensorrt-rtx.
+        settings: Batch sizes, devices, compatibility.
+        output: The engine's file. Default: model.FLAVOUR.engine beside the ONNX file. An engine of ours that is
+            there already is replaced.
+        device: Index of the GPU to build on.
+        progress: Told the phase, and how far it is.
+
+    Raises:
+        StorageError: Something that is no engine of ours is there, or it could not be written.
+        RkdError: As `rkd_deploy.serve.engines.build.build_engine` raises.
+    """
+    model = model_path(path)
+    file = output or engine_path(model, flavour)
+    if file.exists() and not record_path(file).is_file():
+        raise StorageError(
+            f"{file} exists already and is no engine that rkd-deploy wrote ({record_path(file).name} is not beside "
+            "it). Name another file with --output, or remove it first."
+        )
+    engine = build_engine(path, flavour, settings, device=device, progress=progress)
+    names = (file.name, record_path(file).name)
+    in_bundle = model.name == ONNX_NAME and file.parent.resolve() == model.parent.resolve()
+    if in_bundle and file.exists():
+        reseal(model.parent, without=names)  # first: no engine ever lies beside the sum of another
+    write_engine(file, engine.plan, engine.record)
+    if in_bundle:
+        reseal(model.parent, adding=names)
+    return ExportedEngine(file, engine.record)

@@ -1,0 +1,94 @@
+"""Tables of layers: of a parsed network on any machine, of a finished engine where a GPU can load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Layer = dict[str, Any]
+
+
+def network_layers(network: Any) -> list[Layer]:
+    """The layers that the parser made of the ONNX nodes, before any fusion.
+
+    Args:
+        network: An INetworkDefinition.
+
+    Returns:
+        Of each: name, type, and type and shape of its first output (-1: the batch).
+    """
+    return [_described(network.get_layer(index)) for index in range(network.num_layers)]
+
+
+def engine_layers(engine: Any, trt: Any) -> list[Layer]:
+    """The layers that run, after fusion, as the engine inspector tells.
+
+    Args:
+        engine: An ICudaEngine, built with detailed profiling verbosity.
+        trt: Its module.
+
+    Returns:
+        As `network_layers`; the inspector's other facts, the chosen kernel among them, under their own names.
+    """
+    inspector = engine.create_engine_inspector()
+    content = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return [_inspected(layer) for layer in content.get("Layers", [])]
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Name, type, data type and shape of each layer, one a line."""
+    rows = [("layer", "type", "data type", "shape")]
+    rows += [
+        (str(layer["name"]), str(layer["type"]), str(layer.get("dtype", "")), _shape(layer.get("shape")))
+        for layer in layers
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _described(layer: Any) -> Layer:
+    output = layer.get_output(0)
+    return {
+        "name": layer.name,
+        "type": layer.type.name.lower(),
+        "dtype": output.dtype.name.lower(),
+        "shape": list(output.shape),
+    }
+
+
+def _inspected(layer: Any) -> Layer:
+    if isinstance(layer, str):  # of an engine that was built with less verbosity: names only
+        return {"name": layer, "type": ""}
+    output = next(iter(layer.get("Outputs") or [{}]))
+    return {
+        "name": layer.get("Name", ""),
+        "type": layer.get("LayerType", ""),
+        "dtype": output.get("Format/Datatype", ""),
+        "shape": output.get("Dimensions"),
+        **{key: value for key, value in layer.items() if key not in ("Name", "LayerType")},
+    }
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(str(size) for size in shape) if isinstance(shape, list) else ""
+
+
+def layer_profiler(trt: Any) -> Any:
+    """An IProfiler that keeps what it is told in `times`: name and milliseconds of each layer, in the order they run.
+
+    Attached to an execution context, it makes each run wait for its end and tell its layers then; a captured graph
+    would tell nothing.
+    """
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: list[tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.append((layer_name, ms))
+
+    return Profiler()

@@ -1,0 +1,171 @@
+"""The JSON file beside an engine: what the engine is, for which GPU and library, and of which model.
+
+The engine itself is the library's bytes and nothing else, so that trtexec and Triton load it as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.backends.tensorrt.settings import Flavour
+from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.storage import write_bytes, write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """What is known of an engine."""
+
+    flavour: str
+    version: str
+    """Of the library that built it."""
+    device: str | None
+    """Name of the GPU it was built on; None: on a machine without one, which TensorRT-RTX can do."""
+    compute_capability: str | None
+    """Of that GPU, e.g. "9.0"."""
+    compute_capabilities: tuple[str, ...]
+    """TensorRT-RTX: those it was built for; empty: every one that the library names."""
+    driver: int | None
+    """CUDA version of the driver it was built with, as 13020 for 13.2."""
+    profiles: tuple[str, ...]
+    """MIN:OPT:MAX batch sizes; empty where the ONNX file has a fixed batch."""
+    precision: str
+    """As the ONNX file's card says."""
+    settings: Mapping[str, Any]
+    onnx_name: str
+    onnx_sha256: str
+    engine_sha256: str
+    engine_bytes: int
+    build_seconds: float
+    layers: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    layers_of: str = "network"
+    """Whose layers these are: the parsed network's, or the finished engine's, which only a GPU can show."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Of the ONNX file, the model card among it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_json` gives the equal record back."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> EngineRecord:
+        """Read a record.
+
+        Args:
+            text: JSON of `to_dict`.
+            where: The file it comes from, for messages.
+
+        Raises:
+            ModelFileError: No JSON, a newer schema, or fields missing.
+        """
+        try:
+            content = json.loads(text)
+            schema = content.pop("schema")
+            if schema != SCHEMA:
+                raise ModelFileError(
+                    f"{where} is written in engine schema {schema}; this version reads schema {SCHEMA}. "
+                    "Update with: pip install -U rkd-deploy"
+                )
+            names = {item.name for item in fields(cls)}
+            known = {key: value for key, value in content.items() if key in names}
+            for name in ("compute_capabilities", "profiles"):
+                known[name] = tuple(known[name])
+            return cls(**known)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(
+                f"{where} holds no record of an engine that can be read ({error}). Build the engine again with "
+                "rkd-deploy export --format tensorrt."
+            ) from error
+
+    def check_fits(self, flavour: Flavour, device: str, capability: str) -> None:
+        """Refuse to run this engine where it was not built for.
+
+        Args:
+            flavour: The library that would run it.
+            device: Name of the GPU.
+            capability: Its compute capability, e.g. "8.6".
+
+        Raises:
+            BackendError: Another library, version or GPU; both are named.
+        """
+        again = f"Build it again here with: rkd-deploy export {self.onnx_name} --format {flavour.name}"
+        if self.flavour != flavour.name:
+            raise BackendError(f"The engine is {self.flavour}'s and cannot run on {flavour.name}. {again}")
+        same_major = self.version.split(".")[0] == flavour.version.split(".")[0]
+        if self.version != flavour.version and not (self.settings.get("version_compatible") and same_major):
+            raise BackendError(
+                f"The engine was built by {self.flavour} {self.version}; {flavour.version} is installed here, and an "
+                f"engine runs only in the version that built it, unless it is built version compatible. {again}"
+            )
+        reason = self._foreign_rtx(capability) if flavour.is_rtx else self._foreign(device, capability)
+        if reason:
+            raise BackendError(f"The engine was built for {reason}; here is {device} ({capability}). {again}")
+
+    def _foreign_rtx(self, capability: str) -> str | None:
+        named = self.compute_capabilities  # none named: portable, and the library itself has the last word
+        return f"compute capabilities {', '.join(named)}" if named and capability not in named else None
+
+    def _foreign(self, device: str, capability: str) -> str | None:
+        level = self.settings.get("hardware", "none")
+        if level == "ampere+":
+            return "compute capability 8.0 or newer" if float(capability) < 8 else None
+        if level == "same-capability":
+            return f"compute capability {self.compute_capability}" if capability != self.compute_capability else None
+        same = (device, capability) == (self.device, self.compute_capability)
+        return None if same else f"{self.device} ({self.compute_capability})"
+
+
+def engine_path(model: Path, flavour: str) -> Path:
+    """Where the engine of an ONNX file lies: model.onnx -> model.tensorrt.engine, beside it."""
+    return model.with_name(f"{model.stem}.{flavour}.engine")
+
+
+def record_path(engine: Path) -> Path:
+    """model.tensorrt.engine -> model.tensorrt.engine.json."""
+    return engine.with_name(engine.name + ".json")
+
+
+def write_engine(path: Path, plan: bytes, record: EngineRecord) -> None:
+    """Write an engine and its record, each whole or not at all.
+
+    Raises:
+        StorageError: Something could not be written.
+    """
+    write_bytes(path, plan)
+    try:
+        write_json(record_path(path), record.to_dict())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def read_engine(path: str | os.PathLike[str]) -> tuple[bytes, EngineRecord | None]:
+    """An engine and its record; one that trtexec wrote, say, has no record.
+
+    Raises:
+        ModelFileError: The engine cannot be read, its record cannot, or the two do not belong together.
+    """
+    file = Path(path)
+    beside = record_path(file)
+    try:
+        plan = file.read_bytes()
+        text = beside.read_text(encoding="utf-8") if beside.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{file} or {beside.name} beside it cannot be read: {error}.") from error
+    if text is None:
+        return plan, None
+    record = EngineRecord.from_json(text, str(beside))
+    if hashlib.sha256(plan).hexdigest() != record.engine_sha256:
+        raise ModelFileError(
+            f"{file} is not the engine that {beside.name} describes: {len(plan):,} bytes with another checksum than "
+            f"the {record.engine_bytes:,} bytes recorded. Copy both files again, or build the engine again."
+        )
+    return plan, record

@@ -1,0 +1,242 @@
+"""What an engine is built for: batch sizes, devices, compatibility; and which library can do what of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+from rkd_deploy.errors import BackendError, UsageError, install_line, require, unknown_name
+
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Flavour to import name."""
+
+OLDEST_TENSORRT = 10
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two libraries, imported."""
+
+    name: str
+    """tensorrt or tensorrt-rtx."""
+    trt: Any
+    """The module."""
+    log: Any
+    """The logger that every object of the library is made with; see `drain`."""
+    messages: list[str] = field(repr=False)
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether this is TensorRT-RTX."""
+        return self.name == "tensorrt-rtx"
+
+    @property
+    def version(self) -> str:
+        """Of the library, e.g. 11.4.0.106."""
+        return str(self.trt.__version__)
+
+    @property
+    def major(self) -> int:
+        """First number of the version."""
+        return int(self.version.split(".")[0])
+
+    def drain(self) -> str:
+        """What the library complained of since the last call, as one line; it returns None where others raise."""
+        lines = [" ".join(message.split()) for message in self.messages]
+        self.messages.clear()
+        return "; ".join(dict.fromkeys(lines)) or "the library gave no reason"
+
+
+@cache
+def load_flavour(name: str) -> Flavour:
+    """Import one of the two.
+
+    Args:
+        name: tensorrt or tensorrt-rtx.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+        BackendError: It is older than TensorRT 10.
+    """
+    if name not in PACKAGES:
+        raise BackendError(unknown_name("engine flavour", name, PACKAGES))
+    trt = require(PACKAGES[name], name)
+    messages: list[str] = []
+    flavour = Flavour(name, trt, _logger(trt, messages), messages)
+    if not flavour.is_rtx and flavour.major < OLDEST_TENSORRT:
+        raise BackendError(
+            f"TensorRT {flavour.version} is installed; strongly typed networks, which keep the precision that the ONNX "
+            f"file is written in, need TensorRT {OLDEST_TENSORRT} or newer. Update with: {install_line(name)}"
+        )
+    return flavour
+
+
+def _logger(trt: Any, messages: list[str]) -> Any:
+    """Collects errors: TensorRT keeps the first logger of a process for good, so there is one for each library."""
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                messages.append(message)
+
+    return Collector()
+
+
+HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
+"""Ours to TensorRT's names of its hardware compatibility levels."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Range of batch sizes that an engine takes, and the one that its kernels are chosen for."""
+
+    least: int
+    best: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.best <= self.most:
+            raise UsageError(
+                f"The profile {self} is no range of batch sizes: it must hold 1 <= MIN <= OPT <= MAX, e.g. 1:8:32, or "
+                "one number for a fixed batch."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.best}:{self.most}"
+
+    def covers(self, batch: int) -> bool:
+        """Whether the engine takes this many images in one call."""
+        return self.least <= batch <= self.most
+
+    @classmethod
+    def around(cls, batches: Sequence[int]) -> Profile:
+        """The narrowest range that covers some batch sizes, with kernels for the middle one (of two, the larger)."""
+        ordered = sorted(set(batches))
+        return cls(ordered[0], ordered[len(ordered) // 2], ordered[-1])
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """Read MIN:OPT:MAX, or one number for all three.
+
+        Raises:
+            UsageError: It is neither, or no range.
+        """
+        found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
+        if found is None:
+            raise UsageError(f"The profile {text!r} must be MIN:OPT:MAX batch sizes, e.g. 1:8:32, or one batch size.")
+        least = int(found[1])
+        return cls(least, int(found[2] or least), int(found[3] or least))
+
+
+DEFAULT_PROFILES = (Profile(1, 8, 32),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How to build an engine. What a library cannot do is refused by `check`, with the reason.
+
+    Attributes:
+        profiles: Batch sizes, one profile each; a profile of one size has static shapes throughout. Of no effect where
+            the ONNX file has a fixed batch.
+        compute_capabilities: RTX: GPUs to build for, e.g. ("8.6", "12.0"). None: every one that the library names.
+        hardware: TensorRT: none (the GPU it is built on), ampere+ or same-capability.
+        version_compatible: TensorRT: the engine runs in later versions of the same major version too, slower.
+        refit: Weights can be replaced later without a new build.
+        tf32: Let float32 products round to 10 bits of mantissa: faster, and no longer what the file says.
+        optimization_level: 0 to 5, how long to look for fast kernels; None: the library's own.
+        workspace_bytes: Most device memory for scratch; None: all of it.
+        timing_cache: TensorRT: a file that kernel timings are read from and written to, for faster next builds.
+    """
+
+    profiles: tuple[Profile, ...] = DEFAULT_PROFILES
+    compute_capabilities: tuple[str, ...] | None = None
+    hardware: str = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    tf32: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise UsageError("An engine needs at least one profile of batch sizes, e.g. 1:8:32.")
+        if self.hardware not in HARDWARE:
+            raise UsageError(unknown_name("hardware compatibility", self.hardware, HARDWARE))
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise UsageError(f"workspace_bytes is {self.workspace_bytes}; it must be at least 1, or left out.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the timing cache: it changes how long a build takes and not what is asked of it."""
+        content = asdict(self)
+        del content["timing_cache"]
+        return {**content, "profiles": [str(profile) for profile in self.profiles]}
+
+    def check(self, flavour: Flavour) -> None:
+        """Refuse what this library cannot do.
+
+        Raises:
+            UsageError: Names the setting, the reason, and what to do instead.
+        """
+        if flavour.is_rtx:
+            self._check_rtx(flavour.trt)
+            return
+        _refuse(
+            self.compute_capabilities is not None,
+            "compute_capabilities",
+            "TensorRT builds for the GPU that it runs on. Use hardware='ampere+' or 'same-capability', or tensorrt-rtx",
+        )
+        _refuse(
+            not hasattr(flavour.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
+            f"hardware={self.hardware!r}",
+            f"TensorRT {flavour.version} does not know this level. Update TensorRT, or use hardware='ampere+'",
+        )
+
+    def _check_rtx(self, trt: Any) -> None:
+        _refuse(
+            self.hardware != "none",
+            f"hardware={self.hardware!r}",
+            "a TensorRT-RTX engine is finished on the GPU that runs it. Name the GPUs with compute_capabilities",
+        )
+        _refuse(
+            self.version_compatible,
+            "version_compatible",
+            "TensorRT-RTX comes without the lean runtime that such engines carry. Build again after an update",
+        )
+        _refuse(
+            self.timing_cache is not None,
+            "timing_cache",
+            "TensorRT-RTX times no kernels when it builds. Leave it out",
+        )
+        known = capabilities(trt)
+        for capability in self.compute_capabilities or ():
+            if capability not in known:
+                raise UsageError(unknown_name("compute capability", capability, known))
+        if self.compute_capabilities == ():
+            raise UsageError("compute_capabilities is empty; name at least one, or leave it out for all of them.")
+
+
+def capabilities(trt: Any) -> dict[str, Any]:
+    """TensorRT-RTX's compute capabilities by their usual names: "8.6" for its member SM86."""
+    members = ((name, getattr(trt.ComputeCapability, name)) for name in dir(trt.ComputeCapability))
+    return {f"{name[2:-1]}.{name[-1]}": member for name, member in members if re.fullmatch(r"SM\d+", name)}
+
+
+def profile_for(batch: int, profiles: Sequence[Profile]) -> int | None:
+    """Index of the profile to run a batch with: of those that cover it, the one whose best size is nearest."""
+    covering = [index for index, profile in enumerate(profiles) if profile.covers(batch)]
+    return min(covering, key=lambda index: abs(profiles[index].best - batch), default=None)
+
+
+def _refuse(asked: bool, setting: str, reason: str) -> None:
+    if asked:
+        raise UsageError(f"{setting} cannot be had here: {reason}.")

@@ -1,0 +1,120 @@
+"""Top-1 accuracy of a backend, the same file that is timed.
+
+Letters: N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.backends import Array, Backend, infer_many
+from rkd_deploy.bench.timing import Progress
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.serve.classifier import Classifier
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_AT_ONCE = 64
+
+
+def predictions(backend: Backend, batches: Iterable[Array]) -> npt.NDArray[np.int64]:
+    """The class with the largest logit, for each image.
+
+    Args:
+        backend: The model.
+        batches: Arrays [n, ...] as the model takes them; n may differ from batch to batch.
+
+    Returns:
+        [N], in the order of the images.
+
+    Raises:
+        UsageError: A batch does not fit the model.
+    """
+    parts = [infer_many(backend, batch).argmax(axis=1).astype(np.int64) for batch in batches]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def top1(predicted: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Share of right predictions, in %.
+
+    Raises:
+        DataError: There are none, or their numbers differ.
+    """
+    predicted_N, labels_N = np.asarray(predicted), np.asarray(labels)
+    if predicted_N.shape != labels_N.shape or predicted_N.size == 0:
+        raise DataError(
+            f"Accuracy was asked for {predicted_N.size} predictions and {labels_N.size} labels; "
+            "it needs one label for each, and at least one. Check that both come from the same split."
+        )
+    return 100 * float(np.mean(predicted_N == labels_N))
+
+
+def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], npt.NDArray[np.int64]]:
+    """The images of a folder of class folders, and the index of each one's class.
+
+    Args:
+        folder: Holds a folder for each class, named as in `labels`; classes may be missing.
+        labels: The model's classes, in its order.
+
+    Returns:
+        Paths, sorted within each class, and [N] class indices.
+
+    Raises:
+        DataError: No such folder, a folder of no class, no image at all, or two classes of one name.
+    """
+    names = list(labels)
+    index = {label: number for number, label in enumerate(names)}
+    if len(index) < len(names):
+        raise DataError("The model's card gives two classes the same label: folder names cannot tell them apart.")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    foreign = [path.name for path in classes if path.name not in index]
+    if foreign or not classes:
+        found = f"the folders {', '.join(foreign[:5])} are none of its {len(names)} classes" if foreign else "no folder"
+        raise DataError(
+            f"{folder} was given for the model's accuracy: {found}. It must hold one folder for each class, named by "
+            f"the card's labels ({', '.join(names[:5])}, ..: rkd-deploy info MODEL shows them)."
+        )
+    files = [(file, index[path.name]) for path in classes for file in sorted(path.rglob("*")) if _is_image(file)]
+    if not files:
+        raise DataError(f"{folder} holds no image: files that end in {', '.join(IMAGE_SUFFIXES)} are looked for.")
+    return [file for file, _ in files], np.array([number for _, number in files], np.int64)
+
+
+def folder_top1(
+    backend: Backend, card: ModelCard | None, folder: Path, progress: Progress | None = None
+) -> tuple[float, int]:
+    """Top-1 of a loaded model on a folder of class folders, in %, and the number of images.
+
+    Args:
+        backend: The model, which stays open.
+        card: Its labels and pre-processing.
+        folder: As for `labelled_images`.
+        progress: Told how far it is.
+
+    Raises:
+        UsageError: There is no card.
+        DataError: The folder does not fit, or an image is broken.
+        ModelFileError: The card does not belong to the model.
+    """
+    if card is None:
+        raise UsageError(
+            "Accuracy was asked for, and the model has no card: which output is which class, and how images are "
+            "prepared, is unknown. Leave --data out, or export the model with rkd-deploy export."
+        )
+    files, labels_N = labelled_images(folder, card.labels)
+    classifier = Classifier(backend, card, max_batch=min(_AT_ONCE, backend.max_batch or _AT_ONCE))
+    right = 0
+    for start in range(0, len(files), _AT_ONCE):
+        chunk = slice(start, start + _AT_ONCE)
+        right += int(np.sum(classifier.logits(files[chunk]).argmax(axis=1) == labels_N[chunk]))
+        if progress is not None:
+            progress("accuracy", min(1.0, (start + _AT_ONCE) / len(files)))
+    return 100 * right / len(files), len(files)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()

@@ -1,0 +1,223 @@
+"""What a graph must do at the least: multiply-adds and bytes of an ONNX file, from its shapes, without running it.
+
+One multiply and one add are one MAC. Counted are the operators that are sums of products; what else a graph does
+(activations, pooling, sums) costs bytes and no MACs here. What cannot be counted is named, never skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.errors import UsageError, require
+
+Shape = tuple[int, ...]
+
+# Operators that multiply and add, and the place of their weight (or second factor) among their inputs.
+_WEIGHT = {
+    "Conv": 1,
+    "ConvTranspose": 1,
+    "ConvInteger": 1,
+    "QLinearConv": 3,
+    "Gemm": 1,
+    "MatMul": 1,
+    "MatMulInteger": 1,
+    "QLinearMatMul": 3,
+}
+_UNCOUNTED = ("Attention", "DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan")
+_VIEWS = ("Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze")
+_QUANTISED = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call with one batch.
+
+    Attributes:
+        macs_in: Multiply-adds by the type they are done in: that of the weights as stored, "int8" where both factors
+            are quantised.
+        weight_bytes: Of all constants, as stored.
+        input_bytes: Of the input.
+        output_bytes: Of the outputs.
+        unfused_bytes: What all operators together would read and write if none were fused with another: what a runtime
+            saves by fusing is part of this.
+        uncounted: Operators whose MACs are not among these, by type.
+    """
+
+    macs_in: Mapping[str, int]
+    weight_bytes: int
+    input_bytes: int
+    output_bytes: int
+    unfused_bytes: int
+    uncounted: tuple[str, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return sum(self.macs_in.values())
+
+    @property
+    def arithmetic(self) -> str:
+        """Type that most of them are done in."""
+        return max(self.macs_in, key=lambda kind: self.macs_in[kind], default="float32")
+
+    @property
+    def least_bytes(self) -> int:
+        """Each weight, the input and the outputs moved once: no run can do with fewer, however it fuses."""
+        return self.weight_bytes + self.input_bytes + self.output_bytes
+
+
+def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = ()) -> Cost:
+    """Count an ONNX file.
+
+    Args:
+        path: Bundle folder or ONNX file.
+        batch: Images in one call.
+        image: Shape of one image, for a model that leaves it open.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+        ModelFileError: The file is no ONNX file.
+        UsageError: The graph's shapes cannot be told, or it does not take this batch.
+    """
+    onnx = require("onnx", "export")
+    file = model_path(path)
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+        if model.functions:
+            model = require("onnx.inliner", "export").inline_local_functions(model)
+        _fix_input(model.graph, batch, image, str(file))
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except UsageError:
+        raise
+    except Exception as error:  # protobuf's and onnx's own, which have no common base
+        raise broken_model(file, str(error).strip().splitlines()[0]) from error
+    return _count(model.graph, onnx)
+
+
+def _fix_input(graph: Any, batch: int, image: Sequence[int], name: str) -> None:
+    constants = {constant.name for constant in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1:
+        raise UsageError(f"{name} has {len(inputs)} inputs; the cost of a graph is told for models with one.")
+    sizes = inputs[0].type.tensor_type.shape.dim
+    wanted = [batch, *(image or [size.dim_value for size in sizes[1:]])]
+    if len(wanted) != len(sizes) or min(wanted, default=0) < 1:
+        raise UsageError(
+            f"{name} leaves the size of its images open, and nothing says which is meant: its input is "
+            f"{[size.dim_value or size.dim_param or '?' for size in sizes]}. Export it with a fixed image size."
+        )
+    if sizes[0].dim_value not in (0, batch):
+        raise UsageError(f"{name} takes {sizes[0].dim_value} images at a time, and not {batch}.")
+    for size, value in zip(sizes, wanted, strict=True):
+        size.dim_value = value
+    # Shapes that were written down for a free batch would be believed rather than worked out.
+    del graph.value_info[:]
+    for output in graph.output:
+        output.type.tensor_type.ClearField("shape")
+
+
+def _count(graph: Any, onnx: Any) -> Cost:
+    constants = [_of_constant(value, value.name, onnx) for value in graph.initializer]
+    constants += [
+        _of_constant(attribute.t, node.output[0], onnx)
+        for node in graph.node
+        for attribute in node.attribute
+        if node.op_type == "Constant" and attribute.name == "value"
+    ]
+    names = {constant.name for constant in constants}
+    values = [_of_value(value, onnx) for value in (*graph.input, *graph.value_info, *graph.output)]
+    known = {tensor.name: tensor for tensor in (*values, *constants)}
+    nodes = [node for node in graph.node if node.op_type not in ("Constant", *_VIEWS)]
+    makers = {name: node for node in graph.node for name in node.output}
+    macs_in, uncounted = dict[str, int](), dict[str, None]()
+    for node in nodes:
+        macs = None if node.op_type in _UNCOUNTED else _macs_of(node, known, onnx)
+        if macs is None:
+            uncounted[node.op_type] = None
+        elif macs:
+            kind = _done_in(node, known, makers)
+            macs_in[kind] = macs_in.get(kind, 0) + macs
+    return Cost(
+        macs_in=macs_in,
+        weight_bytes=sum(constant.bytes for constant in constants),
+        input_bytes=sum(known[value.name].bytes for value in graph.input if value.name not in names),
+        output_bytes=sum(known[value.name].bytes for value in graph.output),
+        unfused_bytes=sum(known[name].bytes for node in nodes for name in {*node.input, *node.output} if name in known),
+        uncounted=tuple(uncounted),
+    )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: Shape | None
+    """None where it is not known."""
+    dtype: str
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.shape is None else math.prod(self.shape) * self.itemsize
+
+
+def _of_constant(value: Any, name: str, onnx: Any) -> _Tensor:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(value.data_type)
+    return _Tensor(name, tuple(value.dims), dtype.name, dtype.itemsize)
+
+
+def _of_value(value: Any, onnx: Any) -> _Tensor:
+    kind = value.type.tensor_type
+    sizes = [size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim]
+    shape = tuple(size for size in sizes if size is not None)
+    whole = kind.HasField("shape") and len(shape) == len(sizes)
+    if kind.elem_type == 0:
+        return _Tensor(value.name, None, "unknown", 0)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return _Tensor(value.name, shape if whole else None, dtype.name, dtype.itemsize)
+
+
+def _done_in(node: Any, known: Mapping[str, _Tensor], makers: Mapping[str, Any]) -> str:
+    """Type that a product is done in: where both factors are dequantised, runtimes do it in the stored one."""
+    if node.op_type in _QUANTISED:
+        return "int8"
+    weight = node.input[_WEIGHT[node.op_type]]
+    sources = [makers.get(name) for name in (node.input[0], weight)]
+    if all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+        stored = [known[source.input[0]].dtype for source in sources if source is not None]
+        return "int8" if set(stored) <= {"int8", "uint8"} else stored[-1]
+    return known[weight].dtype
+
+
+def _macs_of(node: Any, known: Mapping[str, _Tensor], onnx: Any) -> int | None:
+    """Multiply-adds of one operator, 0 for one that is no sum of products; None where a shape is not known."""
+    if node.op_type not in _WEIGHT:
+        return 0
+    names = (node.input[0], node.input[_WEIGHT[node.op_type]], node.output[0])
+    shapes = [known[name].shape if name in known else None for name in names]
+    if any(shape is None for shape in shapes):
+        return None
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    x, weight, y = (shape for shape in shapes if shape is not None)
+    return macs(node.op_type, x, weight, y, transposed=bool(attributes.get("transA")))
+
+
+def macs(op: str, x: Shape, weight: Shape, y: Shape, *, transposed: bool = False) -> int:
+    """Multiply-adds of a convolution or matrix product.
+
+    Args:
+        op: ONNX's name of the operator.
+        x: Shape of its input: [N, C, ...] of a convolution, [..., M, K] of a product.
+        weight: [C_out, C / groups, kernel...]; of a ConvTranspose [C, C_out / groups, kernel...]; [..., K, N].
+        y: Shape of its output.
+        transposed: Of Gemm, whether x is given as [K, M].
+    """
+    if op == "ConvTranspose":  # each input value meets each weight of its channel once
+        return math.prod(x) * math.prod(weight[1:])
+    if op in ("Conv", "ConvInteger", "QLinearConv"):  # each output value is one window of one group
+        return math.prod(y) * math.prod(weight[1:])
+    return math.prod(y) * (x[0] if transposed else x[-1])

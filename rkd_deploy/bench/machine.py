@@ -1,0 +1,417 @@
+"""The state of the machine before and after a measurement: what makes two honest tools disagree about one model.
+
+Read from /proc and /sys (Linux), and from nvidia-smi; what a machine does not tell, as virtual ones do not tell
+temperatures, is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from rkd_deploy.backends.tensorrt.cache import cache_folder
+from rkd_deploy.errors import StorageError
+from rkd_deploy.storage import write_json
+
+PACKAGES = (
+    "rkd-deploy",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "torchvision",
+    "onnx",
+    "tensorrt",
+    "tensorrt-rtx",
+    "openvino",
+)
+_GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.limit",
+    "power.draw",
+    "temperature.gpu",
+    "pstate",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Command, time, versions, machine and commit, for JSON; None where something cannot be known."""
+    return {
+        "command": command_line(sys.argv),
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "memory_bytes": _memory_bytes(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "gpus": gpus(),
+        "git": _git(Path(__file__).parent),
+    }
+
+
+def command_line(argv: list[str]) -> str:
+    """The command without the machine's folders: of every path in it the last component is left."""
+    if not argv:
+        return ""
+    arguments = [re.sub(r"(^|[=:,])[~/][^=:,]*", lambda found: found[1] + Path(found[0]).name, a) for a in argv[1:]]
+    return " ".join([Path(argv[0]).name, *arguments])
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's name; None where the machine does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine() or None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def gpus() -> list[dict[str, str]] | None:
+    """What nvidia-smi tells of each GPU, values with their units; None where there is no nvidia-smi."""
+    query = f"--query-gpu={','.join(_GPU_FIELDS)}"
+    answer = _output(["nvidia-smi", query, "--format=csv,noheader"])
+    return parse_gpus(answer) if answer else None
+
+
+def parse_gpus(answer: str) -> list[dict[str, str]]:
+    """One dictionary for each line of nvidia-smi's CSV answer, values with their units."""
+    rows = csv.reader(answer.strip().splitlines(), skipinitialspace=True)
+    return [dict(zip(_GPU_FIELDS, row, strict=False)) for row in rows]
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    # Tracked, not just inside: an installed copy can lie in the virtual environment of some other checkout.
+    if _output(["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]) is None:
+        return None
+    commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    if commit is None:
+        return None
+    status = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+_CPU = "sys/devices/system/cpu"
+
+
+def conditions(root: Path = Path("/")) -> dict[str, Any]:
+    """Clocks, governor, power limit, temperature, load and stolen time, for JSON; None where one is not told.
+
+    Args:
+        root: Where proc and sys lie.
+
+    Returns:
+        ``clock_mhz``: lowest and highest clock of all cores now. ``governor``: of the cores' frequencies.
+        ``clock_limits_mhz``: what the governor may choose from. ``turbo``: whether above the nominal clock.
+        ``power_limit_w``: of the package (RAPL, long term). ``temperature_c``: of the hottest thermal zone.
+        ``quota_cores``: what the container may use. ``load_1min``. ``steal_s``: CPU seconds that the hypervisor gave to
+        others since the machine started. ``preempted``: how often this process was taken off a core. ``gpus``: a
+        dictionary of nvidia-smi's fields for each.
+    """
+    return {
+        "clock_mhz": _clocks(root),
+        "governor": _governor(root),
+        "clock_limits_mhz": _limits(root),
+        "turbo": _turbo(root),
+        "power_limit_w": _power_limit(root),
+        "temperature_c": _hottest(root),
+        "quota_cores": _quota(root),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "steal_s": _steal(root),
+        "preempted": _preempted(root),
+        "gpus": gpus(),
+    }
+
+
+def describe(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The two states as lines for people: what changed as from and to, what is not told left out."""
+
+    def text(key: str, form: Callable[[Any], str]) -> str:
+        first, last = ("" if state.get(key) is None else form(state[key]) for state in (before, after))
+        return first if first == last else f"{first or '?'} to {last or '?'}"
+
+    facts = {
+        "clock": text("clock_mhz", lambda mhz: _span(mhz, "MHz")),
+        "allowed": text("clock_limits_mhz", lambda mhz: _span(mhz, "MHz")),
+        "governor": text("governor", str),
+        "turbo": text("turbo", lambda on: "on" if on else "off"),
+        "power limit": text("power_limit_w", lambda watts: f"{watts:g} W"),
+        "temperature": text("temperature_c", lambda degrees: f"{degrees:g} C"),
+        "quota": text("quota_cores", lambda cores: f"{cores:g} cores"),
+        "load": text("load_1min", lambda load: f"{load:g}"),
+        "stolen": _grown(before, after, "steal_s", " s"),
+        "preempted": _grown(before, after, "preempted", " times"),
+    }
+    lines = ["CPU: " + ", ".join(f"{name} {value}" for name, value in facts.items() if value)]
+    pairs = zip(before.get("gpus") or (), after.get("gpus") or (), strict=False)
+    for index, (first, last) in enumerate(pairs):
+        changes = {
+            key: first[key] if first[key] == last.get(key) else f"{first[key]} to {last.get(key)}" for key in first
+        }
+        name = changes.pop("name", "")
+        lines.append(f"GPU {index} {name}: " + ", ".join(f"{key} {value}" for key, value in changes.items()))
+    return lines
+
+
+def _grown(before: Mapping[str, Any], after: Mapping[str, Any], key: str, unit: str) -> str:
+    first, last = before.get(key), after.get(key)
+    return "" if first is None or last is None else f"{last - first:g}{unit}"
+
+
+def _span(ends: list[float], unit: str) -> str:
+    low, high = ends
+    return f"{low:.0f} {unit}" if round(low) == round(high) else f"{low:.0f}-{high:.0f} {unit}"
+
+
+def _clocks(root: Path) -> list[float] | None:
+    found = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3)
+    if not found:
+        found = [
+            float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+        ]
+    return [min(found), max(found)] if found else None
+
+
+def _governor(root: Path) -> str | None:
+    found = {_text(file) for file in root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_governor")}
+    return ", ".join(sorted(found - {""})) or None
+
+
+def _power_limit(root: Path) -> float | None:
+    return next(iter(_numbers(root, "sys/class/powercap/*:0/constraint_0_power_limit_uw", 1e-6)), None)
+
+
+def _limits(root: Path) -> list[float] | None:
+    low = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_min_freq", 1e-3)
+    high = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_max_freq", 1e-3)
+    return [min(low), max(high)] if low and high else None
+
+
+def _turbo(root: Path) -> bool | None:
+    off = _text(root / _CPU / "intel_pstate/no_turbo")
+    on = _text(root / _CPU / "cpufreq/boost")
+    return off == "0" if off else on == "1" if on else None
+
+
+def _hottest(root: Path) -> float | None:
+    return max(_numbers(root, "sys/class/thermal/thermal_zone*/temp", 1e-3), default=None)
+
+
+def _quota(root: Path) -> float | None:
+    words = _text(root / "sys/fs/cgroup/cpu.max").split()
+    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0].isdigit() else None
+
+
+def _steal(root: Path) -> float | None:
+    found = re.match(r"cpu +(?:\d+ ){7}(\d+)", _text(root / "proc/stat"))
+    return int(found[1]) / os.sysconf("SC_CLK_TCK") if found else None
+
+
+def _preempted(root: Path) -> int | None:
+    # Of every thread: those of the runtime do the work.
+    counts = [
+        re.search(r"^nonvoluntary_ctxt_switches:\s+(\d+)", _text(file), re.MULTILINE)
+        for file in root.glob("proc/self/task/*/status")
+    ]
+    return sum(int(count[1]) for count in counts if count) if any(counts) else None
+
+
+def _numbers(root: Path, pattern: str, scale: float) -> list[float]:
+    texts = [_text(file) for file in sorted(root.glob(pattern))]
+    return [int(text) * scale for text in texts if text.lstrip("-").isdigit()]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"
+"""What `proc(5)` says to write into clear_refs for that."""
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process now (VmRSS; the kernel's sum lags by some pages for each CPU, see `proc(5)`)."""
+    return _status("VmRSS")
+
+
+def resident_peak_bytes() -> int | None:
+    """The most it was since `reset_peak` (VmHWM)."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Start the peak anew; False where the kernel does not allow it, and the peak is that of the whole process."""
+    try:
+        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping (MemAvailable)."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def device_used_bytes(device: str) -> int | None:
+    """Memory in use on a GPU, by every program there, as nvidia-smi tells it in whole MiB.
+
+    Args:
+        device: "cuda:N"; of "cpu" nothing is known here.
+    """
+    kind, _, index = device.partition(":")
+    found = gpus() if kind == "cuda" else None
+    number = int(index or 0)
+    if not found or number >= len(found):
+        return None
+    mebibytes = re.match(r"(\d+) MiB", found[number].get("memory.used", ""))
+    return int(mebibytes[1]) * 2**20 if mebibytes else None
+
+
+def _status(name: str) -> int | None:
+    return _kilobytes(_STATUS, name)
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+_SIDE = 1 << 16
+"""Numbers in one pass: 512 KB with the result, which the second level of caches holds."""
+_PASSES, _REPEATS = 8, 5
+
+
+def remembered_paces() -> Path:
+    """Where the fastest paces are kept; removing the file forgets them."""
+    return cache_folder().with_name("pace.json")
+
+
+class Pace:
+    """Times the same work again and again, on several threads at once.
+
+    Args:
+        threads: As many as the model has, callers included; no more than there are cores.
+        kept: Where the fastest pace is remembered.
+    """
+
+    def __init__(self, threads: int, kept: Path) -> None:
+        self._threads = min(threads, cores())
+        self._kept = kept
+        self._key = f"{cpu_model()}, {self._threads} threads, numpy {np.__version__}"
+        self._known = _read(kept)
+        self.best_ms: float | None = self._known.get(self._key)
+        """The fastest that is known: of earlier benches, and of all calls so far."""
+        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+        self._arrays = [_aligned() for _ in range(self._threads)]
+
+    def __call__(self) -> float:
+        """Do the work.
+
+        Returns:
+            Time of the slowest thread in ms, each thread's the median of `_REPEATS`.
+        """
+        own = map if self._pool is None else self._pool.map
+        found = max(own(_timed, self._arrays))
+        self.best_ms = found if self.best_ms is None else min(self.best_ms, found)
+        return found
+
+    def close(self) -> None:
+        """End the threads, and remember the fastest pace for later benches, where that can be written."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self.best_ms is not None and self.best_ms != self._known.get(self._key):
+            try:
+                write_json(self._kept, {**_read(self._kept), self._key: self.best_ms})
+            except StorageError:  # an app's user may have no home: the next bench begins anew
+                return
+
+
+def _aligned() -> tuple[np.ndarray, np.ndarray]:
+    """Input and output at the beginning of a cache line each, and at different places of their pages.
+
+    Where NumPy puts them, vectors straddle lines, and the work takes a third longer in one process than in another.
+    """
+    line, page = 64 // 4, 4096 // 4
+    memory = np.empty(2 * _SIDE + page, np.float32)
+    first = -(memory.ctypes.data // 4) % line
+    second = first + _SIDE + page // 2
+    x, y = memory[first : first + _SIDE], memory[second : second + _SIDE]
+    x[:] = np.linspace(-1, 1, _SIDE)
+    return x, y
+
+
+def _timed(arrays: tuple[np.ndarray, np.ndarray]) -> float:
+    x, y = arrays
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for _ in range(_PASSES):
+            np.exp(x, out=y)  # vector instructions, and without the interpreter's lock
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times)
+
+
+def _read(kept: Path) -> dict[str, float]:
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, float)} if isinstance(known, dict) else {}

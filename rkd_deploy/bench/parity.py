@@ -1,0 +1,232 @@
+"""Whether an exported model still does what the trained one does: the parity gate.
+
+Letters: N batch, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rkd_deploy.backends import Array, available, infer_many, load_backend
+from rkd_deploy.backends.files import check_files, model_path
+from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
+
+GOLDEN_NAME = "golden.npz"
+_KEYS = ("inputs", "logits", "tolerance")
+# What zipfile and NumPy raise on broken archives.
+_BROKEN_ARCHIVE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What comparing two sets of logits gave."""
+
+    max_abs_diff: float
+    """Largest |reference - candidate|; NaN where a logit is not finite."""
+    mean_abs_diff: float
+    agreement: float
+    """Share of the inputs whose largest logit is the same one, 0 to 1."""
+    n: int
+    """Number of inputs."""
+    tolerance: float
+    """On `max_abs_diff`."""
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; NaN, which JSON has not, becomes None."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def compare(reference_logits: Array, candidate_logits: Array, tolerance: float) -> Parity:
+    """Compare logits [N, K]; they pass where each differs by at most `tolerance` and all are finite.
+
+    Raises:
+        GateError: The shapes differ, or there is nothing to compare: such a pair can never pass.
+        UsageError: The tolerance is negative or no number.
+    """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UsageError(f"The parity tolerance is {tolerance}; it must be a number of at least 0, for example 1e-4.")
+    reference_NK = np.asarray(reference_logits, np.float64)
+    candidate_NK = np.asarray(candidate_logits, np.float64)
+    if reference_NK.shape != candidate_NK.shape or reference_NK.ndim != 2 or reference_NK.size == 0:
+        raise GateError(
+            f"The reference gives logits of shape {list(reference_NK.shape)} and the candidate "
+            f"{list(candidate_NK.shape)}; parity needs two of one shape [N, K], neither 0. "
+            "Feed both the same inputs, and check that both are the whole classifier."
+        )
+    if np.isfinite(reference_NK).all() and np.isfinite(candidate_NK).all():
+        difference_NK = np.abs(reference_NK - candidate_NK)
+        largest, mean = float(difference_NK.max()), float(difference_NK.mean())
+    else:
+        largest = mean = math.nan
+    return Parity(
+        max_abs_diff=largest,
+        mean_abs_diff=mean,
+        agreement=float(np.mean(reference_NK.argmax(axis=1) == candidate_NK.argmax(axis=1))),
+        n=len(reference_NK),
+        tolerance=float(tolerance),
+        passed=largest <= tolerance,
+    )
+
+
+def gate(parity: Parity, what: str) -> None:
+    """Let a parity through, or stop.
+
+    Args:
+        parity: What `compare` or `verify` gave.
+        what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
+
+    Raises:
+        GateError: It did not pass.
+    """
+    if parity.passed:
+        return
+    found = (
+        "some logits are NaN or infinite"
+        if math.isnan(parity.max_abs_diff)
+        else f"logits differ by up to {parity.max_abs_diff:.3g} (mean {parity.mean_abs_diff:.3g})"
+    )
+    raise GateError(
+        f"Parity failed for {what}: {found} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
+        f"the same class comes first for {parity.agreement:.1%} of them. "
+        "Export again with --precision fp32 to see whether precision is the cause; "
+        "where the difference is acceptable, state a larger tolerance."
+    )
+
+
+def verify(
+    bundle_path: str | os.PathLike[str],
+    backend: str = "onnxruntime",
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    tolerance: float | None = None,
+) -> Parity:
+    """Prove a bundle again: run the inputs of its golden.npz and compare with the logits stored there.
+
+    Args:
+        bundle_path: Bundle folder, or the ONNX file in it.
+        backend: As for `load_backend`, and so the next two.
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
+        threads: Threads inside one operator on a CPU.
+        tolerance: None takes the one that is stored with the logits.
+
+    Returns:
+        The parity, passed or not; give it to `gate` to stop where it is not.
+
+    Raises:
+        ModelFileError: The model or golden.npz is missing, corrupt, or they do not belong together; a file of the
+            bundle is not as it was written.
+        BackendError: The backend cannot run here, or not on the device asked for.
+    """
+    check_files(bundle_path, complete=True)
+    golden = model_path(bundle_path).with_name(GOLDEN_NAME)
+    inputs, logits_NK, stored = read_golden(golden)
+    with load_backend(backend, bundle_path, device=device, threads=threads) as loaded:
+        try:
+            candidate_NK = infer_many(loaded, inputs)
+        except UsageError as error:
+            raise ModelFileError(
+                f"The inputs in {golden} do not fit the model beside it: {error} "
+                "Export the bundle again with rkd-deploy export."
+            ) from error
+    return compare(logits_NK, candidate_NK, stored if tolerance is None else tolerance)
+
+
+def read_golden(path: Path) -> tuple[Array, Array, float]:
+    """Inputs [N, ...], logits [N, K] and tolerance from a bundle's golden.npz.
+
+    Raises:
+        ModelFileError: The file is missing or corrupt, or a key is missing.
+    """
+    try:
+        # Opened here and not by np.load, which leaves the file open where it fails.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            inputs, logits_NK, tolerance = (stored[key] for key in _KEYS)
+        return inputs, logits_NK, float(tolerance.item())
+    except FileNotFoundError as error:
+        raise ModelFileError(
+            f"There is no {path}, which holds the inputs and logits to verify against. "
+            "Name a bundle folder written by rkd-deploy export."
+        ) from error
+    except _BROKEN_ARCHIVE as error:
+        raise ModelFileError(
+            f"{path} cannot be read ({error}); it must hold {', '.join(_KEYS)}. "
+            "Export the bundle again with rkd-deploy export."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend made of a bundle.
+
+    Attributes:
+        backend: Its name.
+        parity: Its logits against the golden ones; None where it cannot run this bundle here.
+        reason: Why it cannot; None where it can.
+    """
+
+    backend: str
+    parity: Parity | None
+    reason: str | None
+
+
+def verify_everywhere(
+    bundle_path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    tolerance: float | None = None,
+) -> list[Verdict]:
+    """Run `verify` on every backend that works on this machine.
+
+    Args:
+        bundle_path: Bundle folder, or the ONNX file in it.
+        device: As for `verify`, and so the next two.
+        threads: Threads inside one operator on a CPU.
+        tolerance: None takes the bundle's own.
+
+    Raises:
+        ModelFileError: The bundle is missing, corrupt or changed.
+        BackendError: No backend here can run it.
+    """
+    verdicts = []
+    for status in available():
+        if not status.ok:
+            continue
+        try:
+            parity = verify(bundle_path, status.name, device=device, threads=threads, tolerance=tolerance)
+            verdicts.append(Verdict(status.name, parity, None))
+        except BackendError as error:  # e.g. pytorch, of a bundle without model.pt2
+            verdicts.append(Verdict(status.name, None, str(error)))
+    if all(verdict.parity is None for verdict in verdicts):
+        reasons = " ".join(f"{verdict.backend}: {verdict.reason}" for verdict in verdicts)
+        where = "" if device is None else f" on {device}"
+        raise BackendError(
+            f"No backend here can run {os.fspath(bundle_path)}{where}. {reasons or 'None is installed.'} "
+            "Install one (rkd-deploy backends lists them), or verify on another machine."
+        )
+    return verdicts

@@ -1,0 +1,319 @@
+"""Prediction first: how fast a model could be on this machine, before it is measured.
+
+With W_k multiply-adds in arithmetic k, Q bytes that have to be moved at the least, and the machine's ceilings pi_k
+(MAC/s) and beta (bytes/s), no run takes less than
+
+    t >= max(sum over k of W_k / pi_k, Q / beta),
+
+which for one k is Williams, Waterman and Patterson's roofline (CACM 52(4), 2009) read as time: at W / Q MACs per byte
+the roof is min(pi, beta W / Q). The measured median is then told as the share t / p50 of it. `graph_cost` counts W and
+Q, `ceilings` measures pi and beta through the backend itself.
+
+Not covered: what starting operators costs (for small networks at batch 1 most of the time), operators that are no
+product, activations that do not stay in a cache. So a small share says that there is room, not that it can be had.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkd_deploy.backends import default_device
+from rkd_deploy.backends.files import model_name, model_path, read_card
+from rkd_deploy.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
+from rkd_deploy.bench.graph_cost import Cost, graph_cost
+from rkd_deploy.bench.layers import LayerTimes, layer_times
+from rkd_deploy.bench.loading import ENGINE_BACKENDS, USUAL_BATCHES, Case, Setting
+from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.timing import Progress
+from rkd_deploy.errors import BackendError, UsageError, require
+from rkd_deploy.report import columns
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Case):
+    """What is told of one case; None where it cannot be, and `note` says why."""
+
+    macs: int | None = None
+    """Of one call."""
+    least_bytes: int | None = None
+    """Weights, input and outputs, each once."""
+    unfused_bytes: int | None = None
+    """All operators' inputs and outputs."""
+    arithmetic: str | None = None
+    """What the multiply-adds are done in; of several the shares."""
+    macs_per_s: float | None = None
+    """The machine's ceiling; of several kinds of arithmetic that of their mixture."""
+    bytes_per_s: float | None = None
+    """The machine's ceiling for a working set of this size."""
+    bound_ms: float | None = None
+    """No call can be faster."""
+    limit: str | None = None
+    """Which ceiling it comes from: "compute" or "memory"."""
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What was predicted, and from what."""
+
+    ceilings: tuple[Ceilings, ...]
+    predictions: tuple[Prediction, ...]
+
+    def to_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def bound(macs: int, least_bytes: int, macs_per_s: float, bytes_per_s: float) -> tuple[float, str]:
+    """The roofline as time.
+
+    Returns:
+        Milliseconds, and which ceiling they come from: "compute" or "memory".
+    """
+    compute, memory = 1000 * macs / macs_per_s, 1000 * least_bytes / bytes_per_s
+    return (compute, "compute") if compute >= memory else (memory, "memory")
+
+
+def predict(
+    models: Sequence[str | os.PathLike[str]],
+    setting: Setting,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    shape: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Roofline:
+    """What each model has to do, what the machine can do, and the time that follows.
+
+    Args:
+        models: Bundle folders or ONNX files; of others the prediction says that nothing is known.
+        setting: On what; its streams are of no effect: the bound is one caller's.
+        batches: Numbers of images in one call.
+        shape: Of one input, for models that leave it open and have no card.
+        progress: Told what is being done.
+
+    Returns:
+        A prediction for each batch size and model, in that order.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+        ModelFileError: A model is missing.
+        BackendError: The backend cannot run here.
+    """
+    subjects = [_subject(path, shape) for path in models]
+    wanted = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
+    costs = [cost for *_, cost, _ in wanted if cost is not None]
+    ceilings = _ceilings(setting, costs, progress) if costs and setting.backend in BACKENDS else {}
+    ran_on = next((one.device for one in ceilings.values()), setting.device or default_device(setting.backend))
+    predictions = tuple(
+        Prediction(
+            model=subject.name,
+            file_bytes=subject.file.stat().st_size,
+            batch=batch,
+            backend=setting.backend,
+            device=ran_on,
+            threads=setting.threads,
+            **({"note": note} if cost is None else _bounded(cost, ceilings, setting.backend)),
+        )
+        for subject, batch, cost, note in wanted
+    )
+    return Roofline(tuple(ceilings.values()), predictions)
+
+
+def _ceilings(setting: Setting, costs: Sequence[Cost], progress: Progress | None) -> dict[str, Ceilings]:
+    """By arithmetic; float32's too where another one's cannot be measured, or is not known here."""
+    sizes = sorted({footprint(cost.least_bytes) for cost in costs})
+    found: dict[str, Ceilings] = {}
+
+    def measure(arithmetic: str) -> None:
+        if progress is not None:
+            progress(f"the machine's ceilings on {setting} in {arithmetic}", 0)
+        found[arithmetic] = measure_ceilings(
+            setting.backend, device=setting.device, threads=setting.threads, arithmetic=arithmetic, footprints=sizes
+        )
+
+    wanted = {kind for cost in costs for kind in cost.macs_in}
+    for kind in sorted(wanted & {*ARITHMETIC} - {"float32"}):
+        with suppress(BackendError):  # of a runtime without such kernels; float32 below tells what is wrong otherwise
+            measure(kind)
+    if not wanted or not wanted <= {*found}:
+        measure("float32")
+    return found
+
+
+@dataclass(frozen=True)
+class _Subject:
+    name: str
+    """As bench calls it."""
+    file: Path
+    image: tuple[int, ...]
+    """Shape of one image, where a card says it."""
+    readable: bool
+    """Whether it is an ONNX file; an engine is none."""
+
+
+def _subject(path: str | os.PathLike[str], shape: Sequence[int] | None) -> _Subject:
+    onnx, file = require("onnx", "export"), model_path(path)
+    try:
+        found = onnx.load(str(file), load_external_data=False)
+    except Exception:  # protobuf's own, of whatever kind: an engine, or a broken file, which the bench itself refuses
+        return _Subject(model_name(path), file, (), False)
+    card = read_card(path, {entry.key: entry.value for entry in found.metadata_props})
+    name = card.name if card is not None else model_name(path)
+    image = shape or (() if card is None else card.preprocess.input_shape)
+    return _Subject(name, file, tuple(image), True)
+
+
+def _costed(subject: _Subject, batch: int) -> tuple[Cost | None, str | None]:
+    if not subject.readable:
+        return None, "it is no ONNX file, whose operators could be counted"
+    try:
+        return graph_cost(subject.file, batch, subject.image), None
+    except UsageError as error:
+        return None, str(error)
+
+
+def _bounded(cost: Cost, ceilings: Mapping[str, Ceilings], backend: str) -> dict[str, Any]:
+    notes = [f"not counted: {', '.join(cost.uncounted)}"] if cost.uncounted else []
+    known = {
+        "macs": cost.macs,
+        "least_bytes": cost.least_bytes,
+        "unfused_bytes": cost.unfused_bytes,
+        "arithmetic": _shares(cost),
+    }
+    if not ceilings:
+        return {**known, "note": f"no ceiling is measured of {backend}, which runs no ONNX file"}
+    seconds = 0.0
+    for kind, macs in cost.macs_in.items():
+        if kind not in ceilings:
+            notes.append(
+                f"{kind} is bounded by the peak of float32, which it may exceed: its own could not be measured"
+            )
+        seconds += macs / ceilings.get(kind, ceilings.get("float32", next(iter(ceilings.values())))).macs_per_s
+    rate = max(one.bytes_per_s[footprint(cost.least_bytes)] for one in ceilings.values())
+    peak = cost.macs / seconds if seconds else max(one.macs_per_s for one in ceilings.values())
+    bound_ms, limit = bound(cost.macs, cost.least_bytes, peak, rate)
+    told = {"macs_per_s": peak, "bytes_per_s": rate, "bound_ms": bound_ms, "limit": limit}
+    return {**known, **told, "note": "; ".join(notes) or None}
+
+
+def _shares(cost: Cost) -> str:
+    if len(cost.macs_in) < 2:
+        return cost.arithmetic
+    ordered = sorted(cost.macs_in.items(), key=lambda one: -one[1])
+    return ", ".join(f"{kind} {100 * macs / cost.macs:.0f} %" for kind, macs in ordered)
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """A prediction beside what was measured."""
+
+    prediction: Prediction
+    p50_ms: float | None
+    """None where it was not measured."""
+
+    @property
+    def share(self) -> float | None:
+        """The bound over the measured median: 1 is the roof."""
+        bound_ms = self.prediction.bound_ms
+        return None if bound_ms is None or self.p50_ms is None else bound_ms / self.p50_ms
+
+
+def achieved(predictions: Iterable[Prediction], results: Iterable[Result]) -> list[Achieved]:
+    """Each prediction with the median of the result that it was made for."""
+    medians = {_case(result): result.p50_ms for result in reversed(list(results))}
+    return [Achieved(prediction, medians.get(_case(prediction))) for prediction in predictions]
+
+
+def _case(one: Prediction | Result) -> Case:
+    case = Case.of(one)
+    # What is predicted is the ONNX file, and what runs the engine that was built of it.
+    return replace(case, file_bytes=0) if case.backend in ENGINE_BACKENDS else case
+
+
+class Study:
+    """Of some models under all settings of one bench; neither step touches the timed runs."""
+
+    def __init__(
+        self,
+        models: Sequence[str | os.PathLike[str]],
+        settings: Sequence[Setting],
+        batches: Sequence[int] | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Take what is measured.
+
+        Args:
+            models: As for `bench`.
+            settings: From `plan`. Those that differ in what changes neither bound nor layers are studied once.
+            batches: As for `bench`.
+            shape: As for `bench`.
+            names: To call the models by, where their own are not those of the results.
+        """
+        self._models, self._names, self._shape = list(models), names, shape
+        self._asked = None if batches is None else list(batches)
+        self._batches = self._asked or list(USUAL_BATCHES)
+        self._settings = list(dict.fromkeys(replace(one, streams=1, cuda_graph=True) for one in settings))
+        self.roofline: Roofline | None = None
+        self.layers: list[LayerTimes] | None = None
+
+    def predict(self, progress: Progress | None = None) -> None:
+        """Before the measurement, under each setting: see `roofline.predict`, also for the errors."""
+        found = [
+            predict(
+                self._models,
+                setting,
+                batches=self._batches,
+                shape=self._shape,
+                progress=self._counted(progress, number),
+            )
+            for number, setting in enumerate(self._settings)
+        ]
+        predictions = [one for each in found for one in each.predictions]
+        if self._names is not None:
+            names = list(self._names) * (len(predictions) // len(self._names))
+            predictions = [replace(one, model=name) for one, name in zip(predictions, names, strict=True)]
+        self.roofline = Roofline(tuple(one for each in found for one in each.ceilings), tuple(predictions))
+
+    def profile(self, progress: Progress | None = None, *, batch: int | None = None) -> None:
+        """After it, under each setting, at the smallest batch unless one is given: see `layers.layer_times`."""
+        self.layers = []
+        for number, setting in enumerate(self._settings):
+            found = layer_times(
+                self._models,
+                setting,
+                batch=batch or min(self._batches),
+                batches=self._asked,
+                shape=self._shape,
+                progress=self._counted(progress, number),
+            )
+            if self._names is not None and found:
+                found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
+            self.layers += found
+
+    def print_roofline(self, results: Sequence[Result], console: Console) -> None:
+        """The bounds, with the share of them that was reached where there are results; nothing where none were told."""
+        if self.roofline is not None:
+            columns.print_roofline(self.roofline.predictions, results, console)
+
+    def to_record(self) -> dict[str, Any]:
+        """What was found, for the record of the bench."""
+        found: dict[str, Any] = {}
+        if self.roofline is not None:
+            found["roofline"] = self.roofline.to_record()
+        if self.layers is not None:
+            found["layers"] = [times.to_record() for times in self.layers]
+        return found
+
+    def _counted(self, progress: Progress | None, number: int) -> Progress | None:
+        """Shares of one setting as shares of all of them."""
+        return None if progress is None else lambda name, share: progress(name, (number + share) / len(self._settings))

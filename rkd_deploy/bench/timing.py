@@ -1,0 +1,359 @@
+"""How long one call takes: wall time, every sample kept.
+
+One sample is one call: `Backend.infer`, host to host, or one device-resident run and the wait for its end. The first
+call is timed apart, because it pays for allocation and kernel choice; warm-up lasts for a time and a count, whichever
+is later. Several streams are several callers at once, each with a loaded model of its own, as servers run them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import numpy as np
+
+from rkd_deploy.backends.protocol import Array, Backend
+from rkd_deploy.bench.statistics import Timing, interval_ranks
+from rkd_deploy.errors import UsageError
+
+__all__ = [
+    "Clock",
+    "MeasurementInterrupted",
+    "Progress",
+    "Subject",
+    "Timing",
+    "interval_ranks",
+    "measure",
+    "measure_interleaved",
+    "measure_subjects",
+]
+
+Clock = Callable[[], int]
+"""Nanoseconds since some fixed instant."""
+
+ROUND_NS = 100_000_000
+"""How long one model runs before the next one has its turn."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed under one name.
+
+    Attributes:
+        backends: The loaded model; for several streams, one of its own for each.
+        x: [N, ...], one batch.
+        transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
+    """
+
+    backends: Sequence[Backend]
+    x: Array
+    transfers: bool = True
+
+
+class Runner:
+    """One subject under measurement: its callers, and the samples so far."""
+
+    def __init__(self, name: str, subject: Subject, min_ns: int, min_runs: int, clock: Clock) -> None:
+        self.name = name
+        self._subject = subject
+        self._min_ns, self._min_runs = min_ns, min_runs
+        self._samples: list[int] = []
+        self._rounds: list[int] = []
+        self._paces_ms: list[float] = []
+        self._total = 0
+        self._warmups = 0
+        self._warmup_total = 0
+        threads = len(subject.backends) > 1
+        self._callers = [Caller(_call(backend, subject), clock, threads) for backend in subject.backends]
+        for caller in self._callers:  # one after the other: together they would wait for one another
+            caller.start(0, 1)()
+        self._first = self._take()[0]
+
+    def warm_up(self, min_ns: int, min_runs: int) -> None:
+        """Call without counting, until both limits are reached."""
+        self._together(min_ns, min_runs)
+        found = self._take()
+        self._warmups += len(found)
+        self._warmup_total += sum(found)
+
+    def run_round(self, pace_ms: float | None = None) -> None:
+        """One turn: `ROUND_NS`, or less where that reaches both limits.
+
+        Args:
+            pace_ms: The machine's pace just before.
+        """
+        streams = len(self._callers)
+        try:
+            self._together(
+                self._min_ns - self._total // streams, -(-(self._min_runs - len(self._samples)) // streams), ROUND_NS
+            )
+        finally:  # what an interrupted turn has measured counts as well
+            found = self._take()
+            self._samples += found
+            self._total += sum(found)
+            if found:
+                self._rounds.append(len(found))
+                self._paces_ms += [] if pace_ms is None else [pace_ms]
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether any timed call has ended."""
+        return bool(self._samples)
+
+    @property
+    def done(self) -> float:
+        """Share of the measurement that is done; 1 when both limits are reached."""
+        time_share = self._total / len(self._callers) / self._min_ns if self._min_ns else 1.0
+        return min(1.0, time_share, len(self._samples) / self._min_runs)
+
+    def timing(self) -> Timing:
+        """The samples so far."""
+        return Timing(
+            samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
+            batch=len(self._subject.x),
+            transfers=self._subject.transfers,
+            first_run_ms=self._first / 1e6,
+            warmup_runs=self._warmups,
+            warmup_seconds=self._warmup_total / 1e9,
+            rounds=tuple(self._rounds),
+            streams=len(self._callers),
+            paces_ms=tuple(self._paces_ms),
+            complete=self.done >= 1,
+        )
+
+    def close(self) -> None:
+        """End the callers' threads."""
+        for caller in self._callers:
+            caller.close()
+
+    def _together(self, min_ns: int, min_runs: int, most_ns: int = sys.maxsize) -> None:
+        for wait in [caller.start(min_ns, min_runs, most_ns) for caller in self._callers]:
+            wait()
+
+    def _take(self) -> list[int]:
+        return list(chain.from_iterable(caller.take() for caller in self._callers))
+
+
+class Caller:
+    """One stream: calls one loaded model again and again, on a thread of its own where there are several."""
+
+    def __init__(self, call: Callable[[], object], clock: Clock, own_thread: bool) -> None:
+        self._call, self._clock = call, clock
+        self._samples: list[int] = []
+        # The same thread throughout: backends keep what they bind for each thread.
+        self._thread = ThreadPoolExecutor(1) if own_thread else None
+
+    def start(self, min_ns: int, min_runs: int, most_ns: int = sys.maxsize) -> Callable[[], None]:
+        """Call until both limits are reached, or the time is over; what is returned waits for that."""
+        if self._thread is None:
+            return partial(self._run, min_ns, min_runs, most_ns)
+        return self._thread.submit(self._run, min_ns, min_runs, most_ns).result
+
+    def take(self) -> list[int]:
+        """The samples since the last time this was asked."""
+        taken, self._samples = self._samples, []
+        return taken
+
+    def close(self) -> None:
+        """End its thread, after the turn it is in."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _run(self, min_ns: int, min_runs: int, most_ns: int) -> None:
+        call, clock, append = self._call, self._clock, self._samples.append
+        total = runs = 0
+        while total < most_ns and (total < min_ns or runs < min_runs):
+            start = clock()
+            call()
+            sample = clock() - start
+            append(sample)
+            total += sample
+            runs += 1
+
+
+def _call(backend: Backend, subject: Subject) -> Callable[[], object]:
+    return partial(backend.infer, subject.x) if subject.transfers else _resident(backend, subject.x)
+
+
+def _resident(backend: Backend, x: Array) -> Callable[[], None]:
+    enqueue = backend.prepare(x)
+    synchronize = backend.synchronize
+
+    def run() -> None:
+        enqueue()
+        synchronize()
+
+    return run
+
+
+Progress = Callable[[str, float], None]
+"""Called with a model's name and the share of its measurement that is done, 0 to 1."""
+
+
+class MeasurementInterrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a measurement, with the samples so far.
+
+    Attributes:
+        timings: Of the subjects that have samples, by name; `complete` says which had reached their limits.
+    """
+
+    def __init__(self, timings: dict[str, Timing]) -> None:
+        super().__init__("Interrupted.")
+        self.timings = timings
+
+
+def measure(
+    backend: Backend,
+    x: Array,
+    *,
+    min_seconds: float = 2.0,
+    min_runs: int = 100,
+    warmup_seconds: float = 0.5,
+    warmup_runs: int = 10,
+    transfers: bool = True,
+    clock: Clock = time.perf_counter_ns,
+    progress: Progress | None = None,
+) -> Timing:
+    """Time one model.
+
+    Args:
+        backend: The model.
+        x: [N, ...], one batch.
+        min_seconds: Time in timed calls, at least.
+        min_runs: Number of timed calls, at least.
+        warmup_seconds: Time in untimed calls before, at least.
+        warmup_runs: Number of untimed calls before, at least.
+        transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
+        clock: Nanoseconds.
+        progress: Told how far the measurement is.
+
+    Raises:
+        UsageError: A limit is negative, or `x` does not fit the model.
+        BackendError: A run failed.
+    """
+    return measure_interleaved(
+        {backend.name: (backend, x)},
+        min_seconds=min_seconds,
+        min_runs=min_runs,
+        warmup_seconds=warmup_seconds,
+        warmup_runs=warmup_runs,
+        transfers=transfers,
+        clock=clock,
+        progress=progress,
+    )[backend.name]
+
+
+def measure_interleaved(
+    models: Mapping[str, tuple[Backend, Array]],
+    *,
+    min_seconds: float = 2.0,
+    min_runs: int = 100,
+    warmup_seconds: float = 0.5,
+    warmup_runs: int = 10,
+    transfers: bool = True,
+    clock: Clock = time.perf_counter_ns,
+    progress: Progress | None = None,
+) -> dict[str, Timing]:
+    """Time several models by turns, one caller each: see `measure_subjects`.
+
+    Args:
+        models: Backend and batch by name; the rest as for `measure`, and each limit holds for each model.
+        min_seconds: Time in timed calls of each, at least.
+        min_runs: Number of those calls, at least.
+        warmup_seconds: Time in untimed calls before, at least.
+        warmup_runs: Number of untimed calls before, at least.
+        transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
+        clock: Nanoseconds.
+        progress: Told how far each measurement is.
+
+    Raises:
+        UsageError: A limit is negative, or an input does not fit its model.
+        BackendError: A run failed.
+    """
+    return measure_subjects(
+        {name: Subject((backend,), x, transfers) for name, (backend, x) in models.items()},
+        min_seconds=min_seconds,
+        min_runs=min_runs,
+        warmup_seconds=warmup_seconds,
+        warmup_runs=warmup_runs,
+        clock=clock,
+        progress=progress,
+    )
+
+
+def measure_subjects(
+    subjects: Mapping[str, Subject],
+    *,
+    min_seconds: float = 2.0,
+    min_runs: int = 100,
+    warmup_seconds: float = 0.5,
+    warmup_runs: int = 10,
+    clock: Clock = time.perf_counter_ns,
+    pace: Callable[[], float] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Timing]:
+    """Time several subjects by turns of 0.1 s, so that the drift of a shared machine hits all alike.
+
+    The order turns round after each round, and the first call after a change of model, or after the pace was taken, is
+    not counted: it finds the caches full of something else.
+
+    Args:
+        subjects: By name; each limit holds for each of them.
+        min_seconds: Time in timed calls of each stream, at least.
+        min_runs: Number of timed calls of all streams, at least.
+        warmup_seconds: Time in untimed calls before, at least.
+        warmup_runs: Number of untimed calls before, at least.
+        clock: Nanoseconds.
+        pace: Asked before each turn how fast the machine itself is, in ms: a `pace.Pace`.
+        progress: Told how far each measurement is.
+
+    Raises:
+        UsageError: A limit is negative, or an input does not fit its model.
+        BackendError: A run failed.
+        MeasurementInterrupted: Ctrl-C, once a sample was taken.
+    """
+    check_limits(min_seconds, min_runs, warmup_seconds, warmup_runs)
+    runners: list[Runner] = []
+    min_ns = int(min_seconds * 1e9)
+    try:
+        for name, subject in subjects.items():
+            runners.append(Runner(name, subject, min_ns, min_runs, clock))
+        for runner in runners:
+            runner.warm_up(int(warmup_seconds * 1e9), warmup_runs)
+        pending = runners
+        while pending:
+            for runner in pending:
+                pace_ms = None if pace is None else pace()
+                if len(runners) > 1 or pace is not None:
+                    runner.warm_up(0, 1)
+                runner.run_round(pace_ms)
+                if progress is not None:
+                    progress(runner.name, runner.done)
+            pending = [runner for runner in reversed(pending) if runner.done < 1]
+    except KeyboardInterrupt:
+        timings = {runner.name: runner.timing() for runner in runners if runner.has_samples}
+        if not timings:
+            raise
+        raise MeasurementInterrupted(timings) from None
+    finally:
+        for runner in runners:
+            runner.close()
+    return {runner.name: runner.timing() for runner in runners}
+
+
+def check_limits(min_seconds: float, min_runs: int, warmup_seconds: float = 0.0, warmup_runs: int = 0) -> None:
+    """Refuse limits that no measurement can have.
+
+    Raises:
+        UsageError: One is negative, or `min_runs` is below 1.
+    """
+    if min_seconds < 0 or warmup_seconds < 0 or warmup_runs < 0 or min_runs < 1:
+        raise UsageError(
+            f"min_seconds={min_seconds}, warmup_seconds={warmup_seconds}, warmup_runs={warmup_runs} and "
+            f"min_runs={min_runs} were given; none may be negative, and min_runs must be at least 1."
+        )

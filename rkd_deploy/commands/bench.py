@@ -1,0 +1,287 @@
+"""How fast models are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rkd_deploy.commands.options import (
+    RUNS,
+    BackendName,
+    DeviceName,
+    Json,
+    Root,
+    Threads,
+    batch_sizes,
+    brief,
+    console_for,
+    emit,
+    need,
+    newest_bundle,
+    plain,
+    whole,
+)
+from rkd_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rkd_deploy.bench.results import Result
+
+
+def report(
+    records: Annotated[list[Path], typer.Argument(help="bench.json files, or one compare.json.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the page. Default: that of the first record.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a page of records.
+
+    Self-contained HTML and Markdown; several benches, of several machines say, side by side.
+    """
+    need("train", "matplotlib")
+    from rkd_deploy.commands.options import status
+    from rkd_deploy.report.reading import read_records
+    from rkd_deploy.report.writing import write_bench_report
+
+    found = read_records(records)
+    folder = output or records[0].parent
+    kinds = {record["kind"] for record in found}
+    if kinds == {"compare"} and len(found) == 1:
+        need("train", "torch", "safetensors")
+        from rkd_deploy.compare import write_comparison_report
+
+        with status("Drawing"):
+            pages = write_comparison_report(found[0], folder)
+    elif kinds == {"bench"}:
+        with status("Drawing"):
+            pages = write_bench_report(found, folder)
+    else:
+        raise UsageError(
+            f"{len(found)} records of the kinds {', '.join(sorted(kinds))}: give bench.json files, or one compare.json."
+        )
+    console_for(as_json).print(f"Report {pages.page}")
+    if as_json:
+        emit({"report": str(pages.page), "markdown": str(pages.markdown)})
+
+
+def report_folder(report: Path | None, output: Path | None) -> Path | None:
+    """The folder that --report or --output names, None where neither does; what a report needs is asked for."""
+    if report is None:
+        return output
+    if output is not None:
+        raise UsageError(
+            f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
+        )
+    need("train", "matplotlib")
+    return report
+
+
+Backends = Annotated[
+    list[str] | None,
+    typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.", show_default="onnxruntime"),
+]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
+]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="FOLDER/CLASS/image: measure top-1 of the same file, on the same backend.")
+]
+
+
+def bench(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Bundles, ONNX files, engines. Default: the newest bundle.", show_default=False),
+    ] = None,
+    backends: Backends = None,
+    device: DeviceName = None,
+    batches: Annotated[
+        str | None, typer.Option("--batch", help="Batch sizes.", show_default="1,8,32, or the model's own")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="CPU threads, e.g. 1,2. Default: the runtime's choice.")
+    ] = None,
+    streams: Annotated[str, typer.Option("--streams", help="Callers at once, each with its own copy: 1,2.")] = "1",
+    memory_limit: Annotated[
+        int | None, typer.Option("--memory-limit", help="Most device memory for the runtime, in MiB (CUDA).")
+    ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph/--no-cuda-graph", help="Engines: capture the runs, or launch kernel by kernel."),
+    ] = True,
+    shape: Shape = None,
+    min_seconds: Annotated[
+        float, typer.Option("--seconds", help="Time each model at each batch at least so long.")
+    ] = 2.0,
+    min_runs: Annotated[int, typer.Option("--count", help="Time at least so many calls.")] = 100,
+    warmup: Annotated[float, typer.Option("--warmup", help="Seconds of calls before, not counted.")] = 0.5,
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Only device-only figures. Default: those and end-to-end ones.")
+    ] = False,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Only end-to-end figures.")] = False,
+    data: Data = None,
+    scenarios: Annotated[
+        list[str] | None,
+        typer.Option("--scenario", help="Repeatable: SingleStream, MultiStream, Server, Offline. LoadGen, unofficial."),
+    ] = None,
+    target_qps: Annotated[
+        float | None, typer.Option("--target-qps", help="Of Server. Default: half of what one caller gets.")
+    ] = None,
+    target_latency: Annotated[
+        float | None, typer.Option("--target-latency", help="Of Server: its bound, in ms.", show_default="15")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="As --output, with a page in it (bench.html), its roofline and layers."),
+    ] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline",
+            help="First tell how fast they could be here, on each backend with each thread count.",
+        ),
+    ] = False,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, throughput and memory of models; docs/bench.md says how. Ctrl-C keeps what was measured."""
+    if resident and end_to_end:
+        raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
+    if roofline:
+        need("export", "onnx")
+    folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    settings: dict[str, Any] = {
+        "backend": backends or ["onnxruntime"],
+        "device": device,
+        "batches": None if batches is None else batch_sizes(batches),
+        "threads": None if threads is None else whole("--threads", threads),
+        "streams": whole("--streams", streams),
+        "memory_limit": None if memory_limit is None else memory_limit << 20,
+        "cuda_graph": cuda_graph,
+        "shape": None if shape is None else whole("--shape", shape),
+        "min_seconds": min_seconds,
+        "min_runs": min_runs,
+        "warmup_seconds": warmup,
+        "transfers": False if resident else True if end_to_end else None,
+        "data": data,
+    }
+    from rkd_deploy.backends import check_backend, check_options
+    from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.bench.records import planned, record_bench
+    from rkd_deploy.bench.roofline import Study
+    from rkd_deploy.commands.options import status
+    from rkd_deploy.report.columns import print_details, print_results, print_scenarios
+    from rkd_deploy.report.reading import read_records
+    from rkd_deploy.report.writing import write_bench_report
+
+    asked = scenarios or []
+    check_scenarios(asked)
+    if "Server" not in asked and (target_qps, target_latency) != (None, None):
+        raise UsageError(
+            "--target-qps and --target-latency are Server's: give --scenario Server too, or leave them out."
+        )
+    load = None
+    if asked:
+        bound = SERVER_LATENCY_MS if target_latency is None else target_latency
+        load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
+    for name in settings["backend"]:
+        check_backend(name)
+        check_options(name, device, memory_limit=settings["memory_limit"], cuda_graph=cuda_graph)
+    chosen = models or [newest_bundle(root)]
+    console = console_for(as_json)
+    study = Study(chosen, planned(chosen, settings), settings["batches"], shape=settings["shape"])
+    if roofline or (report is not None and find_spec("onnx") is not None):
+        with status("Predicting") as update:
+            study.predict(update)
+        study.print_roofline([], console)
+
+    def studied(results: Sequence[Result]) -> dict[str, Any]:
+        if report is not None:
+            study.profile(update, batch=min(result.batch for result in results))
+        return study.to_record()
+
+    with status("Measuring") as update:
+        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
+    print_results(done.results, console)
+    print_details(done.results, console)
+    if done.scenarios:
+        print_scenarios(done.scenarios, console)
+    study.print_roofline(done.results, console)
+    for line in done.conditions:
+        console.print(line)
+    console.print(f"Record {done.report.record}")
+    made = {"record": str(done.report.record)}
+    if report is not None:
+        with status("Drawing the report"):
+            made["report"] = str(write_bench_report(read_records([done.report.record]), folder).page)
+        console.print(f"Report {made['report']}")
+    if as_json:
+        told = [plain(one) for one in done.scenarios]
+        predicted = study.to_record().get("roofline")
+        emit({**made, "results": brief(done.results), "loadgen": told, "roofline": predicted})
+
+
+def bench_compare(
+    a: Annotated[Path, typer.Argument(help="A bench.json, or a model.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The same kind of thing, compared with A.", show_default=False)],
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="B may be slower by this share before the exit code is 3.")
+    ] = 0.0,
+    backend: BackendName = "onnxruntime",
+    device: DeviceName = "cpu",
+    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, for models.")] = "1,8,32",
+    threads: Threads = None,
+    min_seconds: Annotated[float, typer.Option("--seconds", help="Time each model at each batch so long.")] = 3.0,
+    as_json: Json = False,
+) -> None:
+    """Say whether B is faster or slower than A.
+
+    Two models are measured side by side, now; two records (bench.json) as they lie. Exit code 3: B is slower, and
+    chance does not explain it.
+    """
+    from rkd_deploy.bench import compare
+    from rkd_deploy.commands.options import status
+    from rkd_deploy.errors import GateError
+    from rkd_deploy.report import columns
+
+    records = [path.suffix == ".json" for path in (a, b)]
+    differing: list[str] = []
+    if all(records):
+        one, other = compare.read_record(a), compare.read_record(b)
+        found = compare.recorded_ratios(one["results"], other["results"])
+        differing = compare.differing_environment(one["provenance"], other["provenance"])
+    elif any(records):
+        raise UsageError(f"{a} and {b}: give two models, or two records (bench.json), not one of each.")
+    else:
+        with status(f"Measuring on {backend}") as update:
+            found = compare.measure_ratios(
+                a,
+                b,
+                batches=batch_sizes(batches),
+                min_seconds=min_seconds,
+                backend=backend,
+                device=device,
+                threads=threads,
+                progress=update,
+            )
+    console = console_for(as_json)
+    columns.print_ratios(found, console)
+    for line in differing:
+        console.print(f"Measured under different conditions: {line}", style="yellow")
+    slower = [one for one in found if one.low > 1 + tolerance]
+    if as_json and not slower:
+        emit({"ratios": [one.to_dict() for one in found], "differing": differing})
+    if slower:
+        worst = max(slower, key=lambda one: one.low)
+        raise GateError(
+            f"{worst.b} is slower than {worst.a} at batch {worst.batch}: {worst.ratio:.3f} times its latency, at least "
+            f"{worst.low:.3f} times; {1 + tolerance:.3f} is allowed (--tolerance {tolerance:g})."
+        )

@@ -1,0 +1,183 @@
+"""Train, and put what was trained side by side."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rkd_deploy.commands.bench import report_folder
+from rkd_deploy.commands.options import (
+    RUNS,
+    BackendName,
+    DeviceName,
+    Json,
+    Root,
+    Threads,
+    batch_sizes,
+    brief,
+    console_for,
+    emit,
+    need,
+    whole,
+)
+from rkd_deploy.errors import UsageError
+
+
+def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
+    """Train, export and bench the embedded example."""
+    need("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
+    need("export", "onnx", "onnxscript")
+    from rkd_deploy.pipeline import quickstart as run_quickstart
+    from rkd_deploy.report.columns import print_results
+    from rkd_deploy.train.display import Progress
+
+    with Progress() as progress:
+        made = run_quickstart(root, progress, lambda line: progress.console.print(f"[bold]{line}[/bold]"))
+    console = console_for(as_json)
+    print_results(made.results, console)
+    files = {
+        "Run": made.run.folder,
+        "Bundle": made.bundles["fused"],
+        "Table": made.report.table,
+        "Plot": made.report.plot,
+    }
+    for name, path in files.items():
+        console.print(f"{name:<8} {path}")
+    if as_json:
+        bundles = {part: str(folder) for part, folder in made.bundles.items()}
+        emit(
+            {
+                "run": str(made.run.folder),
+                "bundles": bundles,
+                "plot": str(made.report.plot),
+                "results": brief(made.results),
+            }
+        )
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe (TOML), or a run folder to resume.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace one value: table.key=value. Another method.name empties [method]."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="What S and A must not exceed of S0's: macs, params, latency. student.budget."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")
+    ] = False,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Train once with each of these, e.g. 0,1,2: mean and deviation.")
+    ] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Train T, S0, S and A by a recipe.
+
+    Without one: the embedded example.
+    """
+    need("train", "torch", "safetensors")
+    from rkd_deploy.pipeline import embedded_recipe
+    from rkd_deploy.recipe import read_recipe
+    from rkd_deploy.train.display import Progress, print_parts, print_series
+    from rkd_deploy.train.distributed import speaks
+    from rkd_deploy.train.fitting import fit, fit_series
+    from rkd_deploy.train.fitting import resume as resume_run
+    from rkd_deploy.train.runs import newest_run, open_run
+
+    if budget is not None:
+        overrides = [*(overrides or ()), f"student.budget={budget}"]
+    if resume and overrides and seeds is None:
+        raise UsageError(
+            "--resume goes on with the recipe of the run; --set and --budget cannot change it. Start a new run instead."
+        )
+    if seeds is not None:
+        chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
+        with Progress() as progress:
+            series = fit_series(chosen, whole("--seeds", seeds), root=root, display=progress, resumed=resume)
+        if speaks():
+            print_series(series, console_for(as_json))
+            console_for(as_json).print(f"Series {series.path}")
+            if as_json:
+                emit(series.to_dict())
+        return
+    with Progress() as progress:
+        if resume:
+            found = newest_run(root, finished=False) if recipe is None else open_run(recipe)
+            run = resume_run(found, display=progress)
+        else:
+            chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
+            run = fit(chosen, root=root, display=progress)
+    if not speaks():  # torchrun's other processes
+        return
+    metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
+    console = console_for(as_json)
+    print_parts(metrics, facts, console)
+    console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
+    if as_json:
+        emit({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+
+
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Finished run folders. Default: the newest.")] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Export and time every network too.")] = True,
+    backend: BackendName = "onnxruntime",
+    device: DeviceName = None,
+    batches: Annotated[
+        str, typer.Option("--batch", help="Images in one timed call, or several: the table tells of the first.")
+    ] = "1",
+    threads: Threads = None,
+    min_seconds: Annotated[float, typer.Option("--seconds", help="Time each network at least so long.")] = 1.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for table, plot, record. Default: runs/compare-TIME.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="As --output, with a page in it (compare.html), its roofline and layers."),
+    ] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Put the networks of several runs side by side.
+
+    T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
+    """
+    need("train", "torch", "safetensors")
+    folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    from rkd_deploy.backends import check_backend
+    from rkd_deploy.commands.options import status
+    from rkd_deploy.compare import compare as compare_runs
+    from rkd_deploy.compare import print_comparison, timed, write_comparison, write_comparison_report
+    from rkd_deploy.compare.report import to_record
+    from rkd_deploy.report.reading import read_records
+    from rkd_deploy.train.runs import newest_run, open_run
+
+    found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
+    settings: dict[str, Any] = {}
+    if latency:
+        need("export", "onnx", "onnxscript")
+        check_backend(backend)
+        settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
+        settings["min_seconds"] = min_seconds
+        with status(f"Comparing on {backend}") as update:
+            found = timed(found, **settings, studied=report is not None, progress=update)
+    written = write_comparison(found, settings, folder)
+    console = console_for(as_json)
+    print_comparison(found, console)
+    for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
+        console.print(f"{name:<7} {file}")
+    made = {"record": str(written.record)}
+    if report is not None:
+        with status("Drawing the report"):
+            made["report"] = str(write_comparison_report(read_records([written.record])[0], folder).page)
+        console.print(f"Report  {made['report']}")
+    if as_json:
+        shown = to_record(found, settings)
+        emit({**shown, "results": brief(found.results), **made})

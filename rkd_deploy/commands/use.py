@@ -1,0 +1,148 @@
+"""What is done with a bundle: predictions, proofs, facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rkd_deploy.commands.options import (
+    RUNS,
+    BackendName,
+    DeviceName,
+    Json,
+    Model,
+    Newest,
+    Root,
+    Threads,
+    emit,
+    fact_lines,
+    newest_bundle,
+    plain,
+)
+
+
+def predict(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option("--top", help="How many classes of each.")] = 5,
+    backend: BackendName = "onnxruntime",
+    device: DeviceName = None,
+    threads: Threads = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option("--exit-threshold", help="Run the assistants only where the student is less confident than this."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Classify image files."""
+    from rkd_deploy.serve.classifier import load
+
+    found = {}
+    with load(model, backend=backend, device=device, threads=threads, exit_threshold=exit_threshold) as classifier:
+        for image in images:
+            best = classifier.predict(image, top=top)
+            found[str(image)] = [{"label": one.label, "probability": one.probability} for one in best]
+            shown = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in best)
+            typer.echo(f"{image}: {shown}", err=as_json)
+        exits = list(classifier.exits)
+    if exits:
+        typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
+    if as_json:
+        emit({"predictions": found, **({"exits": exits} if exits else {})})
+
+
+def verify(
+    model: Newest = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="Default: every one that is installed and can run the bundle.")
+    ] = None,
+    device: DeviceName = None,
+    tolerance: Annotated[float | None, typer.Option("--tolerance", help="Default: the bundle's own.")] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Prove a bundle again from its golden data.
+
+    Its files are compared with their checksums, its logits with the stored ones.
+    """
+    from rkd_deploy.bench.parity import Verdict, gate, verify_everywhere
+    from rkd_deploy.bench.parity import verify as verify_bundle
+
+    chosen = model or newest_bundle(root)
+    if backend is None:
+        verdicts = verify_everywhere(chosen, device=device, tolerance=tolerance)
+    else:
+        verdicts = [Verdict(backend, verify_bundle(chosen, backend, device=device, tolerance=tolerance), None)]
+    for verdict in verdicts:
+        if (parity := verdict.parity) is None:
+            line = f"not run: {verdict.reason}"
+        else:
+            line = (
+                f"logits differ by at most {parity.max_abs_diff:.2g} "
+                f"(tolerance {parity.tolerance:g}) over {parity.n} images."
+            )
+        typer.echo(f"{chosen} on {verdict.backend}: {line}", err=as_json)
+    for verdict in verdicts:
+        if verdict.parity is not None:
+            gate(verdict.parity, f"{chosen} on {verdict.backend}")
+    if as_json:
+        found = [{"backend": one.backend, "parity": one.parity and one.parity.to_dict()} for one in verdicts]
+        emit({"bundle": str(chosen), "backends": found})
+
+
+def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None:
+    """Show the card of a bundle or an ONNX file, or an engine's record.
+
+    Precision, fusion, checksums, what it was exported with. Files that were changed are an error.
+    """
+    from rkd_deploy.backends.files import describe
+    from rkd_deploy.backends.tensorrt.record import record_path
+
+    if model is not None and record_path(model).is_file():
+        _show_engine(model, as_json)
+        return
+    card = json.loads(describe(model or newest_bundle(root)).to_json())
+    if as_json:
+        emit(card)
+        return
+    labels, checksums, versions = card.pop("labels"), card.pop("checksums"), card.pop("versions")
+    facts = {
+        **card,
+        "labels": f"{len(labels)}: {', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}",
+        "unchanged": [{name: f"SHA-256 {checksum}"} for name, checksum in checksums.items()],
+        "exported with": [versions],
+    }
+    typer.echo("\n".join(fact_lines(facts)))
+
+
+def _show_engine(file: Path, as_json: bool) -> None:
+    from rkd_deploy.backends.tensorrt.layers import layer_table
+    from rkd_deploy.backends.tensorrt.record import read_engine
+
+    record = read_engine(file)[1]
+    assert record is not None
+    content = record.to_dict()
+    if as_json:
+        emit(content)
+        return
+    layers = content.pop("layers")
+    del content["metadata"]  # the model's card, which is shown of the model
+    typer.echo("\n".join(fact_lines(content)))
+    typer.echo(layer_table(layers))
+
+
+def backends(as_json: Json = False) -> None:
+    """List the backends and what works here."""
+    from rkd_deploy.backends import available
+
+    found = available()
+    for status in found:
+        state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
+        version = f" {status.version}" if status.version else ""
+        ways = f"; also as {', '.join(status.ways)}" if status.ways else ""
+        typer.echo(f"{status.name + version:<24} {state}{ways}", err=as_json)
+    if as_json:
+        emit({"backends": [plain(status) for status in found]})

@@ -1,0 +1,87 @@
+"""Latency of the networks of a comparison: each exported, proven and timed in turn with the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rkd_deploy.bench import bench
+from rkd_deploy.bench.loading import Setting
+from rkd_deploy.bench.roofline import Study
+from rkd_deploy.bench.timing import Progress
+from rkd_deploy.compare.rows import Comparison
+from rkd_deploy.pipeline import export_run
+
+
+def timed(
+    comparison: Comparison,
+    *,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    batches: Sequence[int] = (1,),
+    threads: int | None = None,
+    min_seconds: float = 1.0,
+    studied: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """The same comparison with latencies.
+
+    Each row's network (that of the first seed) is exported into a temporary folder and proven on random images; what
+    ships is exported, and proven on the test images, by `export_run`.
+
+    Args:
+        comparison: From `compare`.
+        backend: As for `load_backend`, and so `device` and `threads`.
+        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
+        batches: Numbers of images in one call; the rows tell of the first.
+        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        min_seconds: Time in timed calls of each network at each batch size, at least.
+        studied: Whether the roofline and the time of each layer are wanted too.
+        progress: Told what is being exported or measured, and how far it is.
+
+    Raises:
+        GateError: An exported graph does not do what the network does.
+        BackendError: The backend cannot run here.
+    """
+    with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
+        bundles = []
+        for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
+            if progress is not None:
+                progress(f"exporting {row.name}", number / len(comparison.rows))
+            program = backend.startswith("pytorch")
+            made = export_run(
+                run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
+            )
+            bundles.append(made.folder)
+        names = [row.name for row in comparison.rows]
+        study = Study(bundles, [Setting(backend, device, threads)], batches, names=names)
+        if studied:
+            study.predict(progress)
+        results = bench(
+            bundles,
+            backend=backend,
+            device=device,
+            batches=batches,
+            threads=threads,
+            min_seconds=min_seconds,
+            progress=progress,
+        )
+        if studied:
+            study.profile(progress)
+    results = [
+        dataclasses.replace(result, model=row.name, part=row.part, accuracy=row.top1)
+        for result, row in zip(results, comparison.rows * len(batches), strict=True)
+    ]
+    rows = tuple(
+        dataclasses.replace(
+            row,
+            p50_ms=result.p50_ms,
+            p50_low_ms=result.p50_low_ms,
+            p50_high_ms=result.p50_high_ms,
+            p90_ms=result.p90_ms,
+        )
+        for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
+    )
+    return dataclasses.replace(comparison, rows=rows, results=tuple(results), study=study.to_record())

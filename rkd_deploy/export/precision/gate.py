@@ -1,0 +1,156 @@
+"""The gate of lower precision: does the file classify held-out images as the trained network does?
+
+Letters: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.backends import Backend, infer_many, load_backend
+from rkd_deploy.backends.files import ONNX_NAME
+from rkd_deploy.bench.accuracy import top1
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import DataError, GateError
+from rkd_deploy.export.precision.options import Gates
+from rkd_deploy.images import normalise
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What the gate saw.
+
+    Attributes:
+        images: N.
+        agreement: Share of them, in %, that both put into the same class.
+        reference_top1: Accuracy of the float32 PyTorch model in %; None where labels are not known.
+        top1: Accuracy of the file.
+        drop: The difference in points.
+        max_abs_diff: Largest difference of a logit.
+        min_agreement: Limit.
+        max_drop: Limit.
+        passed: Both limits hold, rounded up to whole images, and every logit is finite.
+    """
+
+    images: int
+    agreement: float
+    reference_top1: float | None
+    top1: float | None
+    drop: float | None
+    max_abs_diff: float
+    min_agreement: float
+    max_drop: float
+    passed: bool
+
+    def in_words(self) -> str:
+        """One line, limits included."""
+        words = (
+            f"{self.agreement:.2f} % of {self.images} held-out images keep their class (limit {self.min_agreement:g})"
+        )
+        if self.drop is not None:
+            words += f", top-1 {self.reference_top1:.2f} -> {self.top1:.2f} % (limit {self.max_drop:g} points)"
+        return words
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; an infinite difference, which JSON has not, becomes None."""
+        return {key: None if value == np.inf else value for key, value in asdict(self).items()}
+
+
+class HeldOut:
+    """Images with the reference's answer to each, to judge candidates on.
+
+    Args:
+        reference: The float32 PyTorch model.
+        batches: Images uint8 [n, H, W, C] and labels [n], -1 where they are not known.
+        card: How the graph takes images, and its classes.
+
+    Raises:
+        DataError: There are no images, or a label is none of the card's classes.
+    """
+
+    def __init__(self, reference: Backend, batches: Iterable[tuple[Array, Array]], card: ModelCard) -> None:
+        pairs = [(as_input(images_NHWC, card), labels_n) for images_NHWC, labels_n in batches]
+        if not pairs:
+            raise DataError("A lower precision is judged on held-out images, and there are none. Give some.")
+        self.inputs = [x for x, _ in pairs]
+        self.labels_N = np.concatenate([labels_n for _, labels_n in pairs])
+        self.logits_NK = np.concatenate([infer_many(reference, x) for x in self.inputs])
+        classes = len(card.labels)
+        if self.labels_N.max() >= classes or self.logits_NK.shape[1] != classes:
+            raise DataError(
+                f"The network gives {self.logits_NK.shape[1]} logits, the held-out labels go up to "
+                f"{self.labels_N.max()}, and the card names {classes} classes ({', '.join(card.labels[:3])}, ..). "
+                "Judge on images of the classes that the network was trained for."
+            )
+
+    def answers(self, proto: Any, backend: str) -> Array:
+        """Logits of a graph, [N, K]."""
+        return answers(proto, self.inputs, backend)
+
+    def judge(self, logits_NK: Array, gates: Gates) -> Judgement:
+        """Hold a file's logits against the reference's."""
+        difference = np.abs(logits_NK.astype(np.float64) - self.logits_NK)
+        finite = bool(np.isfinite(difference).all())
+        same_N = logits_NK.argmax(1) == self.logits_NK.argmax(1)
+        agreement = 100 * float(same_N.mean())
+        known = bool((self.labels_N >= 0).all())
+        before = top1(self.logits_NK.argmax(1), self.labels_N) if known else None
+        after = top1(logits_NK.argmax(1), self.labels_N) if known else None
+        drop = None if before is None or after is None else before - after
+        return Judgement(
+            images=len(same_N),
+            agreement=agreement,
+            reference_top1=before,
+            top1=after,
+            drop=drop,
+            max_abs_diff=float(difference.max()) if finite else np.inf,
+            min_agreement=gates.agreement,
+            max_drop=gates.drop,
+            passed=finite
+            and _images(100 - agreement, len(same_N)) <= _allowed(100 - gates.agreement, len(same_N))
+            and (drop is None or _images(drop, len(same_N)) <= _allowed(gates.drop, len(same_N))),
+        )
+
+
+def _images(share: float, count: int) -> int:
+    """A share in % as images."""
+    return round(share * count / 100)
+
+
+def _allowed(share: float, count: int) -> int:
+    """A limit in % as images, rounded up: of 400 images 0.1 % is one, for a near tie may fall either way."""
+    return math.ceil(share * count / 100 - 1e-6)
+
+
+def answers(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
+    """Logits [N, K] of a graph in memory for batches [n, ...] as it takes them."""
+    with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder:
+        file = Path(folder) / ONNX_NAME
+        file.write_bytes(proto.SerializeToString())
+        with load_backend(backend, file) as candidate:
+            return np.concatenate([infer_many(candidate, x) for x in inputs])
+
+
+def as_input(images_NHWC: Array, card: ModelCard) -> Array:
+    """uint8 images as the exported graph takes them."""
+    return images_NHWC if card.preprocess.embedded else normalise(images_NHWC, card.preprocess)
+
+
+def failed(judgement: Judgement, precision: str, kept: Sequence[str], report: Path) -> GateError:
+    """The error for a file that lost too much."""
+    stays = f" with {len(kept)} layers kept in float32" if kept else ""
+    way_out = " or let --keep auto leave out the layers that hurt" if precision == "int8" and not kept else ""
+    return GateError(
+        f"{precision} loses too much{stays}: {judgement.in_words()}. Report: {report}. Choose a higher precision"
+        f"{way_out}; where the loss is acceptable, state other limits with --min-agreement and --max-drop."
+    )

@@ -1,0 +1,148 @@
+"""Images that the ranges of activations are measured on: from a folder, or drawn from a data set.
+
+Letters: N images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rkd_deploy.card import Preprocess
+from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
+from rkd_deploy.images import to_array
+
+COUNT = 256
+"""Images to calibrate on, unless another number is asked for."""
+LEAST = 16
+"""Fewer say too little about the ranges that other images reach."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The images, and where they come from.
+
+    Attributes:
+        images_NHWC: uint8 [N, H, W, C], of the model's size.
+        source: What they were drawn from, in words.
+        seed: That drew them.
+
+    Raises:
+        DataError: They are fewer than `LEAST`.
+    """
+
+    images_NHWC: Pixels
+    source: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.images_NHWC) < LEAST:
+            raise DataError(
+                f"{len(self.images_NHWC)} images of {self.source} are too few to calibrate on; it takes at least "
+                f"{LEAST}, better {COUNT}. Give more images, or raise --calibration-count."
+            )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of shape and pixels, in order."""
+        digest = hashlib.sha256(repr(self.images_NHWC.shape).encode())
+        digest.update(self.images_NHWC.tobytes())
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the card says of them."""
+        return {"images": len(self.images_NHWC), "source": self.source, "seed": self.seed, "sha256": self.sha256}
+
+
+def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, seed: int = 0) -> Calibration:
+    """Draw images from a folder and the folders in it, cropped to the model's size as `load` does.
+
+    Args:
+        folder: Holds JPEG, PNG, BMP or WebP files; labels do not matter.
+        preprocess: The model's rule.
+        count: How many. Default: `COUNT`, or all where there are fewer.
+        seed: Draws them.
+
+    Raises:
+        DataError: The folder is missing, cannot be read, or has too few images; an image is broken.
+    """
+    try:
+        if not folder.is_dir():
+            raise _no_images(folder, "is no folder")
+        names = sorted(_images_in(folder))
+    except OSError as error:
+        raise DataError(
+            f"The calibration folder {folder} cannot be read: {error.strerror} ({error.filename}). Mend its "
+            "permissions, or name another with --calibration FOLDER."
+        ) from error
+    if not names:
+        raise _no_images(folder, "holds no image")
+    chosen = draw(len(names), count, seed, f"the folder {folder}")
+    pixels = np.stack([to_array(folder / names[index], preprocess) for index in chosen])
+    return Calibration(pixels, f"folder {folder.resolve().name}", seed)
+
+
+def _images_in(folder: Path) -> Iterator[str]:
+    def stop(error: OSError) -> None:
+        raise error  # a folder that is passed over in silence would be one whose images nobody misses
+
+    for parent, _, names in os.walk(folder, onerror=stop):
+        for name in names:
+            if name.lower().endswith(SUFFIXES):
+                yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def _no_images(folder: Path, reason: str) -> DataError:
+    return DataError(
+        f"The calibration folder {folder} {reason}; files that end in {', '.join(SUFFIXES)} are looked for, "
+        "also in the folders in it. Name another with --calibration FOLDER, or leave it out for training images."
+    )
+
+
+def draw(available: int, count: int | None, seed: int, source: str) -> npt.NDArray[np.int64]:
+    """Positions of the images to calibrate on, in rising order.
+
+    Raises:
+        DataError: More are asked for than there are.
+    """
+    if count is not None and count > available:
+        raise DataError(
+            f"--calibration-count {count} is more than the {available} images of {source}. Ask for at most "
+            f"{available}, or give more images."
+        )
+    wanted = min(available, COUNT) if count is None else count
+    return np.sort(np.random.default_rng(seed).permutation(available)[:wanted]).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """An export's options with the images that they need.
+
+    Attributes:
+        options: What is asked for.
+        held_out: Batches of images uint8 [n, H, W, C] and labels [n] (-1: unknown) to judge on; neither calibrated on
+            nor test images, because limits and kept layers are chosen by them.
+        held_out_source: Where they come from, for the report.
+        calibration: For int8 and fp8.
+    """
+
+    options: PrecisionOptions
+    held_out: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+    held_out_source: str
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.options.precision in QUANTISED and self.calibration is None:
+            raise UsageError(f"--precision {self.options.precision} needs images to calibrate on. Give a folder.")

@@ -1,0 +1,249 @@
+"""The widest networks that are no slower than a given one: a search by measurement.
+
+What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.latency`). Here is only the search. It
+moves along one number, the fraction of S0's MACs that a candidate may cost, because along it latency rises steadily, if
+not exactly: fraction 1 first, then where a line through what was measured meets the target, until the last one that
+fits and the first one that does not are neighbours. That is done by short measurements, and among many of these the
+best looks faster than it is: what is found is measured anew, longer, and only that counts. So is the next wider one
+then, because a short measurement may also have refused too much, until one fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from rkd_deploy.errors import BudgetError
+
+BranchWidths = tuple[tuple[int, ...], ...]
+"""Of one network, or of S and A."""
+
+STEPS = 50
+"""Candidates cost 1/50, 2/50, .. of S0's MACs: what is found is the widest of these, to one step."""
+MAX_SECONDS = 120.0
+"""After this time nothing wider is looked for, as soon as there is a candidate that fits."""
+ROUNDING = 0.005
+"""A ratio of 1.00, to two decimals, is one: two measurements of one and the same network differ by as much."""
+CONFIRMATIONS = 5
+"""How many candidates may fail the longer measurement before the search gives up."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A candidate and S0, timed in turn in one run.
+
+    Attributes:
+        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over pairs of
+            turns of the ratio of their medians; else the ratio of the 10th percentiles, because what else runs on a
+            machine only ever adds to a latency.
+        candidate_ms: Its median latency by batch size.
+        given_ms: That of S0.
+        runs: How many calls of each were timed, by batch size.
+        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (infinite where so few
+            turns bound it on no side).
+    """
+
+    ratios: dict[int, float]
+    candidate_ms: dict[int, float]
+    given_ms: dict[int, float]
+    runs: dict[int, int]
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio."""
+        return max(self.ratios.values())
+
+
+class Stopwatch(Protocol):
+    """Times two classifiers against each other, as they would be deployed."""
+
+    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+        """Time both in turn, the candidate fused at this level; long enough to decide where `confirm` is set."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """On what is measured, for the record."""
+        ...
+
+
+class Candidate(NamedTuple):
+    """Widths, and the network that has them, built when it is needed."""
+
+    widths: BranchWidths
+    build: Callable[[], nn.Module]
+    level: str = "tail"
+    """The level of fusion at which it is timed (`rkd_deploy.export.fusion`)."""
+
+
+class Fitting(NamedTuple):
+    """What was found, and everything that was measured on the way."""
+
+    widths: BranchWidths
+    record: dict[str, Any]
+
+
+def fastest_fitting(
+    make: Callable[[float], Candidate],
+    stopwatch: Stopwatch,
+    given: nn.Module,
+    target: float,
+    *,
+    above: float = 0.0,
+    deadline: float | None = None,
+) -> Fitting:
+    """The widest candidate that takes at most `target` times as long as a given network, at every batch size.
+
+    Args:
+        make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none,
+            and then for every smaller fraction too.
+        stopwatch: Measures.
+        given: What the candidates are held against.
+        target: The ratio of latencies that is allowed, within `ROUNDING`.
+        above: Where something else was found already: only fractions above this are of any use.
+        deadline: When the search ends, by `time.monotonic`, if anything was found. Default: in `MAX_SECONDS`.
+
+    Raises:
+        BudgetError: No candidate is fast enough; the message has the numbers.
+    """
+    end = time.monotonic() + MAX_SECONDS if deadline is None else deadline
+    return _Search(make, stopwatch, given, target, above, end).run()
+
+
+class _Search:
+    """Candidates by their number n from 1 to STEPS: at most n / STEPS of S0's MACs."""
+
+    def __init__(
+        self,
+        make: Callable[[float], Candidate],
+        stopwatch: Stopwatch,
+        given: nn.Module,
+        target: float,
+        above: float,
+        deadline: float,
+    ) -> None:
+        self._stopwatch, self._given, self._target = stopwatch, given, target
+        self._above, self._end = above, deadline
+        self._readings: list[dict[str, Any]] = []
+        self._ratios: dict[BranchWidths, float] = {}  # the latest, a confirmed one in place of a short one
+        self._refused: set[BranchWidths] = set()  # by a confirmation
+        self._candidate = functools.cache(lambda number: make(number / STEPS))
+        self._networks: dict[BranchWidths, nn.Module] = {}
+
+    def run(self) -> Fitting:
+        """Search, confirm; where that fails, search on below."""
+        narrowest, top = self._narrowest(), STEPS
+        for _ in range(CONFIRMATIONS):
+            number = self._widest(narrowest, top)
+            reading = self._confirm(number)
+            if self._fits(reading):
+                return self._widened(number, reading)
+            # One reading may be far off, and what it refuses too much is looked at again in the end.
+            top = max(narrowest, min(number - 1, int(number * max(0.9, self._target / reading.worst))))
+        raise BudgetError(
+            f"{self._best()}, and no candidate stayed within {self._target:g} when it was measured anew, "
+            f"{CONFIRMATIONS} times: this machine is too busy to measure on. Try again when it is not, or set "
+            'student.budget = "macs".'
+        )
+
+    def _narrowest(self) -> int:
+        """The least number that is of use and of which there is a candidate."""
+        missing, known = int(self._above * STEPS), STEPS
+        if missing == STEPS:
+            raise BudgetError(f"Nothing wider than {self._above:.2f} of the MACs is left to try.")
+        self._candidate(STEPS)  # raises where there is none at all
+        while known - missing > 1:
+            middle = (missing + known) // 2
+            try:
+                self._candidate(middle)
+                known = middle
+            except BudgetError:
+                missing = middle
+        return known
+
+    def _widest(self, narrowest: int, top: int) -> int:
+        """The largest number up to `top` that fits by short measurements."""
+        low, high, number = narrowest - 1, top + 1, top  # low fits, unless it is below all there is; high does not
+        while True:
+            low, high = (number, high) if self._ratio(number) <= self._target + ROUNDING else (low, number)
+            if high - low == 1 or (time.monotonic() > self._end and (low >= narrowest or self._above)):
+                break
+            number = self._between(low, high, low >= narrowest)
+        if low < narrowest:
+            raise BudgetError(
+                f"{self._best()}, and nothing narrower is left to try, down to {narrowest / STEPS:.2f} of the MACs. "
+                "Lower student.round_to, student.assistant_share or student.assistants, or train S alone."
+            )
+        return low
+
+    def _between(self, low: int, high: int, low_is_known: bool) -> int:
+        """Where a line through two points, or through one and the origin, meets the target."""
+        ratio_high = self._ratio(high)
+        if not low_is_known:
+            number = int(high * min(0.95, max(0.5, self._target / ratio_high)))
+        else:
+            ratio_low = self._ratio(low)
+            part = (self._target - ratio_low) / (ratio_high - ratio_low) if ratio_high > ratio_low else 0.5
+            number = low + int((high - low) * min(0.75, max(0.25, part)))
+        return max(low + 1, min(high - 1, number))
+
+    def _widened(self, number: int, reading: Reading) -> Fitting:
+        """What was confirmed, or the widest of the neighbours above it that are confirmed as well."""
+        while number < STEPS and time.monotonic() < self._end:
+            widths = self._candidate(number).widths
+            wider = next((n for n in range(number + 1, STEPS + 1) if self._candidate(n).widths != widths), None)
+            if wider is None or self._candidate(wider).widths in self._refused:
+                break
+            longer = self._confirm(wider)
+            if not self._fits(longer):
+                break
+            number, reading = wider, longer
+        return Fitting(self._candidate(number).widths, self._record(number / STEPS, reading))
+
+    def _fits(self, reading: Reading) -> bool:
+        return reading.worst <= self._target + ROUNDING
+
+    def _ratio(self, number: int) -> float:
+        widths = self._candidate(number).widths
+        if widths not in self._ratios:
+            self._ratios[widths] = self._measure(number, confirm=False).worst
+        return self._ratios[widths]
+
+    def _confirm(self, number: int) -> Reading:
+        reading = self._measure(number, confirm=True)
+        widths = self._candidate(number).widths
+        self._ratios[widths] = reading.worst
+        if not self._fits(reading):
+            self._refused.add(widths)
+        return reading
+
+    def _measure(self, number: int, confirm: bool) -> Reading:
+        candidate = self._candidate(number)
+        if candidate.widths not in self._networks:
+            self._networks[candidate.widths] = candidate.build()
+        network = self._networks[candidate.widths]
+        reading = self._stopwatch.compare(network, self._given, level=candidate.level, confirm=confirm)
+        widths = [list(widths) for widths in candidate.widths]
+        self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | asdict(reading))
+        return reading
+
+    def _record(self, fraction: float, reading: Reading) -> dict[str, Any]:
+        return {
+            "target": self._target,
+            "fraction_of_macs": fraction,
+            "worst_ratio": reading.worst,
+            "measured_on": self._stopwatch.describe(),
+            "readings": self._readings,
+        }
+
+    def _best(self) -> str:
+        if not self._readings:
+            return "No S and A are as fast as asked for"
+        best = min(self._readings, key=lambda row: max(row["ratios"].values()))
+        ratios = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in best["ratios"].items())
+        return f"The fastest candidate, with {best['fraction']:.2f} of the MACs, took {ratios} times as long as S0"

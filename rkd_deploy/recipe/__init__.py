@@ -1,0 +1,258 @@
+"""A recipe: one TOML file that says everything about a training run.
+
+Tables and keys are dataclasses, each table's in a file of its own: `recipe_data.py` and its sisters.
+`--set table.key=value` replaces one value; `read_recipe` checks every key, type and rule before anything is computed,
+and `to_toml` writes the whole recipe back, so that a run folder reproduces itself. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.errors import RecipeError, unknown_name
+from rkd_deploy.recipe.data import DataRecipe
+from rkd_deploy.recipe.method import MethodRecipe
+from rkd_deploy.recipe.networks import StudentRecipe, TeacherRecipe
+from rkd_deploy.recipe.train import TrainRecipe
+
+__all__ = [
+    "DataRecipe",
+    "MethodRecipe",
+    "Recipe",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TrainRecipe",
+    "parse_recipe",
+    "read_recipe",
+]
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # The escapes of JSON are escapes of TOML's basic strings; only TOML wants one for DEL too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices."""
+    if value not in choices:
+        raise RecipeError(unknown_name(f"value of {key}", value, choices))
+
+
+def in_range(key: str, value: float, low: float, high: float | None = None) -> None:
+    """Refuse what is not from low to high, NaN and infinity."""
+    finite = value < math.inf
+    if not value >= low or not finite or (high is not None and not value <= high):  # also refuses NaN
+        rule = f"between {low} and {high}" if high is not None else f"at least {low}" if finite else "finite"
+        raise RecipeError(f"{key} = {value} must be {rule}.")
+
+
+def normalisation(table: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Refuse a mean or standard deviation that no RGB images have."""
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise RecipeError(f"{table}.{key} = {list(values)} has {len(values)} values; there are 3 channels (RGB).")
+        if values is not None and not all(math.isfinite(value) for value in values):
+            raise RecipeError(f"{table}.{key} = {list(values)} must be finite.")
+    if std is not None and min(std) <= 0:
+        raise RecipeError(f"{table}.std = {list(std)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. Every default can be used as it is: `Recipe()` trains on digits."""
+
+    name: str = "recipe"
+    data: DataRecipe = field(default_factory=DataRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    student: StudentRecipe = field(default_factory=StudentRecipe)
+    method: MethodRecipe = field(default_factory=MethodRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) & set("/\\\0"):
+            raise RecipeError(f"name = {self.name!r} names the run folders: it must not be empty or hold a slash.")
+        if self.student.assistants == 1 and self.method.step_decay != MethodRecipe.step_decay:
+            raise RecipeError(
+                f"method.step_decay = {self.method.step_decay} weighs the steps of a chain, and student.assistants "
+                "= 1. Leave it out, or set student.assistants above 1."
+            )
+        if self.method.residual and self.method.scheme == "progressive":
+            self._check_progressive()
+        if not self.method.residual:
+            self._check_baseline()
+        self._check_data()
+
+    def _check_data(self) -> None:
+        teacher = self.teacher
+        if self.data.normalisation == "teacher" and teacher.checkpoint is None and not (teacher.mean and teacher.std):
+            raise RecipeError(
+                'data.normalisation = "teacher", and nothing states that of T. Set teacher.mean and teacher.std, or '
+                "teacher.checkpoint to weights that this package wrote."
+            )
+        if self.method.loss == "dkd" and (self.data.mixup or self.data.cutmix):
+            raise RecipeError(
+                f"data.mixup = {self.data.mixup} and data.cutmix = {self.data.cutmix} mix labels, and dkd needs one "
+                'class for each image. Set both to 0, or take another loss, e.g. "kd".'
+            )
+
+    def _check_progressive(self) -> None:
+        """What is built for one pass of S and one of A, and not for stages that exchange their maps."""
+        if self.student.budget == "latency":
+            raise RecipeError(
+                'student.budget = "latency" is measured with other schemes. Set student.budget = "macs" or "params", '
+                'or a method.scheme other than "progressive".'
+            )
+        if self.student.layout == "side_by_side":
+            raise RecipeError(
+                'student.layout = "side_by_side", and with method.scheme = "progressive" S and A exchange their maps '
+                "at every stage, so that their layers cannot be merged. Leave one of them out."
+            )
+        if self.student.weights == "inherited":
+            raise RecipeError(
+                'student.weights = "inherited" has no effect with method.scheme = "progressive": fresh adapters lie '
+                "between the stages, behind which trained weights are worth nothing. Leave it out."
+            )
+
+    def _check_baseline(self) -> None:
+        """S0 is what a baseline trains: settings that take S0 away, or cut assistants from it, make no sense."""
+        name = f'method.name = "{self.method.name}" trains S0 itself'
+        if self.student.checkpoint is not None:
+            raise RecipeError(
+                f"{name}, and student.checkpoint = {self.student.checkpoint!r} gives it trained. Leave one of them out."
+            )
+        if not self.student.baseline:
+            raise RecipeError(f"{name}, and student.baseline = false leaves it out. Leave that key out.")
+        if self.student.layout is not None:
+            raise RecipeError(
+                f"{name}, without assistants, and student.layout = {self.student.layout!r} says how S and A lie. Leave "
+                'that key out, or set method.name = "residual".'
+            )
+        if self.student.assistants > 1:
+            raise RecipeError(
+                f"{name}, without assistants, and student.assistants = {self.student.assistants}. Leave that key out, "
+                'or set method.name = "residual".'
+            )
+
+    def to_toml(self) -> str:
+        """Every value that is set, as TOML; `read_recipe` gives the equal recipe back."""
+        lines = [f"name = {toml_value(self.name)}"]
+        for table in dataclasses.fields(self)[1:]:
+            lines += ["", f"[{table.name}]"]
+            values = dataclasses.asdict(getattr(self, table.name))
+            lines += [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and replace single values.
+
+    A `method.name` that differs from the file's begins a table `[method]` of its own: what stands in the file's was
+    chosen for the method that is replaced.
+
+    Args:
+        path: A TOML file; None gives the defaults. One that lies in a run folder takes given weights from the copies
+            in there, so that the folder alone reproduces the run, wherever it was moved.
+        overrides: `table.key=value` each, the value written as in TOML (a string may go without quotes).
+
+    Raises:
+        RecipeError: The file is missing or no TOML, a key or value is unknown or of the wrong type, or a rule is
+            broken. The message names the key and the choices.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"No recipe can be read at {path}: {error}.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+        content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+        _use_own_copies(content, path.parent)
+    given = content.pop("method", {})
+    for override in overrides:
+        _apply(content, override)
+    if isinstance(given, dict):
+        own, set_here = given.get("name", MethodRecipe.name), content.get("method", {})
+        content["method"] = set_here if set_here.get("name", own) != own else given | set_here
+    else:
+        content["method"] = given  # no table: refused with the others
+    return parse_recipe(content)
+
+
+def parse_recipe(content: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of nested mappings, as tomllib gives them (see `read_recipe`)."""
+    tables = typing.get_type_hints(Recipe)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in tables:
+            raise RecipeError(unknown_name("recipe table", key, tables))
+        values[key] = _parse_table(key, tables[key], value) if key != "name" else _convert("name", str, value)
+    return Recipe(**values)
+
+
+def _parse_table(table: str, owner: type[Any], content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{table} = {content!r} must be a table: write [{table}] and its keys below.")
+    hints = typing.get_type_hints(owner)
+    values = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise RecipeError(unknown_name("recipe key", f"{table}.{key}", [f"{table}.{hint}" for hint in hints]))
+        values[key] = _convert(f"{table}.{key}", hints[key], value)
+    return owner(**values)
+
+
+def _convert(key: str, wanted: Any, value: Any) -> Any:
+    if typing.get_origin(wanted) is types.UnionType:  # "X | None": TOML has no null, a missing key is None
+        wanted = next(item for item in typing.get_args(wanted) if item is not types.NoneType)
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{key} = {value!r} must be a list, e.g. {key.split('.')[-1]} = [...].")
+        return tuple(_convert(key, typing.get_args(wanted)[0], item) for item in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise RecipeError(f"{key} = {value!r} must be of type {wanted.__name__}.")
+    return value
+
+
+def _use_own_copies(content: dict[str, Any], folder: Path) -> None:
+    """The weights that `teacher.checkpoint` and `student.checkpoint` named are in a run folder under its own names."""
+    for table, name in (("teacher", "teacher"), ("student", "s0")):
+        copy, values = folder / "weights" / f"{name}.safetensors", content.get(table)
+        if isinstance(values, dict) and "checkpoint" in values and copy.is_file():
+            values["checkpoint"] = str(copy)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not separator or (not dot and table != "name"):
+        raise RecipeError(f"--set {override!r} is not of the form table.key=value, e.g. --set train.epochs=5.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: a name or a path
+    if table == "name":
+        content["name"] = str(value)
+        return
+    target = content.setdefault(table, {})
+    if not isinstance(target, dict):
+        raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
+    target[name] = value

@@ -1,0 +1,180 @@
+"""Table `[method]` of a recipe, and which of its keys goes with which. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rkd_deploy.errors import RecipeError
+from rkd_deploy.recipe import choice, in_range, toml_value
+
+BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
+"""Losses of other papers: beside the residual ones for S, or alone for S0."""
+
+SCHEMES = ("sequential", "progressive", "end_to_end")
+"""Orders in which S, its assistants and the head are trained."""
+
+_WITH_RESIDUAL = 'with method.name = "residual"'
+_WITH_END_TO_END = f'{_WITH_RESIDUAL} and method.scheme = "end_to_end"'
+_WITH_LOSS = "with a base loss (method.base) or a baseline's (method.name)"
+_READ_WHERE = {
+    **dict.fromkeys(("scheme", "head", "distance", "feature_weight", "base"), _WITH_RESIDUAL),
+    **dict.fromkeys(("base_weight", "base_warmup_epochs"), _WITH_LOSS),
+    "stages": f'{_WITH_RESIDUAL} and method.scheme = "sequential" or "end_to_end"',
+    "stage_weight": f"{_WITH_RESIDUAL} and two stages or more in method.stages",
+    "ce_weight": f"{_WITH_END_TO_END}, or by a baseline with a loss of its own",
+    **dict.fromkeys(("kl_weight", "assistant_weight", "step_decay", "detach"), _WITH_END_TO_END),
+    "temperature": f'by "kd" and "dkd", and {_WITH_END_TO_END}',
+    "standardise": 'by "kd" and "dkd"',
+    **dict.fromkeys(("dkd_alpha", "dkd_beta"), 'by "dkd"'),
+    "hint_stage": 'by "fitnet"',
+    "simkd_factor": 'by "simkd"',
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRecipe:
+    """Table `[method]`: what is trained, and how. A key that the method has no use for must keep its default."""
+
+    name: str = "residual"
+    """residual: S and A within S0's cost. cross_entropy, kd, fitnet, at, dkd, reviewkd, simkd: a baseline, S0 itself
+    trained with that loss (simkd ships a projector on top of S0)."""
+    scheme: str = "sequential"
+    """sequential: S, then A on what S leaves over, then (if it learns) the head. progressive: the same stage by stage,
+    the sum of both maps feeding the next stage; a phase for each stage of each. end_to_end: all losses at once."""
+    head: str = "teacher"
+    """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features.
+    finetuned: the same, starting from T's. Under end_to_end it learns along with the rest."""
+    distance: str = "mse"
+    """D: mse, normalised_mse, smooth_l1 or cosine (directions only: lengths are not learnt)."""
+    feature_weight: float = 5.0
+    """w, factor of D in the loss: D is a mean over elements, so its gradient is small beside that of a base loss or
+    cross-entropy. 5 is what ERA's authors released for theirs."""
+    stages: tuple[int, ...] = ()
+    """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
+    alone. Not for progressive, which takes every stage."""
+    stage_weight: float = 1.0
+    """v, factor of D at those before the last, beside w."""
+    base: str = "none"
+    """A further loss for S, and with cross-entropy for the control S0: none, kd, fitnet, at, dkd, reviewkd, simkd."""
+    base_weight: float | None = None
+    """Factor of the base loss, or of the baseline's. Default: the published one."""
+    base_warmup_epochs: int | None = None
+    """Epochs over which that factor rises linearly. Default: the published ones (20 for dkd and reviewkd, else 0)."""
+    ce_weight: float | None = None
+    """Factor of cross-entropy in end_to_end (default: 1) or in a baseline (default: the published one)."""
+    kl_weight: float = 1.0
+    """gamma, factor of KL from T's logits to those of the sum, in end_to_end."""
+    assistant_weight: float = 1.0
+    """alpha, factor of the assistants' D beside S's, in end_to_end."""
+    step_decay: float = 0.5
+    """d: the D of assistant i in a chain counts d^(i - 1), in end_to_end."""
+    detach: bool = True
+    """Stop the gradient at the residual, in end_to_end: then S does not learn from what A cannot."""
+    temperature: float = 4.0
+    """tau, of kd, dkd and the KL of end_to_end."""
+    standardise: bool = False
+    """Standardise logits in kd and dkd; published with temperature = 2 and base_weight = 9."""
+    dkd_alpha: float = 1.0
+    """Weight of the target class in dkd."""
+    dkd_beta: float = 8.0
+    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20."""
+    hint_stage: int = 2
+    """Stage that fitnet compares, from 1."""
+    simkd_factor: int = 2
+    """f, by which simkd's projector is narrower in its middle."""
+
+    def __post_init__(self) -> None:
+        choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
+        choice("method.scheme", self.scheme, SCHEMES)
+        choice("method.head", self.head, ("teacher", "trained", "finetuned"))
+        choice("method.distance", self.distance, ("mse", "normalised_mse", "smooth_l1", "cosine"))
+        choice("method.base", self.base, ("none", *BASE_LOSSES))
+        for name, low in (("feature_weight", 1e-6), ("base_weight", 1e-9), ("base_warmup_epochs", 0), ("ce_weight", 0)):
+            if (value := getattr(self, name)) is not None:
+                in_range(f"method.{name}", value, low)
+        if list(self.stages) != sorted(set(self.stages)) or (self.stages and self.stages[0] < 1):
+            raise RecipeError(f"method.stages = {list(self.stages)} must rise, from 1 on.")
+        for name in ("stage_weight", "kl_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
+            in_range(f"method.{name}", getattr(self, name), 0)
+        in_range("method.step_decay", self.step_decay, 0, 1)
+        in_range("method.temperature", self.temperature, 1e-3)
+        in_range("method.hint_stage", self.hint_stage, 1)
+        in_range("method.simkd_factor", self.simkd_factor, 1)
+        self._check_use()
+        self._check_progressive()
+        self._check_that_heads_learn()
+
+    @property
+    def residual(self) -> bool:
+        """Whether S and A are trained; else S0 alone."""
+        return self.name == "residual"
+
+    @property
+    def loss(self) -> str:
+        """The borrowed loss, be it a base or a baseline's: a name of `BASE_LOSSES`, or none."""
+        if self.residual:
+            return self.base
+        return "none" if self.name == "cross_entropy" else self.name
+
+    def _check_use(self) -> None:
+        """A setting that nothing reads is a misunderstanding: say so before hours of training."""
+        end_to_end = self.residual and self.scheme == "end_to_end"
+        borrowed = self.loss != "none"
+        read = {
+            "name": True,
+            "scheme": self.residual,
+            "head": self.residual,
+            "distance": self.residual,
+            "feature_weight": self.residual,
+            "stages": self.residual and self.scheme != "progressive",
+            "stage_weight": self.residual and len(self.stages) > 1,
+            "base": self.residual,
+            "base_weight": borrowed,
+            "base_warmup_epochs": borrowed,
+            "ce_weight": end_to_end or (borrowed and not self.residual),
+            "kl_weight": end_to_end,
+            "assistant_weight": end_to_end,
+            "step_decay": end_to_end,
+            "detach": end_to_end,
+            "temperature": end_to_end or self.loss in ("kd", "dkd"),
+            "standardise": self.loss in ("kd", "dkd"),
+            "dkd_alpha": self.loss == "dkd",
+            "dkd_beta": self.loss == "dkd",
+            "hint_stage": self.loss == "fitnet",
+            "simkd_factor": self.loss == "simkd",
+        }
+        for key in dataclasses.fields(self):
+            value = getattr(self, key.name)
+            if value == key.default or read[key.name]:
+                continue
+            what = f'method.name = "{self.name}"'
+            if self.residual:
+                what += f', scheme = "{self.scheme}", base = "{self.base}"'
+            default = "" if key.default is None else f", or --set method.{key.name}={toml_value(key.default)}"
+            raise RecipeError(
+                f"method.{key.name} = {toml_value(value)} has no effect with {what}: it is read only "
+                f"{_READ_WHERE[key.name]}. Leave it out{default}."
+            )
+
+    def _check_progressive(self) -> None:
+        """A stage is finished before the next one learns: a loss that spans stages comes too late for the first."""
+        if self.residual and self.scheme == "progressive" and self.base in ("fitnet", "reviewkd"):
+            raise RecipeError(
+                f'method.base = "{self.base}" mixes maps of several stages, and method.scheme = "progressive" trains '
+                "stage after stage. Use base none, kd, dkd, at or simkd, or another scheme."
+            )
+
+    def _check_that_heads_learn(self) -> None:
+        if self.ce_weight != 0:
+            return
+        if self.residual and self.head != "teacher" and self.kl_weight == 0:
+            raise RecipeError(
+                f"method.ce_weight = 0 and method.kl_weight = 0 leave nothing that trains a {self.head} head. "
+                'Set one of them above 0, or method.head = "teacher".'
+            )
+        if self.name in ("fitnet", "at", "reviewkd"):
+            raise RecipeError(
+                f'method.ce_weight = 0 leaves nothing that trains the classifier: "{self.name}" compares feature maps. '
+                "Set it above 0."
+            )

@@ -1,0 +1,113 @@
+"""Table `[train]` of a recipe: the loop, what makes it fast, and what it leaves behind. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rkd_deploy.errors import RecipeError
+from rkd_deploy.recipe import choice, in_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """Table `[train]`: the loop."""
+
+    epochs: int = 10
+    """Epochs of every phase that has no number of its own."""
+    assistant_epochs: int | None = None
+    """Epochs of A. Default: epochs."""
+    head_epochs: int | None = None
+    """Epochs of a trained head. Default: epochs."""
+    batch_size: int = 64
+    """Images per update, over all processes and all pieces of `accumulate` together."""
+    accumulate: int = 1
+    """Pieces a batch is cut into, one after the other, to fit the memory. Same update, but batch norm sees a piece."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """Not applied to batch norm or biases."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global L2 norm where they exceed it; the log has the norm before as grad_norm.
+    Default: not clipped."""
+    schedule: str = "cosine"
+    """cosine (to zero), step (times lr_decay at each of milestones) or constant."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs at which the step schedule decays."""
+    lr_decay: float = 0.1
+    ema_decay: float | None = None
+    """Keep an exponential moving average of weights and batch-norm statistics too: at each update ema moves 1 - decay
+    of the way to the weights. Default: none is kept."""
+    ship: str = "last"
+    """Which weights each phase hands on and export ships: last (of the last update) or ema. The others are kept beside
+    them, and both are evaluated."""
+    seed: int = 0
+    amp: bool = False
+    """bfloat16 autocast of the forward passes. Of use on GPUs, and on CPUs with AMX or AVX512-BF16."""
+    channels_last: bool = False
+    """Keep maps and weights as NHWC in memory, which tensor cores want: for GPUs with amp. Not measured yet."""
+    compile: bool = False
+    """torch.compile of the method's forward and backward passes. Costs a minute per phase at the start and needs a C++
+    compiler on a CPU; of use for long runs."""
+    cuda_graphs: bool = False
+    """Record the passes of one step as a CUDA graph and replay it: of use for small networks, which are bound by the
+    launches of their kernels. Only on CUDA, one process, accumulate = 1, without compile."""
+    sync_batchnorm: bool = False
+    """Batch norm over the images of all processes instead of each one's share. Only on CUDA."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """CPU threads of PyTorch. Default: its own choice."""
+    checkpoint_minutes: float = 10.0
+    """Save in the middle of an epoch too, when the last checkpoint is so old; each epoch ends with one anyway."""
+    curves: bool = True
+    """Draw curves.png into the run folder after every phase."""
+    tensorboard: bool | None = None
+    """Write the log into the run's folder tensorboard/ too. Default: where the package tensorboard is installed."""
+
+    def __post_init__(self) -> None:
+        in_range("train.epochs", self.epochs, 1)
+        for name in ("assistant_epochs", "head_epochs", "threads"):
+            if (value := getattr(self, name)) is not None:
+                in_range(f"train.{name}", value, 1)
+        in_range("train.batch_size", self.batch_size, 2)
+        in_range("train.accumulate", self.accumulate, 1)
+        in_range("train.lr", self.lr, 1e-9)
+        in_range("train.momentum", self.momentum, 0, 0.9999)
+        in_range("train.weight_decay", self.weight_decay, 0)
+        in_range("train.warmup_epochs", self.warmup_epochs, 0)
+        in_range("train.lr_decay", self.lr_decay, 0, 1)
+        in_range("train.seed", self.seed, 0, 2**31 - 1)
+        in_range("train.checkpoint_minutes", self.checkpoint_minutes, 0)
+        if self.clip_norm is not None:
+            in_range("train.clip_norm", self.clip_norm, 1e-9)
+        if self.ema_decay is not None:
+            in_range("train.ema_decay", self.ema_decay, 0, 0.999999)
+        choice("train.schedule", self.schedule, ("cosine", "step", "constant"))
+        choice("train.ship", self.ship, ("last", "ema"))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise RecipeError(f"train.milestones = {list(self.milestones)} must rise.")
+        if self.nesterov and self.momentum == 0:
+            raise RecipeError("train.nesterov = true needs train.momentum above 0.")
+        if self.batch_size % self.accumulate:
+            raise RecipeError(
+                f"train.batch_size = {self.batch_size} cannot be cut into train.accumulate = {self.accumulate} equal "
+                "pieces. Set one to a multiple of the other."
+            )
+        if self.ship == "ema" and self.ema_decay is None:
+            raise RecipeError('train.ship = "ema" needs an average to ship: set train.ema_decay, e.g. 0.999.')
+        if self.cuda_graphs:
+            self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        if self.device == "cpu":
+            raise RecipeError('train.cuda_graphs = true needs CUDA, and train.device = "cpu". Leave one of them out.')
+        for name, value in (("compile", self.compile), ("accumulate", self.accumulate > 1)):
+            if value:
+                raise RecipeError(f"train.cuda_graphs = true does not go with train.{name}. Leave one of them out.")

@@ -1,0 +1,254 @@
+"""What a bench found, for machines (JSON), for people (table, Markdown) and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rkd_deploy.bench.compare import Ratio
+from rkd_deploy.bench.loadgen import LABEL, ScenarioResult
+from rkd_deploy.bench.results import Figures, Result
+from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
+from rkd_deploy.report import tables
+from rkd_deploy.report.tables import Column, milliseconds, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+_SETTINGS: tuple[Column[Result], ...] = (
+    Column("Model", lambda r: r.model, numeric=False),
+    Column("Part", lambda r: r.part, numeric=False, detail=True),
+    Column("Fusion", lambda r: None if r.fusion in (None, "none") else r.fusion, numeric=False, detail=True),
+    Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
+    Column("Precision", lambda r: None if r.precision == "unknown" else r.precision, numeric=False, setting=True),
+    Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("Streams", lambda r: None if r.streams == 1 else str(r.streams), setting=True),
+    Column("Batch", lambda r: str(r.batch), setting=True),
+)
+
+RESULT_COLUMNS: tuple[Column[Result], ...] = (
+    *_SETTINGS,
+    Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
+    Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
+    Column("p90, ms", lambda r: milliseconds(r.p90_ms)),
+    Column("p99, ms", lambda r: milliseconds(r.p99_ms), detail=True),
+    Column("Device only p50, ms", lambda r: None if r.device_only is None else milliseconds(r.device_only.p50_ms)),
+    Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
+    Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
+    Column("of images", lambda r: None if r.accuracy_images is None else f"{r.accuracy_images:,}"),
+    Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
+    Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    Column("Engine build, s", lambda r: None if r.build_seconds is None else f"{r.build_seconds:,.1f}"),
+    Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
+    Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
+)
+
+
+def cut_short(result: Result) -> bool:
+    """Whether either kind of its figures was interrupted."""
+    return not all(figures.complete for figures in (result, result.device_only) if figures is not None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of everything: figures, and the result that they are of."""
+
+    result: Result
+    figures: Figures
+
+
+def _of_result(column: Column[Result]) -> Column[Row]:
+    return Column(column.title, lambda row: column.text(row.result), numeric=column.numeric, setting=column.setting)
+
+
+_WHOSE: tuple[Column[Row], ...] = (
+    *(_of_result(column) for column in _SETTINGS if not column.detail),
+    Column("Figures", lambda r: "end to end" if r.figures.transfers else "device only", numeric=False),
+)
+
+
+def _percentiles() -> Iterator[Column[Row]]:
+    """Each with its interval: the median's says whether two benches differ, so any terminal has room for that one."""
+    for name in ("p50", "p90", "p95", "p99", "p99_9"):
+        yield Column(f"{name.replace('_', '.')}, ms", partial(_percentile, name))
+        yield Column("its 95 % CI, ms", partial(_percentile_interval, name), detail=name != "p50")
+
+
+def _percentile(name: str, row: Row) -> str | None:
+    return _told(getattr(row.figures, f"{name}_ms"), milliseconds)
+
+
+def _percentile_interval(name: str, row: Row) -> str | None:
+    return _interval(getattr(row.figures, f"{name}_low_ms"), getattr(row.figures, f"{name}_high_ms"))
+
+
+PERCENTILE_COLUMNS: tuple[Column[Row], ...] = (
+    *_WHOSE,
+    Column("Mean, ms", lambda r: _told(r.figures.mean_ms, milliseconds)),
+    Column("CV, %", lambda r: _told(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
+    *_percentiles(),
+    Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False),
+)
+RUN_COLUMNS: tuple[Column[Row], ...] = (
+    *_WHOSE,
+    Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
+    Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
+    Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
+    Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
+    Column("Machine slower by, %", lambda r: _slower(r.figures)),
+    Column("Engine", lambda r: _engine(r.result), numeric=False),
+    Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
+    Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
+    Column("Resident peak, MB", lambda r: _megabytes(r.result.resident_peak_bytes)),
+    Column("grown by, MB", lambda r: _megabytes(r.result.resident_growth_bytes)),
+    Column("Device grown by, MB", lambda r: _megabytes(r.result.device_growth_bytes)),
+)
+
+
+def results_markdown(results: Sequence[Result]) -> str:
+    """A Markdown table, units in its head; columns of which nothing is known are left out."""
+    return tables.markdown(RESULT_COLUMNS, results)
+
+
+def details_markdown(results: Sequence[Result]) -> str:
+    """Two Markdown tables: every percentile with its 95 % confidence interval; times, counts and memory."""
+    rows = rows_of(results)
+    return f"{tables.markdown(PERCENTILE_COLUMNS, rows)}\n{tables.markdown(RUN_COLUMNS, rows)}"
+
+
+def print_results(results: Sequence[Result], console: Console) -> None:
+    """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
+    tables.print_table(RESULT_COLUMNS, results, console)
+
+
+def print_details(results: Sequence[Result], console: Console) -> None:
+    """The tables of `details_markdown` for a terminal: of the intervals, the median's, and all where there is room."""
+    rows = rows_of(results)
+    tables.print_table(PERCENTILE_COLUMNS, rows, console)
+    tables.print_table(RUN_COLUMNS, rows, console)
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """A line for each kind of figures of each result."""
+    return [
+        Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
+    ]
+
+
+def _slower(figures: Figures) -> str | None:
+    return None if figures.pace_ms is None else f"{100 * (figures.slowdown - 1):.0f}"
+
+
+def _told(value: float | None, form: Callable[[Any], str]) -> str | None:
+    """A figure as text; None where a record of another version lacks it."""
+    return None if value is None else form(value)
+
+
+def _engine(result: Result) -> str | None:
+    if result.engine_kept is None:
+        return None
+    built = result.build_seconds
+    return "from the cache" if built is None else f"built in {built:,.1f} s, and kept"
+
+
+def _megabytes(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e6:,.1f}"
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{milliseconds(low)} to {milliseconds(high)}"
+
+
+def _scaled(value: float | None, unit: float) -> str | None:
+    return None if value is None else milliseconds(value / unit)  # three digits, whatever the unit
+
+
+ROOFLINE_COLUMNS: tuple[Column[Achieved], ...] = (
+    Column("Model", lambda a: a.prediction.model, numeric=False),
+    Column("Backend", lambda a: f"{a.prediction.backend} {a.prediction.device}", numeric=False, setting=True),
+    Column("Threads", lambda a: None if a.prediction.threads is None else str(a.prediction.threads), setting=True),
+    Column("Batch", lambda a: str(a.prediction.batch)),
+    Column("Arithmetic", lambda a: a.prediction.arithmetic, numeric=False, setting=True),
+    Column("MACs of a call, M", lambda a: _scaled(a.prediction.macs, 1e6)),
+    Column("Moved at least, MB", lambda a: _scaled(a.prediction.least_bytes, 1e6)),
+    Column("Moved unfused, MB", lambda a: _scaled(a.prediction.unfused_bytes, 1e6), detail=True),
+    Column("Peak, GMAC/s", lambda a: _scaled(a.prediction.macs_per_s, 1e9), detail=True),
+    Column("Memory, GB/s", lambda a: _scaled(a.prediction.bytes_per_s, 1e9), detail=True),
+    Column("Limit", lambda a: a.prediction.limit, numeric=False),
+    Column("Bound, ms", lambda a: _scaled(a.prediction.bound_ms, 1)),
+    Column("p50, ms", lambda a: _scaled(a.p50_ms, 1)),
+    Column("Bound / p50, %", lambda a: None if a.share is None else f"{100 * a.share:.1f}"),
+)
+
+
+def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result], console: Console) -> None:
+    """The table, before a measurement (no results) or after it, and why a bound is missing."""
+    console.print(
+        "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than"
+    )
+    tables.print_table(ROOFLINE_COLUMNS, achieved(predictions, results), console)
+    for note in sorted({f"{one.model}: {one.note}" for one in predictions if one.note}):
+        console.print(note, style="yellow")
+
+
+_RATIO_COLUMNS: tuple[Column[Ratio], ...] = (
+    Column("A", lambda r: r.a, numeric=False, setting=True),
+    Column("B", lambda r: r.b, numeric=False, setting=True),
+    Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
+    Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("Batch", lambda r: str(r.batch)),
+    Column("B / A", lambda r: f"{r.ratio:.3f}"),
+    Column("95 % CI", lambda r: f"{r.low:.3f} to {r.high:.3f}"),
+    Column("B is", lambda r: r.verdict, numeric=False),
+    Column("Of", lambda r: f"{r.count} {r.unit}", numeric=False, detail=True),
+)
+
+
+def print_ratios(ratios: Sequence[Ratio], console: Console) -> None:
+    """A line for each condition."""
+    print_table(_RATIO_COLUMNS, ratios, console)
+
+
+_SCENARIO_COLUMNS: tuple[Column[ScenarioResult], ...] = (
+    Column(LABEL, lambda r: r.scenario, numeric=False),
+    Column("Model", lambda r: r.model, numeric=False),
+    Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
+    Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
+    Column("p90, ms", lambda r: milliseconds(r.p90_ms)),
+    Column("p99, ms", lambda r: milliseconds(r.p99_ms)),
+    Column("Images/s", lambda r: f"{r.samples_per_s:,.0f}"),
+    Column("Asked for, /s", lambda r: None if r.target_qps is None else f"{r.target_qps:,.0f}"),
+    Column("Bound, ms", lambda r: None if r.target_latency_ms is None else milliseconds(r.target_latency_ms)),
+    Column("Queries", lambda r: f"{r.queries:,}"),
+    Column("LoadGen says", lambda r: "valid" if r.valid else f"invalid: {r.reason or 'early stopping'}", numeric=False),
+)
+
+
+def scenarios_markdown(results: Sequence[ScenarioResult]) -> str:
+    """A Markdown table under the words that say what it is not."""
+    table = tables.markdown(_SCENARIO_COLUMNS, results)
+    return f"{LABEL}: shorter than MLPerf's 600 s, on noise, reviewed by nobody.\n\n{table}"
+
+
+def print_scenarios(results: Sequence[ScenarioResult], console: Console) -> None:
+    """The table of `scenarios_markdown` for a terminal."""
+    tables.print_table(_SCENARIO_COLUMNS, results, console)
+
+
+def print_exits(report: Mapping[str, Any], console: Console) -> None:
+    """The table of a card's `early_exit`: what each threshold saves and costs."""
+    from rich.table import Table
+
+    table = Table(title=f"Early exit at {report['threshold']:g} ({report['chosen_on']})")
+    for title in ("images", "threshold", "leave after S, A_1, .., %", "mean MACs, M", "saved, %", "Top-1, %"):
+        table.add_column(title, justify="right")
+    for name in ("held_out", "test"):
+        for row in report.get(name, ()):
+            shares = " ".join(f"{100 * share:.1f}" for share in row["shares"])
+            cells = (shares, f"{row['macs'] / 1e6:.3f}", f"{100 * row['saved']:.1f}", f"{row['top1']:.2f}")
+            table.add_row(name.replace("_", "-"), f"{row['threshold']:g}", *cells)
+    console.print(table)

@@ -1,0 +1,257 @@
+"""Which pictures and tables a report of a bench has, in which order, and what they say in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rkd_deploy.bench import roofline
+from rkd_deploy.bench.ceilings import Ceilings
+from rkd_deploy.bench.layers import Layer, LayerTimes
+from rkd_deploy.bench.results import Figures, Result
+from rkd_deploy.bench.roofline import Achieved
+from rkd_deploy.report import accuracy_latency, columns, plots
+from rkd_deploy.report.page import Picture, Section, Table, table_of
+from rkd_deploy.report.reading import Material
+from rkd_deploy.report.style import WIDTH, distinct, series_colours
+from rkd_deploy.report.tables import Column, milliseconds
+
+Colours = Mapping[str, str]
+
+
+def sections(material: Material) -> list[Section]:
+    """All that a bench's material gives; a section of which nothing is known is left out."""
+    results = [result for result in material.results if result.p50_ms]
+    named = _by_batch(results)
+    colours = _colours(named)
+    found = [
+        Section("Accuracy, latency, throughput", (), [*_accuracy(results), *_throughput(named, colours)]),
+        *_latency(named, colours),
+        *_roofline(material, results, colours),
+        *_layers(material.layers, colours),
+        *_environment(material.environments),
+    ]
+    return [section for section in found if section.text or section.blocks]
+
+
+def _by_batch(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
+    """Batch to name to result; names tell apart what shares a batch size."""
+    batches = distinct(sorted(result.batch for result in results))
+    grouped = {batch: [result for result in results if result.batch == batch] for batch in batches}
+    return {
+        batch: dict(zip(_unique(accuracy_latency.names(group)), group, strict=True)) for batch, group in grouped.items()
+    }
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The same file measured twice has one name twice, and neither may hide the other."""
+    counts: dict[str, int] = {}
+    unique = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        unique.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return unique
+
+
+def _colours(named: Mapping[int, Mapping[str, Result]]) -> Colours:
+    """One colour for each name on the whole page."""
+    parts = {name: result.part for group in named.values() for name, result in group.items()}
+    names = distinct(name for group in named.values() for name in group)
+    return dict(zip(names, series_colours([parts[name] for name in names]), strict=True))
+
+
+def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
+    known = [result for result in results if result.accuracy is not None]
+    if results:
+        yield table_of("Results", columns.RESULT_COLUMNS, results)
+    if known:
+        batch = min(result.batch for result in known)
+        front = accuracy_latency.pareto_front([result for result in known if result.batch == batch])
+        best = ", ".join(
+            f"{name} ({one.accuracy:.2f} % in {milliseconds(one.p50_ms)} ms)"
+            for name, one in zip(accuracy_latency.names(front), front, strict=True)
+        )
+        figure = accuracy_latency.draw(known, size=(WIDTH, 3.9), titled=False)
+        words = (
+            "Up and to the left is better. A bar is the 95 % confidence interval of the median; the dashed staircase "
+            f"is the Pareto front, of models that none beats in both: {best}."
+        )
+        yield Picture(f"Accuracy against latency, batch {batch}", words, figure)
+
+
+def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Section]:
+    rows = columns.rows_of([result for group in named.values() for result in group.values()])
+    blocks: list[Picture | Table] = []
+    for batch, group in named.items():
+        both = {f"{name}{kind}": one for name, result in group.items() for kind, one in _kinds(result)}
+        sampled = {name: plots for name, plots in both.items() if plots.samples_ms}
+        shades = {f"{name}{kind}": colours[name] for name, result in group.items() for kind, _ in _kinds(result)}
+        if not sampled:
+            continue
+        calls = sum(len(result.samples_ms) for result in sampled.values())
+        told = "; ".join(
+            f"{name}: p50 {milliseconds(one.p50_ms)} ms, slowest {milliseconds(max(one.samples_ms))} ms"
+            for name, one in sampled.items()
+        )
+        blocks += [
+            Picture(
+                f"Latency, cumulative, batch {batch}",
+                f"Of all {calls:,} calls, none left out, the share that took at most so long. Dotted: p50, p90, p99. "
+                f"{told}.",
+                plots.distributions(sampled, shades),
+            ),
+            Picture(
+                f"Latency, histogram, batch {batch}",
+                f"The same {calls:,} calls, as the share in each bin. Dotted: the median.",
+                plots.histograms(sampled, shades),
+            ),
+        ]
+    if rows:
+        blocks.append(table_of("Percentiles, with their 95 % confidence intervals", columns.PERCENTILE_COLUMNS, rows))
+        blocks.append(table_of("Runs and memory", columns.RUN_COLUMNS, rows, folded=True))
+    text = [_BOTH] if any(result.device_only for group in named.values() for result in group.values()) else []
+    yield Section("Every call", text, blocks)
+
+
+_BOTH = (
+    "End to end is from an array on the host to logits on the host; device only is the same model, in turns with it, "
+    "with input and output left on the device. Accuracy, throughput and roofline are drawn with the former."
+)
+
+
+def _kinds(result: Result) -> list[tuple[str, Figures]]:
+    """Its figures, and what their names end in."""
+    alone = result.device_only
+    return [("", result), *([] if alone is None else [(", device only", alone)])]
+
+
+def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Iterator[Picture]:
+    if len(named) < 2:
+        return
+    names = distinct(name for group in named.values() for name in group)
+    lines = {name: [group[name] for group in named.values() if name in group] for name in names}
+    told = "; ".join(
+        f"{name}: {max(one.throughput_per_s for one in points):,.0f} images/s at batch "
+        f"{max(points, key=lambda one: one.throughput_per_s).batch}"
+        for name, points in lines.items()
+    )
+    words = f"Images per second of one caller that never waits, over the images in a call. Most: {told}."
+    yield Picture("Throughput over batch size", words, plots.throughputs(lines, colours))
+
+
+def _roofline(material: Material, results: Sequence[Result], colours: Colours) -> Iterator[Section]:
+    predictions, ceilings = material.roofline.predictions, material.roofline.ceilings
+    if not predictions:
+        return
+    found = roofline.achieved(predictions, results)
+    blocks: list[Picture | Table] = [table_of("Bound and measurement", columns.ROOFLINE_COLUMNS, found)]
+    points = _under_the_roof(found)
+    if points and ceilings:
+        lines = _roofs(ceilings)
+        spare = dict(zip(points, series_colours([None] * len(points)), strict=True))
+        shares = [one.share for one in found if one.share is not None]
+        words = (
+            "A line is a roof, what this machine was seen to do at the most through one backend; a point is a "
+            "model, numbered by its batch size. Left of the bend memory is the limit, right of it arithmetic. The "
+            f"models reach {100 * min(shares):.0f} % to {100 * max(shares):.0f} % of it."
+        )
+        figure = plots.roofs(lines, points, {**spare, **colours})
+        blocks.append(Picture("Roofline", words, figure))
+    text = [
+        "No call can be faster than its multiply-adds at the machine's best rate, nor than its weights, input and "
+        "outputs moved once: the bound was told before anything was timed. It knows nothing of what it costs to start "
+        "an operator, which is most of the time of a small network.",
+        *sorted({f"{one.model}: {one.note}." for one in predictions if one.note}),
+    ]
+    kernels = [(one, name, rate) for one in ceilings for name, rate in one.kernels.items()]
+    if kernels:
+        blocks.append(table_of("The machine's ceilings", _KERNELS, kernels))
+    yield Section("Prediction and measurement", text, blocks)
+
+
+_KERNELS: tuple[Column[Any], ...] = (
+    Column("Backend", lambda k: f"{k[0].backend} {k[0].device}", numeric=False, setting=True),
+    Column("Threads", lambda k: None if k[0].threads is None else str(k[0].threads), setting=True),
+    Column("Arithmetic", lambda k: k[0].arithmetic, numeric=False, setting=True),
+    Column("Kernel", lambda k: k[1], numeric=False),
+    Column("GMAC/s", lambda k: f"{k[2] / 1e9:,.3g}"),
+)
+
+
+def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
+    """Name, MAC/s and bytes/s: of the working set that memory serves fastest, and of the one it serves slowest."""
+    lines = []
+    for one in ceilings:
+        threads = "" if one.threads is None else f", threads {one.threads}"
+        name = f"{one.backend}{threads}, {one.arithmetic}: " if len(ceilings) > 1 else ""
+        fast, slow = max(one.bytes_per_s.values()), min(one.bytes_per_s.values())
+        lines += [(name, one.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]
+    return lines
+
+
+def _under_the_roof(found: Sequence[Achieved]) -> dict[str, list[tuple[float, float, int]]]:
+    points: dict[str, list[tuple[float, float, int]]] = {}
+    for one, name in zip(found, accuracy_latency.names([one.prediction for one in found]), strict=True):
+        made = one.prediction
+        if made.macs and made.least_bytes and one.p50_ms and made.bound_ms:
+            spot = (made.macs / made.least_bytes, 1000 * made.macs / one.p50_ms, made.batch)
+            points.setdefault(name, []).append(spot)
+    return points
+
+
+def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Section]:
+    pictures: list[Picture | Table] = []
+    tables: list[Picture | Table] = []
+    known = [times for times in measured if times.layers]
+    spare = series_colours([None] * len(known))
+    for times, colour in zip(known, spare, strict=True):
+        total = sum(layer.ms for layer in times.layers)
+        longest = max(times.layers, key=lambda layer: layer.ms)
+        threads = "" if times.threads is None else f", threads {times.threads}"
+        where = f"{times.model} on {times.backend}{threads}, batch {times.batch}"
+        words = (
+            f"{len(times.layers)} layers, {milliseconds(total)} ms together, medians of {times.runs} runs. Longest: "
+            f"{longest.name} ({longest.op}), {100 * longest.ms / (total or 1):.0f} %."
+        )
+        figure = plots.layer_bars(times.layers, colours.get(times.model, colour), 14 if len(known) < 4 else 6)
+        pictures.append(Picture(f"Layers of {where}", words, figure))
+        tables.append(
+            table_of(f"All layers of {where}", _LAYER_COLUMNS, [(one, total) for one in times.layers], folded=True)
+        )
+    text = (
+        "From runs of their own, after the timed ones, with the runtime's profiling on: they divide a call, and their "
+        "sum is a little more than its latency.",
+    )
+    if pictures:
+        yield Section("Layer by layer", text, [*pictures, *tables])
+
+
+_LAYER_COLUMNS: tuple[Column[tuple[Layer, float]], ...] = (
+    Column("Layer", lambda row: row[0].name, numeric=False),
+    Column("Type", lambda row: row[0].op, numeric=False),
+    Column("In", lambda row: row[0].precision, numeric=False),
+    Column("Time, ms", lambda row: milliseconds(row[0].ms)),
+    Column("Share, %", lambda row: f"{100 * row[0].ms / (row[1] or 1):.1f}"),
+)
+
+
+def _environment(environments: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    if not environments:
+        return
+    names = distinct(name for environment in environments for name in environment)
+    rows = [
+        [name, *[_words(environment.get(name)) for environment in environments]]
+        for name in names
+        if any(environment.get(name) is not None for environment in environments)
+    ]
+    heads = ["Value"] if len(environments) == 1 else [f"Record {number + 1}" for number in range(len(environments))]
+    table = Table("Machine, versions and settings", ["What", *heads], [False] * (1 + len(heads)), rows)
+    yield Section("Environment", (), [table])
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,226 @@
+"""A Triton model repository: one folder a model, in it one folder a version.
+
+    REPOSITORY/
+      NAME.kserve.yaml   the KServe resource that serves this repository
+      NAME/
+        config.pbtxt     what goes in and out; batching, instances, versions, warm-up
+        labels.txt       one class name a line
+        1/               model.onnx; or model.plan and its record; or model.onnx and model.py
+        2/               the next export of the same name
+
+A version is never overwritten and appears whole or not at all, so that a server which polls the repository can be given
+the next one while it answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkd_deploy.backends.files import check_files
+from rkd_deploy.backends.tensorrt.build import Source, read_source
+from rkd_deploy.errors import StorageError, UsageError
+from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
+from rkd_deploy.serve.triton.settings import Serving
+from rkd_deploy.serve.triton.signature import Plan, Signature, choose_batching, read_plan, read_signature
+from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
+
+RUNTIME = "kserve-tritonserver"
+"""The cluster serving runtime that KServe brings for Triton."""
+
+_FORMATS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "python": "triton"}
+"""Which of the runtime's model formats a backend's file is; "triton" is any repository that Triton itself can read."""
+
+_TEMPLATE = """\
+# Upload the model repository (the folder that holds {model}/) to storageUri, then: kubectl apply -f {file}
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {name}
+spec:
+  predictor:
+    model:
+      runtime: {runtime}
+      protocolVersion: v2
+      modelFormat:
+        name: {model_format}
+      storageUri: {uri}
+"""
+
+_GPU = """\
+      resources:
+        limits:
+          nvidia.com/gpu: "1"
+"""
+
+
+def inference_service(model: str, serving: Serving) -> str:
+    """The YAML text.
+
+    Args:
+        model: Name of the model in the repository.
+        serving: What is asked for.
+    """
+    text = _TEMPLATE.format(
+        model=model,
+        file=file_name(model),
+        name=json.dumps(service_name(model)),  # a JSON string is a YAML string
+        runtime=RUNTIME,
+        model_format=_FORMATS[serving.backend],
+        uri=json.dumps(serving.storage_uri),
+    )
+    return text + (_GPU if serving.where.kind == "gpu" else "")
+
+
+def file_name(model: str) -> str:
+    """Where it lies: beside the model's folder, where Triton does not look."""
+    return f"{model}.kserve.yaml"
+
+
+def service_name(model: str) -> str:
+    """The model's name by KServe's rule, [a-z]([-a-z0-9]*[a-z0-9])?, at most 63 characters."""
+    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    name = name if re.match(r"[a-z]", name) else f"model-{name}".rstrip("-")
+    return name[:63].rstrip("-")
+
+
+CONFIG_NAME = "config.pbtxt"
+MODEL_CODE = Path(__file__).with_name("model.py")
+"""Of the python backend; copied, never imported: what it imports is there only inside of Triton."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A version in a repository."""
+
+    repository: Path
+    name: str
+    version: int
+    service: Path
+    """The KServe resource."""
+    kept: tuple[Path, ...]
+    """Configuration that stood there already, differs, and was left as it is, as asked for."""
+
+
+def export_triton(path: str | os.PathLike[str], repository: Path, serving: Serving | None = None) -> Written:
+    """Write a model as the next version of its name; nothing is left behind where that fails.
+
+    Args:
+        path: Bundle folder or ONNX file.
+        repository: What `tritonserver --model-repository` is given; made where it is not there.
+        serving: On what, how many at a time, which versions.
+
+    Raises:
+        UsageError: A setting that does not fit the model or what stands there; no plan for backend tensorrt.
+        ModelFileError: The model is missing or corrupt, or a file of the bundle is not as it was written.
+        StorageError: Something else stands there, or it could not be written.
+        MissingDependencyError: onnx is not installed.
+    """
+    serving = serving or Serving()
+    check_files(path, complete=True)
+    source = read_source(path)
+    _check_precision(source, serving)
+    signature = read_signature(source)
+    plan = read_plan(source, signature, serving) if serving.backend == "tensorrt" else None
+    name = serving.name or signature.name
+    folder = repository / name
+    texts = {
+        folder / CONFIG_NAME: config_text(name, signature, serving, choose_batching(serving, plan)),
+        repository / file_name(name): inference_service(name, serving),
+    }
+    version = _next_version(folder, interface(name, serving.backend, signature), signature)
+    kept = _standing(texts, serving)
+    if version == 1:
+        with new_folder(folder) as temporary:
+            write_text(temporary / CONFIG_NAME, texts.pop(folder / CONFIG_NAME))
+            if signature.labels:
+                write_text(temporary / LABELS_NAME, _labels(signature))
+            _write_version(temporary / "1", source, plan, serving)
+            _write_texts(texts, kept)
+    else:
+        with new_folder(folder / str(version)) as temporary:
+            _write_version(temporary, source, plan, serving)
+            _write_texts(texts, kept)
+    return Written(repository, name, version, repository / file_name(name), kept)
+
+
+def _check_precision(source: Source, serving: Serving) -> None:
+    wrong = source.precision == "fp8" or (source.precision == "bf16" and serving.where.kind == "cpu")
+    if wrong and serving.backend != "tensorrt":
+        raise UsageError(
+            f"{source.file} is {source.precision}, which ONNX Runtime cannot run rightly on a {serving.where.kind}. "
+            "Serve a plan of it (--triton-backend tensorrt), or export another precision."
+        )
+
+
+def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
+    """One more than the last version there.
+
+    Raises:
+        StorageError: The folder is no model's.
+        UsageError: The model there takes or answers something else.
+    """
+    if not folder.exists():
+        return 1
+    versions = [int(found.name) for found in folder.iterdir() if found.is_dir() and found.name.isdecimal()]
+    config, labels = folder / CONFIG_NAME, folder / LABELS_NAME
+    if not versions or not config.is_file():
+        raise StorageError(
+            f"{folder} exists already and holds no model with a version and a {CONFIG_NAME}. Remove it first, or give "
+            "another --model-name or --repository."
+        )
+    standing = config.read_text(encoding="utf-8")
+    named = labels.read_text(encoding="utf-8") if labels.is_file() else ""
+    if wanted not in standing or named != _labels(signature):
+        what = "backend, inputs or outputs" if wanted not in standing else "labels"
+        raise UsageError(
+            f"{folder} serves a model with other {what} than this one; every version must agree on them, or clients "
+            "break. Give another --model-name."
+        )
+    return max(versions) + 1
+
+
+def _standing(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
+    """Configuration that stands there, differs, and is to stay.
+
+    Raises:
+        UsageError: It was not said what to do with it.
+    """
+    differing = {
+        path: difflib.unified_diff(standing.splitlines(), text.splitlines(), "there", "asked for", n=0, lineterm="")
+        for path, text in texts.items()
+        if path.is_file() and (standing := path.read_text(encoding="utf-8")) != text
+    }
+    if differing and serving.config is None:
+        path, difference = next(iter(differing.items()))
+        changed = [line for line in difference if not line.startswith(("---", "+++", "@@"))]
+        raise UsageError(
+            f"{path} stands there already and is not what was asked for:\n" + "\n".join(changed) + "\n"
+            "Give --config keep to leave it as it is, or --config replace."
+        )
+    return tuple(differing) if serving.config == "keep" else ()
+
+
+def _write_version(folder: Path, source: Source, plan: Plan | None, serving: Serving) -> None:
+    if plan is None:
+        write_bytes(folder / "model.onnx", source.content)
+    else:
+        write_bytes(folder / "model.plan", plan.content)
+        if plan.record is not None:
+            write_json(folder / "model.plan.json", plan.record.to_dict())
+    if serving.backend == "python":
+        write_bytes(folder / "model.py", MODEL_CODE.read_bytes())
+
+
+def _write_texts(texts: dict[Path, str], kept: tuple[Path, ...]) -> None:
+    for path, text in texts.items():
+        if path not in kept:
+            write_text(path, text)
+
+
+def _labels(signature: Signature) -> str:
+    return "".join(f"{label}\n" for label in signature.labels)

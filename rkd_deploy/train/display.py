@@ -1,0 +1,329 @@
+"""How training looks to a person: a bar in a terminal, a line per epoch elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rkd_deploy.errors import require
+from rkd_deploy.recipe import Recipe, TrainRecipe
+from rkd_deploy.storage import storage_error, write_bytes
+from rkd_deploy.train.loop import Display
+from rkd_deploy.train.networks import PARTS
+from rkd_deploy.train.runs import Run, read_log
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rkd_deploy.train.runs import Series
+
+
+class Silent:
+    """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class Progress:
+    """A bar per phase on standard error, and above it one line per epoch (at most about twenty of a phase)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self.console = Console(stderr=True)
+        self._bars = Bars(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: Any = None
+        self._every = 1
+        self._epochs = 0
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line of what is done before training."""
+        self.console.print(text, highlight=False)
+
+    def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
+        """Open the bar of a phase."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(name, total=epochs * steps_per_epoch, completed=done)
+        self._every, self._epochs = max(1, epochs // 20), epochs
+
+    def step(self) -> None:
+        """Move the bar."""
+        self._bars.advance(self._task)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Print the line of an epoch."""
+        if row["epoch"] % self._every and row["epoch"] != self._epochs:
+            return
+        shown = [f"{row['phase']:>9} {row['epoch']:>3}/{self._epochs}"]
+        known = ("event", "phase", "epoch", "lr", "loss", "train_top1", "val_top1", "seconds", "images_per_s")
+        shown += [f"{name} {value:.4f}" for name, value in row.items() if name not in known]
+        if "train_top1" in row:  # not before the last stage of scheme progressive
+            shown.append(f"train {row['train_top1']:.2f} %")
+        if row["val_top1"] is not None:
+            shown.append(f"val {row['val_top1']:.2f} %")
+        shown.append(f"{row['images_per_s']:,.0f} images/s")
+        self.console.print("  ".join(shown), highlight=False)
+
+
+def print_series(series: Series, console: Console) -> None:
+    """The table that ends a series of seeds."""
+    from rich.table import Table
+
+    images = next(iter(series.parts.values()))["test_images"]
+    table = Table(title=f"Top-1 in %, seeds {', '.join(map(str, series.seeds))}, {images:,} test images")
+    for title in ("", "Mean", "Std", *(f"Seed {seed}" for seed in series.seeds)):
+        table.add_column(title, justify="right" if title else "left")
+    for part in (name for name in reversed(PARTS) if name in series.parts):
+        row = series.parts[part]
+        cells = [row["mean"], row["std"], *row["test_top1"]]
+        table.add_row(PARTS[part], *(f"{value:.2f}" for value in cells))
+    console.print(table)
+
+
+def _print_phases(phases: dict[str, Any], console: Console) -> None:
+    """The last epoch is what is kept; the best one tells how much was lost by that."""
+    from rich.table import Table
+
+    # Without held-out images there is none, and scheme progressive classifies from its last stage on.
+    held_out = {name: phase for name, phase in phases.items() if phase["val_top1_last"] is not None}
+    if not held_out:
+        return
+    table = Table(title="Held-out images, top-1 in %")
+    for title in ("", "Epochs", "Last epoch", "Best epoch"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, phase in held_out.items():
+        best = f"{phase['val_top1_best']:.2f} ({phase['best_epoch']})"
+        table.add_row(name, str(phase["epochs"]), f"{phase['val_top1_last']:.2f}", best)
+    console.print(table)
+
+
+def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
+    """The table that ends a training run: every network of metrics.json, and the account of the budget."""
+    from rich.table import Table
+
+    images = next(iter(metrics["parts"].values()))["test_images"]
+    table = Table(title=f"{facts['data']}, {images:,} test images")
+    table.add_column("")
+    for title in ("Top-1, %", "MACs, M", "Parameters, M"):
+        table.add_column(title, justify="right")
+    for part, name in reversed(PARTS.items()):
+        if (row := metrics["parts"].get(part)) is not None:
+            table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
+    _print_phases(metrics["phases"], console)
+    console.print(table)
+    if facts.get("skipped"):
+        console.print(f"{facts['skipped']:,} broken images were left out; facts.json names the first of them.")
+    budget = facts.get("separation")  # a baseline has none
+    if budget is not None:
+        console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")
+        if (latency := budget.get("latency")) is not None:
+            console.print(
+                f"Latency of S + A over that of S0, measured: {latency['fused']['worst_ratio']:.3f} at worst, "
+                f"fused at level {latency['fused']['level']}."
+            )
+
+
+_NO_VALUES = ("event", "phase", "epoch")
+
+
+def with_tensorboard(display: Display, run: Run, recipe: TrainRecipe) -> Display:
+    """The display, and TensorBoard beside it where the recipe wants that and the package is installed.
+
+    Raises:
+        MissingDependencyError: The recipe wants it, and the package is not installed.
+    """
+    if recipe.tensorboard:
+        require("tensorboard", "tensorboard")
+    wanted = find_spec("tensorboard") is not None if recipe.tensorboard is None else recipe.tensorboard
+    return TensorBoard(display, run) if wanted else display
+
+
+class TensorBoard:
+    """A display that writes each epoch to tensorboard/PHASE in the run folder, and passes everything on.
+
+    Args:
+        display: Passed on to.
+        run: Whose folder.
+    """
+
+    def __init__(self, display: Display, run: Run) -> None:
+        self._display, self._run = display, run
+        self._phase, self._next_epoch = "", 1
+        self._writer: Any = None
+
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._display.note(text)
+
+    def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
+        """Remember where it begins: after a kill, epochs from there on are written again and hide the old ones."""
+        self.close()
+        self._phase, self._next_epoch = name, 1 + done // steps_per_epoch
+        self._display.phase(name, epochs, steps_per_epoch, done)
+
+    def step(self) -> None:
+        """Nothing but passing it on."""
+        self._display.step()
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Write the values of an epoch.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        folder = self._run.folder / "tensorboard" / self._phase
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(folder, purge_step=self._next_epoch)
+            for key, value in row.items():
+                if key not in _NO_VALUES and value is not None:
+                    self._writer.add_scalar(key, value, row["epoch"])
+            self._writer.flush()
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self._display.epoch(row)
+
+    def close(self) -> None:
+        """Close the file of the phase."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+# Okabe and Ito's palette, which people with a colour vision deficiency can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_INK, _QUIET = "#1f1f1f", "#6b6b6b"
+_ACCURACIES = {"train_top1": "training images", "val_top1": "held out", "val_top1_ema": "held out, average"}
+_NO_LOSS = {"event", "phase", "epoch", "lr", "seconds", "images_per_s", "grad_norm", "explained", *_ACCURACIES}
+
+
+def draw_curves(run: Run, recipe: Recipe) -> None:
+    """Draw what the log has so far, where the recipe wants it.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        StorageError: The file could not be written.
+    """
+    rows = read_log(run.log.path)
+    if not recipe.train.curves or not rows:
+        return
+    content = io.BytesIO()
+    draw(rows, run.folder.name).savefig(content, format="png")
+    write_bytes(run.folder / "curves.png", content.getvalue())
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """The matplotlib Figure: a column for each phase, its losses above, its accuracies below.
+
+    Args:
+        rows: Of log.jsonl.
+        title: Names the run.
+    """
+    require("matplotlib", "train")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    figure = Figure(figsize=(1.2 + 3.4 * len(phases), 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(phases), sharex="col", squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    for column, phase in enumerate(phases):
+        own = [row for row in rows if row["phase"] == phase]
+        _losses(grid[0][column], own)
+        _accuracies(grid[1][column], own)
+        grid[0][column].set_title(phase.replace("_", " "), loc="left", fontsize=11, color=_INK)
+    for axes in grid[1][1:]:
+        axes.sharey(grid[1][0])  # accuracies of all phases can be compared by eye
+    grid[0][0].set_ylabel("loss and its parts")
+    grid[1][0].set_ylabel("top-1, %")
+    return figure
+
+
+def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Logarithmic: a distance of maps falls by orders of magnitude. A part that is the whole loss is drawn once."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    parts = [name for name in rows[0] if name not in _NO_LOSS]
+    if len(parts) == 2 and all(math.isclose(row[parts[0]], row[parts[1]], rel_tol=1e-6) for row in rows):
+        parts.remove("loss")
+    for colour, name in zip(_COLOURS, parts, strict=False):
+        _line(axes, rows, name, name.replace("_", " "), colour, thick=name == "loss")
+    if all(row[name] > 0 for row in rows for name in parts):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _frame(axes)
+
+
+def _accuracies(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """With the last and the best epoch on the held-out images marked: the last is what is kept."""
+    for colour, (key, label) in zip(_COLOURS, _ACCURACIES.items(), strict=False):
+        if rows[0].get(key) is not None:
+            _line(axes, rows, key, label, colour, thick=False)
+    if rows[0].get("val_top1") is not None:
+        best = max(rows, key=lambda row: row["val_top1"])
+        for row, marker, name in ((best, "*", "best"), (rows[-1], "o", "last")):
+            label = f"{name}: {row['val_top1']:.1f} % (epoch {row['epoch']})"
+            size = 11 if marker == "*" else 6
+            axes.plot(row["epoch"], row["val_top1"], marker, ms=size, color=_COLOURS[1], mec="white", label=label)
+    axes.set_xlabel("epoch")
+    _frame(axes)
+
+
+def _line(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, colour: str, *, thick: bool) -> None:
+    """A phase of one epoch is a point."""
+    epochs = [row["epoch"] for row in rows]
+    marker = "." if len(rows) < 20 else ""
+    axes.plot(epochs, [row[key] for row in rows], marker=marker, lw=2.4 if thick else 1.4, color=colour, label=label)
+
+
+def _frame(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_QUIET, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_QUIET)
+    if axes.get_lines():  # an early stage of the progressive scheme classifies nothing
+        axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
