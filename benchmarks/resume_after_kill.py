@@ -25,7 +25,7 @@ from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.recipe.method import SCHEMES
 from rkd_deploy.train.runs import newest_run, read_log
 
-NURSERY = FOLDER.parent / "tests" / "train" / "nursery.py"
+NURSERY = FOLDER.parent / "tests" / "support" / "nursery.py"
 EPOCH_ONLY, EACH_STEP = 60.0, 0.0
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rkd_deploy.recipe import Recipe
     from rkd_deploy.train.runs import Run
 
+pytest_plugins = ["model_files"]  # tests/support: tiny models with known answers, a simulated GPU
+
 REPO = Path(__file__).parents[1]
 DATA = Path(os.environ.get("RKD_TEST_DATA", REPO.parent / "shared" / "data"))
 
@@ -54,11 +56,11 @@ TINY = (
 
 # Minutes each: begun first, so that no process is left alone with one in the end.
 LONGEST = (
-    "export/test_pruned.py",
-    "train/test_plans.py",
+    "export/fusion/test_pruned.py",
+    "train/test_phases.py",
     "test_cifar100.py",
     "test_cli.py",
-    "export/test_families.py",
+    "export/fusion/test_families.py",
     "test_quickstart.py",
     "train/test_inherited.py",
     "train/test_recipes.py",

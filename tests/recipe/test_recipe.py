@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, TrainRecipe, parse_recipe, read_recipe
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 TOMLS = [REPO / "rkd_deploy" / "train" / "digits.toml", *sorted((REPO / "train").glob("**/*.toml"))]
 TABLES = ("data", "teacher", "student", "method", "train")
 KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]

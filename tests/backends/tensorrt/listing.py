@@ -1,7 +1,7 @@
 """How the listings of TensorRT's names beside this file are made: from NVIDIA's own bindings, without TensorRT.
 
-    uv run python tests/serve/engines/listing.py 10.13.3.9 > tests/serve/engines/tensorrt_10_13.json
-    uv run python tests/serve/engines/listing.py 10.3.0 > tests/serve/engines/tensorrt_10_3.json
+    uv run python tests/backends/tensorrt/listing.py 10.13.3.9 > tests/backends/tensorrt/tensorrt_10_13.json
+    uv run python tests/backends/tensorrt/listing.py 10.3.0 > tests/backends/tensorrt/tensorrt_10_3.json
 
 The bindings load once empty libraries stand in for TensorRT's: importing looks for these functions and calls none.
 """

@@ -6,7 +6,6 @@ The model of the zoo adds up pixels: logits[n, c] = scale * sum over h, w of x[n
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import simulated_building
+import simulated_cuda
+import simulated_graphs
+import simulated_running
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends.tensorrt.settings import load_flavour
@@ -92,7 +95,7 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def zoo() -> SimpleNamespace:
-    """The builders above: sibling modules cannot be imported under importlib mode."""
+    """The builders above."""
     return SimpleNamespace(build=build, save=save, card=make_card, answer=answer, pixels=pixels, scale=SCALE)
 
 
@@ -120,33 +123,23 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def simulated() -> SimpleNamespace:
     """A simulated device, and CUDA and TensorRT over it; see there."""
-    cuda, building, running = (_load(f"simulated_{name}") for name in ("cuda", "building", "running"))
 
     def tensorrt(device: Any, version: str = "11.4.0", rtx: bool = False) -> ModuleType:
-        module = building.tensorrt(version, rtx)
-        building.add_building(module, device)
-        running.add_running(module, device, rtx)
+        module = simulated_building.tensorrt(version, rtx)
+        simulated_building.add_building(module, device)
+        simulated_running.add_running(module, device, rtx)
         return module
 
-    return SimpleNamespace(Device=cuda.Device, cuda_runtime=cuda.cuda_runtime, tensorrt=tensorrt)
+    return SimpleNamespace(Device=simulated_cuda.Device, cuda_runtime=simulated_cuda.cuda_runtime, tensorrt=tensorrt)
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
     """The CUDA graphs that PyTorch records on a simulated device."""
-    return _load("simulated_graphs").install(monkeypatch)
+    return simulated_graphs.install(monkeypatch)
 
 
 @pytest.fixture

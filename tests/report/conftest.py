@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from headless_browser import Browser
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL = "apt-get update && apt-get install -y --no-install-recommends chromium"
@@ -162,26 +160,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def driver() -> ModuleType:
-    """browser.py beside this file: sibling modules cannot be imported under importlib mode."""
-    spec = importlib.util.spec_from_file_location("rkd_test_browser", Path(__file__).with_name("browser.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def browser(
-    driver: ModuleType, tmp_path_factory: pytest.TempPathFactory, absent: Callable[[str], NoReturn]
-) -> Iterator[Any]:
+def browser(tmp_path_factory: pytest.TempPathFactory, absent: Callable[[str], NoReturn]) -> Iterator[Any]:
     """Chromium; where it is not, what to do is said."""
     program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
     if program is None:
         reason = f"no Chromium to look at the pages with ({', '.join(PROGRAMS)}). Install it with: {INSTALL}"
         absent(reason)
-    opened = driver.Browser(program, tmp_path_factory.mktemp("browser"))
+    opened = Browser(program, tmp_path_factory.mktemp("browser"))
     yield opened
     opened.close()

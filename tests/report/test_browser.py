@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import headless_browser
 import pytest
 
 PICTURES = {"bench": 2 + 2 * 2 + 1 + 1, "compare": 1 + 2 + 2 * 2 + 1 + 1}
@@ -41,8 +42,8 @@ def contrast(one, other):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", ["PHONE", "DESK"])
 @pytest.mark.parametrize("name", ["bench", "compare"])
-def test_a_page_is_whole_wherever_it_is_read(pages, browser, driver, name, size, dark):
-    width, height = getattr(driver, size)
+def test_a_page_is_whole_wherever_it_is_read(pages, browser, name, size, dark):
+    width, height = getattr(headless_browser, size)
     browser.open(pages[name], (width, height), dark=dark)
     found = browser.evaluate(_SVGS)
     assert len(found) == PICTURES[name]
@@ -65,8 +66,8 @@ def test_a_page_is_whole_wherever_it_is_read(pages, browser, driver, name, size,
     assert browser.evaluate("document.scripts.length") == 0
 
 
-def test_what_a_file_says_is_shown_as_it_is_and_does_nothing(pages, browser, driver):
-    browser.open(pages["bench"], driver.DESK, dark=False)
+def test_what_a_file_says_is_shown_as_it_is_and_does_nothing(pages, browser):
+    browser.open(pages["bench"].headless_browser.DESK, dark=False)
     assert "</title><script>" in browser.evaluate("document.title")
     cells = browser.evaluate("[...document.querySelectorAll('tbody th')].map(cell => cell.textContent)")
     names = [cell for cell in cells if "bold" in cell]
@@ -77,8 +78,8 @@ def test_what_a_file_says_is_shown_as_it_is_and_does_nothing(pages, browser, dri
     assert any(label.startswith('a <b>"bold"') for label in labels)
 
 
-def test_a_screen_reader_finds_names_and_tables(pages, browser, driver):
-    browser.open(pages["bench"], driver.PHONE, dark=False)
+def test_a_screen_reader_finds_names_and_tables(pages, browser):
+    browser.open(pages["bench"].headless_browser.PHONE, dark=False)
     tree = browser.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in tree if node["role"]["value"] in ("image", "img") and not node.get("ignored")]
     assert len(images) == PICTURES["bench"]
@@ -88,26 +89,26 @@ def test_a_screen_reader_finds_names_and_tables(pages, browser, driver):
     assert all(captions)
 
 
-def test_the_browser_sees_what_a_bad_page_does(browser, driver, tmp_path):
+def test_the_browser_sees_what_a_bad_page_does(browser, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text(
         '<!doctype html><meta name="viewport" content="width=device-width"><script>nothing()</script>'
         '<img src="absent.png"><svg width="900" height="20"></svg>',
         encoding="utf-8",
     )
-    browser.open(bad, driver.PHONE, dark=False)
+    browser.open(bad.headless_browser.PHONE, dark=False)
     assert any("nothing is not defined" in line for line in browser.complaints())
     assert len(browser.requests()) == 2
     assert browser.evaluate(_WIDTHS)[0] > 390
 
 
-def test_the_pages_policy_forbids_scripts_and_requests(pages, browser, driver, tmp_path):
+def test_the_pages_policy_forbids_scripts_and_requests(pages, browser, tmp_path):
     broken = tmp_path / "injected.html"
     added = '<script>document.title = "changed"</script><img src="http://127.0.0.1:9/x.png">'
     broken.write_text(
         pages["bench"].read_text(encoding="utf-8").replace("</main>", f"</main>{added}"), encoding="utf-8"
     )
-    browser.open(broken, driver.DESK, dark=False)
+    browser.open(broken.headless_browser.DESK, dark=False)
     complaints = " ".join(browser.complaints())
     assert complaints.count("Content Security Policy") >= 2
     assert browser.evaluate("document.title") != "changed"
