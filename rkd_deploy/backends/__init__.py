@@ -10,11 +10,21 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
-from rkd_deploy.backends.files import model_path
+from rkd_deploy.backends.files import check_files, model_path, read_card
 from rkd_deploy.backends.protocol import Array, Backend, infer_many
-from rkd_deploy.errors import BackendError, MissingDependencyError, UsageError, install_line, require, unknown_name
+from rkd_deploy.card import ModelCard
+from rkd_deploy.errors import (
+    BackendError,
+    MissingDependencyError,
+    ModelFileError,
+    UsageError,
+    install_line,
+    require,
+    unknown_name,
+)
 
 __all__ = [
     "Array",
@@ -210,3 +220,22 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def describe_model(path: Path) -> ModelCard:
+    """The card of a bundle or an ONNX file.
+
+    Raises:
+        ModelFileError: The model is missing or corrupt, or has no card; a file of the bundle is not as it was written.
+        MissingDependencyError: Only the ONNX file is there, and no onnxruntime to read it.
+    """
+    file = model_path(path)
+    check_files(path, complete=True)
+    metadata = {}
+    if not file.with_suffix(".json").exists():
+        with load_backend("onnxruntime", file) as backend:
+            metadata = dict(backend.metadata())
+    card = read_card(file, metadata)
+    if card is None:
+        raise ModelFileError(f"{file} has no model card: it was not written by rkd-deploy export.")
+    return card

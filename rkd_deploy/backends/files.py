@@ -17,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from rkd_deploy.backends import load_backend
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.storage import write_text
@@ -217,25 +216,6 @@ def newest_bundle(root: Path) -> Path:
     if not cards:
         raise ModelFileError(f"There is no bundle in {root}/. Make one with: rkd-deploy train && rkd-deploy export")
     return max(cards, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def describe(path: Path) -> ModelCard:
-    """The card of a bundle or an ONNX file.
-
-    Raises:
-        ModelFileError: The model is missing or corrupt, or has no card; a file of the bundle is not as it was written.
-        MissingDependencyError: Only the ONNX file is there, and no onnxruntime to read it.
-    """
-    file = model_path(path)
-    check_files(path, complete=True)
-    metadata = {}
-    if not file.with_suffix(".json").exists():
-        with load_backend("onnxruntime", file) as backend:
-            metadata = dict(backend.metadata())
-    card = read_card(file, metadata)
-    if card is None:
-        raise ModelFileError(f"{file} has no model card: it was not written by rkd-deploy export.")
-    return card
 
 
 _OPSET_IMPORT, _DOMAIN, _VERSION = 8, 1, 2  # field numbers of ModelProto and OperatorSetIdProto

@@ -31,7 +31,6 @@ from rkd_deploy.bench.loading import ENGINE_BACKENDS, USUAL_BATCHES, Case, Setti
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import BackendError, UsageError, require
-from rkd_deploy.report import columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -303,6 +302,8 @@ class Study:
     def print_roofline(self, results: Sequence[Result], console: Console) -> None:
         """The bounds, with the share of them that was reached where there are results; nothing where none were told."""
         if self.roofline is not None:
+            from rkd_deploy.report import columns
+
             columns.print_roofline(self.roofline.predictions, results, console)
 
     def to_record(self) -> dict[str, Any]:

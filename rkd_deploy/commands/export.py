@@ -417,7 +417,7 @@ def export(
 
 def _tell(made: Exported, precision: str, as_json: bool) -> None:
     """What was proven, in words."""
-    from rkd_deploy.backends.files import describe
+    from rkd_deploy.backends import describe_model
     from rkd_deploy.report.columns import print_exits
 
     proof = made.proof
@@ -432,7 +432,7 @@ def _tell(made: Exported, precision: str, as_json: bool) -> None:
         console.print(f"{precision}: {proof.judgement.in_words()}.")
         if proof.lowered_top1 is not None:
             console.print(f"Top-1 of the {precision} file on the test images: {proof.lowered_top1:.2f} %.")
-    exits = describe(made.folder).early_exit
+    exits = describe_model(made.folder).early_exit
     if exits:
         print_exits(exits, console)
     console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
@@ -440,7 +440,7 @@ def _tell(made: Exported, precision: str, as_json: bool) -> None:
 
 def _facts(made: Exported, precision: str) -> dict[str, Any]:
     """What was proven, for --json."""
-    from rkd_deploy.backends.files import describe
+    from rkd_deploy.backends import describe_model
 
     proof = made.proof
     lowered = {} if proof.judgement is None else {"precision": precision, "gate": proof.judgement.to_dict()}
@@ -451,7 +451,7 @@ def _facts(made: Exported, precision: str) -> dict[str, Any]:
         "differing": proof.differing,
         "torch_top1": proof.torch_top1,
         "onnx_top1": proof.onnx_top1,
-        "early_exit": describe(made.folder).early_exit,
+        "early_exit": describe_model(made.folder).early_exit,
         **lowered,
     }
 

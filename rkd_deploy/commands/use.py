@@ -98,13 +98,13 @@ def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None
 
     Precision, fusion, checksums, what it was exported with. Files that were changed are an error.
     """
-    from rkd_deploy.backends.files import describe
+    from rkd_deploy.backends import describe_model
     from rkd_deploy.backends.tensorrt.record import record_path
 
     if model is not None and record_path(model).is_file():
         _show_engine(model, as_json)
         return
-    card = json.loads(describe(model or newest_bundle(root)).to_json())
+    card = json.loads(describe_model(model or newest_bundle(root)).to_json())
     if as_json:
         emit(card)
         return

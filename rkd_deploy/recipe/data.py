@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe import choice, in_range, normalisation, toml_value
+from rkd_deploy.recipe.rules import choice, in_range, normalisation, toml_value
 
 IN_MEMORY = ("digits", "cifar10", "cifar100")
 FILES = ("imagefolder", "imagenet", "webdataset")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe import choice, in_range, toml_value
+from rkd_deploy.recipe.rules import choice, in_range, toml_value
 
 BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 """Losses of other papers: beside the residual ones for S, or alone for S0."""

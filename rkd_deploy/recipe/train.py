@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe import choice, in_range
+from rkd_deploy.recipe.rules import choice, in_range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 import rkd_deploy
-from rkd_deploy.backends.files import check_files, describe, sealed
+from rkd_deploy.backends import describe_model
+from rkd_deploy.backends.files import check_files, sealed
 from rkd_deploy.bench.parity import verify, verify_everywhere
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
@@ -17,7 +18,7 @@ from rkd_deploy.errors import BackendError, ModelFileError
 OPENERS = {
     "verify": verify,
     "verify everywhere": verify_everywhere,
-    "info": describe,
+    "info": describe_model,
     "load": lambda path: rkd_deploy.load(path).close(),
 }
 

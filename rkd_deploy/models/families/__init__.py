@@ -1,0 +1,1 @@
+"""Families: the networks written here, one paper a page."""

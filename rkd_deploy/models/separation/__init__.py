@@ -1,0 +1,1 @@
+"""Separation: S and its assistants from S0, within a budget."""
