@@ -113,12 +113,12 @@ class ExportStopwatch:
         facts = provenance()
         return {
             "backend": self._backend,
-            "version": facts["versions"].get(self._backend),
+            "version": facts.versions.get(self._backend),
             "device": self._device,
             "threads": self._threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
-            "cpu": facts["cpu"],
-            "cores": facts["cores"],
+            "cpu": facts.cpu,
+            "cores": facts.cores,
         }
 
     def _exported(self, network: nn.Module, level: str) -> Path:

@@ -6,10 +6,10 @@ import json
 import re
 
 import pytest
+from rkd_deploy.report.reading import gather, read_records
 
 from rkd_deploy.compare import write_comparison_report
 from rkd_deploy.errors import DataError, ModelFileError
-from rkd_deploy.report.reading import gather, read_records
 from rkd_deploy.report.writing import write_bench_report
 
 
