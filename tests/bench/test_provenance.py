@@ -83,7 +83,7 @@ def test_the_commit_of_a_checkout_that_tracks_the_package(tmp_path, change, dirt
 def test_nothing_heavy_is_imported():
     code = (
         "import sys\n"
-        "from rkd_deploy.serve.bench.provenance import provenance\n"
+        "from rkd_deploy.bench.machine import provenance\n"
         "provenance()\n"
         "assert not {'torch', 'onnx', 'onnxruntime', 'torchvision'} & sys.modules.keys()\n"
     )
