@@ -57,6 +57,7 @@ class _Runtime:
 
 
 _HERE = __name__
+_TENSORRT = f"{__name__}.tensorrt"
 _RUNTIMES = {
     "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend", limited=True),
     "onnxruntime:tensorrt": _Runtime("onnxruntime", "gpu", f"{_HERE}.onnxrt:TensorRtProviderBackend", "cuda"),
@@ -64,8 +65,10 @@ _RUNTIMES = {
     "pytorch:compile": _Runtime("torch", "export", f"{_HERE}.pytorch:CompiledPyTorchBackend", limited=True),
     "pytorch:cuda-graphs": _Runtime("torch", "export", f"{_HERE}.pytorch:GraphedPyTorchBackend", "cuda", True),
     "openvino": _Runtime("openvino", "openvino", f"{_HERE}.ov:OpenVinoBackend"),
-    "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.trt:TensorRtBackend", "cuda", engine=True),
-    "tensorrt-rtx": _Runtime("tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.trt:TensorRtRtxBackend", "cuda", engine=True),
+    "tensorrt": _Runtime("tensorrt", "tensorrt", f"{_HERE}.tensorrt:TensorRtBackend", "cuda", engine=True),
+    "tensorrt-rtx": _Runtime(
+        "tensorrt_rtx", "tensorrt-rtx", f"{_HERE}.tensorrt:TensorRtRtxBackend", "cuda", engine=True
+    ),
 }
 
 

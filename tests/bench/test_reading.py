@@ -1,135 +1,111 @@
-"""Records of other versions, broken ones, and what the page and the Markdown make of them."""
+"""Records of other versions and damaged ones, read back into typed values."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 
 import pytest
-from rkd_deploy.report.reading import gather, read_records
+from recorded import make_comparison, make_record
 
-from rkd_deploy.compare import write_comparison_report
-from rkd_deploy.errors import DataError, ModelFileError
-from rkd_deploy.report.writing import write_bench_report
+from rkd_deploy.bench.reading import bench_record, read_bench
+from rkd_deploy.bench.records import record_bench
+from rkd_deploy.compare import read_comparison
+from rkd_deploy.errors import ModelFileError
 
 
-def test_fields_may_be_missing_and_unknown_ones_are_left(record):
-    (first, *_) = gather([record]).results
+def write(folder, content):
+    (folder / "record.json").write_text(json.dumps(content))
+    return folder / "record.json"
+
+
+def test_fields_may_be_missing_and_unknown_ones_are_left():
+    (first, *_) = bench_record(make_record()).results
     assert first.model == "resnet20"
-    assert first.p95_ms is None  # not in the record
+    assert 95 not in first.percentiles  # not in the record
     assert first.build_seconds is None
     assert not hasattr(first, "a field of the future")
 
 
-def test_several_records_stand_side_by_side(record):
-    other = json.loads(json.dumps(record))
-    other["provenance"]["cpu"], other["partial"] = "Another", True
-    material = gather([record, other])
-    assert len(material.results) == 12
-    assert [one["cpu"] for one in material.environments] == ["A processor & more", "Another"]
-    assert material.environments[0]["commit"] == "0123456789ab, changed since"
-    assert material.remarks == ["Interrupted: what had been measured until then."]
-    assert material.roofline.ceilings[0].bytes_per_s == {4194304: 1e10}
+def test_a_record_is_read_as_it_was_written(bundle, tmp_path):
+    done = record_bench([bundle], {"batches": [1], "min_seconds": 0, "min_runs": 3, "warmup_seconds": 0}, tmp_path)
+    record = read_bench(done.path)
+    rows = json.loads(done.path.read_text())["results"]
+    assert [json.loads(json.dumps(result.to_row())) for result in record.results] == rows
+    assert record.results[0].percentiles == done.results[0].percentiles
+    assert record.conditions.after.load_1min >= 0
+    assert (record.provenance.cores, record.partial) == (len(os.sched_getaffinity(0)), False)
+
+
+def test_keys_of_json_become_numbers_again():
+    record = bench_record(make_record())
+    assert record.roofline.ceilings[0].bytes_per_s == {4194304: 1e10}
+    first = record.results[0]
+    assert (first.percentiles[50].ms, first.percentiles[50].low_ms) == (first.p50_ms, first.to_row()["p50_low_ms"])
+
+
+DAMAGE = {
+    "schema of the future": ({"schema": 99}, "schema 99"),
+    "schema of another type": ({"schema": True}, "schema True"),
+    "another kind": ({"kind": "train"}, "kind 'train'"),
+    "a kind that is no text": ({"kind": []}, r"kind \[\]"),
+    "no results": ({"results": None}, "results is null where a list"),
+    "results that are no list": ({"results": 3}, "results is 3 where a list"),
+    "an empty result": ({"results": [{}]}, r"results\[0\]\.p50_ms is missing"),
+    "a result that is a list": ({"results": [[]]}, r"results\[0\] is no object"),
+    "an empty ceiling": ({"roofline": {"ceilings": [{}]}}, r"roofline\.ceilings\[0\]\.backend is missing"),
+    "layers that are an object": ({"layers": {}}, "layers is {} where a list"),
+    "versions that are a list": ({"provenance": {"versions": []}}, r"provenance\.versions is \[\] where an object"),
+    "conditions without an end": ({"conditions": {"before": {}}}, r"conditions\.after is missing"),
+    "a number too large": ({"provenance": {"load_1min": 10**400}}, "load_1min is out of range"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_record_is_one_error_that_names_the_place(tmp_path, name):
+    change, words = DAMAGE[name]
+    with pytest.raises(ModelFileError, match=words):
+        read_bench(write(tmp_path, make_record() | change))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("p50_ms", "fast"), ("batch", 1.5), ("batch", True), ("samples_ms", [None]), ("model", None)]
+)
+def test_a_field_of_another_type_is_damage(tmp_path, key, value):
+    record = make_record()
+    record["results"][1][key] = value
+    with pytest.raises(ModelFileError, match=rf"damaged record: results\[1\]\.\S*{key.split('_')[0][:5]}|ms"):
+        read_bench(write(tmp_path, record))
+
+
+@pytest.mark.parametrize(
+    "content", ["no JSON", "[]", "null", "3", "{}", "[" * 100_000, '{"kind": NaN}', '{"schema": 1' + "0" * 5000 + "}"]
+)
+def test_what_is_no_record_is_refused(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    for read in (read_bench, read_comparison):
+        with pytest.raises(ModelFileError, match="record"):
+            read(tmp_path / "record.json")
+
+
+def test_no_file_a_folder_and_a_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name in ("absent.json", "", "pipe", "bytes"):
+        with pytest.raises(ModelFileError, match="no record"):
+            read_bench(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 99}, "schema 99"),
-        ({"kind": "train"}, "kind 'train'"),
-        ({"results": [{}]}, "damaged"),
-        ({"results": 3}, "damaged"),
-        ({"roofline": {"ceilings": [{}]}}, "damaged"),
+        ({"rows": []}, "rows is empty"),
+        ({"rows": {}}, "rows is {} where a list"),
+        ({"rows": [{"name": "S"}]}, r"rows\[0\]\.part is missing"),
+        ({"data": None}, "data is null where str"),
+        ({"missing": [3]}, r"missing\[0\] is 3 where str"),
     ],
 )
-def test_what_is_no_record_is_refused(record, tmp_path, change, words):
-    (tmp_path / "bench.json").write_text(json.dumps(record | change))
-    with pytest.raises(ModelFileError, match=words):
-        read_records([tmp_path / "bench.json"])
-
-
-def test_no_file_and_no_json_are_refused(tmp_path):
-    (tmp_path / "text.json").write_text("no JSON")
-    for name in ("absent.json", "text.json"):
-        with pytest.raises(ModelFileError, match="no record"):
-            read_records([tmp_path / name])
-
-
-def with_both(record):
-    """The record with device-only figures of half the time, the last one's cut short."""
-    both = json.loads(json.dumps(record))
-    for row in both["results"]:
-        times = [0.5 * ms for ms in row["samples_ms"]]
-        figures = {name: 0.5 * row[name] for name in ("p50_ms", "p90_ms", "p99_ms", "mean_ms", "first_run_ms")}
-        row["device_only"] = {**figures, "samples_ms": times, "transfers": False, "runs": len(times), "cv": 0.25}
-    both["results"][-1]["device_only"]["complete"] = False
-    return both | {"partial": True}
-
-
-def test_a_partial_record_names_what_was_cut_short(record):
-    (said,) = gather([with_both(record)]).remarks
-    assert said.endswith("Cut short: slow & worse on onnxruntime, threads 1, batch 8.")
-
-
-def test_a_page_has_both_kinds_of_figures_where_both_were_measured(record, tmp_path):
-    record = {name: record[name] for name in ("kind", "schema")} | {"results": record["results"][:1]}
-    page = write_bench_report([with_both(record)], tmp_path)
-    text, words = page.page.read_text(), page.markdown.read_text()
-    first = record["results"][0]
-    for p50 in (first["p50_ms"], 0.5 * first["p50_ms"]):
-        assert f"{p50:.3g}" in words
-    assert "resnet20, device only: p50" in words
-    assert "Device only p50, ms" in words
-    for kind in ("end to end", "device only"):
-        assert words.count(f"| {kind} |") == 2
-    assert "Cut short: resnet20" in words
-    assert "| interrupted |" in words
-    assert "End to end is from an array on the host" in text
-    alone = write_bench_report([record], tmp_path / "alone").markdown.read_text()
-    assert "device only" not in alone
-
-
-def test_nothing_measured_is_an_error(record, tmp_path):
-    with pytest.raises(DataError, match="Nothing to report"):
-        write_bench_report([record | {"results": []}], tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_ids_are_unique_and_lead_somewhere(pages):
-    for page in pages.values():
-        text = page.read_text(encoding="utf-8")
-        ids = re.findall(r'\bid="([^"]+)"', text)
-        assert len(ids) == len(set(ids))
-        targets = re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^")]+)', text)
-        assert targets
-        assert {one for target in targets for one in target.split()} <= set(ids)
-
-
-def test_pictures_have_no_colours_of_their_own(pages):
-    for page in pages.values():
-        svgs = re.findall(r"<svg.*?</svg>", page.read_text(encoding="utf-8"), re.DOTALL)
-        assert svgs
-        assert not [colour for svg in svgs for colour in re.findall(r"#[0-9a-f]{6}\b|\bblack\b|\bwhite\b", svg)]
-
-
-def test_the_same_record_gives_the_same_page(record, pages, tmp_path):
-    again = write_bench_report([record], tmp_path)
-    assert again.page.read_bytes() == pages["bench"].read_bytes()
-
-
-def test_markdown_has_the_tables_and_nothing_in_it_is_mark_up(comparison, tmp_path):
-    text = write_comparison_report(comparison, tmp_path).markdown.read_text(encoding="utf-8")
-    for title in ("Networks", "Every call", "Prediction and measurement", "Layer by layer", "Environment"):
-        assert f"\n## {title}\n" in text
-    assert "| S + A | 70.50 |" in text
-    assert "Missing: runs/b has no \\<S0\\>." in text
-    assert not re.search(r"(?<!\\)<", text)
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) > 40
-
-
-def test_a_comparison_without_latency_has_a_page(comparison, tmp_path):
-    bare = {key: value for key, value in comparison.items() if key not in ("roofline", "layers")} | {"results": []}
-    text = write_comparison_report(bare, tmp_path).page.read_text(encoding="utf-8")
-    assert "Every call" not in text
-    assert text.count("<svg") == 1
+def test_a_damaged_comparison_is_the_same_kind_of_error(tmp_path, change, words):
+    with pytest.raises(ModelFileError, match=f"damaged record: {words}"):
+        read_comparison(write(tmp_path, make_comparison() | change))
