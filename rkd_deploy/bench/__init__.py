@@ -12,7 +12,7 @@ from typing import Any
 from rkd_deploy.bench import machine
 from rkd_deploy.bench.accuracy import folder_top1
 from rkd_deploy.bench.loading import Loaded, Setting, batch_sizes, device_in_use, load_all, plan, random_input
-from rkd_deploy.bench.machine import Pace, cores, remembered_paces
+from rkd_deploy.bench.machine import Pace, cores
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.bench.timing import MeasurementInterrupted, Progress, Subject, check_limits, measure_subjects
@@ -146,7 +146,6 @@ class _Course:
             timings = [found[name] for way in self.ways if (name := _name(one.key, way)) in found]
             if timings:
                 facts = {
-                    "best_pace_ms": None if pace is None else pace.best_ms,
                     "resident_peak_bytes": peak,
                     "resident_growth_bytes": _less(peak, self.resident_before),
                     "device_growth_bytes": _less(device_after, device_before),
@@ -160,7 +159,7 @@ def _pace(setting: Setting, device: str) -> Pace | None:
     """Of the cores that a setting uses; what a GPU does is not seen on them."""
     if device != "cpu":
         return None
-    return Pace((setting.threads or cores()) * setting.streams, remembered_paces())
+    return Pace((setting.threads or cores()) * setting.streams)
 
 
 def _name(key: str, transfers: bool) -> str:

@@ -4,8 +4,7 @@
                    median of r_i, with its order-statistics interval
     recorded       median b / median a of two benches apart; the unit is a turn of 0.1 s (`timing`), whose samples share
                    a clock and neighbours and so are not independent. Each median has an interval of confidence
-                   (1 + c) / 2, and [b_low / a_high, b_high / a_low] covers the ratio with confidence c (Bonferroni),
-                   each low end first divided by the machine's slowdown at that time (`pace`)
+                   (1 + c) / 2, and [b_low / a_high, b_high / a_low] covers the ratio with confidence c (Bonferroni)
 
 Neither assumes a distribution. Sessions are the unit where they can be, because a model loaded twice is not equally
 fast twice: where its memory comes to lie changes its latency, through the whole session. Two
@@ -88,21 +87,18 @@ def paired_ratio(a_ms: Sequence[float], b_ms: Sequence[float], confidence: float
 
 
 def recorded_ratio(
-    a_ms: Sequence[float], b_ms: Sequence[float], slowdowns: tuple[float, float] = (1.0, 1.0), confidence: float = 0.95
+    a_ms: Sequence[float], b_ms: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Ratio of two models measured apart, with its interval.
 
     Args:
         a_ms: Median latency of A in each turn.
         b_ms: The same of B.
-        slowdowns: How much slower than it can be the machine was under A, and under B: so much less a model may take.
         confidence: Above 0 and below 1.
     """
     each = (1 + confidence) / 2
     (a_low, a_high), (b_low, b_high) = (_interval(sorted(values), each) for values in (a_ms, b_ms))
-    low = b_low / slowdowns[1] / a_high
-    high = b_high / (a_low / slowdowns[0]) if a_low else math.inf
-    return median_low(b_ms) / median_low(a_ms), low, high
+    return median_low(b_ms) / median_low(a_ms), b_low / a_high, b_high / a_low if a_low else math.inf
 
 
 def _interval(ordered: Sequence[float], confidence: float) -> tuple[float, float]:
@@ -187,8 +183,7 @@ def recorded_ratios(a: Sequence[Result], b: Sequence[Result], confidence: float 
 
 
 def _recorded(a: Result, b: Result, confidence: float) -> Ratio:
-    slowdowns = (a.slowdown, b.slowdown)
-    ratio, low, high = recorded_ratio(a.round_medians_ms, b.round_medians_ms, slowdowns, confidence)
+    ratio, low, high = recorded_ratio(a.round_medians_ms, b.round_medians_ms, confidence)
     count = min(len(a.round_medians_ms), len(b.round_medians_ms))
     return Ratio(
         a=a.model,

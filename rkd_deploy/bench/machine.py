@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -24,10 +23,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-
-from rkd_deploy.backends.tensorrt.cache import cache_folder
-from rkd_deploy.errors import StorageError
-from rkd_deploy.storage import write_json
 
 PACKAGES = (
     "rkd-deploy",
@@ -354,26 +349,18 @@ _SIDE = 1 << 16
 _PASSES, _REPEATS = 8, 5
 
 
-def remembered_paces() -> Path:
-    """Where the fastest paces are kept; removing the file forgets them."""
-    return cache_folder().with_name("pace.json")
-
-
 class Pace:
-    """Times the same work again and again, on several threads at once.
+    """The machine's own pace: the time of the same work again and again, on several threads at once.
+
+    It is reported beside a measurement and changes no figure: a neighbour that takes part of a core shows in it, which
+    a virtual machine shows in no clock. Two paces compare only within one bench.
 
     Args:
         threads: As many as the model has, callers included; no more than there are cores.
-        kept: Where the fastest pace is remembered.
     """
 
-    def __init__(self, threads: int, kept: Path) -> None:
+    def __init__(self, threads: int) -> None:
         self._threads = min(threads, cores())
-        self._kept = kept
-        self._key = f"{cpu_model()}, {self._threads} threads, numpy {np.__version__}"
-        self._known = _read(kept)
-        self.best_ms: float | None = self._known.get(self._key)
-        """The fastest that is known: of earlier benches, and of all calls so far."""
         self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
         self._arrays = [_aligned() for _ in range(self._threads)]
 
@@ -383,20 +370,13 @@ class Pace:
         Returns:
             Time of the slowest thread in ms, each thread's the median of `_REPEATS`.
         """
-        own = map if self._pool is None else self._pool.map
-        found = max(own(_timed, self._arrays))
-        self.best_ms = found if self.best_ms is None else min(self.best_ms, found)
-        return found
+        run = map if self._pool is None else self._pool.map
+        return max(run(_timed, self._arrays))
 
     def close(self) -> None:
-        """End the threads, and remember the fastest pace for later benches, where that can be written."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
-        if self.best_ms is not None and self.best_ms != self._known.get(self._key):
-            try:
-                write_json(self._kept, {**_read(self._kept), self._key: self.best_ms})
-            except StorageError:  # an app's user may have no home: the next bench begins anew
-                return
 
 
 def _aligned() -> tuple[np.ndarray, np.ndarray]:
@@ -422,11 +402,3 @@ def _timed(arrays: tuple[np.ndarray, np.ndarray]) -> float:
             np.exp(x, out=y)  # vector instructions, and without the interpreter's lock
         times.append(1000 * (time.perf_counter() - start))
     return median(times)
-
-
-def _read(kept: Path) -> dict[str, float]:
-    try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, float)} if isinstance(known, dict) else {}

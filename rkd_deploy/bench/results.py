@@ -58,7 +58,6 @@ class Figures:
         warmup_seconds: Time in them.
         complete: False where the measurement was interrupted; the figures are those of the samples until then.
         pace_ms: Time that a fixed piece of work took beside the turns (`machine.Pace`), their median; None: not taken.
-        slowdown: `pace_ms` over the least that was ever measured on this machine.
         round_medians_ms: Median of each turn of 0.1 s, in order: the machine drifts between turns, hardly within one.
         samples_ms: Every sample, in the order they were measured.
     """
@@ -74,7 +73,6 @@ class Figures:
     warmup_seconds: float | None = None
     complete: bool = True
     pace_ms: float | None = None
-    slowdown: float = 1.0
     round_medians_ms: Sequence[float] = field(default=(), repr=False)
     samples_ms: Sequence[float] = field(default=(), repr=False)
 
@@ -84,12 +82,11 @@ class Figures:
         return self.percentiles[50].ms
 
     @staticmethod
-    def of(timing: Timing, best_pace_ms: float | None = None) -> dict[str, Any]:
+    def of(timing: Timing) -> dict[str, Any]:
         """The fields of `Figures` by name, of a timing."""
-        slowdown = timing.slowdown(best_pace_ms)
         return {
             "transfers": timing.transfers,
-            "percentiles": {q: _percentile(timing, q, slowdown) for q in PERCENTILES},
+            "percentiles": {q: _percentile(timing, q) for q in PERCENTILES},
             "mean_ms": timing.mean,
             "cv": timing.cv,
             "throughput_per_s": timing.throughput_per_s,
@@ -99,7 +96,6 @@ class Figures:
             "warmup_seconds": timing.warmup_seconds,
             "complete": timing.complete,
             "pace_ms": median(timing.paces_ms) if timing.paces_ms else None,
-            "slowdown": slowdown,
             "round_medians_ms": list(timing.round_medians_ms),
             "samples_ms": list(timing.samples_ms),
         }
@@ -119,9 +115,9 @@ class Figures:
         return row
 
 
-def _percentile(timing: Timing, q: float, slowdown: float) -> Percentile:
+def _percentile(timing: Timing, q: float) -> Percentile:
     low, high = (end if math.isfinite(end) else None for end in timing.interval(q))
-    return Percentile(timing.percentile(q), None if low is None else low / slowdown, high)
+    return Percentile(timing.percentile(q), low, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,25 +181,16 @@ class Result(Figures):
     device_only: Figures | None = None
 
     @classmethod
-    def from_timing(
-        cls, timing: Timing, *, device_only: Timing | None = None, best_pace_ms: float | None = None, **facts: Any
-    ) -> Self:
+    def from_timing(cls, timing: Timing, *, device_only: Timing | None = None, **facts: Any) -> Self:
         """Join the samples with the other fields.
 
         Args:
-            timing: Of the figures.
-            device_only: The same without transfers.
-            best_pace_ms: The least that the machine's pace was ever seen to be.
+            timing: Samples of the figures.
+            device_only: Samples with input and output left on the device.
             facts: The fields that do not follow from the samples.
         """
-        resident = None if device_only is None else Figures(**Figures.of(device_only, best_pace_ms))
-        return cls(
-            **facts,
-            **Figures.of(timing, best_pace_ms),
-            batch=timing.batch,
-            streams=timing.streams,
-            device_only=resident,
-        )
+        resident = None if device_only is None else Figures(**Figures.of(device_only))
+        return cls(**facts, **Figures.of(timing), batch=timing.batch, streams=timing.streams, device_only=resident)
 
 
 def result_of_row(row: Any, where: str = "results") -> Result:
@@ -263,6 +250,6 @@ def to_record(
         "settings": dict(settings),
         "conditions": None if before is None or after is None else {"before": asdict(before), "after": asdict(after)},
         "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics, with "
-        "the design effect of turns of 0.1 s; the low end over the machine's slowdown)",
+        "the design effect of turns of 0.1 s)",
         "results": [result.to_row() for result in results],
     }

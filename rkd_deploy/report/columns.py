@@ -12,7 +12,7 @@ from rkd_deploy.bench.loadgen import LABEL, ScenarioResult
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import PERCENTILES, Figures, Result
 from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
-from rkd_deploy.report.conditions import condition_lines
+from rkd_deploy.report.conditions import condition_lines, pace_lines
 from rkd_deploy.report.tables import Column, milliseconds, print_table
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ RUN_COLUMNS: tuple[Column[FiguresRow], ...] = (
     Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
     Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
     Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
-    Column("Machine slower by, %", lambda r: _slower(r.figures)),
+    Column("Machine's pace, ms", lambda r: _told(r.figures.pace_ms, milliseconds)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
@@ -134,9 +134,15 @@ def print_bench(record: BenchRecord, console: Console) -> None:
         print_scenarios(record.scenarios, console)
     if record.roofline.predictions:
         print_roofline(record.roofline.predictions, record.results, console)
-    if record.conditions is not None:
-        for line in condition_lines(record.conditions.before, record.conditions.after):
-            console.print(line)
+    for line in machine_lines(record):
+        console.print(line)
+
+
+def machine_lines(record: BenchRecord) -> list[str]:
+    """The machine's state before and after a bench, and whether its pace changed meanwhile."""
+    states = record.conditions
+    lines = [] if states is None else condition_lines(states.before, states.after)
+    return [*lines, *pace_lines(record.results)]
 
 
 def print_details(results: Sequence[Result], console: Console) -> None:
@@ -150,10 +156,6 @@ def rows_of(results: Sequence[Result]) -> list[FiguresRow]:
     """A row for each kind of figures of each result: host to host, device only."""
     pairs = [(result, figures) for result in results for figures in (result, result.device_only)]
     return [FiguresRow(result, figures) for result, figures in pairs if figures is not None]
-
-
-def _slower(figures: Figures) -> str | None:
-    return None if figures.pace_ms is None else f"{100 * (figures.slowdown - 1):.0f}"
 
 
 def _told(value: float | None, form: Callable[[Any], str]) -> str | None:

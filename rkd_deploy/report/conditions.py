@@ -1,11 +1,15 @@
-"""Shows the machine's state before and after a bench, as lines."""
+"""Shows the state of the machine around a bench, and its pace beside it, as lines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rkd_deploy.bench.machine import MachineState
+from rkd_deploy.bench.results import Result
+
+_NOTICED = 1.1
+"""Ratio of two paces from which it is shown: a quiet machine's own turbo stays below that."""
 
 
 def condition_lines(before: MachineState, after: MachineState) -> list[str]:
@@ -51,3 +55,24 @@ def _grown(before: MachineState, after: MachineState, key: str, unit: str) -> st
 def _span(ends: tuple[float, float], unit: str) -> str:
     low, high = ends
     return f"{low:.0f} {unit}" if round(low) == round(high) else f"{low:.0f}-{high:.0f} {unit}"
+
+
+def pace_lines(results: Sequence[Result]) -> list[str]:
+    """A sentence where the machine's own pace differed between the measurements of a bench; else nothing.
+
+    Paces of other numbers of threads are other work: they are compared within each alone.
+    """
+    groups: dict[tuple[int | None, int], list[float]] = {}
+    for result in results:
+        groups.setdefault((result.threads, result.streams), []).extend(_paces(result))
+    ratio = max((max(paces) / min(paces) for paces in groups.values() if paces), default=1.0)
+    if ratio < _NOTICED:
+        return []
+    return [
+        f"The machine itself was up to {ratio:.2f} times slower beside some of these measurements than beside others: "
+        "something else ran on its cores. No figure allows for that; to tell two models apart, use bench-compare."
+    ]
+
+
+def _paces(result: Result) -> Iterable[float]:
+    return (figures.pace_ms for figures in (result, result.device_only) if figures is not None and figures.pace_ms)

@@ -10,8 +10,14 @@ from rkd_deploy.bench.loadgen import LABEL
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.errors import DataError, MissingDependencyError
 from rkd_deploy.report.accuracy_latency import plot
-from rkd_deploy.report.columns import PERCENTILE_COLUMNS, RESULT_COLUMNS, RUN_COLUMNS, SCENARIO_COLUMNS, rows_of
-from rkd_deploy.report.conditions import condition_lines
+from rkd_deploy.report.columns import (
+    PERCENTILE_COLUMNS,
+    RESULT_COLUMNS,
+    RUN_COLUMNS,
+    SCENARIO_COLUMNS,
+    machine_lines,
+    rows_of,
+)
 from rkd_deploy.report.page import Pages, write_pages
 from rkd_deploy.report.sections import environment, remark, sections
 from rkd_deploy.report.style import distinct
@@ -100,7 +106,6 @@ def bench_markdown(record: BenchRecord) -> str:
     if record.scenarios:
         scenarios = markdown_table(SCENARIO_COLUMNS, record.scenarios)
         parts.append(f"{LABEL}: shorter than MLPerf's 600 s, on noise, reviewed by nobody.\n\n{scenarios}")
-    if record.conditions is not None:
-        lines = condition_lines(record.conditions.before, record.conditions.after)
+    if lines := machine_lines(record):
         parts.append("".join(f"- {line}\n" for line in lines))
     return "\n".join(parts)
