@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+from rkd_deploy.serve.engines.refit import refit_engine
 
 from rkd_deploy.backends import load_backend
 from rkd_deploy.backends.tensorrt.build import build_engine
@@ -14,7 +15,6 @@ from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_table
 from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine, write_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour, profile_for
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
-from rkd_deploy.serve.engines.refit import refit_engine
 
 
 @pytest.fixture
