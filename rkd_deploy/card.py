@@ -99,7 +99,7 @@ class ModelCard:
     """The run, the recipe and the SHA-256 of the weights."""
     versions: Mapping[str, str] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of every file of the bundle (`rkd_deploy.serve.checksums`); empty in the card inside an ONNX file."""
+    """SHA-256 of every file of the bundle (`rkd_deploy.backends.files`); empty in the card inside an ONNX file."""
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives the equal card back."""

@@ -178,7 +178,7 @@ def test_arrays_of_the_right_size_need_no_pillow():
         "import sys; sys.modules['PIL'] = None\n"
         "import numpy as np\n"
         "from rkd_deploy.card import Preprocess\n"
-        "from rkd_deploy.serve.images import to_array\n"
+        "from rkd_deploy.images import to_array\n"
         "p = Preprocess(height=2, width=2, mean=(0.,) * 3, std=(1.,) * 3)\n"
         "for shape in ((2, 2, 3), (2, 2), (2, 2, 1), (2, 2, 4)):\n"
         "    assert to_array(np.zeros(shape, np.uint8), p).shape == (2, 2, 3)\n"

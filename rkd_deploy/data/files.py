@@ -1,6 +1,6 @@
 """Image files that are read one by one: where they lie, in which order, and which of them are broken.
 
-The decoder is that of deployed models (`rkd_deploy.serve.images`): upright by EXIF, RGB, transparency dropped, 8 bits
+The decoder is that of deployed models (`rkd_deploy.images`): upright by EXIF, RGB, transparency dropped, 8 bits
 per channel or refused.
 """
 

@@ -39,7 +39,7 @@ _LIMITS = {
 
 
 class ExportStopwatch:
-    """Exports two classifiers and times them in turn: see `rkd_deploy.models.latency.Stopwatch`.
+    """Exports two classifiers and times them in turn: see `rkd_deploy.models.separation.latency.Stopwatch`.
 
     With one thread on a CPU it counts the time this process has the CPU: on an idle machine that is the latency, and on
     a busy one it leaves out the waiting for others. In all other cases it is wall time, which needs an idle machine.

@@ -23,7 +23,7 @@ from rkd_deploy.train.stepping import Average, Stepper, learning_rate
 
 
 class Display(Protocol):
-    """What shows a person how training goes; `rkd_deploy.train.progress` has one for terminals."""
+    """What shows a person how training goes; `rkd_deploy.train.display` has one for terminals."""
 
     def note(self, text: str) -> None:
         """A line about what is done before training, e.g. a measurement."""

@@ -206,8 +206,8 @@ def test_loads_and_predicts_where_torch_cannot_be_imported_and_loads_nothing_els
         import sys
         sys.modules["torch"] = None
         import numpy as np
-        import rkd_deploy.serve.bench, rkd_deploy.serve.bench.report, rkd_deploy.serve.bench.parity
-        import rkd_deploy.serve.bench.provenance, rkd_deploy.serve.bench.accuracy
+        import rkd_deploy.bench, rkd_deploy.bench.results, rkd_deploy.bench.parity
+        import rkd_deploy.bench.machine, rkd_deploy.bench.accuracy
         from rkd_deploy.serve.classifier import load
         heavy = {{"onnxruntime", "PIL", "onnx", "matplotlib", "rich", "torchvision"}}
         assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()

@@ -1,7 +1,7 @@
 """The half of a simulated TensorRT that makes engines: enumerations, parser, configuration, builder.
 
 A plan is a line of facts (for which device and version, which profiles) and the ONNX file after it. Every name here is
-held against the real libraries' by tests/serve/engines/test_api.py.
+held against the real libraries' by tests/backends/tensorrt/test_api.py.
 """
 
 import enum

@@ -3,7 +3,7 @@
 What is enqueued runs when the stream is synchronised and not before; what is enqueued during a capture runs when its
 graph is launched; device memory holds garbage until something is copied there. So a missing copy or synchronisation
 gives a wrong answer, and not only another list of calls. simulated_building.py and simulated_running.py are a TensorRT
-on it. Every name here is held against the real library's by tests/serve/engines/test_api.py.
+on it. Every name here is held against the real library's by tests/backends/tensorrt/test_api.py.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def export_engine(
 
     Raises:
         StorageError: Something that is no engine of ours is there, or it could not be written.
-        RkdError: As `rkd_deploy.serve.engines.build.build_engine` raises.
+        RkdError: As `rkd_deploy.backends.tensorrt.build.build_engine` raises.
     """
     model = model_path(path)
     file = output or engine_path(model, flavour)

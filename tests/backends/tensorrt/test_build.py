@@ -4,15 +4,13 @@ import dataclasses
 import json
 import signal
 
-import numpy as np
 import pytest
 from rkd_deploy.serve.engines.refit import refit_engine
 
-from rkd_deploy.backends import load_backend
 from rkd_deploy.backends.tensorrt.build import build_engine
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_table
-from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine, write_engine
+from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour, profile_for
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
@@ -120,23 +118,6 @@ def test_progress_is_the_outermost_phases_and_ctrl_c_ends_the_build(gpu, model, 
             export_engine(model, "tensorrt", progress=stop)
         assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert seen == [0.0, 0.5]  # the library was told to go no further
-
-
-def test_weights_are_replaced_without_a_build(gpu, model, zoo, tmp_path):
-    engine = export_engine(model, "tensorrt", EngineSettings(refit=True)).file
-    other = zoo.build(tmp_path / "other/model.onnx", bias=(1.0, 2.0, 4.0), card=zoo.card(precision="fp16"))
-    gpu.device.log.clear()
-    refitted = refit_engine(engine, other)
-    assert not logged(gpu, "build")
-    write_engine(tmp_path / "new.engine", refitted.plan, refitted.record)
-    x = zoo.pixels(2)
-    with load_backend("tensorrt", tmp_path / "new.engine") as backend:
-        np.testing.assert_array_equal(backend.infer(x), zoo.answer(x) + np.float32([1, 2, 4]))
-        assert backend.precision == "fp16"
-    with pytest.raises(BackendError, match=r"do not fit.*the graphs differ"):
-        refit_engine(engine, zoo.build(tmp_path / "third.onnx", output="scores"))
-    with pytest.raises(UsageError, match="was not built to have its weights replaced"):
-        refit_engine(export_engine(model, "tensorrt").file, other)
 
 
 @pytest.mark.parametrize(

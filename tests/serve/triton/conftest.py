@@ -54,7 +54,7 @@ class Triton:
         self.script = CLIENT
 
     def client(self, *arguments: object) -> str:
-        """What tests/export/triton/client.py prints."""
+        """What tests/serve/triton/client.py prints."""
         ran = subprocess.run(
             [self.python, self.script, *map(str, arguments)], capture_output=True, text=True, timeout=90
         )
