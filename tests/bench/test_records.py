@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +194,13 @@ def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_pat
         )
     record = json.loads((tmp_path / "out/bench.json").read_text())
     assert (record["partial"], len(record["results"])) == (True, 2)
+
+
+def test_the_settings_of_a_record_are_what_was_asked_for():
+    """What the command wrote before places to run were values of their own; old records and new ones read alike."""
+    settings = bench_settings(["onnxruntime", "tensorrt"], [1, 2], [1, 4], batches=None, data=Path("far/away"), **SHORT)
+    assert json.dumps(settings.to_record()) == (
+        '{"backend": ["onnxruntime", "tensorrt"], "device": null, "batches": null, "threads": [1, 2], '
+        '"streams": [1, 4], "memory_limit": null, "cuda_graph": true, "shape": null, "min_seconds": 0.01, '
+        '"min_runs": 5, "warmup_seconds": 0.0, "transfers": true, "data": "away"}'
+    )

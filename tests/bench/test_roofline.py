@@ -156,7 +156,8 @@ def test_int8_has_a_ceiling_of_its_own(backend):
 def test_a_study_covers_every_setting_and_each_once(convolution, monkeypatch):
     asked = []
 
-    def measured(backend, *, device, threads, arithmetic, footprints):
+    def measured(run_on, *, arithmetic, footprints):
+        backend, threads = run_on.backend, run_on.threads
         asked.append((backend, threads, arithmetic))
         return Ceilings(backend, "cpu", threads, arithmetic, 1e9 * threads, {}, dict.fromkeys(footprints, 1e9))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from rkd_deploy.backends import available, infer_many, load_backend
+from rkd_deploy.backends import RunOn, available, infer_many, load_backend
 from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
@@ -71,7 +71,7 @@ def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavou
 
 
 def test_without_a_graph_every_run_is_enqueued(gpu, flavour, model, zoo):
-    with FLAVOURS[flavour](model, cuda_graph=False) as backend:
+    with FLAVOURS[flavour](model, RunOn(flavour, cuda_graph=False)) as backend:
         backend.infer(zoo.pixels(1))
         calls(gpu.device)
         x = zoo.pixels(1, seed=1)

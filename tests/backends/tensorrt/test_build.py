@@ -5,7 +5,6 @@ import json
 import signal
 
 import pytest
-from rkd_deploy.serve.engines.refit import refit_engine
 
 from rkd_deploy.backends.tensorrt.build import build_engine
 from rkd_deploy.backends.tensorrt.cache import export_engine
