@@ -291,9 +291,10 @@ def _export(run: Any) -> Path:
 
 
 def _bench(bundle: Path, folder: Path) -> None:
+    from rkd_deploy.bench import BenchSettings
     from rkd_deploy.bench.records import record_bench
 
-    settings = {"backend": ["onnxruntime"], "batches": [1], "min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.01}
+    settings = BenchSettings(batches=(1,), min_seconds=0.01, min_runs=5, warmup_seconds=0.01)
     record_bench([bundle], settings, folder)
 
 
