@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import UsageError, require, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from rkd_deploy.bench.timing import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
