@@ -49,7 +49,7 @@ def test_a_number_outside_of_its_range_is_refused_with_the_range(value, low, hig
     assert str(refused.value) == f"--x {value} must be {rule}."
 
 
-@pytest.mark.parametrize(("value", "low", "high"), [(0, 0, 3), (3, 0, 3), (2.5, 0, 3), (10**30, 0, None), (-7, None, 0)])
+@pytest.mark.parametrize(("value", "low", "high"), [(0, 0, 3), (3, 0, 3), (2.5, 0, 3), (10**30, 0, None)])
 def test_a_number_within_its_range_passes(value, low, high):
     check_number("--x", value, low, high)
 

@@ -72,7 +72,7 @@ def _complete(command: Callable[..., None], groups: Groups) -> Callable[..., Non
     parameters: list[Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in kinds:
-            parameters += _parameters(parameter.name, *kinds[parameter.name])
+            parameters += _parameters(parameter.name, parameter.kind, *kinds[parameter.name])
         else:
             parameters.append(parameter.replace(annotation=hints[parameter.name]))
     defaults = {parameter.name: parameter.default for parameter in parameters}
@@ -95,7 +95,7 @@ def _declared(kind: type) -> dict[str, Option]:
     return {name: declared for name, declared in options_of(kind).items() if not declared.shared}
 
 
-def _parameters(group: str, kind: type, panel: str) -> list[Parameter]:
+def _parameters(group: str, place: Any, kind: type, panel: str) -> list[Parameter]:
     hints, defaults = typing.get_type_hints(kind), {field.name: field.default for field in fields(kind)}
     made = []
     for name, declared in _declared(kind).items():
@@ -108,7 +108,7 @@ def _parameters(group: str, kind: type, panel: str) -> list[Parameter]:
         made.append(
             Parameter(
                 f"{group}_{name}",
-                Parameter.KEYWORD_ONLY,
+                place,
                 default=default,
                 annotation=typing.Annotated[annotation, info],
             )
