@@ -319,12 +319,12 @@ def _fusion_target(
                     f"{option} {value} says what --fuse auto measures on; --fuse {level or 'tail'} measures nothing."
                 )
         return None
-    from rkd_deploy.backends import check_backend
+    from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.export.measuring import Target
 
     chosen = backend or (precision.runs_on[0] if precision.lowered else "onnxruntime")
     check_backend(chosen)
-    return Target(chosen, device, threads, tuple(batch_sizes(batches or "1")))
+    return Target(RunOn(chosen, device=device, threads=threads), tuple(batch_sizes(batches or "1")))
 
 
 def _is_model(path: Path) -> bool:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, sealed
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
@@ -237,11 +238,11 @@ def _fused(
 
 def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
     """Where level auto measures files of lower precision."""
-    target = target or Target(backend=asked.runs_on[0])
-    if target.backend not in asked.runs_on:
+    target = target or Target(RunOn(asked.runs_on[0]))
+    if target.run_on.backend not in asked.runs_on:
         raise UsageError(
-            f"Level auto would measure on {target.backend} files that are written for --target {asked.runtime}, which "
-            f"{' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
+            f"Level auto would measure on {target.run_on.backend} files that are written for --target {asked.runtime}, "
+            f"which {' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
         )
     if asked.keep not in ((), (AUTO,)):
         raise UsageError(
