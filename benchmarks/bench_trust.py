@@ -33,7 +33,7 @@ import numpy as np
 from models import resnet20
 from record import Claim, save
 
-from rkd_deploy.backends import Array, load_backend
+from rkd_deploy.backends import Array, RunOn, load_backend
 from rkd_deploy.bench.compare import measure_ratios
 from rkd_deploy.bench.loading import random_input
 from rkd_deploy.bench.machine import Pace
@@ -213,7 +213,7 @@ def itself(model: Path, folder: Path) -> list[Claim]:
     }
     hand = [float(_answer(BY_HAND, model)) / 1e6 for _ in range(3)]
     peaks = [bench["peak"] / 1e6 for bench in benches]
-    ratios = [measure_ratios(model, model, batches=(BATCH,), threads=1)[0] for _ in range(RUNS)]
+    ratios = [measure_ratios(model, model, RunOn(threads=1), batches=(BATCH,))[0] for _ in range(RUNS)]
     wrong = [ratio for ratio in ratios if ratio.verdict != "not shown"]
     sides = {
         "ratio": [one.ratio for one in ratios],

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rkd_deploy.storage import read_text
+
 T = TypeVar("T")
 
 LARGEST_FILE = 1 << 29
@@ -29,15 +31,13 @@ def read_json(path: Path) -> dict[str, Any]:
         DecodingError: The file cannot be read, is no regular file or too large, or holds no JSON object.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise DecodingError("it is no regular file")
-        if path.stat().st_size > LARGEST_FILE:
-            raise DecodingError(f"it has more than {LARGEST_FILE:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(read_text(path, limit=LARGEST_FILE), parse_constant=_refuse_constant)
     except DecodingError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON, or a whole number of thousands of digits
-        raise DecodingError(getattr(error, "strerror", None) or str(error)) from error
+    except OSError as error:
+        raise DecodingError(error.strerror or str(error)) from error
+    except ValueError as error:  # no UTF-8, no JSON, or a whole number of thousands of digits
+        raise DecodingError(str(error)) from error
     except RecursionError as error:
         raise DecodingError("it is nested too deeply") from error
     if not isinstance(content, dict):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.loadgen import Load, ScenarioResult, check_scenarios, run_scenarios
-from rkd_deploy.bench.loading import Setting, plan
 from rkd_deploy.bench.machine import MachineState, machine_state, provenance
 from rkd_deploy.bench.results import Result, to_record
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import InterruptedBench, RkdError
 from rkd_deploy.signals import handling
@@ -41,7 +41,7 @@ class Recorded:
 
 def record_bench(
     models: Sequence[str | os.PathLike[str]],
-    settings: Mapping[str, Any],
+    settings: BenchSettings,
     folder: Path,
     progress: Progress | None = None,
     *,
@@ -56,7 +56,7 @@ def record_bench(
 
     Args:
         models: As for `bench`.
-        settings: Its other arguments.
+        settings: As for `bench`.
         folder: Where bench.json is written; made when it is not there.
         progress: As for `bench`.
         scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
@@ -76,21 +76,21 @@ def record_bench(
 
     def write(error: RkdError | None = None) -> Recorded:
         states = before, machine_state()
-        named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
-        path = write_record(results, named, folder, states, reported, more=more, partial=error is not None)
+        settings_record, partial = settings.to_record(), error is not None
+        path = write_record(results, settings_record, folder, states, reported, more=more, partial=partial)
         return Recorded(path, results, reported, error)
 
     def measure() -> None:
         nonlocal more
-        bench(models, **settings, progress=progress, on_result=results.append)
+        bench(models, settings, progress=progress, on_result=results.append)
         if scenarios:
             run_scenarios(
                 models,
-                planned(models, settings),
+                dict.fromkeys(replace(place, streams=1) for place in settings.run_on),
                 scenarios,
                 folder,
                 load=load or Load(),
-                shape=settings.get("shape"),
+                shape=settings.shape,
                 progress=progress,
                 on_result=reported.append,
             )
@@ -142,22 +142,3 @@ def write_record(
     path = folder / RECORD_NAME
     write_json(path, {**content, "loadgen": [asdict(scenario) for scenario in scenarios], **(more or {})})
     return path
-
-
-def planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any]) -> list[Setting]:
-    """The settings of a bench, streams aside: LoadGen makes its own, and a study needs none.
-
-    Raises:
-        RkdError: As `plan` raises it.
-    """
-    backend, threads = settings.get("backend", "onnxruntime"), settings.get("threads")
-    return plan(
-        models,
-        [backend] if isinstance(backend, str) else backend,
-        settings.get("device"),
-        [threads] if threads is None or isinstance(threads, int) else threads,
-        streams=[1],
-        batches=None,
-        memory_limit=settings.get("memory_limit"),
-        cuda_graph=settings.get("cuda_graph", True),
-    )

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import _pace, bench
 from rkd_deploy.bench.compare import recorded_ratio, recorded_ratios
-from rkd_deploy.bench.loading import Setting
 from rkd_deploy.bench.machine import Pace, _aligned
 from rkd_deploy.bench.results import Figures, Result, result_of_row
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.report.conditions import pace_lines
+from tests.support.benching import bench_settings
 
 TIMING = Timing(
     samples_ms=(4.0, 5.0, 6.0) * 100,
@@ -58,7 +59,9 @@ def test_records_that_told_a_slowdown_are_read_and_compared_by_their_turns_alone
 
 
 def test_a_bench_reports_the_pace_beside_each_kind_of_figures(bundle):
-    (first,) = bench([bundle], batches=[1], threads=1, min_seconds=0, min_runs=20, warmup_seconds=0, transfers=None)
+    (first,) = bench(
+        [bundle], bench_settings(batches=[1], threads=1, min_seconds=0, min_runs=20, warmup_seconds=0, transfers=None)
+    )
     assert first.pace_ms > 0
     assert first.device_only.pace_ms > 0
     assert "slowdown" not in first.to_row()
@@ -79,4 +82,4 @@ def test_the_work_lies_alike_in_every_process():
 
 
 def test_cores_tell_nothing_of_a_gpu():
-    assert _pace(Setting("tensorrt", None, None, 1), "cuda:0") is None
+    assert _pace(RunOn("tensorrt"), "cuda:0") is None

@@ -12,6 +12,7 @@ from rkd_deploy.bench.reading import bench_record, read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.compare import read_comparison
 from rkd_deploy.errors import ModelFileError
+from tests.support.benching import SHORT, bench_settings
 
 
 def write(folder, content):
@@ -28,7 +29,7 @@ def test_fields_may_be_missing_and_unknown_ones_are_left():
 
 
 def test_a_record_is_read_as_it_was_written(bundle, tmp_path):
-    done = record_bench([bundle], {"batches": [1], "min_seconds": 0, "min_runs": 3, "warmup_seconds": 0}, tmp_path)
+    done = record_bench([bundle], bench_settings(batches=[1], **SHORT), tmp_path)
     record = read_bench(done.path)
     rows = json.loads(done.path.read_text())["results"]
     assert [json.loads(json.dumps(result.to_row())) for result in record.results] == rows
