@@ -46,12 +46,12 @@ def engine_settings(output_format: str, **given: Any) -> EngineSettings | None:
             raise UsageError(f"--format {output_format} builds no engine, and has no use for: {named}. Leave it out.")
         return None
     from rkd_deploy.backends.tensorrt.build import gpu_to_build_on
-    from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour
+    from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
 
     for name, read in (("profiles", Profile.parse), ("compute_capabilities", str)):
         if name in chosen:
             chosen[name] = tuple(read(text) for text in chosen[name])
-    settings, library = EngineSettings(**chosen), load_flavour(output_format)
+    settings, library = EngineSettings(**chosen), load_library(output_format)
     settings.check(library)  # before minutes of exporting, not after
     gpu_to_build_on(library, settings)
     return settings
@@ -216,7 +216,7 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     for file in written.kept:
-        console.print(f"Kept as it was: {file}")
+        console.print(f"CachedEngine as it was: {file}")
     if serving.storage_uri == STORAGE_URI and written.service not in written.kept:
         console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
     console.print(f"Next: tritonserver --model-repository={written.repository}")
