@@ -14,7 +14,7 @@ from pathlib import Path
 
 from record import FOLDER, hardware
 
-from rkd_deploy.bench import bench
+from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.card import ModelCard
 from rkd_deploy.pipeline import export_run
@@ -31,7 +31,7 @@ def main() -> None:
         folder = run.folder / ("bundle" if part == "fused" else f"bundle-{part}")
         bundles[part] = folder if folder.exists() else export_run(run, part=part, folder=folder).folder
     cards = {part: ModelCard.from_json((folder / "model.json").read_text(), part) for part, folder in bundles.items()}
-    results = bench(list(bundles.values()), batches=(1,), min_seconds=3.0)
+    results = bench(list(bundles.values()), BenchSettings(batches=(1,), min_seconds=3.0))
     content = {
         "theme": run.recipe.name,
         "provenance": provenance(),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.bench import Result, bench
+from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images
@@ -207,7 +207,8 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
         note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
-    results = bench([bundles[part] for part in reversed(PARTS)], batches=(1,), min_seconds=min_seconds)
+    settings = BenchSettings(batches=(1,), min_seconds=min_seconds)
+    results = bench([bundles[part] for part in reversed(PARTS)], settings)
     written = write_report(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
     return Quickstart(run, bundles, results, written)
 

@@ -21,11 +21,11 @@ from rkd_deploy.backends.protocol import (
     Array,
     Backend,
     InputSpec,
-    check_threads,
     closed_backend,
     logits_first,
     parse_device,
 )
+from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, install_line, require
 
@@ -59,27 +59,23 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        device: str = "cpu",
-        threads: int | None = None,
-        memory_limit: int | None = None,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], run_on: RunOn | None = None) -> None:
         """Load the file and make sure that it runs on the device asked for.
 
+        Args:
+            path: Bundle folder, or an .onnx file.
+            run_on: Where. Default: the CPU.
+
         Raises:
-            UsageError: Unknown device, or a thread count below 1.
             MissingDependencyError: ONNX Runtime is not installed.
             ModelFileError: The file is missing or corrupt.
             BackendError: The device is not to be had here, or the model has no single numeric input.
         """
         file = model_path(path)
-        kind, self._index = parse_device(device)
-        check_threads(threads)
+        run_on = run_on or RunOn(self.name)
+        kind, self._index = parse_device(run_on.where)
         self._kind, provider = kind, self._provider(kind)
-        self._session: Any = _open_session(file, provider, self._index, threads, memory_limit)
+        self._session: Any = _open_session(file, provider, self._index, run_on)
         self._binding: Any = None
         self._local = threading.local()
         check_provider(self._session.get_providers(), provider)
@@ -97,9 +93,9 @@ class OnnxRuntimeBackend(Backend):
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def open(cls, path: str | os.PathLike[str], run_on: RunOn) -> Self:
         """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
-        return cls(path, **options)
+        return cls(path, run_on)
 
     def _provider(self, kind: str) -> str:
         """Which of `_PROVIDERS` runs the model on this kind of device."""
@@ -282,7 +278,7 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def _open_session(file: Path, kind: str, index: int, threads: int | None, memory_limit: int | None) -> Any:
+def _open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
     ort = require("onnxruntime", "cpu")
     if _PROVIDERS[kind] not in ort.get_available_providers():
         raise BackendError(
@@ -290,11 +286,11 @@ def _open_session(file: Path, kind: str, index: int, threads: int | None, memory
             "it. The two builds share one folder, so replace it: "
             f"pip uninstall -y onnxruntime && {install_line('gpu')} or run on device='cpu'."
         )
-    options = session_options(threads)
+    options = session_options(run_on.threads)
     # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
     cuda = {"device_id": str(index), "use_tf32": "0"}
-    if memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two
-        cuda |= {"gpu_mem_limit": str(memory_limit), "arena_extend_strategy": "kSameAsRequested"}
+    if run_on.memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two
+        cuda |= {"gpu_mem_limit": str(run_on.memory_limit), "arena_extend_strategy": "kSameAsRequested"}
     provider = (_PROVIDERS[kind], {"cpu": {}, "cuda": cuda, "tensorrt": {"device_id": str(index)}}[kind])
     if kind == "tensorrt":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -17,11 +17,10 @@ from rkd_deploy.backends.protocol import (
     Array,
     Backend,
     InputSpec,
-    check_threads,
     closed_backend,
     logits_first,
-    parse_device,
 )
+from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, require
 
@@ -34,18 +33,22 @@ class OpenVinoBackend(Backend):
 
     name = "openvino"
 
-    def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], run_on: RunOn | None = None) -> None:
         """Compile the file for the CPU, in the precision that it is written in.
 
+        Args:
+            path: Bundle folder, or an .onnx file.
+            run_on: Where. Default: the CPU.
+
         Raises:
-            UsageError: Unknown device, or a thread count below 1.
             ModelFileError: The file is missing or corrupt.
             BackendError: Another device than the CPU, or the model has no single numeric input.
         """
-        file = model_path(path)
-        if parse_device(device)[0] != "cpu":
-            raise BackendError(f"Device {device!r} was asked for; the openvino backend runs on device='cpu' only.")
-        check_threads(threads)
+        file, run_on = model_path(path), run_on or RunOn("openvino")
+        if run_on.where != "cpu":
+            raise BackendError(
+                f"Device {run_on.where!r} was asked for; the openvino backend runs on device='cpu' only."
+            )
         model = _read(file)
         self.device = "cpu"
         self._input = _only_input(file, model.inputs)
@@ -57,13 +60,13 @@ class OpenVinoBackend(Backend):
         self._metadata = _onnx_metadata(model)
         card = self._metadata.get(METADATA_KEY)
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
-        self._compiled: Any = _compile(file, model, threads)
+        self._compiled: Any = _compile(file, model, run_on.threads)
         self._local = threading.local()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> Self:
+    def open(cls, path: str | os.PathLike[str], run_on: RunOn) -> Self:
         """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
-        return cls(path, device=device, threads=threads)
+        return cls(path, run_on)
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""

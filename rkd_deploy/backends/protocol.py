@@ -204,20 +204,10 @@ def parse_device(device: str) -> tuple[str, int]:
     Raises:
         UsageError: Another name.
     """
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if not found:
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
+    if match is None:
         raise UsageError(f"Unknown device {device!r}. Choices: cpu, cuda, cuda:N (N counts from 0).")
-    return device.split(":")[0], int(found[1] or 0)
-
-
-def check_threads(threads: int | None) -> None:
-    """Refuse a thread count below 1; None leaves the choice to the runtime.
-
-    Raises:
-        UsageError: It is below 1.
-    """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; it must be at least 1, or left out for the runtime's own choice.")
+    return device.split(":")[0], int(match[1] or 0)
 
 
 def logits_first(file: Path, names: Sequence[str]) -> tuple[str, ...]:

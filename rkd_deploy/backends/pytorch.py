@@ -29,10 +29,10 @@ from rkd_deploy.backends.protocol import (
     InputSpec,
     LayerRun,
     LayerTime,
-    check_threads,
     closed_backend,
     parse_device,
 )
+from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.errors import BackendError, UsageError
 
 PROGRAM_SUFFIX = ".pt2"
@@ -49,41 +49,38 @@ class PyTorchBackend(Backend):
     def __init__(
         self,
         module: nn.Module,
+        run_on: RunOn | None = None,
         *,
         input_shape: Sequence[int | None],
         input_dtype: str,
-        device: str = "cpu",
-        threads: int | None = None,
         precision: str = "fp32",
-        memory_limit: int | None = None,
         shared: bool = False,
     ) -> None:
         """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
 
         Args:
             module: Gives a tensor [N, K], or a tuple that begins with it.
+            run_on: Where. Threads (`torch.set_num_threads`) and memory limit hold for the whole process. Default: the
+                backend's own device.
             input_shape: Batch first; None is free.
             input_dtype: NumPy name.
-            device: "cpu", "cuda" or "cuda:N".
-            threads: `torch.set_num_threads`, which holds for the whole process.
             precision: What the module's arithmetic is, for reports.
-            memory_limit: Most bytes that PyTorch may take on this GPU, in the whole process.
             shared: On a CPU, hold the module's own weights and no copies: they must not be changed meanwhile.
 
         Raises:
-            UsageError: Unknown device, or a thread count below 1.
+            UsageError: A memory limit beyond the GPU's memory.
             BackendError: CUDA was asked for and is not to be had here.
         """
-        self._place = _place(device)
-        check_threads(threads)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        if memory_limit is not None:
-            _limit_memory(self._place, memory_limit)
+        run_on = run_on or RunOn(self.name)
+        self._place = _place(run_on.where)
+        if run_on.threads is not None:
+            torch.set_num_threads(run_on.threads)
+        if run_on.memory_limit is not None:
+            _limit_memory(self._place, run_on.memory_limit)
         self._input = InputSpec(self.input_name, tuple(input_shape), np.dtype(input_dtype))
         self.input_shape, self.input_dtype = self._input.shape, self._input.dtype.name
         self.precision = precision
-        kind, index = parse_device(device)
+        kind, index = parse_device(run_on.where)
         self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
         own = [*module.parameters(), *module.buffers()] if shared and self.device == "cpu" else []
         self._module: nn.Module | None = copy.deepcopy(module, {id(one): one for one in own}).to(self._place)
@@ -91,7 +88,7 @@ class PyTorchBackend(Backend):
             self._module.eval()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Self:
+    def open(cls, path: str | os.PathLike[str], run_on: RunOn) -> Self:
         """Load the exported program of a bundle, model.pt2. Load only files that you trust.
 
         Raises:
@@ -99,7 +96,7 @@ class PyTorchBackend(Backend):
             ModelFileError: The file is corrupt.
         """
         file = _program_path(Path(path))
-        place = _place(device)
+        place = _place(run_on.where)
         if not zipfile.is_zipfile(file):  # torch logs a page of traceback before it raises
             raise broken_model(file, "it is no PyTorch archive")
         try:
@@ -117,7 +114,7 @@ class PyTorchBackend(Backend):
         (value,) = values.values()
         shape = [size if isinstance(size, int) else None for size in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
-        return cls(module, input_shape=shape, input_dtype=dtype, device=device, **options)
+        return cls(module, run_on, input_shape=shape, input_dtype=dtype)
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
@@ -192,9 +189,9 @@ class CompiledPyTorchBackend(PyTorchBackend):
         """See `Backend.layer_runs`: what is compiled is no longer the program's operators."""
         return []
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
+    def __init__(self, module: nn.Module, run_on: RunOn | None = None, **facts: Any) -> None:
         """Take a copy of a live module; arguments and errors as for `PyTorchBackend`."""
-        super().__init__(module, **options)
+        super().__init__(module, run_on, **facts)
         # fullgraph: what cannot be compiled is an error; else torch runs it eagerly, and says nothing.
         compiled: Any = torch.compile(self._live(), fullgraph=True)
         self._module = compiled
@@ -209,18 +206,19 @@ class GraphedPyTorchBackend(PyTorchBackend):
         """See `Backend.layer_runs`: a captured graph is one launch."""
         return []
 
-    def __init__(self, module: nn.Module, *, device: str = "cuda", **options: Any) -> None:
+    def __init__(self, module: nn.Module, run_on: RunOn | None = None, **facts: Any) -> None:
         """Take a copy of a live module; arguments and errors as for `PyTorchBackend`.
 
         Raises:
             BackendError: Another device than CUDA.
         """
-        if parse_device(device)[0] == "cpu":
+        run_on = run_on or RunOn(self.name)
+        if run_on.where == "cpu":
             raise BackendError(
                 f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only. On a CPU "
                 "run pytorch, or pytorch:compile."
             )
-        super().__init__(module, device=device, **options)
+        super().__init__(module, run_on, **facts)
         self._recorded: _Recorded | None = None
         self._lock = threading.Lock()
 

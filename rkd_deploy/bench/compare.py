@@ -22,8 +22,10 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.results import RECORD_SCHEMA
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress, interval_ranks
 from rkd_deploy.errors import ModelFileError, UsageError
 
@@ -117,36 +119,39 @@ def _interval(ordered: Sequence[float], confidence: float) -> tuple[float, float
 def measure_ratios(
     a: Path,
     b: Path,
+    run_on: RunOn | None = None,
     *,
     batches: Sequence[int],
     min_seconds: float = 3.0,
     confidence: float = 0.95,
     progress: Progress | None = None,
-    **condition: Any,
 ) -> list[Ratio]:
     """Measure two models side by side, now, in `SESSIONS` sessions.
 
     Args:
         a: Bundle or ONNX file.
         b: The same, compared with A.
+        run_on: Where. Default: ONNX Runtime on the CPU.
         batches: Images in one call; a ratio for each.
         min_seconds: Time in timed calls of each model at each batch size, over all sessions.
         confidence: Above 0 and below 1.
         progress: Told which session it is, and how far the measurement is.
-        condition: backend, device, threads: as for `bench`.
 
     Raises:
         RkdError: As `bench` raises it.
     """
+    settings = BenchSettings(
+        run_on=(run_on or RunOn(),),
+        batches=tuple(batches),
+        min_seconds=min_seconds / SESSIONS,
+        warmup_seconds=0.5 / SESSIONS,
+    )
     medians: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
     for session in range(SESSIONS):
         if progress is not None:
             progress(f"session {session + 1} of {SESSIONS}", session / SESSIONS)
         forward = session % 2 == 0  # who is loaded first, and so lies first in memory, must not always be the same
-        seconds, warmup = min_seconds / SESSIONS, 0.5 / SESSIONS
-        results = bench(
-            [a, b] if forward else [b, a], batches=batches, min_seconds=seconds, warmup_seconds=warmup, **condition
-        )
+        results = bench([a, b] if forward else [b, a], settings)
         for one, other in zip(results[::2], results[1::2], strict=True):
             first, second = (one, other) if forward else (other, one)
             medians[first.batch][0].append(first.p50_ms)

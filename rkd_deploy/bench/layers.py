@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.backends import Array, Backend
+from rkd_deploy.backends import Array, Backend, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
 from rkd_deploy.backends.protocol import LayerRun, LayerTime
-from rkd_deploy.bench.loading import Case, Setting, random_input
+from rkd_deploy.bench.loading import Case, load_model, random_input
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import require
 
@@ -60,7 +60,7 @@ class LayerTimes(Case):
 
 def layer_times(
     models: Sequence[str | os.PathLike[str]],
-    setting: Setting,
+    run_on: RunOn,
     *,
     batch: int = 1,
     batches: Sequence[int] | None = None,
@@ -72,7 +72,7 @@ def layer_times(
 
     Args:
         models: As for `bench`.
-        setting: On what; its streams are of no effect here.
+        run_on: Where; its streams are of no effect here.
         batch: Images in one call.
         batches: Those of the bench, so that the engine is the one that it measured; None: the usual ones.
         shape: Of one input, for models that leave it open and have no card.
@@ -84,16 +84,16 @@ def layer_times(
         ModelFileError: A model or card is missing or corrupt.
         BackendError: The backend cannot run here.
     """
-    alone = replace(setting, streams=1)
+    alone = replace(run_on, streams=1)
     found = []
     for number, path in enumerate(models):
-        with alone.load(path, batches, progress) as loaded:
+        with load_model(path, alone, batches, progress) as loaded:
             card, file = read_card(path, loaded.metadata()), model_path(path)
             name = card.name if card is not None else model_name(path)
             if progress is not None:
                 progress(f"layers of {name} on {alone}", number / len(models))
             x = random_input(loaded, card, batch, seed, shape)
-            runs = _layer_runs(loaded, file, x, setting.threads)
+            runs = _layer_runs(loaded, file, x, run_on.threads)
         if runs:
             found.append(
                 LayerTimes(
@@ -101,7 +101,7 @@ def layer_times(
                     file_bytes=file.stat().st_size,
                     backend=loaded.name,
                     device=loaded.device,
-                    threads=setting.threads,
+                    threads=run_on.threads,
                     batch=batch,
                     runs=len(runs),
                     layers=_medians(runs),

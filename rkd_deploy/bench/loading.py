@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,61 +13,27 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, Backend, check_backend, check_options, default_device, load_backend
-from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_name, model_path, read_card
+from rkd_deploy.backends import Array, Backend, RunOn
+from rkd_deploy.backends.files import model_name, model_path, read_card
 from rkd_deploy.backends.tensorrt.cache import cache_folder
 from rkd_deploy.bench.machine import available_bytes, device_used_bytes, resident_bytes
+from rkd_deploy.bench.settings import USUAL_BATCHES, PathLike
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError
 
-USUAL_BATCHES = (1, 8, 32)
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-PathLike = str | os.PathLike[str]
 
+def load_model(
+    path: PathLike, run_on: RunOn, batches: Sequence[int] | None = None, progress: Progress | None = None
+) -> Backend:
+    """Load a model once, and report the build of its engine; arguments and errors as for `RunOn.load`."""
+    name = model_name(path)
 
-@dataclass(frozen=True)
-class Setting:
-    """How models are run: everything but the batch size.
+    def building(phase: str, share: float) -> None:
+        if progress is not None:
+            progress(f"building the engine of {name}: {phase}", share)
 
-    Attributes:
-        backend: As for `load_backend`, and so device and threads.
-        device: None: the backend's own.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime, or the backend knows no threads.
-        streams: Callers at once.
-        memory_limit: Most bytes of device memory for the runtime; None: no limit.
-        cuda_graph: Whether engines' runs are captured.
-    """
-
-    backend: str
-    device: str | None
-    threads: int | None
-    streams: int = 1
-    memory_limit: int | None = None
-    cuda_graph: bool = True
-
-    def __str__(self) -> str:
-        threads = "" if self.threads is None else f", threads {self.threads}"
-        return f"{self.backend}{threads}" + ("" if self.streams == 1 else f", streams {self.streams}")
-
-    def load(self, path: PathLike, batches: Sequence[int] | None = None, progress: Progress | None = None) -> Backend:
-        """A model, loaded once; arguments and errors as for `load_backend`."""
-        name = model_name(path)
-
-        def building(phase: str, share: float) -> None:
-            if progress is not None:
-                progress(f"building the engine of {name}: {phase}", share)
-
-        return load_backend(
-            self.backend,
-            path,
-            device=self.device,
-            threads=self.threads,
-            memory_limit=self.memory_limit,
-            cuda_graph=self.cuda_graph,
-            batches=batches,
-            progress=building,
-        )
+    return run_on.load(path, batches=batches, progress=building)
 
 
 @dataclass(frozen=True)
@@ -94,56 +59,9 @@ class Loaded:
         return self.backends[0]
 
 
-def plan(
-    models: Sequence[PathLike],
-    backends: Sequence[str],
-    device: str | None,
-    threads: Sequence[int | None],
-    streams: Sequence[int],
-    batches: Sequence[int] | None,
-    *,
-    memory_limit: int | None = None,
-    cuda_graph: bool = True,
-) -> list[Setting]:
-    """Every combination, after what can be refused before anything is loaded has been.
-
-    A backend that runs on GPUs only has no threads: beside others it is measured once, whatever the thread counts.
-
-    Raises:
-        UsageError: Nothing to measure, an unknown backend, a number below 1, an engine for another backend, or an
-            option that has no effect on one of the backends.
-        MissingDependencyError: A backend is not installed.
-        ModelFileError: A model is missing or empty.
-    """
-    counts = [*streams, *(batches or ()), *(count for count in threads if count is not None)]
-    if not models or not backends or not threads or not streams or batches == [] or min(counts) < 1:
-        raise UsageError(
-            f"bench was given {len(models)} models, the backends {list(backends)}, thread counts {list(threads)}, "
-            f"streams {list(streams)} and batch sizes {batches}; it needs at least one of each, and none below 1."
-        )
-    for name in backends:
-        check_backend(name)
-        check_options(name, device, memory_limit=memory_limit, cuda_graph=cuda_graph)
-    for path in models:
-        file = model_path(path)
-        foreign = [name for name in backends if name not in ENGINE_BACKENDS]
-        if file.suffix in ENGINE_SUFFIXES and foreign:
-            raise UsageError(
-                f"{file} is an engine, which only {' or '.join(ENGINE_BACKENDS)} can run; {', '.join(foreign)} was "
-                "asked for. Name the ONNX file it was built from, or leave the other backends out."
-            )
-    mixed = any(default_device(name) == "cpu" for name in backends)
-    return [
-        Setting(name, device, count, number, memory_limit, cuda_graph)
-        for name in dict.fromkeys(backends)
-        for count in ((None,) if mixed and default_device(name) != "cpu" else threads)
-        for number in streams
-    ]
-
-
 def load_all(
     models: Sequence[PathLike],
-    setting: Setting,
+    run_on: RunOn,
     stack: ExitStack,
     batches: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -152,27 +70,27 @@ def load_all(
 
     Args:
         models: As for `bench`.
-        setting: How they are run.
+        run_on: Where, and how many streams.
         stack: Closes them.
         batches: What they will be run at; None: the usual ones, or whatever an engine takes.
         progress: Told how far the build of an engine is.
 
     Raises:
-        RkdError: As `load_backend` raises it; the card is corrupt.
+        RkdError: As `RunOn.load` raises it; the card is corrupt.
     """
-    return [_load(number, path, setting, stack, batches, progress) for number, path in enumerate(models)]
+    return [_load(number, path, run_on, stack, batches, progress) for number, path in enumerate(models)]
 
 
 def _load(
     number: int,
     path: PathLike,
-    setting: Setting,
+    run_on: RunOn,
     stack: ExitStack,
     batches: Sequence[int] | None,
     progress: Progress | None,
 ) -> Loaded:
     before, started = resident_bytes(), time.perf_counter()
-    backends = tuple(stack.enter_context(setting.load(path, batches, progress)) for _ in range(setting.streams))
+    backends = tuple(stack.enter_context(load_model(path, run_on, batches, progress)) for _ in range(run_on.streams))
     seconds, after = time.perf_counter() - started, resident_bytes()
     built = backends[0].build_seconds
     card = read_card(path, backends[0].metadata())
@@ -288,9 +206,9 @@ def _shape(backend: Backend, card: ModelCard | None, shape: Sequence[int] | None
     return tuple(shape)
 
 
-def device_in_use(setting: Setting) -> int | None:
-    """Memory in use on the GPU that a setting runs on; None on a CPU."""
-    return device_used_bytes(setting.device or default_device(setting.backend))
+def device_in_use(run_on: RunOn) -> int | None:
+    """Memory in use on the GPU that models run on, by any program; None on a CPU."""
+    return device_used_bytes(run_on.where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, available, infer_many, load_backend
+from rkd_deploy.backends import Array, RunOn, available, infer_many
 from rkd_deploy.backends.files import check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
 
@@ -119,19 +119,15 @@ def gate(parity: Parity, what: str) -> None:
 
 def verify(
     bundle_path: str | os.PathLike[str],
-    backend: str = "onnxruntime",
+    run_on: RunOn | str = "onnxruntime",
     *,
-    device: str | None = None,
-    threads: int | None = None,
     tolerance: float | None = None,
 ) -> Parity:
     """Prove a bundle again: run the inputs of its golden.npz and compare with the logits stored there.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
-        backend: As for `load_backend`, and so the next two.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-        threads: Threads inside one operator on a CPU.
+        run_on: Where, or the name of a backend, which then runs on its own device.
         tolerance: None takes the one that is stored with the logits.
 
     Returns:
@@ -145,7 +141,8 @@ def verify(
     check_files(bundle_path, complete=True)
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
     inputs, logits_NK, stored = read_golden(golden)
-    with load_backend(backend, bundle_path, device=device, threads=threads) as loaded:
+    run_on = RunOn(run_on) if isinstance(run_on, str) else run_on
+    with run_on.load(bundle_path) as loaded:
         try:
             candidate_NK = infer_many(loaded, inputs)
         except UsageError as error:
@@ -198,15 +195,13 @@ def verify_everywhere(
     bundle_path: str | os.PathLike[str],
     *,
     device: str | None = None,
-    threads: int | None = None,
     tolerance: float | None = None,
 ) -> list[Verdict]:
     """Run `verify` on every backend that works on this machine.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
-        device: As for `verify`, and so the next two.
-        threads: Threads inside one operator on a CPU.
+        device: As `RunOn.device`, for every backend.
         tolerance: None takes the bundle's own.
 
     Raises:
@@ -218,7 +213,7 @@ def verify_everywhere(
         if not status.ok:
             continue
         try:
-            parity = verify(bundle_path, status.name, device=device, threads=threads, tolerance=tolerance)
+            parity = verify(bundle_path, RunOn(status.name, device=device), tolerance=tolerance)
             verdicts.append(Verdict(status.name, parity, None))
         except BackendError as error:  # e.g. pytorch, of a bundle without model.pt2
             verdicts.append(Verdict(status.name, None, str(error)))

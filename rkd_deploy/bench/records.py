@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.loadgen import Load, ScenarioResult, check_scenarios, run_scenarios
-from rkd_deploy.bench.loading import Setting, plan
 from rkd_deploy.bench.machine import conditions, describe
 from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import InterruptedBench, RkdError
 from rkd_deploy.report.writing import Report, write_report
@@ -47,7 +47,7 @@ def _disturbed(results: Sequence[Result]) -> list[str]:
 
 def record_bench(
     models: Sequence[str | os.PathLike[str]],
-    settings: Mapping[str, Any],
+    settings: BenchSettings,
     folder: Path,
     progress: Progress | None = None,
     *,
@@ -59,7 +59,7 @@ def record_bench(
 
     Args:
         models: As for `bench`.
-        settings: Its other arguments.
+        settings: As for `bench`.
         folder: As for `write_report`.
         progress: As for `bench`.
         scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
@@ -79,21 +79,20 @@ def record_bench(
 
     def write(partial: bool) -> Recorded:
         states = {"before": before, "after": conditions()}
-        named = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
-        report = write_report(results, named, folder, states, told, more=more, partial=partial)
+        report = write_report(results, settings.to_record(), folder, states, told, more=more, partial=partial)
         return Recorded(results, told, report, [*describe(**states), *_disturbed(results)])
 
     def measure() -> None:
         nonlocal more
-        bench(models, **settings, progress=progress, on_result=results.append)
+        bench(models, settings, progress=progress, on_result=results.append)
         if scenarios:
             run_scenarios(
                 models,
-                planned(models, settings),
+                dict.fromkeys(replace(place, streams=1) for place in settings.run_on),
                 scenarios,
                 folder,
                 load=load or Load(),
-                shape=settings.get("shape"),
+                shape=settings.shape,
                 progress=progress,
                 on_result=told.append,
             )
@@ -114,22 +113,3 @@ def record_bench(
         error.add_note(kept)
         raise
     return write(partial=False)
-
-
-def planned(models: Sequence[str | os.PathLike[str]], settings: Mapping[str, Any]) -> list[Setting]:
-    """The settings of a bench, streams aside: LoadGen makes its own, and a study needs none.
-
-    Raises:
-        RkdError: As `plan` raises it.
-    """
-    backend, threads = settings.get("backend", "onnxruntime"), settings.get("threads")
-    return plan(
-        models,
-        [backend] if isinstance(backend, str) else backend,
-        settings.get("device"),
-        [threads] if threads is None or isinstance(threads, int) else threads,
-        streams=[1],
-        batches=None,
-        memory_limit=settings.get("memory_limit"),
-        cuda_graph=settings.get("cuda_graph", True),
-    )

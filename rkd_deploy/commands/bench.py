@@ -158,30 +158,32 @@ def bench(
     if roofline:
         need("export", "onnx")
     folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    settings: dict[str, Any] = {
-        "backend": backends or ["onnxruntime"],
-        "device": device,
-        "batches": None if batches is None else batch_sizes(batches),
-        "threads": None if threads is None else whole("--threads", threads),
-        "streams": whole("--streams", streams),
-        "memory_limit": None if memory_limit is None else memory_limit << 20,
-        "cuda_graph": cuda_graph,
-        "shape": None if shape is None else whole("--shape", shape),
-        "min_seconds": min_seconds,
-        "min_runs": min_runs,
-        "warmup_seconds": warmup,
-        "transfers": False if resident else True if end_to_end else None,
-        "data": data,
-    }
-    from rkd_deploy.backends import check_backend, check_options
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
-    from rkd_deploy.bench.records import planned, record_bench
+    from rkd_deploy.bench.records import record_bench
     from rkd_deploy.bench.roofline import Study
+    from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
     from rkd_deploy.report.columns import print_details, print_results, print_scenarios
     from rkd_deploy.report.reading import read_records
     from rkd_deploy.report.writing import write_bench_report
 
+    settings = BenchSettings(
+        run_on=combinations(
+            backends or ["onnxruntime"],
+            device=device,
+            threads=None if threads is None else whole("--threads", threads),
+            streams=whole("--streams", streams),
+            memory_limit=None if memory_limit is None else memory_limit << 20,
+            cuda_graph=cuda_graph,
+        ),
+        batches=None if batches is None else tuple(batch_sizes(batches)),
+        min_seconds=min_seconds,
+        min_runs=min_runs,
+        warmup_seconds=warmup,
+        transfers=False if resident else True if end_to_end else None,
+        shape=None if shape is None else tuple(whole("--shape", shape)),
+        data=data,
+    )
     asked = scenarios or []
     check_scenarios(asked)
     if "Server" not in asked and (target_qps, target_latency) != (None, None):
@@ -192,12 +194,10 @@ def bench(
     if asked:
         bound = SERVER_LATENCY_MS if target_latency is None else target_latency
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
-    for name in settings["backend"]:
-        check_backend(name)
-        check_options(name, device, memory_limit=settings["memory_limit"], cuda_graph=cuda_graph)
     chosen = models or [newest_bundle(root)]
+    check_models(chosen, settings.run_on)
     console = console_for(as_json)
-    study = Study(chosen, planned(chosen, settings), settings["batches"], shape=settings["shape"])
+    study = Study(chosen, settings.run_on, settings.batches, shape=settings.shape)
     if roofline or (report is not None and find_spec("onnx") is not None):
         with status("Predicting") as update:
             study.predict(update)
@@ -247,6 +247,7 @@ def bench_compare(
     Two models are measured side by side, now; two records (bench.json) as they lie. Exit code 3: B is slower, and
     chance does not explain it.
     """
+    from rkd_deploy.backends import RunOn
     from rkd_deploy.bench import compare
     from rkd_deploy.commands.options import status
     from rkd_deploy.errors import GateError
@@ -265,11 +266,9 @@ def bench_compare(
             found = compare.measure_ratios(
                 a,
                 b,
+                RunOn(backend, device=device, threads=threads),
                 batches=batch_sizes(batches),
                 min_seconds=min_seconds,
-                backend=backend,
-                device=device,
-                threads=threads,
                 progress=update,
             )
     console = console_for(as_json)

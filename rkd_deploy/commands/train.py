@@ -151,7 +151,7 @@ def compare(
     """
     need("train", "torch", "safetensors")
     folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    from rkd_deploy.backends import check_backend
+    from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
     from rkd_deploy.compare import compare as compare_runs
     from rkd_deploy.compare import print_comparison, timed, write_comparison, write_comparison_report
@@ -167,7 +167,14 @@ def compare(
         settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
         settings["min_seconds"] = min_seconds
         with status(f"Comparing on {backend}") as update:
-            found = timed(found, **settings, studied=report is not None, progress=update)
+            found = timed(
+                found,
+                run_on=RunOn(backend, device=device, threads=threads),
+                batches=batch_sizes(batches),
+                min_seconds=min_seconds,
+                studied=report is not None,
+                progress=update,
+            )
     written = write_comparison(found, settings, folder)
     console = console_for(as_json)
     print_comparison(found, console)

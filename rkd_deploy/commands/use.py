@@ -68,6 +68,7 @@ def verify(
 
     Its files are compared with their checksums, its logits with the stored ones.
     """
+    from rkd_deploy.backends import RunOn
     from rkd_deploy.bench.parity import Verdict, gate, verify_everywhere
     from rkd_deploy.bench.parity import verify as verify_bundle
 
@@ -75,7 +76,7 @@ def verify(
     if backend is None:
         verdicts = verify_everywhere(chosen, device=device, tolerance=tolerance)
     else:
-        verdicts = [Verdict(backend, verify_bundle(chosen, backend, device=device, tolerance=tolerance), None)]
+        verdicts = [Verdict(backend, verify_bundle(chosen, RunOn(backend, device=device), tolerance=tolerance), None)]
     for verdict in verdicts:
         if (parity := verdict.parity) is None:
             line = f"not run: {verdict.reason}"
@@ -142,7 +143,7 @@ def backends(as_json: Json = False) -> None:
     for status in found:
         state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
         version = f" {status.version}" if status.version else ""
-        ways = f"; also as {', '.join(status.ways)}" if status.ways else ""
-        typer.echo(f"{status.name + version:<24} {state}{ways}", err=as_json)
+        modes = f"; also as {', '.join(status.modes)}" if status.modes else ""
+        typer.echo(f"{status.name + version:<24} {state}{modes}", err=as_json)
     if as_json:
         emit({"backends": [plain(status) for status in found]})

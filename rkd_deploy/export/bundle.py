@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, sealed
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
@@ -55,6 +56,7 @@ from rkd_deploy.export.proving import (
     random_batch,
     reference_of,
 )
+from rkd_deploy.fields import check_number
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -131,6 +133,7 @@ def export_bundle(
         UsageError: Unknown level or outputs, a target without level `auto` or not that of `lowering`; early exit of a
             network that has no branches.
     """
+    check_number("--tolerance", tolerance, 0)
     if with_pytorch and lowering is not None:
         raise UsageError(
             f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
@@ -235,11 +238,11 @@ def _fused(
 
 def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
     """Where level auto measures files of lower precision."""
-    target = target or Target(backend=asked.runs_on[0])
-    if target.backend not in asked.runs_on:
+    target = target or Target(RunOn(asked.runs_on[0]))
+    if target.run_on.backend not in asked.runs_on:
         raise UsageError(
-            f"Level auto would measure on {target.backend} files that are written for --target {asked.runtime}, which "
-            f"{' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
+            f"Level auto would measure on {target.run_on.backend} files that are written for --target {asked.runtime}, "
+            f"which {' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
         )
     if asked.keep not in ((), (AUTO,)):
         raise UsageError(

@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from torch import nn
 
-from rkd_deploy.backends import Backend, check_backend, load_backend
-from rkd_deploy.bench import Result, bench
+from rkd_deploy.backends import RunOn, check_backend
+from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.timing import Progress, Timing, interval_ranks, measure_interleaved
@@ -45,31 +45,26 @@ class ExportStopwatch:
     a busy one it leaves out the waiting for others. In all other cases it is wall time, which needs an idle machine.
 
     Args:
-        backend: One of `BACKENDS`.
+        run_on: Where; the backend is one of `BACKENDS`.
         batches: Batch sizes; a candidate has to be fast at each.
         input_size: Height and width of the images in pixels.
-        device: "cpu", "cuda" or "cuda:N".
-        threads: Of the backend on a CPU. Default: its own choice.
         note: Told what is being done.
 
     Raises:
-        UsageError: Unknown backend.
         MissingDependencyError: The backend is not installed.
     """
 
     def __init__(
         self,
-        backend: str = "onnxruntime",
+        run_on: RunOn,
         batches: tuple[int, ...] = (1, 8),
         *,
         input_size: tuple[int, int],
-        device: str = "cpu",
-        threads: int | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        check_backend(backend)
-        self._backend, self._batches, self._device, self._threads = backend, batches, device, threads
-        self._is_cpu_time = threads == 1 and device == "cpu"
+        check_backend(run_on.backend)
+        self._run_on, self._batches = run_on, batches
+        self._is_cpu_time = run_on.threads == 1 and run_on.where == "cpu"
         self._preprocess = Preprocess(
             height=input_size[0], width=input_size[1], mean=(0.5,) * 3, std=(0.5,) * 3, embedded=False
         )
@@ -94,7 +89,7 @@ class ExportStopwatch:
         files = {"s0": self._exported(s0, "tail"), "candidate": self._exported(candidate, level)}
         reading = _reading({batch: self._timed(files, batch, confirm) for batch in self._batches}, confirm)
         told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
-        how = f"{self._backend}, level {level}{', confirmed' if confirm else ''}"
+        how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
         self._note(f"Latency over that of S0 on {how}: {told}")
         return reading
 
@@ -102,7 +97,7 @@ class ExportStopwatch:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
             return measure_interleaved(
-                {name: (stack.enter_context(self._load(file)), x) for name, file in files.items()},
+                {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
                 warmup_runs=2,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
                 **_LIMITS[confirm],  # type: ignore[arg-type]
@@ -112,10 +107,10 @@ class ExportStopwatch:
         """Backend, device and machine."""
         facts = provenance()
         return {
-            "backend": self._backend,
-            "version": facts["versions"].get(self._backend),
-            "device": self._device,
-            "threads": self._threads,
+            "backend": self._run_on.backend,
+            "version": facts["versions"].get(self._run_on.backend),
+            "device": self._run_on.where,
+            "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
             "cpu": facts["cpu"],
             "cores": facts["cores"],
@@ -128,9 +123,6 @@ class ExportStopwatch:
             file.write_bytes(to_onnx(graph, self._preprocess).SerializeToString())
             self._files[network] = file
         return self._files[network]
-
-    def _load(self, file: Path) -> Backend:
-        return load_backend(self._backend, file, device=self._device, threads=self._threads)
 
 
 def _reading(timings: Mapping[int, Mapping[str, Timing]], confirm: bool) -> Reading:
@@ -175,15 +167,12 @@ Convert = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how the candidates are run; as for `bench`."""
+    """Where and how level auto measures its candidates."""
 
-    backend: str = "onnxruntime"
-    device: str | None = None
-    """None: the backend's own."""
-    threads: int | None = None
+    run_on: RunOn = field(default_factory=RunOn)
     batches: tuple[int, ...] = (1,)
     min_seconds: float = 1.0
-    """Of timed calls of each candidate at each batch size."""
+    """Time in timed calls of each candidate at each batch size, at least."""
 
 
 @dataclass(frozen=True)
@@ -226,25 +215,21 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         files = [Path(folder) / f"{level}.onnx" for level in protos]
         for file, proto in zip(files, protos.values(), strict=True):
             file.write_bytes(proto.SerializeToString())
-        settings: dict[str, Any] = {
-            "backend": target.backend,
-            "device": target.device,
-            "threads": target.threads,
-            "batches": target.batches,
-            "min_seconds": target.min_seconds,
-        }
-        results = bench(files, **settings, progress=progress)
+        settings = BenchSettings(run_on=(target.run_on,), batches=target.batches, min_seconds=target.min_seconds)
+        results = bench(files, settings, progress=progress)
     p50_ms = by_level(list(protos), results)
     level, ratios = fastest(p50_ms)
     summary = {
-        **settings,
+        "backend": target.run_on.backend,
         "device": results[0].device,
+        "threads": target.run_on.threads,
+        "batches": list(target.batches),
+        "min_seconds": target.min_seconds,
         "p50_ms": p50_ms,
         "ratio_to_tail": ratios,
         "refused": refused,
         "chosen": level,
     }
-    summary["batches"] = list(target.batches)
     return Choice(level, networks[level], protos[level], summary, to_record(results, provenance(), summary))
 
 

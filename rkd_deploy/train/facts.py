@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.data.files import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
@@ -126,10 +127,9 @@ def _stopwatch(
         yield None
         return
     with ExportStopwatch(
-        student.backend or "onnxruntime",
+        RunOn(student.backend or "onnxruntime", threads=student.latency_threads),
         student.latency_batches or (1, 8),
         input_size=images.image_size,
-        threads=student.latency_threads,
         note=note,
     ) as stopwatch:
         yield stopwatch

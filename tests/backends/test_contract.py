@@ -10,6 +10,7 @@ from rkd_deploy.backends import available, load_backend
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
+from tests.support.benching import bench_settings
 
 WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
 SIMULATED = {"tensorrt": "gpu", "tensorrt-rtx": "gpu", "pytorch:cuda-graphs": "graphs"}
@@ -146,7 +147,7 @@ def test_a_bench_refuses_options_without_an_effect_before_it_loads_anything(name
         ({"memory_limit": 1 << 30, "device": "cpu"}, f"no effect on {name} on cpu"),
     ):
         with pytest.raises(UsageError, match=rule):
-            bench([tmp_path / "absent.onnx"], backend=name, **options)
+            bench([tmp_path / "absent.onnx"], bench_settings(backend=name, **options))
 
 
 def test_a_memory_limit_is_set_recorded_and_printed(graphs, bundle, tmp_path, monkeypatch):
@@ -155,7 +156,9 @@ def test_a_memory_limit_is_set_recorded_and_printed(graphs, bundle, tmp_path, mo
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share, place: shares.append(share))
     monkeypatch.setattr("torch.cuda.synchronize", lambda place: None)
     settings = {"backend": "pytorch:cuda-graphs", "memory_limit": 1 << 30, "batches": [1]}
-    done = record_bench([bundle], {**settings, "min_seconds": 0, "min_runs": 2, "warmup_seconds": 0}, tmp_path / "out")
+    done = record_bench(
+        [bundle], bench_settings(**{**settings, "min_seconds": 0, "min_runs": 2, "warmup_seconds": 0}), tmp_path / "out"
+    )
     assert shares == [0.25]
     assert json.loads(done.report.record.read_text())["results"][0]["memory_limit_bytes"] == 1 << 30
     assert "| 1,073.7 |" in done.report.table.read_text()

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.onnxrt import OnnxRuntimeBackend, check_provider, multiplies_int8_exactly
 from rkd_deploy.errors import BackendError, ModelFileError
 
@@ -58,7 +58,7 @@ def test_cuda_runs_on_cuda(bundle, zoo):
 
 
 def test_threads_reach_the_session(bundle):
-    with OnnxRuntimeBackend(bundle, threads=1) as backend:
+    with OnnxRuntimeBackend(bundle, RunOn(threads=1)) as backend:
         options = backend._session.get_session_options()
         assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
 
@@ -201,7 +201,7 @@ def test_bound_memory_never_leaks_from_one_run_into_another(bundle, zoo):
 
 
 def test_threads_share_a_backend(bundle, zoo):
-    with OnnxRuntimeBackend(bundle, threads=1) as backend, ThreadPoolExecutor(8) as pool:
+    with OnnxRuntimeBackend(bundle, RunOn(threads=1)) as backend, ThreadPoolExecutor(8) as pool:
         inputs = [zoo.pixels(1, seed=seed) for seed in range(400)]
         for x, answer in zip(inputs, pool.map(backend.infer, inputs), strict=True):
             np.testing.assert_array_equal(answer, zoo.answer(x))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.pytorch import CompiledPyTorchBackend, PyTorchBackend
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 
@@ -67,7 +67,7 @@ def test_a_prepared_input_is_apart_from_the_callers_array():
 def test_threads_are_set(monkeypatch):
     before = torch.get_num_threads()
     try:
-        live(nn.Identity(), threads=1)
+        live(nn.Identity(), run_on=RunOn("pytorch", threads=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -91,11 +91,13 @@ def test_both_models_are_loaded_first_by_turns_and_keep_their_sides(monkeypatch)
 
     loaded = []
 
-    def bench(models, *, batches, **condition):
+    def bench(models, settings):
         loaded.append(tuple(models))
         facts = {"backend": "onnxruntime", "device": "cpu", "threads": None}
         times = {"a": 1.0, "b": 1.5}
-        return [SimpleNamespace(model=m, batch=n, p50_ms=n * times[m], **facts) for n in batches for m in models]
+        return [
+            SimpleNamespace(model=m, batch=n, p50_ms=n * times[m], **facts) for n in settings.batches for m in models
+        ]
 
     monkeypatch.setattr(compare, "bench", bench)  # its times are known here; the real one is run by the command's test
     found = compare.measure_ratios("a", "b", batches=(1, 8))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.protocol import LayerTime
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.layers import Layer, _medians, layer_times, read_profile
-from rkd_deploy.bench.loading import Setting
 
 
 def kernel(name, index, us, op="Conv"):
@@ -54,7 +53,7 @@ def two_convolutions(zoo, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_the_layer_with_most_to_do_takes_longest(two_convolutions, backend):
-    (times,) = layer_times([two_convolutions], Setting(backend, None, 1), batch=2)
+    (times,) = layer_times([two_convolutions], RunOn(backend, threads=1), batch=2)
     assert (times.model, times.backend, times.device, times.batch, times.threads) == ("two", backend, "cpu", 2, 1)
     assert times.runs == 30
     products = [layer for layer in times.layers if layer.op.startswith("Conv")]
@@ -70,7 +69,7 @@ def test_pytorch_names_the_operators_of_an_exported_program(tmp_path):
     program = torch.export.export(network, (torch.zeros(2, 8, 32, 32),))
     torch.export.save(program, tmp_path / "model.pt2")
     (tmp_path / "model.onnx").write_bytes(b"beside it")
-    (times,) = layer_times([tmp_path], Setting("pytorch", None, 1), batch=2)
+    (times,) = layer_times([tmp_path], RunOn("pytorch", threads=1), batch=2)
     assert [(layer.op, layer.precision) for layer in times.layers] == [
         ("conv2d", "float32"),
         ("sigmoid", "float32"),
@@ -84,10 +83,10 @@ def test_pytorch_names_the_operators_of_an_exported_program(tmp_path):
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu, zoo, tmp_path):
-    model, setting = zoo.build(tmp_path / "m.onnx", card=zoo.card()), Setting(flavour, None, None)
+    model, run_on = zoo.build(tmp_path / "m.onnx", card=zoo.card()), RunOn(flavour)
     load_backend(flavour, model, batches=[4, 16]).close()
     gpu.device.log.clear()
-    (times,) = layer_times([model], setting, batch=4, batches=[4, 16])
+    (times,) = layer_times([model], run_on, batch=4, batches=[4, 16])
     assert (times.device, times.batch, times.runs) == ("cuda:0", 4, 30)
     assert times.layers == (
         Layer("fused Cast+ReduceSum+Mul+Add", "x", 1.0, None),  # the simulated device takes 0.25 ms for each input
@@ -100,7 +99,7 @@ def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu,
 
 def test_backends_without_it_give_none(bundle, graphs):
     for backend in ("pytorch:compile", "pytorch:cuda-graphs"):
-        assert layer_times([bundle], Setting(backend, None, None)) == []
+        assert layer_times([bundle], RunOn(backend)) == []
 
 
 def lowered(zoo, path, kind):
@@ -129,7 +128,7 @@ def lowered(zoo, path, kind):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("kind", "told"), [("float16", {"float32", "float16"}), ("int8", {"uint8", "int8"})])
 def test_files_of_lower_precision_say_what_their_layers_really_work_on(kind, told, backend, zoo, tmp_path):
-    (times,) = layer_times([lowered(zoo, tmp_path / "m.onnx", kind)], Setting(backend, None, 1), batch=2)
+    (times,) = layer_times([lowered(zoo, tmp_path / "m.onnx", kind)], RunOn(backend, threads=1), batch=2)
     (product,) = [layer for layer in times.layers if layer.op in ("Conv", "Convolution", "QLinearConv")]
     assert product.ms > 0
     assert product.precision in told

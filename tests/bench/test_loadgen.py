@@ -21,6 +21,7 @@ from rkd_deploy.bench.loadgen import (
 )
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
+from tests.support.benching import bench_settings
 
 BRIEF = {"min_seconds": 0.2, "min_queries": 10}
 SLEEP = 0.002
@@ -140,7 +141,11 @@ def test_a_report_calls_it_unofficial_everywhere_and_keeps_the_logs(bundle, tmp_
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier bench")
     done = record_bench(
-        [bundle], short, tmp_path / "out", scenarios=["SingleStream", "MultiStream"], load=Load(**BRIEF)
+        [bundle],
+        bench_settings(**short),
+        tmp_path / "out",
+        scenarios=["SingleStream", "MultiStream"],
+        load=Load(**BRIEF),
     )
     assert not stale.exists()
     record = json.loads((tmp_path / "out/bench.json").read_text())

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import _pace, bench
 from rkd_deploy.bench.compare import recorded_ratio
-from rkd_deploy.bench.loading import Setting
 from rkd_deploy.bench.machine import Pace, _aligned, remembered_paces
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.bench.results import Figures
 from rkd_deploy.bench.statistics import Timing
+from tests.support.benching import bench_settings
 
 TIMING = Timing(
     samples_ms=(4.0, 5.0, 6.0) * 100,
@@ -101,12 +102,12 @@ def test_records_of_a_disturbed_and_a_quiet_machine_do_not_contradict_one_anothe
 def test_a_bench_says_how_much_slower_the_machine_was(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("RKD_DEPLOY_CACHE", str(tmp_path))
     settings = {"batches": [1], "threads": 1, "min_seconds": 0, "min_runs": 20, "warmup_seconds": 0}
-    (first,) = bench([bundle], **settings)
+    (first,) = bench([bundle], bench_settings(**settings))
     key, best = next(iter(json.loads(remembered_paces().read_text()).items()))
     assert first.slowdown == pytest.approx(max(1, first.pace_ms / best))
 
     remembered_paces().write_text(json.dumps({key: best / 100}))
-    told = record_bench([bundle], settings, tmp_path / "out")
+    told = record_bench([bundle], bench_settings(**settings), tmp_path / "out")
     (second,) = told.results
     assert second.slowdown == pytest.approx(100 * second.pace_ms / best)
     assert f"up to {second.slowdown:.2f} times slower" in told.conditions[-1]
@@ -120,4 +121,4 @@ def test_the_work_lies_alike_in_every_process():
 
 
 def test_cores_tell_nothing_of_a_gpu():
-    assert _pace(Setting("tensorrt", None, None, 1), "cuda:0") is None
+    assert _pace(RunOn("tensorrt"), "cuda:0") is None

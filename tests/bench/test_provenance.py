@@ -70,13 +70,13 @@ def test_the_commit_of_a_checkout_that_tracks_the_package(tmp_path, change, dirt
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    (tmp_path / "provenance.py").write_text("")
+    (tmp_path / "machine.py").write_text("")
     assert module._git(tmp_path) is None  # there, but not tracked
-    git("add", "provenance.py")
+    git("add", "machine.py")
     assert module._git(tmp_path) is None  # tracked, but never committed
     git("commit", "-q", "-m", "first")
     if change:
-        (tmp_path / "provenance.py").write_text("changed")
+        (tmp_path / "machine.py").write_text("changed")
     assert module._git(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
 
 

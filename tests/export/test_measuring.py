@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench.timing import Timing
 from rkd_deploy.export.measuring import ExportStopwatch, paired_ratio
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
@@ -37,7 +38,7 @@ def test_a_turn_that_was_disturbed_is_left_out_and_the_interval_is_that_of_the_b
 def test_the_slower_of_two_networks_is_told() -> None:
     S0 = CifarResNet(8, (16, 16, 32, 64), 4).eval()
     wide = CifarResNet(8, (32, 32, 64, 128), 4).eval()
-    with ExportStopwatch("onnxruntime", (2,), input_size=(16, 16), threads=1) as stopwatch:
+    with ExportStopwatch(RunOn(threads=1), (2,), input_size=(16, 16)) as stopwatch:
         same, slower = (stopwatch.compare(network, S0, level="tail", confirm=True) for network in (S0, wide))
         assert 0.8 < same.worst < 1.25
         assert slower.worst > 1.5  # 4 times the MACs

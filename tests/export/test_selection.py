@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
@@ -36,7 +37,7 @@ def test_the_least_of_several_wins():
 
 def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
     told = []
-    target = Target(batches=(1, 2), min_seconds=0.01, threads=1)
+    target = Target(RunOn(threads=1), batches=(1, 2), min_seconds=0.01)
     folder = tmp_path / "bundle"
     export_bundle(model, card, folder, level="auto", target=target, progress=lambda name, share: told.append(name))
     written = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
@@ -64,13 +65,13 @@ def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, t
     )
     measured = []
 
-    def bench_of(files, **settings):
+    def bench_of(files, settings, **how):
         measured.extend(onnx.load(file) for file in files)
-        return bench(files, **settings)
+        return bench(files, settings, **how)
 
     monkeypatch.setattr(measuring, "bench", bench_of)  # looks at the files on their way
     folder = tmp_path / "bundle"
-    target = Target(batches=(1, 2), min_seconds=0.01, threads=1)
+    target = Target(RunOn(threads=1), batches=(1, 2), min_seconds=0.01)
     export_bundle(model, card, folder, level="auto", target=target, lowering=lowering)
     assert len(measured) == 3
     assert all("QuantizeLinear" in {node.op_type for node in proto.graph.node} for proto in measured)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -21,10 +21,10 @@ from rkd_deploy.backends.protocol import (
     Backend,
     LayerRun,
     LayerTime,
-    check_threads,
     closed_backend,
     parse_device,
 )
+from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.backends.tensorrt.build import Progress
 from rkd_deploy.backends.tensorrt.cache import cached_engine
 from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_count
@@ -48,11 +48,9 @@ class TensorRtBackend(Backend):
     def __init__(
         self,
         path: str | os.PathLike[str],
+        run_on: RunOn | None = None,
         *,
-        device: str = "cuda",
-        threads: int | None = None,
         settings: EngineSettings | None = None,
-        cuda_graph: bool = True,
         batches: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> None:
@@ -60,15 +58,13 @@ class TensorRtBackend(Backend):
 
         Args:
             path: An engine file; a bundle folder, whose engine is taken if there is one; or an ONNX file.
-            device: "cuda" or "cuda:N".
-            threads: Not for a GPU.
+            run_on: Where, and whether runs are captured. Default: the first GPU, captured.
             settings: How to build where an engine has to be built.
-            cuda_graph: Capture the runs.
             batches: Batch sizes that the engine has to take.
             progress: Told how far a build is.
 
         Raises:
-            UsageError: Unknown device, a thread count, settings that the library does not have, or an engine that does
+            UsageError: A thread count, settings that the library does not have, or an engine that does
                 not take one of the batches.
             MissingDependencyError: The library, cuda-bindings, or onnx for a build, is not installed.
             ModelFileError: The file is missing or corrupt, or the engine is not that of the model beside it.
@@ -78,20 +74,20 @@ class TensorRtBackend(Backend):
         self._stream: Stream | None = None
         self._runs: list[Run] = []
         self._lock = threading.RLock()
-        library = load_flavour(self.name)
-        gpu = _gpu(self.name, device, threads)
+        library, run_on = load_flavour(self.name), run_on or RunOn(self.name)
+        gpu = _gpu(self.name, run_on)
         self.device = f"cuda:{gpu.index}"
         call("cudaSetDevice", gpu.index)
         plan, record = self._find(Path(path), library, gpu, settings or EngineSettings(), progress)
         self._metadata = {} if record is None else dict(record.metadata)
         self.precision = "unknown" if record is None else record.precision
-        self._gpu, self._capture = gpu, cuda_graph
+        self._gpu, self._capture = gpu, run_on.cuda_graph
         try:
             self._engine = load_engine(plan, record, library, gpu, self.engine_file)
             for batch in batches:
                 self._engine.profile_index(batch)
             self._stream = Stream()
-            self._infer = Run(self._engine, self._stream, transfers=True, capture=cuda_graph)
+            self._infer = Run(self._engine, self._stream, transfers=True, capture=self._capture)
             self._runs.append(self._infer)
         except BaseException:
             self.close()
@@ -103,10 +99,17 @@ class TensorRtBackend(Backend):
         self.max_batch = self._engine.max_batch
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, batches: Sequence[int] | None = None, **options: Any) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        run_on: RunOn,
+        *,
+        batches: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
         """Load an engine, a bundle folder or an .onnx file (see the class); what is built is built for `batches`."""
         settings = EngineSettings(profiles=(Profile.around(batches),)) if batches else None
-        return cls(path, settings=settings, batches=batches or (), **options)
+        return cls(path, run_on, settings=settings, batches=batches or (), progress=progress)
 
     @property
     def cuda_graph(self) -> bool:
@@ -242,13 +245,12 @@ def devices() -> tuple[str, ...]:
     return ("cuda",)
 
 
-def _gpu(name: str, device: str, threads: int | None) -> Gpu:
-    kind, index = parse_device(device)
-    check_threads(threads)
+def _gpu(name: str, run_on: RunOn) -> Gpu:
+    kind, index = parse_device(run_on.where)
     if kind == "cpu":
         raise BackendError(f"Device 'cpu' was asked for; the {name} backend runs on device='cuda' or 'cuda:N' only.")
-    if threads is not None:
-        raise UsageError(f"threads is {threads}; an engine runs on a GPU, where it has no effect. Leave it out.")
+    if run_on.threads is not None:
+        raise UsageError(f"threads is {run_on.threads}; an engine runs on a GPU, where it has no effect. Leave it out.")
     gpu = find_gpu(index)
     assert gpu is not None
     return gpu

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from rkd_deploy.backends import available, infer_many, load_backend
+from rkd_deploy.backends import RunOn, available, infer_many, load_backend
 from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
@@ -16,6 +16,7 @@ from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
+from tests.support.benching import bench_settings
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
 
@@ -70,7 +71,7 @@ def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavou
 
 
 def test_without_a_graph_every_run_is_enqueued(gpu, flavour, model, zoo):
-    with FLAVOURS[flavour](model, cuda_graph=False) as backend:
+    with FLAVOURS[flavour](model, RunOn(flavour, cuda_graph=False)) as backend:
         backend.infer(zoo.pixels(1))
         calls(gpu.device)
         x = zoo.pixels(1, seed=1)
@@ -180,7 +181,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(gpu, model, tmp_path, zoo)
 
 def test_bench_says_how_long_the_build_took_once(gpu, model):
     settings = {"backend": "tensorrt", "batches": (1, 8), "min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
-    first, second = bench([model], **settings), bench([model], **settings)
+    first, second = bench([model], bench_settings(**settings)), bench([model], bench_settings(**settings))
     assert [result.device for result in first] == ["cuda:0", "cuda:0"]
     assert all(result.build_seconds > 0 for result in first)
     assert [result.build_seconds for result in second] == [None, None]
@@ -192,7 +193,7 @@ def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, mod
     def run(batches, told=None):
         settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
         progress = None if told is None else lambda *step: told.append(step)
-        found = bench([model], backend=flavour, batches=batches, progress=progress, **settings)
+        found = bench([model], bench_settings(backend=flavour, batches=batches, **settings), progress=progress)
         engine = tmp_path / "cache/engines" / found[0].engine_kept / "model.engine"
         return found[0].build_seconds is not None, read_engine(engine)[1].profiles
 
@@ -213,7 +214,10 @@ def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, mod
 def test_a_bundles_engine_that_does_not_take_a_batch_is_refused_before_anything_is_measured(gpu, flavour, model):
     export_engine(model, flavour)
     with pytest.raises(UsageError, match=r"batch of 64.*1:8:32.*name its ONNX file"):
-        bench([model.parent], backend=flavour, batches=[1, 64], min_seconds=0.0, min_runs=1, warmup_seconds=0.0)
+        bench(
+            [model.parent],
+            bench_settings(backend=flavour, batches=[1, 64], min_seconds=0.0, min_runs=1, warmup_seconds=0.0),
+        )
     assert "execute_async_v3" not in calls(gpu.device)
 
 
@@ -221,7 +225,9 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
     settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0, "transfers": None, "batches": [2]}
     for cuda_graph in (True, False):
         gpu.device.log.clear()
-        done = record_bench([model], {**settings, "backend": flavour, "cuda_graph": cuda_graph}, tmp_path / "out")
+        done = record_bench(
+            [model], bench_settings(**{**settings, "backend": flavour, "cuda_graph": cuda_graph}), tmp_path / "out"
+        )
         assert ("GraphLaunch" in calls(gpu.device)) == cuda_graph
         assert done.results[0].cuda_graph is cuda_graph
         record = json.loads(done.report.record.read_text())
