@@ -13,6 +13,7 @@ import typer
 
 from rkd_deploy.commands import bench, export, train, use
 from rkd_deploy.commands.options import emit
+from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ def _version(
 
 app.command()(train.quickstart)
 app.command()(train.train)
-app.command()(export.export)
+app.command(cls=SettingsCommand)(export.export)
 app.command()(bench.bench)
 app.command("bench-compare")(bench.bench_compare)
 app.command()(train.compare)

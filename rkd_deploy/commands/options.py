@@ -30,30 +30,6 @@ Newest = Annotated[Path | None, typer.Argument(help="Default: the newest.", show
 
 RUNS = Path("runs")
 
-# How to build an engine: --format tensorrt and tensorrt-rtx only; EngineSettings says more of each.
-Profiles = Annotated[
-    list[str] | None,
-    typer.Option("--profile", help="Engine: MIN:OPT:MAX batch, or one fixed batch; repeatable. Default: 1:8:32."),
-]
-Capabilities = Annotated[
-    list[str] | None,
-    typer.Option("--compute-capability", help="Engine, RTX: a GPU to build for, e.g. 8.6; repeatable. Default: all."),
-]
-Hardware = Annotated[
-    str | None, typer.Option("--hardware", help="Engine, TensorRT: runs on ampere+ or same-capability GPUs, not one.")
-]
-VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="Engine, TensorRT: runs in later versions too, slower.")
-]
-Refit = Annotated[bool, typer.Option("--refit", help="Engine: weights can be replaced without a new build.")]
-Tf32 = Annotated[bool, typer.Option("--tf32", help="Engine: let float32 products round to 10 bits of mantissa.")]
-Effort = Annotated[int | None, typer.Option("--optimization", help="Engine: 0 to 5, how long to look for kernels.")]
-Workspace = Annotated[int | None, typer.Option("--workspace", help="Engine: most scratch memory, in MiB.")]
-TimingCache = Annotated[
-    Path | None, typer.Option("--timing-cache", help="Engine, TensorRT: file of kernel timings, read and written.")
-]
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
-
 
 def newest_bundle(root: Path) -> Path:
     """The bundle below a folder that was written last."""

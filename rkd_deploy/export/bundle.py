@@ -56,6 +56,7 @@ from rkd_deploy.export.proving import (
     random_batch,
     reference_of,
 )
+from rkd_deploy.fields import check_number
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -132,6 +133,7 @@ def export_bundle(
         UsageError: Unknown level or outputs, a target without level `auto` or not that of `lowering`; early exit of a
             network that has no branches.
     """
+    check_number("--tolerance", tolerance, 0)
     if with_pytorch and lowering is not None:
         raise UsageError(
             f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "

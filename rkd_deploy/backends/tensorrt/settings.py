@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import BackendError, UsageError, install_line, require, unknown_name
+from rkd_deploy.fields import check_fields, option
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Library to import name."""
@@ -155,25 +157,51 @@ class EngineSettings:
         timing_cache: TensorRT: a file that kernel timings are read from and written to, for faster next builds.
     """
 
-    profiles: tuple[Profile, ...] = DEFAULT_PROFILES
-    compute_capabilities: tuple[str, ...] | None = None
-    hardware: str = "none"
-    version_compatible: bool = False
-    refit: bool = False
-    tf32: bool = False
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    timing_cache: str | os.PathLike[str] | None = None
+    profiles: tuple[Profile, ...] = option(
+        "--profile",
+        "MIN:OPT:MAX batch, or one fixed batch; repeatable. Default: 1:8:32.",
+        default=DEFAULT_PROFILES,
+        reads=list[str],
+        parse=lambda texts: tuple(Profile.parse(text) for text in texts),
+    )
+    compute_capabilities: tuple[str, ...] | None = option(
+        "--compute-capability",
+        "RTX: a GPU to build for, e.g. 8.6; repeatable. Default: all.",
+        default=None,
+        reads=list[str],
+        parse=tuple,
+    )
+    hardware: str = option(
+        "--hardware",
+        "TensorRT: runs on ampere+ or same-capability GPUs, not one.",
+        default="none",
+        choices=tuple(HARDWARE),
+    )
+    version_compatible: bool = option(
+        "--version-compatible", "TensorRT: runs in later versions too, slower.", default=False
+    )
+    refit: bool = option("--refit", "Weights can be replaced without a new build.", default=False)
+    tf32: bool = option("--tf32", "Let float32 products round to 10 bits of mantissa.", default=False)
+    optimization_level: int | None = option(
+        "--optimization", "0 to 5, how long to look for kernels.", default=None, low=0, high=5
+    )
+    workspace_bytes: int | None = option(
+        "--workspace",
+        "Most scratch memory, in MiB.",
+        default=None,
+        reads=int,
+        parse=lambda mebibytes: mebibytes << 20,
+        low=1,
+        high=1 << 50,
+    )
+    timing_cache: str | os.PathLike[str] | None = option(
+        "--timing-cache", "TensorRT: file of kernel timings, read and written.", default=None, reads=Path
+    )
 
     def __post_init__(self) -> None:
         if not self.profiles:
             raise UsageError("An engine needs at least one profile of batch sizes, e.g. 1:8:32.")
-        if self.hardware not in HARDWARE:
-            raise UsageError(unknown_name("hardware compatibility", self.hardware, HARDWARE))
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UsageError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise UsageError(f"workspace_bytes is {self.workspace_bytes}; it must be at least 1, or left out.")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the timing cache: it changes how long a build takes and not what is asked of it."""
@@ -192,29 +220,29 @@ class EngineSettings:
             return
         _refuse(
             self.compute_capabilities is not None,
-            "compute_capabilities",
-            "TensorRT builds for the GPU that it runs on. Use hardware='ampere+' or 'same-capability', or tensorrt-rtx",
+            "--compute-capability",
+            "TensorRT builds for the GPU that it runs on. Use --hardware ampere+ or same-capability, or tensorrt-rtx",
         )
         _refuse(
             not hasattr(flavour.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
-            f"hardware={self.hardware!r}",
-            f"TensorRT {flavour.version} does not know this level. Update TensorRT, or use hardware='ampere+'",
+            f"--hardware {self.hardware}",
+            f"TensorRT {flavour.version} does not know this level. Update TensorRT, or use --hardware ampere+",
         )
 
     def _check_rtx(self, trt: Any) -> None:
         _refuse(
             self.hardware != "none",
-            f"hardware={self.hardware!r}",
-            "a TensorRT-RTX engine is finished on the GPU that runs it. Name the GPUs with compute_capabilities",
+            f"--hardware {self.hardware}",
+            "a TensorRT-RTX engine is finished on the GPU that runs it. Name the GPUs with --compute-capability",
         )
         _refuse(
             self.version_compatible,
-            "version_compatible",
+            "--version-compatible",
             "TensorRT-RTX comes without the lean runtime that such engines carry. Build again after an update",
         )
         _refuse(
             self.timing_cache is not None,
-            "timing_cache",
+            "--timing-cache",
             "TensorRT-RTX times no kernels when it builds. Leave it out",
         )
         known = capabilities(trt)
@@ -222,7 +250,7 @@ class EngineSettings:
             if capability not in known:
                 raise UsageError(unknown_name("compute capability", capability, known))
         if self.compute_capabilities == ():
-            raise UsageError("compute_capabilities is empty; name at least one, or leave it out for all of them.")
+            raise UsageError("--compute-capability names no GPU; name at least one, or leave it out for all of them.")
 
 
 def capabilities(trt: Any) -> dict[str, Any]:
