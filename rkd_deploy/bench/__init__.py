@@ -170,7 +170,7 @@ def _result(
         accuracy_images=images,
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
-        cuda_graph=backend.cuda_graph,
+        cuda_graph=backend.info.cuda_graph,
         memory_limit_bytes=run_on.memory_limit,
         load_seconds=model.load_seconds,
         build_seconds=model.build_seconds,
