@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.backends import RunOn
-from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, sealed
+from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, with_checksums
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
@@ -195,7 +195,7 @@ def export_bundle(
             write_bytes(temporary / "model.pt2", buffer.getvalue())
         if choice.record:
             write_json(temporary / "fusion.json", choice.record)
-        write_text(temporary / CARD_NAME, sealed(card, temporary))
+        write_text(temporary / CARD_NAME, with_checksums(card, temporary))
         prover = "onnxruntime" if lowering is None else lowering.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
     return proof

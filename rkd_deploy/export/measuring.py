@@ -80,13 +80,13 @@ class ExportStopwatch:
     ) -> None:
         self._folder.cleanup()
 
-    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+    def compare(self, candidate: nn.Module, s0: nn.Module, *, level: str, confirm: bool) -> Reading:
         """Time both in turn, batch size by batch size, in sessions of their own.
 
         Raises:
             UsageError: The candidate cannot be fused at this level.
         """
-        files = {"given": self._exported(given, "tail"), "candidate": self._exported(candidate, level)}
+        files = {"s0": self._exported(s0, "tail"), "candidate": self._exported(candidate, level)}
         reading = _reading({batch: self._timed(files, batch, confirm) for batch in self._batches}, confirm)
         told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
         how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
@@ -108,12 +108,12 @@ class ExportStopwatch:
         facts = provenance()
         return {
             "backend": self._run_on.backend,
-            "version": facts["versions"].get(self._run_on.backend),
+            "version": facts.versions.get(self._run_on.backend),
             "device": self._run_on.where,
             "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
-            "cpu": facts["cpu"],
-            "cores": facts["cores"],
+            "cpu": facts.cpu,
+            "cores": facts.cores,
         }
 
     def _exported(self, network: nn.Module, level: str) -> Path:
@@ -129,14 +129,14 @@ def _reading(timings: Mapping[int, Mapping[str, Timing]], confirm: bool) -> Read
     ratios, intervals = {}, {}
     for batch, timing in timings.items():
         if confirm:
-            ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["given"])
+            ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["s0"])
         else:
-            ratios[batch] = timing["candidate"].percentile(10) / timing["given"].percentile(10)
+            ratios[batch] = timing["candidate"].percentile(10) / timing["s0"].percentile(10)
     return Reading(
         ratios=ratios,
         intervals=intervals,
         candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
-        given_ms={batch: timing["given"].p50 for batch, timing in timings.items()},
+        s0_ms={batch: timing["s0"].p50 for batch, timing in timings.items()},
         runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
     )
 

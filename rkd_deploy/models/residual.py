@@ -87,7 +87,7 @@ class ResidualStudent(nn.Module):
         own = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
         return [*self.branches()[branch], *own]
 
-    def levels(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
+    def compared_maps(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
 
         Args:
@@ -98,7 +98,7 @@ class ResidualStudent(nn.Module):
         return [*early, self.branches()[branch][1](maps[-1])]
 
     def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
-        """T's maps that `levels` are compared with."""
+        """T's maps that `compared_maps` are compared with."""
         early = [] if self.stage_adapters is None else self.stage_adapters.targets(maps_T)
         return [*early, maps_T[-1]]
 

@@ -196,7 +196,7 @@ def _separation_facts(
     if separation.level == "wide":  # refuses here, and not after the training, what cannot be merged
         fuse(ResidualStudent(separation.student, separation.assistants, teacher.channels, len(images.classes)), "wide")
     return {
-        "given_widths": list(separation.given_widths),
+        "given_widths": list(separation.s0_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
         "separation": {

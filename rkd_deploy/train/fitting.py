@@ -111,7 +111,7 @@ def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
 
 
 def _write_facts(run: Run, facts: dict[str, Any]) -> None:
-    write_json(run.folder / "environment.json", provenance())
+    write_json(run.folder / "environment.json", dataclasses.asdict(provenance()))
     write_json(run.folder / "facts.json", facts)
 
 

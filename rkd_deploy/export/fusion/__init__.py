@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
-from rkd_deploy.models.progressive import ProgressiveStudent, Step
+from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
@@ -91,7 +91,7 @@ class ExchangingBranches(nn.Module):
 class _AsTrained(nn.Module):
     """Sum over branches, then back to the width of each."""
 
-    def __init__(self, before: list[Step], after: list[Step]) -> None:
+    def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
         self.adapters = nn.ModuleList(step.adapter for step in before)
         self.backs = nn.ModuleList(step.back for step in after)
@@ -104,7 +104,7 @@ class _AsTrained(nn.Module):
 class _Folded(nn.Module):
     """One 1x1 convolution on the concatenated maps, its result split again."""
 
-    def __init__(self, before: list[Step], after: list[Step]) -> None:
+    def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
         U, c = joined([step.adapter for step in before])
         V, d = zip(*(_back_matrix(step.back, c) for step in after), strict=True)
@@ -126,7 +126,7 @@ def _back_matrix(back: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
 
 
-def _cheaper(before: list[Step], after: list[Step]) -> bool:
+def _cheaper(before: list[BranchStage], after: list[BranchStage]) -> bool:
     own = sum(step.adapter.in_channels for step in before)
     as_trained = sum(step.adapter.weight.numel() for step in before)
     as_trained += sum(step.back.weight.numel() for step in after if isinstance(step.back, nn.Conv2d))

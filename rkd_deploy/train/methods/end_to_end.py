@@ -74,7 +74,7 @@ class EndToEnd(Method):
         w, model = self.weights, self.model
         seen = view_teacher(self.teacher, x_NCHW)
         maps = model.student.features(x_NCHW)
-        s = model.levels(0, maps)
+        s = model.compared_maps(0, maps)
         f_T, sized_s = alike_each(model.targets(seen.maps), s)
         parts: dict[str, Tensor] = {}
 
@@ -87,7 +87,7 @@ class EndToEnd(Method):
         k = len(model.assistants)
         for i, (assistant, _) in enumerate(model.branches()[1:], 1):
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
-            f_A = model.levels(i, assistant.features(x_NCHW))
+            f_A = model.compared_maps(i, assistant.features(x_NCHW))
             _, sized_f_A = alike_each(r, f_A)
             known = [one.detach() for one in r] if self.detach else r
             error, last = over_stages(self.distance, w.stage, known, sized_f_A)

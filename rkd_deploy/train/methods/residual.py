@@ -126,7 +126,7 @@ class StudentStep(Method):
         """L_S = w D(f_T, P_S f_S) [+ b X]."""
         seen = view_teacher(self.teacher, x_NCHW)
         maps = self.model.student.features(x_NCHW)
-        levels = self.model.levels(0, maps)
+        levels = self.model.compared_maps(0, maps)
         z_S = self.model.head(pool(levels[-1]))
         f_T, sized = alike_each(self.model.targets(seen.maps), levels)
         error, last = over_stages(self.distance, self.stage_weight, f_T, sized)
@@ -183,11 +183,11 @@ class AssistantStep(Method):
         """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
         model, networks = self.model, [network for network, _ in self.model.branches()]
         with torch.no_grad():
-            before = [model.levels(b, networks[b].features(x_NCHW)) for b in range(self.number)]
+            before = [model.compared_maps(b, networks[b].features(x_NCHW)) for b in range(self.number)]
             s = functools.reduce(added, before)
             f_T, sized_s = alike_each(model.targets(self.teacher.features(x_NCHW)), s)
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
-        f_A = model.levels(self.number, networks[self.number].features(x_NCHW))
+        f_A = model.compared_maps(self.number, networks[self.number].features(x_NCHW))
         _, sized_f_A = alike_each(r, f_A)
         error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A)
         with torch.no_grad():
