@@ -13,21 +13,17 @@ The others give none: what torch.compile makes is no longer the program's operat
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from rkd_deploy.backends import Array, Backend, RunOn
+from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
-from rkd_deploy.backends.protocol import LayerRun, LayerTime
+from rkd_deploy.backends.protocol import LayerRun
 from rkd_deploy.bench.loading import Case, load_model, random_input
 from rkd_deploy.bench.timing import Progress
-from rkd_deploy.errors import require
 
 _WARMUP, _RUNS = 5, 30
 
@@ -88,12 +84,12 @@ def layer_times(
     found = []
     for number, path in enumerate(models):
         with load_model(path, alone, batches, progress) as loaded:
-            card, file = read_card(path, loaded.metadata()), model_path(path)
+            card, file = read_card(path, loaded.info.metadata), model_path(path)
             name = card.name if card is not None else model_name(path)
             if progress is not None:
                 progress(f"layers of {name} on {alone}", number / len(models))
             x = random_input(loaded, card, batch, seed, shape)
-            runs = _layer_runs(loaded, file, x, run_on.threads)
+            runs = loaded.layer_runs(x, _WARMUP + _RUNS)[_WARMUP:]
         if runs:
             found.append(
                 LayerTimes(
@@ -110,14 +106,6 @@ def layer_times(
     return found
 
 
-def _layer_runs(loaded: Backend, file: Path, x: Array, threads: int | None) -> list[LayerRun]:
-    if (loaded.name, loaded.device) == ("onnxruntime", "cpu"):
-        return _onnxruntime(file, loaded.input_name, x, threads)
-    if loaded.name == "openvino":
-        return _openvino(file, x, threads)
-    return loaded.layer_runs(x, _WARMUP + _RUNS)[_WARMUP:]
-
-
 def _medians(runs: Sequence[LayerRun]) -> tuple[Layer, ...]:
     times: dict[tuple[str, str, str | None], list[float]] = {}
     for run in runs:
@@ -130,63 +118,3 @@ def _medians(runs: Sequence[LayerRun]) -> tuple[Layer, ...]:
     return tuple(
         Layer(name, op, statistics.median(values), precision) for (name, op, precision), values in times.items()
     )
-
-
-def _onnxruntime(file: Path, input_name: str, x: Array, threads: int | None) -> list[LayerRun]:
-    from rkd_deploy.backends.onnxrt import session_options
-
-    ort = require("onnxruntime", "cpu")
-    with tempfile.TemporaryDirectory(prefix="rkd-layers-") as folder:
-        options = session_options(threads)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        for _ in range(_WARMUP + _RUNS):
-            session.run(None, {input_name: x})
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return read_profile(events)[_WARMUP:]
-
-
-def read_profile(events: Sequence[dict[str, Any]]) -> list[LayerRun]:
-    """The kernels of each run of an ONNX Runtime profile: events of category Node named NAME_kernel_time, in us."""
-    runs: list[LayerRun] = []
-    seen: set[str] = set()
-    for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        facts = event["args"]
-        index, op = facts["node_index"], facts.get("op_name", "")
-        if not runs or index in seen:  # every run begins with the same node, and has each once
-            runs.append([])
-            seen = set()
-        seen.add(index)
-        name = event["name"].removesuffix("_kernel_time") or f"{op} {index}"
-        precision = next((kind for one in facts.get("input_type_shape") or () for kind in one), None)
-        runs[-1].append(LayerTime(name, op, event["dur"] / 1000, _numpy_name(precision)))
-    return runs
-
-
-def _numpy_name(kind: str | None) -> str | None:
-    return {"float": "float32", "double": "float64"}.get(kind, kind) if kind else None
-
-
-def _openvino(file: Path, x: Array, threads: int | None) -> list[LayerRun]:
-    from rkd_deploy.backends.ov import compile_options
-
-    core = require("openvino", "openvino").Core()
-    compiled = core.compile_model(str(file), "CPU", {**compile_options(threads), "PERF_COUNT": True})
-    request, runs = compiled.create_infer_request(), []
-    for _ in range(_WARMUP + _RUNS):
-        request.infer({0: x}, share_inputs=True)
-        executed = [node for node in request.get_profiling_info() if node.status.name == "EXECUTED"]
-        runs.append([_openvino_layer(node) for node in executed])
-    return runs[_WARMUP:]
-
-
-_OPENVINO_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i32": "int32"}
-
-
-def _openvino_layer(node: Any) -> LayerTime:
-    # Its kernels are named after their type: brgconv_avx512_I8, jit_gemm_FP32.
-    kind = node.exec_type.rpartition("_")[2].lower().replace("fp", "f")
-    return LayerTime(node.node_name, node.node_type, 1000 * node.real_time.total_seconds(), _OPENVINO_NAMES.get(kind))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 import numpy as np
 
@@ -63,26 +62,6 @@ class Timing:
         return self.percentile(50)
 
     @property
-    def p90(self) -> float:
-        """90th percentile, nearest rank."""
-        return self.percentile(90)
-
-    @property
-    def p95(self) -> float:
-        """95th percentile, nearest rank."""
-        return self.percentile(95)
-
-    @property
-    def p99(self) -> float:
-        """99th percentile, nearest rank."""
-        return self.percentile(99)
-
-    @property
-    def p99_9(self) -> float:
-        """99.9th percentile, nearest rank: of fewer than 1,000 samples it is the largest."""
-        return self.percentile(99.9)
-
-    @property
     def mean(self) -> float:
         """Arithmetic mean."""
         return math.fsum(self.samples_ms) / len(self.samples_ms)
@@ -125,12 +104,6 @@ class Timing:
             -math.inf if low is None else self._sorted[max(1, low * count // effective) - 1],
             math.inf if high is None else self._sorted[-(-high * count // effective) - 1],
         )
-
-    def slowdown(self, best_pace_ms: float | None) -> float:
-        """How much slower the machine was, in the median over the turns, than it can be; 1 where that is not known."""
-        if not self.paces_ms or best_pace_ms is None:
-            return 1.0
-        return max(1.0, median(self.paces_ms) / best_pace_ms)
 
     def design_effect(self, q: float) -> float:
         """How many times the variance of independent samples the share of samples below a percentile really has.

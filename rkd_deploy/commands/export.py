@@ -72,9 +72,9 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
     if output_format in ("onnx", "triton"):
         return None
     from rkd_deploy.backends.tensorrt.build import gpu_to_build_on
-    from rkd_deploy.backends.tensorrt.settings import load_flavour
+    from rkd_deploy.backends.tensorrt.settings import load_library
 
-    settings, library = options.make(), load_flavour(output_format)
+    settings, library = options.make(), load_library(output_format)
     settings.check(library)
     gpu_to_build_on(library, settings)
     return settings
@@ -112,7 +112,7 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     for file in written.kept:
-        console.print(f"Kept as it was: {file}")
+        console.print(f"CachedEngine as it was: {file}")
     if serving.storage_uri == STORAGE_URI and written.service not in written.kept:
         console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
     console.print(f"Next: tritonserver --model-repository={written.repository}")

@@ -108,12 +108,12 @@ class ExportStopwatch:
         facts = provenance()
         return {
             "backend": self._run_on.backend,
-            "version": facts["versions"].get(self._run_on.backend),
+            "version": facts.versions.get(self._run_on.backend),
             "device": self._run_on.where,
             "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
-            "cpu": facts["cpu"],
-            "cores": facts["cores"],
+            "cpu": facts.cpu,
+            "cores": facts.cores,
         }
 
     def _exported(self, network: nn.Module, level: str) -> Path:

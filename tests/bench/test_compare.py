@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 
 from rkd_deploy.bench import compare
-from rkd_deploy.bench.compare import differing_environment, paired_ratio, read_record, recorded_ratio, recorded_ratios
-from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.bench.compare import differing_environment, paired_ratio, recorded_ratio, recorded_ratios
+from rkd_deploy.bench.machine import Provenance
+from rkd_deploy.bench.results import result_of_row
+from rkd_deploy.errors import UsageError
 
 
 def result(medians, model="net", batch=1, **facts):
-    known = {"backend": "onnxruntime", "device": "cpu", "batch": batch, "threads": None, "transfers": True}
-    return {"model": model, **known, **facts, "round_medians_ms": medians}
+    known = {"backend": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": batch, "threads": None}
+    figures = {
+        "transfers": True,
+        "p50_ms": 1.0,
+        "mean_ms": 1.0,
+        "cv": 0.1,
+        "throughput_per_s": 1.0,
+        "first_run_ms": 1.0,
+    }
+    row = {"model": model, "file_bytes": 1, "runs": 1, **figures, **known, **facts}
+    return result_of_row({**row, "round_medians_ms": medians})
 
 
 def test_a_paired_ratio_is_the_median_of_the_ratios_and_eight_bound_it_by_the_extremes():
@@ -72,16 +83,14 @@ def test_records_without_a_common_condition_and_with_several_models_are_refused(
         recorded_ratios([result([1.0]), result([1.0], model="other")], [result([1.0])])
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", '{"kind": "bench", "schema": 99, "results": []}'])
-def test_what_is_no_record_is_refused(tmp_path, content):
-    (tmp_path / "bench.json").write_text(content)
-    with pytest.raises(ModelFileError, match="rkd-deploy bench"):
-        read_record(tmp_path / "bench.json")
+def test_records_without_turns_are_refused():
+    with pytest.raises(UsageError, match="net holds no turns"):
+        recorded_ratios([result([1.0])], [result([])])
 
 
 def test_differences_of_machine_and_versions_are_named():
-    one = {"cpu": "X", "cores": 2, "versions": {"onnxruntime": "1.32", "torch": None}}
-    other = {"cpu": "Y", "cores": 2, "versions": {"onnxruntime": "1.33"}}
+    one = Provenance(cpu="X", cores=2, versions={"onnxruntime": "1.32", "torch": None})
+    other = Provenance(cpu="Y", cores=2, versions={"onnxruntime": "1.33"})
     assert differing_environment(one, other) == ["cpu: X and Y", "onnxruntime: 1.32 and 1.33"]
     assert differing_environment(one, one) == []
 

@@ -8,9 +8,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from rkd_deploy.backends import RunOn, load_backend
+from rkd_deploy.backends.onnxrt_session import read_profile
 from rkd_deploy.backends.protocol import LayerTime
 from rkd_deploy.backends.pytorch import PyTorchBackend
-from rkd_deploy.bench.layers import Layer, _medians, layer_times, read_profile
+from rkd_deploy.bench.layers import Layer, _medians, layer_times
 
 
 def kernel(name, index, us, op="Conv"):

@@ -20,7 +20,7 @@ from rkd_deploy.backends.files import broken_model, check_files, model_path, too
 from rkd_deploy.backends.tensorrt.cuda import Gpu, find_gpu
 from rkd_deploy.backends.tensorrt.layers import engine_layers, network_layers
 from rkd_deploy.backends.tensorrt.record import EngineRecord
-from rkd_deploy.backends.tensorrt.settings import HARDWARE, EngineSettings, Flavour, capabilities, load_flavour
+from rkd_deploy.backends.tensorrt.settings import HARDWARE, EngineSettings, Library, capabilities, load_library
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError, require
 from rkd_deploy.signals import handling
@@ -205,7 +205,7 @@ def build_engine(
         BackendError: An operator that the library does not know, no GPU where one is needed, or a failed build.
     """
     settings = settings or EngineSettings()
-    library = load_flavour(flavour)
+    library = load_library(flavour)
     settings.check(library)
     source = read_source(path)
     gpu = gpu_to_build_on(library, settings, device)
@@ -258,14 +258,14 @@ def build_engine(
     )
 
 
-def create_network(library: Flavour, builder: Any) -> Any:
+def create_network(library: Library, builder: Any) -> Any:
     """An empty network that takes its types from the ONNX file."""
     if library.is_rtx or library.major >= 11:
         return builder.create_network(0)  # there is no other kind
     return builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def gpu_to_build_on(library: Flavour, settings: EngineSettings, device: int = 0) -> Gpu | None:
+def gpu_to_build_on(library: Library, settings: EngineSettings, device: int = 0) -> Gpu | None:
     """The GPU that a build would use; TensorRT-RTX does without, unless the weights are to stay replaceable.
 
     Raises:
@@ -276,7 +276,7 @@ def gpu_to_build_on(library: Flavour, settings: EngineSettings, device: int = 0)
     return find_gpu(device, needed=True)
 
 
-def _parse(library: Flavour, builder: Any, source: Source) -> tuple[Any, Any]:
+def _parse(library: Library, builder: Any, source: Source) -> tuple[Any, Any]:
     network = create_network(library, builder)
     parser = library.trt.OnnxParser(network, library.log)
     if not parser.parse(source.content):
@@ -312,7 +312,7 @@ def _dynamic_batch(network: Any, source: Source) -> bool:
 
 
 def _configure(
-    library: Flavour, builder: Any, network: Any, settings: EngineSettings, profiles: tuple[Any, ...]
+    library: Library, builder: Any, network: Any, settings: EngineSettings, profiles: tuple[Any, ...]
 ) -> Any:
     trt = library.trt
     config = builder.create_builder_config()
@@ -344,7 +344,7 @@ def _configure(
     return config
 
 
-def _layers(library: Flavour, network: Any, plan: bytes, gpu: Gpu | None) -> tuple[list[dict[str, Any]], str]:
+def _layers(library: Library, network: Any, plan: bytes, gpu: Gpu | None) -> tuple[list[dict[str, Any]], str]:
     if gpu is not None:
         engine = library.trt.Runtime(library.log).deserialize_cuda_engine(plan)
         if engine is not None:
@@ -360,7 +360,7 @@ class _TimingCache:
         self._file = file
 
     @classmethod
-    def attach(cls, library: Flavour, config: Any, settings: EngineSettings) -> _TimingCache:
+    def attach(cls, library: Library, config: Any, settings: EngineSettings) -> _TimingCache:
         if settings.timing_cache is None:
             return cls(None)
         file = Path(settings.timing_cache)

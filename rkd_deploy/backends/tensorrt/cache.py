@@ -9,11 +9,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkd_deploy.backends.files import ONNX_NAME, model_path, reseal
+from rkd_deploy.backends.files import ONNX_NAME, model_path, update_checksums
 from rkd_deploy.backends.tensorrt.build import Progress, build_engine, read_source
 from rkd_deploy.backends.tensorrt.cuda import Gpu
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine, record_path, write_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Flavour
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library
 from rkd_deploy.errors import ModelFileError, StorageError
 from rkd_deploy.storage import new_folder
 
@@ -22,7 +22,7 @@ VARIABLE = "RKD_DEPLOY_CACHE"
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedEngine:
     """An engine from the cache."""
 
     file: Path
@@ -42,11 +42,11 @@ def cache_folder() -> Path:
 
 def cached_engine(
     path: str | os.PathLike[str],
-    library: Flavour,
+    library: Library,
     gpu: Gpu,
     settings: EngineSettings,
     progress: Progress | None = None,
-) -> Kept:
+) -> CachedEngine:
     """The engine of an ONNX file for this GPU: kept from an earlier time, or built now and kept.
 
     Args:
@@ -86,10 +86,10 @@ def cached_engine(
         if kept is None:
             raise
         return kept  # another process built the same one meanwhile: it is as good
-    return Kept(folder / ENGINE_NAME, engine.plan, engine.record, True)
+    return CachedEngine(folder / ENGINE_NAME, engine.plan, engine.record, True)
 
 
-def _read(folder: Path) -> Kept | None:
+def _read(folder: Path) -> CachedEngine | None:
     """What is kept there; a damaged engine is thrown away, because it can be built again."""
     file = folder / ENGINE_NAME
     if not folder.exists():
@@ -101,7 +101,7 @@ def _read(folder: Path) -> Kept | None:
     if record is None:
         shutil.rmtree(folder)
         return None
-    return Kept(file, plan, record, False)
+    return CachedEngine(file, plan, record, False)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def export_engine(
     names = (file.name, record_path(file).name)
     in_bundle = model.name == ONNX_NAME and file.parent.resolve() == model.parent.resolve()
     if in_bundle and file.exists():
-        reseal(model.parent, without=names)  # first: no engine ever lies beside the sum of another
+        update_checksums(model.parent, without=names)  # first: no engine ever lies beside the sum of another
     write_engine(file, engine.plan, engine.record)
     if in_bundle:
-        reseal(model.parent, adding=names)
+        update_checksums(model.parent, adding=names)
     return ExportedEngine(file, engine.record)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.backends.tensorrt.settings import Flavour
+from rkd_deploy.backends.tensorrt.settings import Library
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.storage import write_bytes, write_json
 
@@ -85,7 +85,7 @@ class EngineRecord:
                 "rkd-deploy export --format tensorrt."
             ) from error
 
-    def check_fits(self, flavour: Flavour, device: str, capability: str) -> None:
+    def check_fits(self, flavour: Library, device: str, capability: str) -> None:
         """Refuse to run this engine where it was not built for.
 
         Args:

@@ -14,13 +14,13 @@ from rkd_deploy.errors import BackendError, UsageError, install_line, require, u
 from rkd_deploy.fields import check_fields, option
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Flavour to import name."""
+"""Library to import name."""
 
 OLDEST_TENSORRT = 10
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Library:
     """One of the two libraries, imported."""
 
     name: str
@@ -54,7 +54,7 @@ class Flavour:
 
 
 @cache
-def load_flavour(name: str) -> Flavour:
+def load_library(name: str) -> Library:
     """Import one of the two.
 
     Args:
@@ -68,7 +68,7 @@ def load_flavour(name: str) -> Flavour:
         raise BackendError(unknown_name("engine flavour", name, PACKAGES))
     trt = require(PACKAGES[name], name)
     messages: list[str] = []
-    flavour = Flavour(name, trt, _logger(trt, messages), messages)
+    flavour = Library(name, trt, _logger(trt, messages), messages)
     if not flavour.is_rtx and flavour.major < OLDEST_TENSORRT:
         raise BackendError(
             f"TensorRT {flavour.version} is installed; strongly typed networks, which keep the precision that the ONNX "
@@ -209,7 +209,7 @@ class EngineSettings:
         del content["timing_cache"]
         return {**content, "profiles": [str(profile) for profile in self.profiles]}
 
-    def check(self, flavour: Flavour) -> None:
+    def check(self, flavour: Library) -> None:
         """Refuse what this library cannot do.
 
         Raises:
