@@ -11,7 +11,7 @@ from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import machine
 from rkd_deploy.bench.accuracy import folder_top1
 from rkd_deploy.bench.loading import Loaded, batch_sizes, device_in_use, load_all, random_input
-from rkd_deploy.bench.machine import Pace, cores, remembered_paces
+from rkd_deploy.bench.machine import Pace, cores
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import BenchSettings, PathLike, check_models
 from rkd_deploy.bench.statistics import Timing
@@ -118,7 +118,6 @@ class _Schedule:
             measured = [timings[name] for mode in self.modes if (name := _name(model.key, mode)) in timings]
             if measured:
                 facts = {
-                    "best_pace_ms": None if pace is None else pace.best_ms,
                     "resident_peak_bytes": peak,
                     "resident_growth_bytes": _less(peak, self.resident_before),
                     "device_growth_bytes": _less(device_after, device_before),
@@ -132,7 +131,7 @@ def _pace(run_on: RunOn, device: str) -> Pace | None:
     """The pace of the cores that a model runs on; what a GPU does is not seen on them."""
     if device != "cpu":
         return None
-    return Pace((run_on.threads or cores()) * run_on.streams, remembered_paces())
+    return Pace((run_on.threads or cores()) * run_on.streams)
 
 
 def _name(key: str, transfers: bool) -> str:

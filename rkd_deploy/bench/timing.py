@@ -18,7 +18,7 @@ from itertools import chain
 import numpy as np
 
 from rkd_deploy.backends.protocol import Array, Backend
-from rkd_deploy.bench.statistics import Timing, interval_ranks
+from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.errors import UsageError
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Progress",
     "Subject",
     "Timing",
-    "interval_ranks",
     "measure",
     "measure_interleaved",
     "measure_subjects",

@@ -44,25 +44,27 @@ def report(
     Self-contained HTML and Markdown; several benches, of several machines say, side by side.
     """
     need("train", "matplotlib")
+    from rkd_deploy.bench.reading import read_bench, read_record
     from rkd_deploy.commands.options import status
-    from rkd_deploy.report.reading import read_records
     from rkd_deploy.report.writing import write_bench_report
 
-    found = read_records(records)
     folder = output or records[0].parent
-    kinds = {record["kind"] for record in found}
-    if kinds == {"compare"} and len(found) == 1:
+    kinds = [read_record(path)["kind"] for path in records]
+    if kinds == ["compare"]:
         need("train", "torch", "safetensors")
-        from rkd_deploy.compare import write_comparison_report
+        from rkd_deploy.compare import read_comparison, write_comparison_report
 
+        comparison = read_comparison(records[0])
         with status("Drawing"):
-            pages = write_comparison_report(found[0], folder)
-    elif kinds == {"bench"}:
+            pages = write_comparison_report(comparison, folder)
+    elif set(kinds) == {"bench"}:
+        benches = [read_bench(path) for path in records]
         with status("Drawing"):
-            pages = write_bench_report(found, folder)
+            pages = write_bench_report(benches, folder)
     else:
         raise UsageError(
-            f"{len(found)} records of the kinds {', '.join(sorted(kinds))}: give bench.json files, or one compare.json."
+            f"{len(kinds)} records of the kinds {', '.join(sorted(set(kinds)))}: give bench.json files, or one "
+            "compare.json."
         )
     console_for(as_json).print(f"Report {pages.page}")
     if as_json:
@@ -159,13 +161,13 @@ def bench(
         need("export", "onnx")
     folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
     from rkd_deploy.bench.roofline import Study
     from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
-    from rkd_deploy.report.columns import print_details, print_results, print_scenarios
-    from rkd_deploy.report.reading import read_records
-    from rkd_deploy.report.writing import write_bench_report
+    from rkd_deploy.report.columns import print_bench, print_roofline
+    from rkd_deploy.report.writing import write_bench_report, write_tables
 
     settings = BenchSettings(
         run_on=combinations(
@@ -201,7 +203,8 @@ def bench(
     if roofline or (report is not None and find_spec("onnx") is not None):
         with status("Predicting") as update:
             study.predict(update)
-        study.print_roofline([], console)
+        assert study.roofline is not None
+        print_roofline(study.roofline.predictions, [], console)
 
     def studied(results: Sequence[Result]) -> dict[str, Any]:
         if report is not None:
@@ -209,24 +212,22 @@ def bench(
         return study.to_record()
 
     with status("Measuring") as update:
-        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
-    print_results(done.results, console)
-    print_details(done.results, console)
-    if done.scenarios:
-        print_scenarios(done.scenarios, console)
-    study.print_roofline(done.results, console)
-    for line in done.conditions:
-        console.print(line)
-    console.print(f"Record {done.report.record}")
-    made = {"record": str(done.report.record)}
+        recorded = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
+    record = read_bench(recorded.path)
+    write_tables(record, folder)
+    print_bench(record, console)
+    console.print(f"Record {recorded.path}")
+    made = {"record": str(recorded.path)}
+    if recorded.error is not None:
+        raise recorded.error
     if report is not None:
         with status("Drawing the report"):
-            made["report"] = str(write_bench_report(read_records([done.report.record]), folder).page)
+            made["report"] = str(write_bench_report([record], folder).page)
         console.print(f"Report {made['report']}")
     if as_json:
-        told = [plain(one) for one in done.scenarios]
+        scenarios_json = [plain(one) for one in record.scenarios]
         predicted = study.to_record().get("roofline")
-        emit({**made, "results": brief(done.results), "loadgen": told, "roofline": predicted})
+        emit({**made, "results": brief(record.results), "loadgen": scenarios_json, "roofline": predicted})
 
 
 def bench_compare(
@@ -249,6 +250,7 @@ def bench_compare(
     """
     from rkd_deploy.backends import RunOn
     from rkd_deploy.bench import compare
+    from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.commands.options import status
     from rkd_deploy.errors import GateError
     from rkd_deploy.report import columns
@@ -256,9 +258,9 @@ def bench_compare(
     records = [path.suffix == ".json" for path in (a, b)]
     differing: list[str] = []
     if all(records):
-        one, other = compare.read_record(a), compare.read_record(b)
-        found = compare.recorded_ratios(one["results"], other["results"])
-        differing = compare.differing_environment(one["provenance"], other["provenance"])
+        ours, theirs = read_bench(a), read_bench(b)
+        found = compare.recorded_ratios(ours.results, theirs.results)
+        differing = compare.differing_environment(ours.provenance, theirs.provenance)
     elif any(records):
         raise UsageError(f"{a} and {b}: give two models, or two records (bench.json), not one of each.")
     else:

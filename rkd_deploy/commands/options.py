@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from rkd_deploy.errors import UsageError, require, unknown_name
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rkd_deploy.bench.results import Result
     from rkd_deploy.bench.timing import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
@@ -77,14 +78,14 @@ def emit(content: Any) -> None:
     print(json.dumps(content, allow_nan=False), flush=True)
 
 
-def brief(results: Any) -> list[dict[str, Any]]:
-    """Results without their samples, which fill pages; the record has them."""
+def brief(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Results as a record has them, without their samples, which fill pages."""
 
     def cut(fields: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in fields.items() if key != "samples_ms"}
         return {key: cut(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
-    return [cut(plain(result)) for result in results]
+    return [cut(result.to_row()) for result in results]
 
 
 def plain(item: Any) -> dict[str, Any]:

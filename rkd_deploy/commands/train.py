@@ -41,8 +41,8 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     files = {
         "Run": made.run.folder,
         "Bundle": made.bundles["fused"],
-        "Table": made.report.table,
-        "Plot": made.report.plot,
+        "Table": made.tables.table,
+        "Plot": made.tables.plot,
     }
     for name, path in files.items():
         console.print(f"{name:<8} {path}")
@@ -52,7 +52,7 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
             {
                 "run": str(made.run.folder),
                 "bundles": bundles,
-                "plot": str(made.report.plot),
+                "plot": str(made.tables.plot),
                 "results": brief(made.results),
             }
         )
@@ -154,9 +154,8 @@ def compare(
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
     from rkd_deploy.compare import compare as compare_runs
-    from rkd_deploy.compare import print_comparison, timed, write_comparison, write_comparison_report
+    from rkd_deploy.compare import print_comparison, read_comparison, timed, write_comparison, write_comparison_report
     from rkd_deploy.compare.report import to_record
-    from rkd_deploy.report.reading import read_records
     from rkd_deploy.train.runs import newest_run, open_run
 
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
@@ -183,7 +182,7 @@ def compare(
     made = {"record": str(written.record)}
     if report is not None:
         with status("Drawing the report"):
-            made["report"] = str(write_comparison_report(read_records([written.record])[0], folder).page)
+            made["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
         console.print(f"Report  {made['report']}")
     if as_json:
         shown = to_record(found, settings)

@@ -68,7 +68,7 @@ def verify(
 
     Its files are compared with their checksums, its logits with the stored ones.
     """
-    from rkd_deploy.backends import RunOn
+    from rkd_deploy.backends import RunOn, describe_model
     from rkd_deploy.bench.parity import Verdict, gate, verify_everywhere
     from rkd_deploy.bench.parity import verify as verify_bundle
 
@@ -88,7 +88,7 @@ def verify(
         typer.echo(f"{chosen} on {verdict.backend}: {line}", err=as_json)
     for verdict in verdicts:
         if verdict.parity is not None:
-            gate(verdict.parity, f"{chosen} on {verdict.backend}")
+            gate(verdict.parity, f"{chosen} on {verdict.backend}", describe_model(chosen).precision)
     if as_json:
         found = [{"backend": one.backend, "parity": one.parity and one.parity.to_dict()} for one in verdicts]
         emit({"bundle": str(chosen), "backends": found})

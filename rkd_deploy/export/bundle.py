@@ -57,6 +57,8 @@ from rkd_deploy.export.proving import (
     reference_of,
 )
 from rkd_deploy.fields import check_number
+from rkd_deploy.images import normalise
+from rkd_deploy.models.logits import check_ends_in_logits
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -126,12 +128,13 @@ def export_bundle(
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
+        DivergenceError: All weights are finite, and the network's logits are not.
         ExportError: ONNX has no operator for something in the network; the message names it and its module.
         GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
             allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
-        UsageError: Unknown level or outputs, a target without level `auto` or not that of `lowering`; early exit of a
-            network that has no branches.
+        UsageError: The network gives probabilities; unknown level or outputs, a target without level `auto` or not that
+            of `lowering`; early exit of a network that has no branches.
     """
     check_number("--tolerance", tolerance, 0)
     if with_pytorch and lowering is not None:
@@ -142,6 +145,8 @@ def export_bundle(
     if lowering is not None and early_exit is not None:
         _check_named_layers(lowering.options, level)
     check_finite(model)
+    noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
+    check_ends_in_logits(model.cpu(), noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model, early_exit)
@@ -192,7 +197,7 @@ def export_bundle(
             write_json(temporary / "fusion.json", choice.record)
         write_text(temporary / CARD_NAME, with_checksums(card, temporary))
         prover = "onnxruntime" if lowering is None else lowering.options.prover
-        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data")
+        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
     return proof
 
 

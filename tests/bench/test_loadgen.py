@@ -20,8 +20,10 @@ from rkd_deploy.bench.loadgen import (
     read_log,
     run_scenario,
 )
+from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 BRIEF = {"min_seconds": 0.2, "min_queries": 10}
@@ -155,7 +157,7 @@ def test_a_report_calls_it_unofficial_everywhere_and_keeps_the_logs(bundle, tmp_
         assert row["label"] == "LoadGen, unofficial"
         assert (row["model"], row["backend"], row["threads"]) == ("sums", "onnxruntime", 1)
         assert "MLPerf Results Summary" in (tmp_path / "out" / row["logs"] / "mlperf_log_summary.txt").read_text()
-    assert "LoadGen, unofficial" in (tmp_path / "out/bench.md").read_text()
+    assert "LoadGen, unofficial" in bench_markdown(read_bench(done.path))
     assert len(done.scenarios) == 2
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
