@@ -76,7 +76,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
 
     settings, library = options.make(), load_library(output_format)
     settings.check(library)
-    gpu_to_build_on(library, settings)
+    gpu_to_build_on(library)
     return settings
 
 
