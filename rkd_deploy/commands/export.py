@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, choose, console_for, emit, need
+from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError
 
@@ -76,7 +76,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
 
     settings, library = options.make(), load_library(output_format)
     settings.check(library)
-    gpu_to_build_on(library, settings)
+    gpu_to_build_on(library)
     return settings
 
 
@@ -205,13 +205,13 @@ def export(
     Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
     repository for Triton beside it.
     """
-    choose("format", output_format, FORMATS)
-    choose("input", layout, ("uint8", "float32"))
+    one_of("format", output_format, FORMATS)
+    one_of("input", layout, ("uint8", "float32"))
     of_model = output_format != "onnx" and run is not None and _is_model(run)
     check_options(output_format, changed_options(context), of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
     if output_format == "triton":
-        need("export", "onnx")
+        require_all("export", "onnx")
         serving = triton.make(threads=threads)
     if of_model:
         assert run is not None
@@ -220,14 +220,14 @@ def export(
         else:
             written = write_repository(run, repository, serving, as_json)
         if as_json:
-            emit(written)
+            print_json(written)
         return
     if serving is not None and serving.backend == "tensorrt":
         raise UsageError(
             "--triton-backend tensorrt serves the plan in a bundle, and a bundle exported just now has none. Build it "
             "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
         )
-    need("export", "torch", "safetensors", "onnx", "onnxscript")
+    require_all("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.commands.options import status
     from rkd_deploy.pipeline import export_run
     from rkd_deploy.train.runs import newest_run, open_run
@@ -258,7 +258,7 @@ def export(
     if serving is not None:
         added = write_repository(exported.folder, repository, serving, as_json)
     if as_json:
-        emit(_facts(exported, lower.precision) | added)
+        print_json(_facts(exported, lower.precision) | added)
 
 
 def _print_proof(made: Exported, precision: str, as_json: bool) -> None:

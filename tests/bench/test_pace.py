@@ -55,7 +55,7 @@ def test_records_that_told_a_slowdown_are_read_and_compared_by_their_turns_alone
     assert quiet == disturbed
     (ratio,) = recorded_ratios([quiet], [disturbed])
     expected = recorded_ratio(quiet.round_medians_ms, quiet.round_medians_ms)
-    assert (ratio.ratio, ratio.low, ratio.high) == expected
+    assert (ratio.ratio, ratio.low, ratio.high) == (expected.ratio, expected.low, expected.high)
 
 
 def test_a_bench_reports_the_pace_beside_each_kind_of_figures(bundle):

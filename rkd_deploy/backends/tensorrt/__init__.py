@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: an engine on a CUDA device, run as one CUDA graph.
+"""TensorRT and TensorRT-RTX: the backends that run an engine on a CUDA device, as one CUDA graph.
 
 A run is upload, `execute_async_v3` and download on a stream of the backend's own, from and to pinned memory. Captured
 into a CUDA graph it is one launch; another input shape is captured anew. No torch is needed.
@@ -23,11 +23,11 @@ from rkd_deploy.backends.protocol import (
     LayerRun,
     LayerTime,
     ModelInfo,
+    Progress,
     closed_backend,
     parse_device,
 )
 from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.tensorrt.build import Progress
 from rkd_deploy.backends.tensorrt.cache import cached_engine
 from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_count
 from rkd_deploy.backends.tensorrt.engine import EngineRun, LoadedEngine, load_engine
@@ -57,7 +57,7 @@ class TensorRtBackend(Backend):
             run_on: Where, and whether runs are captured. Default: the first GPU, captured.
             settings: How to build where an engine has to be built.
             batches: Batch sizes that the engine has to take.
-            progress: Told how far a build is.
+            progress: Called with the phase of a build, and how far it is.
 
         Raises:
             UsageError: A thread count, settings that the library does not have, or an engine that does

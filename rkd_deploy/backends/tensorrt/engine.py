@@ -35,11 +35,11 @@ class LoadedEngine:
     library: Library
     input: InputSpec
     outputs: dict[str, np.dtype[Any]]
-    """Type of each, in the engine's order."""
+    """Name and type of each output, in the engine's order."""
     output_names: tuple[str, ...]
-    """The logits first."""
+    """Names of the outputs, the logits first."""
     profiles: tuple[Profile, ...]
-    """Empty where the batch is fixed."""
+    """Batch sizes that the engine takes; empty where the batch is fixed."""
     _engine: Any
     _runtime: Any
 
@@ -93,7 +93,7 @@ class LoadedEngine:
         return engine_layers(self._engine, self.library.trt)
 
     def close(self) -> None:
-        """Give it back; every context has to be gone by then."""
+        """Give the engine back; every context has to be gone by then."""
         self._engine = self._runtime = None
 
 
@@ -155,7 +155,7 @@ def _dtype(engine: Any, name: str, file: Path) -> np.dtype[Any]:
 
 
 class EngineRun:
-    """One execution context with the memory of one input shape, captured as a graph where that is asked for."""
+    """An execution context with the memory of one input shape, captured as a graph where that is wanted."""
 
     def __init__(self, engine: LoadedEngine, stream: Stream, *, transfers: bool, capture: bool) -> None:
         self._engine, self._stream, self._transfers, self._capture = engine, stream, transfers, capture

@@ -40,9 +40,9 @@ def test_older_libraries_and_unknown_flavours_are_refused(gpu, model):
 
 def test_settings_become_flags(gpu, model):
     build_engine(model, "tensorrt")
-    build_engine(model, "tensorrt", EngineSettings(tf32=True, refit=True, version_compatible=True))
+    build_engine(model, "tensorrt", EngineSettings(tf32=True, version_compatible=True))
     build_engine(model, "tensorrt", EngineSettings(workspace_bytes=1 << 20))
-    assert logged(gpu, "build") == [((),), (("REFIT", "TF32", "VERSION_COMPATIBLE"),), ((),)]
+    assert logged(gpu, "build") == [((),), (("TF32", "VERSION_COMPATIBLE"),), ((),)]
     assert logged(gpu, "set_memory_pool_limit") == [("WORKSPACE", 1 << 20)]
 
 
