@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.evaluation import batch_of
-from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
+from rkd_deploy.train.preparation import data_of
 from rkd_deploy.train.runs import Run
 
 CHUNK = 256
@@ -166,7 +166,7 @@ def export_run(
         card,
         chosen,
         batches=Batches(images().test) if test_images else None,
-        level=level or _level(run, part),
+        level=level or (run.facts.fusion_level if part == "fused" else "tail"),
         outputs=outputs,
         tolerance=tolerance,
         with_pytorch=with_pytorch,
@@ -216,40 +216,32 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
 
 
 def _card(run: Run, part: str, embedded: bool) -> ModelCard:
-    facts, metrics = run.read_json("facts.json"), run.read_json("metrics.json")
-    if part not in metrics["parts"]:
-        raise UsageError(f"{run.folder} has no {part}: it has {', '.join(metrics['parts'])}.")
-    own = metrics["parts"][part]
-    height, width = facts["image_size"]
-    recipe = run.recipe
+    facts, parts, recipe = run.facts, run.metrics.parts, run.recipe
+    if part not in parts:
+        raise UsageError(f"{run.folder} has no {part}: it has {', '.join(parts)}.")
+    results, (height, width) = parts[part], facts.image_size
     weights = run.weights(phase_of(recipe, part))
     return ModelCard(
         name=f"{recipe.name} {PARTS[part]}",
-        labels=tuple(facts["classes"]),
+        labels=facts.classes,
         preprocess=Preprocess(
             height=height,
             width=width,
-            mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
-            crop_fraction=facts.get("crop_fraction", 1.0),
+            mean=facts.mean,
+            std=facts.std,
+            crop_fraction=1.0 if facts.crop_fraction is None else facts.crop_fraction,
             embedded=embedded,
         ),
         part=part,
-        macs=own["macs"],
-        parameters=own["parameters"],
-        metrics={"accuracy": own["test_top1"], "split": _test_split(facts), "images": own["test_images"]},
+        macs=results.macs,
+        parameters=results.parameters,
+        metrics={"accuracy": results.test_top1, "split": facts.test_split, "images": results.test_images},
         source={
             "run": run.folder.name,
             "recipe": recipe.name,
             "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         },
     )
-
-
-def _level(run: Run, part: str) -> str:
-    """The one that S and A were cut for."""
-    separation = run.read_json("facts.json").get("separation", {}) if part == "fused" else {}
-    return str(separation.get("level", "tail"))
 
 
 def _free_folder(run: Run, part: str) -> Path:
@@ -265,7 +257,7 @@ def _images(run: Run) -> ImageSet:
     data = data_of(run.recipe, run)
     if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
-    images, trained = load_images(data, run.recipe.train.seed), tuple(run.read_json("facts.json")["classes"])
+    images, trained = load_images(data, run.recipe.train.seed), run.facts.classes
     if images.classes != trained:
         changed = sorted(set(images.classes) ^ set(trained))
         raise DataError(
@@ -274,8 +266,3 @@ def _images(run: Run) -> ImageSet:
             "(--random-images), which need none."
         )
     return images
-
-
-def _test_split(facts: Mapping[str, Any]) -> str:
-    source = facts.get("sources", {}).get("test")
-    return f"{facts['data']} test" if source is None else f"{facts['data']} test: {source}"

@@ -117,12 +117,13 @@ def train(
             run = fit(chosen, root=root, display=progress)
     if not is_main_process():  # torchrun's other processes
         return
-    metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
-    print_parts(metrics, facts, console)
+    print_parts(run.metrics, run.facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        print_json(
+            {"run": str(run.folder), **run.metrics.to_json(), "separation": run.facts.to_json().get("separation")}
+        )
 
 
 def compare(

@@ -22,6 +22,7 @@ from typing import Any
 from rkd_deploy.bench.results import Result
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
 
@@ -101,13 +102,13 @@ class _Network:
     part: str
     weights: str
     """SHA-256 of its file, and the part: S alone and S + A lie in the same file."""
-    metrics: Mapping[str, Any]
-    """Those of the run."""
+    metrics: RunMetrics
+    """Results of the run."""
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.metrics["parts"][self.part]
-        return found
+    def results(self) -> PartMetrics:
+        """Results of this network."""
+        return self.metrics.parts[self.part]
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -130,10 +131,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
         groups.setdefault(_recipe_without_seed(network), []).append(network)
     ordered = sorted(groups.values(), key=lambda group: _order(group[0]))
     names = _names([group[0] for group in ordered])
-    facts = runs[0].read_json("facts.json")
+    facts = runs[0].facts
     return Comparison(
-        data=facts["data"],
-        test_images=facts["images"]["test"],
+        data=facts.data,
+        test_images=facts.images.test,
         rows=tuple(_row(name, group) for name, group in zip(names, ordered, strict=True)),
         networks=tuple((group[0].run, group[0].part) for group in ordered),
         missing=tuple(_missing(runs)),
@@ -141,8 +142,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _networks(run: Run) -> Iterable[_Network]:
-    metrics = run.read_json("metrics.json")
-    for part in metrics["parts"]:
+    metrics = run.metrics
+    for part in metrics.parts:
         content = run.weights(phase_of(run.recipe, part)).read_bytes()
         yield _Network(run, part, f"{part} {hashlib.sha256(content).hexdigest()}", metrics)
 
@@ -156,17 +157,17 @@ def _distinct(networks: Iterable[_Network]) -> list[_Network]:
 
 def _check_same_test(runs: Sequence[Run]) -> None:
     """Accuracies on different images are not comparable."""
-    first, *others = ((run, run.read_json("facts.json")) for run in runs)
-    for run, facts in others:
+    first, *others = runs
+    for run in others:
         for what, ours, theirs in (
-            ("data", first[1]["data"], facts["data"]),
-            ("number of test images", first[1]["images"]["test"], facts["images"]["test"]),
-            ("image size", first[1]["image_size"], facts["image_size"]),
-            ("classes", first[1]["classes"], facts["classes"]),
+            ("data", first.facts.data, run.facts.data),
+            ("number of test images", first.facts.images.test, run.facts.images.test),
+            ("image size", first.facts.image_size, run.facts.image_size),
+            ("classes", first.facts.classes, run.facts.classes),
         ):
             if ours != theirs:
                 raise UsageError(
-                    f"{first[0].folder} and {run.folder} were tested on different images: {what} "
+                    f"{first.folder} and {run.folder} were tested on different images: {what} "
                     f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data and the same data.test_limit."
                 )
 
@@ -227,9 +228,9 @@ def _names(networks: Sequence[_Network]) -> list[str]:
 
 
 def _row(name: str, group: Sequence[_Network]) -> Row:
-    facts = [network.facts for network in group]
-    accuracies = [fact["test_top1"] for fact in facts]
-    top1, images = statistics.fmean(accuracies), facts[0]["test_images"]
+    results = [network.results for network in group]
+    accuracies = [result.test_top1 for result in results]
+    top1, images = statistics.fmean(accuracies), results[0].test_images
     phases = [_own_phases(network) for network in group]
     part = group[0].part
     return Row(
@@ -241,19 +242,19 @@ def _row(name: str, group: Sequence[_Network]) -> Row:
         deviation=statistics.stdev(accuracies) if len(group) > 1 else None,
         standard_error=math.sqrt(top1 * (100 - top1) / images),
         test_images=images,
-        val_last=_mean(own[-1].get("val_top1_last") if own else None for own in phases),
-        val_best=_mean(own[-1].get("val_top1_best") if own else None for own in phases),
-        macs=facts[0]["macs"],
-        parameters=facts[0]["parameters"],
-        seconds=_mean(sum(phase["seconds"] for phase in own) if own else None for own in phases),
+        val_last=_mean(own[-1].val_top1_last if own else None for own in phases),
+        val_best=_mean(own[-1].val_top1_best if own else None for own in phases),
+        macs=results[0].macs,
+        parameters=results[0].parameters,
+        seconds=_mean(sum(phase.seconds for phase in own) if own else None for own in phases),
         over_s0=_mean(_over(network, "s0") for network in group) if part in ("student", "fused") else None,
         over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
     )
 
 
-def _own_phases(network: _Network) -> list[dict[str, Any]]:
+def _own_phases(network: _Network) -> list[PhaseMetrics]:
     """The log's summary of the phases that trained a network, in order; none where its weights were given."""
-    phases = network.metrics["phases"]
+    phases = network.metrics.phases
     if network.part in ("teacher", "s0"):
         return [phases[network.part]] if network.part in phases else []
     own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0")}
@@ -263,8 +264,8 @@ def _own_phases(network: _Network) -> list[dict[str, Any]]:
 
 
 def _over(network: _Network, control: str) -> float | None:
-    other = network.metrics["parts"].get(control)
-    return None if other is None else network.facts["test_top1"] - other["test_top1"]
+    other = network.metrics.parts.get(control)
+    return None if other is None else network.results.test_top1 - other.test_top1
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

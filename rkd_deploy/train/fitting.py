@@ -7,7 +7,6 @@ checkpoint. The test images are used once, at the end.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +31,11 @@ from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import batches, predictions
-from rkd_deploy.train.facts import data_of, gather_facts
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
 from rkd_deploy.train.loop import Display, train_phase
+from rkd_deploy.train.networks import Originals
 from rkd_deploy.train.phases import Plan, Planner
+from rkd_deploy.train.preparation import data_of, gather_facts
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.weights import (
@@ -75,11 +75,12 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
         display = display or Silent()
-        facts = group.on_main(lambda: gather_facts(recipe, images, display.note))
-        # Loads the given weights, so that bad ones leave no run behind.
-        trainer = _Trainer(recipe, facts, images, device, group)
+        originals = _originals(recipe, images)
+        facts = group.on_main(lambda: gather_facts(recipe, images, originals, display.note))
+        # Loads the named weights, so that bad ones leave no run behind.
+        trainer = _Trainer(recipe, facts, originals, images, device, group)
         run = group.on_main(lambda: create_run(root, recipe))
-        group.on_main(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
+        group.on_main(lambda: _write_facts(run, facts))
         return trainer.run(run, display)
 
 
@@ -91,8 +92,9 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
         recipe = run.recipe
         images = _load_images(recipe, group, run)
         display = display or Silent()
-        facts = group.on_main(lambda: _facts(run, images, display))
-        trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
+        originals = _originals(recipe, images)
+        facts = group.on_main(lambda: _facts(run, images, originals, display))
+        trainer = _Trainer(recipe, facts, originals, images, _device(recipe.train, group), group)
         return trainer.run(run, display)
 
 
@@ -103,33 +105,32 @@ def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageS
     return load_images(data, recipe.train.seed)
 
 
-def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
+def _originals(recipe: Recipe, images: ImageSet) -> Originals:
+    return networks.build_originals(recipe, len(images.classes), images.image_size)
+
+
+def _facts(run: Run, images: ImageSet, originals: Originals, display: Display) -> RunFacts:
     if not (run.folder / "facts.json").exists():  # killed in its first moments
-        facts = gather_facts(run.recipe, images, display.note)
-        _write_facts(run, facts | {"given": _given_files(run.recipe)})
-    return run.read_json("facts.json")
+        _write_facts(run, gather_facts(run.recipe, images, originals, display.note))
+    return run.facts
 
 
-def _write_facts(run: Run, facts: dict[str, Any]) -> None:
+def _write_facts(run: Run, facts: RunFacts) -> None:
     write_json(run.folder / "environment.json", dataclasses.asdict(provenance()))
-    write_json(run.folder / "facts.json", facts)
-
-
-def _given_files(recipe: Recipe) -> dict[str, Any]:
-    """Where the given weights came from; the run keeps copies, and goes by these from now on."""
-    tables = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
-    files = {name: Path(checkpoint) for name, checkpoint in tables.items() if checkpoint is not None}
-    return {
-        name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in files.items()
-    }
+    write_json(run.folder / "facts.json", facts.to_json())
 
 
 class _Trainer:
     """Holds the networks and the data of one `fit`."""
 
     def __init__(
-        self, recipe: Recipe, facts: dict[str, Any], images: ImageSet, device: torch.device, group: Group
+        self,
+        recipe: Recipe,
+        facts: RunFacts,
+        originals: Originals,
+        images: ImageSet,
+        device: torch.device,
+        group: Group,
     ) -> None:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
@@ -139,7 +140,7 @@ class _Trainer:
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
         _check_pieces(recipe.train, len(self.train), group)
-        self.nets = networks.build_networks(recipe, facts, device)
+        self.nets = networks.build_networks(recipe, facts, originals, device)
         self.planner = Planner(recipe, facts, self.nets)
         self.planner.check()
         self.ready: dict[str, nn.Module] = {}
@@ -172,7 +173,7 @@ class _Trainer:
             self.recipe.data,
             self.train,
             self.normalise,
-            classes=len(self.facts["classes"]),
+            classes=len(self.facts.classes),
             batch_size=self.recipe.train.batch_size,
             seed=networks.derived_seed(self.recipe.train.seed, phase),
             share=Share(self.group.rank, self.group.size),
@@ -232,57 +233,69 @@ class _Trainer:
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
         last_epoch = read_log(run.log.path)[-1]
-        if warning := teacher_warning(last_epoch, len(self.val), self.facts["classes"], self.recipe):
+        if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
 
     def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        own = {key: self.facts[key] for key in ("classes", "mean", "std")}
-        save_tensors(run.weights(name), state, {"network": name, **own})
+        facts = WeightsFacts(network=name, classes=self.facts.classes, mean=self.facts.mean, std=self.facts.std)
+        save_tensors(run.weights(name), state, dataclasses.asdict(facts))
 
     def _finish(self, run: Run, display: Display) -> None:
         run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
-        write_json(run.metrics_path, self._metrics(run, display))
+        write_json(run.metrics_path, self._metrics(run, display).to_json())
 
-    def _metrics(self, run: Run, display: Display) -> dict[str, Any]:
+    def _metrics(self, run: Run, display: Display) -> RunMetrics:
         began, names = time.perf_counter(), networks.parts_of(self.recipe)
         display.phase("test", 1, len(names) * batches(self.test), 0)
         parts = {part: self._tested(run, part, display) for part in names}
         phases = _phases(run)
-        return {
-            "parts": parts,
-            "phases": phases,
-            "training_seconds": sum(phase["seconds"] for phase in phases.values()),
-            "evaluation_seconds": time.perf_counter() - began,
-            "peak_memory_mb": _peak_memory_mb(self.device),
-        }
+        return RunMetrics(
+            parts=parts,
+            phases=phases,
+            training_seconds=sum(phase.seconds for phase in phases.values()),
+            evaluation_seconds=time.perf_counter() - began,
+            peak_memory_mb=_peak_memory_mb(self.device),
+        )
 
-    def _tested(self, run: Run, part: str, display: Display) -> dict[str, Any]:
+    def _tested(self, run: Run, part: str, display: Display) -> PartMetrics:
         module = networks.load_part(run, part).to(self.device)
-        cost = count(module, tuple(self.facts["image_size"]))
-        found = {
-            "test_top1": self._top1(module, self.test, display.step, networks.PARTS[part]),
-            "test_images": len(self.test),
-            "parameters": cost.parameters,
-            "macs": cost.macs,
-            "unsupported_operators": list(cost.unsupported),
-        }
+        cost = count(module, self.facts.image_size)
+        metrics = PartMetrics(
+            test_top1=self._top1(module, self.test, display.step, networks.PARTS[part]),
+            test_images=len(self.test),
+            parameters=cost.parameters,
+            macs=cost.macs,
+            unsupported_operators=tuple(cost.unsupported),
+        )
         other = networks.other_weights(self.recipe)
-        if other is not None and run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
-            module = networks.load_part(run, part, other).to(self.device)
-            found[f"test_top1_{other}"] = self._top1(module, self.test, name=networks.PARTS[part])
-        return found
+        if other is None or not run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
+            return metrics
+        module = networks.load_part(run, part, other).to(self.device)
+        top1_of_other = self._top1(module, self.test, name=networks.PARTS[part])
+        return (
+            replace(metrics, test_top1_ema=top1_of_other)
+            if other == "ema"
+            else replace(metrics, test_top1_last=top1_of_other)
+        )
 
 
-def _phases(run: Run) -> dict[str, Any]:
+def _phases(run: Run) -> dict[str, PhaseMetrics]:
     """Last and best epoch of every phase on the held-out images; the last one is what is kept."""
-    phases: dict[str, Any] = {}
+    phases: dict[str, PhaseMetrics] = {}
     for row in read_log(run.log.path):
-        entry = phases.setdefault(row["phase"], {"epochs": 0, "seconds": 0.0})
-        entry |= {"epochs": row["epoch"], "seconds": entry["seconds"] + row["seconds"]}
-        entry |= {f"{key}_last": row[key] for key in ("val_top1", "val_top1_ema") if key in row}
-        if row["val_top1"] is not None and row["val_top1"] > entry.get("val_top1_best", -1.0):
-            entry |= {"val_top1_best": row["val_top1"], "best_epoch": row["epoch"]}
+        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
+        top1 = row["val_top1"]
+        phase = replace(
+            phase,
+            epochs=row["epoch"],
+            seconds=phase.seconds + row["seconds"],
+            val_top1_last=top1,
+            val_top1_ema_last=row.get("val_top1_ema"),
+        )
+        if top1 is not None and top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
+            phase = replace(phase, val_top1_best=top1, best_epoch=row["epoch"])
+        phases[row["phase"]] = phase
     return phases
 
 
@@ -368,12 +381,17 @@ def fit_series(
 
 
 def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:
-    metrics = [run.read_json("metrics.json")["parts"] for run in runs]
     parts = {}
-    for part, facts in metrics[0].items():
-        accuracies = [one[part]["test_top1"] for one in metrics]
-        own = {"test_top1": accuracies, "mean": mean(accuracies), "std": stdev(accuracies)}
-        parts[part] = own | {key: facts[key] for key in ("test_images", "macs", "parameters")}
+    for part, first in runs[0].metrics.parts.items():
+        accuracies = [run.metrics.parts[part].test_top1 for run in runs]
+        parts[part] = {
+            "test_top1": accuracies,
+            "mean": mean(accuracies),
+            "std": stdev(accuracies),
+            "test_images": first.test_images,
+            "macs": first.macs,
+            "parameters": first.parameters,
+        }
     series = Series(seeds, runs, parts, root / f"series-{runs[0].folder.name}.json")
     write_json(series.path, series.to_dict())
     return series

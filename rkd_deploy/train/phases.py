@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -26,6 +25,7 @@ from rkd_deploy.models.separation.pruning import inherit_weights
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
+from rkd_deploy.train.facts import RunFacts
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.base import Method, WeightedLoss
 from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
@@ -58,7 +58,7 @@ class Planner:
     """
 
     recipe: Recipe
-    facts: Mapping[str, Any]
+    facts: RunFacts
     nets: networks.Networks
 
     def plans(self, ready: set[str]) -> Iterator[Plan]:
@@ -80,7 +80,7 @@ class Planner:
         if self.recipe.student.inherits and isinstance(model, ResidualStudent):
             source = self._teacher() if self.recipe.student.fraction is not None else self.nets.s0
             assert isinstance(source, FeatureNetwork)
-            inherit_weights([branch for branch, _ in model.branches()], source, tuple(self.facts["image_size"]))
+            inherit_weights([branch for branch, _ in model.branches()], source, self.facts.image_size)
         return method()
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class Planner:
             if self.nets.model is not None:
                 self._base_of(self.nets.model)
             elif self.recipe.method.loss != "none" and self.nets.s0 is not None:
-                base_loss(self.recipe.method, self._teacher(), self.nets.s0, self.facts["image_size"])
+                base_loss(self.recipe.method, self._teacher(), self.nets.s0, self.facts.image_size)
 
     def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[Plan]:
         recipe, epochs = self.recipe, self.recipe.train.epochs
@@ -130,12 +130,12 @@ class Planner:
         method = self.recipe.method
         if self.recipe.student.fraction is not None and self.recipe.student.inherits:
             narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
-            inherit_weights([narrowed], self._teacher(), tuple(self.facts["image_size"]))
+            inherit_weights([narrowed], self._teacher(), self.facts.image_size)
         if method.loss == "none":
             return CrossEntropy(given)
         if isinstance(given, ReusedClassifier):
             given.fc.load_state_dict(self._teacher_head().state_dict())
-        base = base_loss(method, self._teacher(), given, self.facts["image_size"])
+        base = base_loss(method, self._teacher(), given, self.facts.image_size)
         ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
         if method.residual:  # the control: its head is its own, whatever the loss does with one when it is alone
             ce_weight = base.loss.ce_weight or 1.0
@@ -212,7 +212,7 @@ class Planner:
         if self.recipe.method.loss == "none":
             return None
         student = model.student if isinstance(model, ResidualStudent) else model
-        return base_loss(self.recipe.method, self._teacher(), student, self.facts["image_size"])
+        return base_loss(self.recipe.method, self._teacher(), student, self.facts.image_size)
 
     def _freshen(self, head: nn.Module) -> None:
         assert isinstance(head, nn.Linear)

@@ -19,11 +19,15 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import ModelFileError, UsageError
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import storage_error, write_text
+from rkd_deploy.train.facts import RunFacts, RunMetrics
+
+_T = TypeVar("_T")
 
 
 class RunLog:
@@ -117,20 +121,39 @@ class Run:
         """What a phase gave, or will give."""
         return self.folder / "weights" / f"{phase}.safetensors"
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """One of the run's JSON files.
+    @cached_property
+    def facts(self) -> RunFacts:
+        """What building the networks needs, read once.
 
         Raises:
-            ModelFileError: Missing or damaged.
+            ModelFileError: facts.json is missing or damaged.
         """
+        return self._read("facts.json", RunFacts)
+
+    @cached_property
+    def metrics(self) -> RunMetrics:
+        """The results, read once.
+
+        Raises:
+            ModelFileError: metrics.json is missing, because the run is not finished, or damaged.
+        """
+        return self._read("metrics.json", RunMetrics)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in one of the run's JSON files.
+
+        Raises:
+            ModelFileError: The file is missing or damaged.
+        """
+        return self._read(name, dict[str, Any])
+
+    def _read(self, name: str, kind: type[_T]) -> _T:
         path = self.folder / name
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return decode(kind, read_json(path))
+        except DecodingError as error:
             hint = "" if self.finished else f" The run is not finished: rkd-deploy train {self.folder} --resume"
             raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
-        assert isinstance(content, dict)
-        return content
 
 
 def create_run(root: Path, recipe: Recipe) -> Run:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,35 @@ def test_a_phase_is_forgotten_and_those_before_it_are_not(
 def test_a_full_disk_is_an_error_of_storage() -> None:
     with pytest.raises(StorageError, match=r"Could not write /dev/full: No space left on device"):
         RunLog(Path("/dev/full")).append("epoch", epoch=1)
+
+
+# Typed readers: whatever a file of a run may hold, one error that names it
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '"x"', "[" * 100_000, '{"parts": NaN}'])
+@pytest.mark.parametrize("name", ["facts", "metrics"])
+def test_a_file_without_what_it_must_have_is_one_error(tmp_path: Path, name: str, content: str) -> None:
+    run = create_run(tmp_path, Recipe(name="a"))
+    (run.folder / "metrics.json").write_text(content)
+    (run.folder / f"{name}.json").write_text(content)
+    with pytest.raises(ModelFileError, match=rf"{name}\.json cannot be read \("):
+        getattr(run, name)
+
+
+def test_facts_and_metrics_come_back_as_they_were_written(tiny_run: Run) -> None:
+    for name in ("facts", "metrics"):
+        text = (tiny_run.folder / f"{name}.json").read_text()
+        assert json.loads(json.dumps(getattr(tiny_run, name).to_json())) == json.loads(text)
+
+
+def test_facts_and_metrics_of_an_older_run_are_read(tiny_run: Run, tmp_path: Path) -> None:
+    """Runs of earlier versions have no hashes; baselines have no separation."""
+    shutil.copytree(tiny_run.folder, tmp_path / "old")
+    for name, keys in (("metrics", ("test_sha256", "files")), ("facts", ("separation", "given"))):
+        content = json.loads((tmp_path / "old" / f"{name}.json").read_text())
+        for key in keys:
+            content.pop(key, None)
+        (tmp_path / "old" / f"{name}.json").write_text(json.dumps(content))
+    old = Run(tmp_path / "old")
+    assert old.facts.separation is None
+    assert old.metrics.parts["fused"].test_top1 == tiny_run.metrics.parts["fused"].test_top1
