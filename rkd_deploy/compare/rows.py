@@ -202,10 +202,10 @@ def method_of(recipe: Recipe, part: str) -> str:
     if part == "s0":
         if not method.residual:
             return method.name
-        return "cross_entropy" if method.base == "none" else f"cross_entropy + {method.base}"
+        return "cross_entropy" if method.loss == "none" else f"cross_entropy + {method.loss}"
     chain = f", {recipe.student.assistants} assistants" if recipe.student.assistants > 1 else ""
-    head = "" if method.head == "teacher" else f", head {method.head}"
-    return method.scheme + ("" if method.base == "none" else f" + {method.base}") + chain + head
+    head = "" if method.head in (None, "teacher") else f", head {method.head}"
+    return method.scheme + ("" if method.loss == "none" else f" + {method.loss}") + chain + head
 
 
 def _order(network: _Network) -> tuple[int, str, int]:

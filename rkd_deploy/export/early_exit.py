@@ -41,6 +41,7 @@ from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import Lowering
 from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.images import normalise
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
@@ -239,7 +240,7 @@ class Exits:
             report["test"] = [test.row(one, macs) for one in (THRESHOLDS[0], threshold, THRESHOLDS[-1])]
         return report | ({"lowering": self._lowered} if self._lowered else {})
 
-    def _branch(self, backbone: FeatureNetwork, adapter: nn.Conv2d, number: int) -> Exportable:
+    def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
         """As it runs: adapter and head folded."""
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:

@@ -3,8 +3,8 @@
 After "Residual Knowledge Distillation" (Gao, Shen, Li, Loy, arXiv 2002.09168): the student S imitates the teacher's
 feature map, the assistant A learns what S leaves over, and their maps are summed. A chain A_1 .. A_k, each learning
 what the sum before it leaves over, is the same with k > 1 (after ResKD, Li et al., arXiv 2006.04719, which chains whole
-networks). P are 1x1 convolutions to the teacher's channels. They are linear on purpose: the residual is signed, so an
-assistant must not end in a ReLU, and a linear tail folds into one matrix at export (`rkd_deploy.export.fusion`).
+networks). P are adapters to the teacher's channels (`adapters.py`). They are linear on purpose: the residual is signed,
+so an assistant must not end in a ReLU, and a linear tail folds into one matrix at export (`rkd_deploy.export.fusion`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
@@ -30,11 +31,9 @@ class StageAdapters(nn.Module):
         super().__init__()
         self.stages, self.count = tuple(stages), len(branches[0])
         self.adapters = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(own[j - 1], C_T, 1) for j, C_T in zip(stages, channels, strict=True))
-            for own in branches
+            nn.ModuleList(Adapter(own[j - 1], C_T, silent=branch > 0) for j, C_T in zip(stages, channels, strict=True))
+            for branch, own in enumerate(branches)
         )
-        for parameter in self.adapters[1:].parameters():  # as P_1 .. P_k: silent before they have learnt
-            nn.init.zeros_(parameter)
 
     def forward(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """R_b^j f_b^j at every stage j, from all stage maps of branch b = 0 (S), 1, .."""
@@ -51,7 +50,8 @@ class ResidualStudent(nn.Module):
 
     Args:
         student: S, without a head.
-        assistants: A_1 .. A_k, k >= 1, without a head; their last maps have the size of S's.
+        assistants: A_1 .. A_k without a head; their last maps have the size of S's. None (k = 0): S0 under T's head,
+            the control "S0, same losses".
         channels: C_T, channels of the teacher's last stage map.
         num_classes: K.
         head: h, from pooled maps [N, C_T] to logits. Default: a fresh linear layer.
@@ -66,21 +66,17 @@ class ResidualStudent(nn.Module):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        assert assistants
         self.student = student
         self.assistants = nn.ModuleList(assistants)
-        self.student_adapter = nn.Conv2d(student.channels, channels, 1)
-        self.assistant_adapters = nn.ModuleList(nn.Conv2d(one.channels, channels, 1) for one in assistants)
+        self.student_adapter = Adapter(student.channels, channels)
+        self.assistant_adapters = nn.ModuleList(Adapter(one.channels, channels, silent=True) for one in assistants)
         self.head = nn.Linear(channels, num_classes) if head is None else head
         self.stage_adapters: StageAdapters | None = None
-        # An assistant adds exactly nothing before it has learnt: the sum starts at S.
-        for parameter in self.assistant_adapters.parameters():
-            nn.init.zeros_(parameter)
 
-    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
         """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
-        return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, nn.Conv2d]]", list(pairs))]
+        return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, Adapter]]", list(pairs))]
 
     def parts(self, branch: int) -> list[nn.Module]:
         """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters."""
@@ -137,7 +133,7 @@ class StudentAlone(nn.Module):
         self.student_adapter = model.student_adapter
         self.head = model.head
 
-    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
         """(S, P_S)."""
         return [(self.student, self.student_adapter)]
 

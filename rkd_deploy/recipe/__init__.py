@@ -145,6 +145,8 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+        if (path.parent / "facts.json").is_file():
+            _read_as_then(content)
         _use_own_copies(content, path.parent)
     given = content.pop("method", {})
     for override in overrides:
@@ -174,6 +176,8 @@ def _parse_table(table: str, owner: type[Any], content: Any) -> Any:
     hints = typing.get_type_hints(owner)
     values = {}
     for key, value in content.items():
+        if f"{table}.{key}" in _RETIRED:
+            raise RecipeError(f"{table}.{key} is a key no more: {_RETIRED[f'{table}.{key}']}.")
         if key not in hints:
             raise RecipeError(unknown_name("recipe key", f"{table}.{key}", [f"{table}.{hint}" for hint in hints]))
         values[key] = _convert(f"{table}.{key}", hints[key], value)
@@ -192,6 +196,18 @@ def _convert(key: str, wanted: Any, value: Any) -> Any:
     if type(value) is not wanted:
         raise RecipeError(f"{key} = {value!r} must be of type {wanted.__name__}.")
     return value
+
+
+_RETIRED = {"method.kl_weight": 'KL to T is method.base = "kd" now, and method.base_weight is its factor'}
+"""Keys of earlier recipes, and what says the same today. Run folders of that time are still read, without them."""
+
+
+def _read_as_then(content: dict[str, Any]) -> None:
+    """A run folder's recipe states every value: a key that is no more has done its work, one it lacks is younger."""
+    for key in _RETIRED:
+        table, name = key.split(".")
+        if isinstance(values := content.get(table), dict):
+            values.pop(name, None)
 
 
 def _use_own_copies(content: dict[str, Any], folder: Path) -> None:

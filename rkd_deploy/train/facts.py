@@ -159,7 +159,7 @@ def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
         )
     if teacher.fc is None:
         what, instead = (
-            (f'method.head = "{recipe.method.head}"', 'Set method.head = "trained".')
+            (f'method.head = "{recipe.method.classifier}"', 'Set method.head = "trained".')
             if recipe.method.residual
             else ('method.name = "simkd"', "Choose another method, or another teacher.")
         )

@@ -25,6 +25,7 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
 from rkd_deploy.errors import InterruptedTraining, RecipeError, UsageError
+from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
@@ -165,7 +166,7 @@ class _Trainer:
             self.group.first(lambda: self._keep_phase(run, plan, average, display))
         # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
         state, _ = self.group.first(lambda: load_tensors(run.weights(plan.name)))
-        load_weights(plan.product, state, str(run.weights(plan.name)), plan.name)
+        load_weights(plan.product, with_norms(state, plan.product), str(run.weights(plan.name)), plan.name)
 
     def _loader(self, phase: str) -> Loader:
         return train_loader(

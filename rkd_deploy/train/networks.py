@@ -14,6 +14,7 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, UsageError, unknown_name
 from rkd_deploy.models import zoo
+from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
 from rkd_deploy.models.separation.pruning import narrowable
@@ -57,7 +58,7 @@ def phase_of(recipe: Recipe, part: str) -> str:
         return part
     if recipe.method.scheme == "end_to_end":
         return "end_to_end"
-    return assistant_phase(recipe.student.assistants) if recipe.method.head == "teacher" else "head"
+    return assistant_phase(recipe.student.assistants) if recipe.method.classifier == "teacher" else "head"
 
 
 def other_weights(recipe: Recipe) -> str | None:
@@ -92,7 +93,7 @@ def _original(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
 
 def needs_teacher_head(recipe: Recipe) -> bool:
     """Whether what is trained classifies by T's head, or starts from it."""
-    return recipe.method.head != "trained" if recipe.method.residual else recipe.method.name == "simkd"
+    return recipe.method.classifier != "trained" if recipe.method.residual else recipe.method.name == "simkd"
 
 
 def created(table: TeacherRecipe | StudentRecipe, facts: Mapping[str, Any]) -> FeatureNetwork:
@@ -207,5 +208,5 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
             f"rkd-deploy train {run.folder} --resume"
         )
     state, _ = load_tensors(path)
-    load_weights(module, state, str(path), phase)
+    load_weights(module, with_norms(state, module), str(path), phase)
     return module.eval()

@@ -1,7 +1,7 @@
 """S and A as one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
 
 Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
-    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position
+    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/adapters.py`)
     P_A a = U_A a + c_A     U_A [C_T, C_A]
     h(v)  = W v + b         W   [K, C_T]
 
@@ -53,6 +53,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.fusion.wide import Merged, merge
+from rkd_deploy.models.adapters import Adapter, as_convolution
 from rkd_deploy.models.progressive import ProgressiveStudent, Step
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
@@ -265,7 +266,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
     elif isinstance(model, ResidualStudent | StudentAlone):
         branches = _LastMaps([backbone for backbone, _ in model.branches()])
-        adapters = [adapter for _, adapter in model.branches()]
+        adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return _folded(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
@@ -281,12 +282,13 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
     backbones = [_LastMap(backbone).eval() for backbone, _ in model.branches()]
     with torch.no_grad():
         merged = merge(backbones, grouped=grouped)
-        return WideBranches(merged, [adapter for _, adapter in model.branches()], model.head).eval()
+        adapters = [as_convolution(adapter) for _, adapter in model.branches()]
+        return WideBranches(merged, adapters, model.head).eval()
 
 
-def fuse_branch(backbone: FeatureNetwork, adapter: nn.Conv2d, head: nn.Module) -> nn.Module:
+def fuse_branch(backbone: FeatureNetwork, adapter: Adapter, head: nn.Module) -> nn.Module:
     """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(_folded(_LastMaps([backbone]).eval()), [adapter], head).eval()
+    return FoldedTail(_folded(_LastMaps([backbone]).eval()), [as_convolution(adapter)], head).eval()
 
 
 def _folded(network: nn.Module) -> nn.Module:

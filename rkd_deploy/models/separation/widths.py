@@ -69,7 +69,7 @@ class Prices:
             shapes = [(one.shape[1], one.shape[2], one.shape[3]) for one in maps]
             return adapter_cost(shapes, self._stage_channels, self._unit)
         weights = self._counted(widths, None)[1] * self._channels
-        return weights * self._positions if self._unit == "macs" else weights + self._channels
+        return weights * self._positions if self._unit == "macs" else weights + 2 * self._channels  # U, g and beta
 
     def _counted(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
         """The network's cost, and the channels of its last map."""

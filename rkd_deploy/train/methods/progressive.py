@@ -71,7 +71,7 @@ class ProgressiveStep(Method):
         s = sum(done, torch.zeros_like(m))
         f_T, sized_s = alike(seen.maps[self.stage - 1 - len(rows)], s)
         _, sized_m = alike(f_T, m)
-        error = self.distance(f_T - sized_s, sized_m)
+        error = self.distance(f_T - sized_s, sized_m, f_T)
         parts = {
             "assistant" if self.branch else "student": error.detach(),
             "explained": explained(f_T, sized_s + sized_m),

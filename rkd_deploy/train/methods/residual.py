@@ -30,29 +30,41 @@ from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, alike, promoted, view_teacher
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""D of a target, a map, and T's map, in whose units `relative` measures a residual too."""
 
 _TINY = 1e-12  # |t|^2 of a target that is nothing but zeros
 
 
-def mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def relative(t_NCHW: Tensor, m_NCHW: Tensor, f_T_NCHW: Tensor | None = None) -> Tensor:
+    """Squared error over the mean square of T's map, which is the target where it is not given: the share unexplained.
+
+    A residual is measured in units of T's map, not of its own: what S and A leave over is one quantity, and an A whose
+    target is small already pulls no harder for that.
+    """
+    t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
+    f_T_NCHW = t_NCHW if f_T_NCHW is None else promoted(f_T_NCHW)
+    return mse_loss(m_NCHW, t_NCHW) / f_T_NCHW.square().mean().clamp_min(_TINY)
+
+
+def mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Mean squared error over all elements."""
     return mse_loss(m_NCHW, t_NCHW)
 
 
-def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Squared error of each image over its target's square."""
     t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
     error_N = (t_NCHW - m_NCHW).square().flatten(1).sum(1)
     return (error_N / t_NCHW.square().flatten(1).sum(1).clamp_min(_TINY)).mean()
 
 
-def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Squared near 0, linear beyond 1."""
     return smooth_l1_loss(m_NCHW, t_NCHW)
 
 
-def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def cosine(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """One minus the cosine of the angle between the maps of each image."""
     t, m = promoted(t_NCHW).flatten(1), promoted(m_NCHW).flatten(1)
     t_norm_N = t.norm(dim=1).clamp_min(_TINY**0.5)
@@ -62,6 +74,7 @@ def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Distance] = {
+    "relative": relative,
     "mse": mse,
     "normalised_mse": normalised_mse,
     "smooth_l1": smooth_l1,
@@ -76,10 +89,10 @@ def explained(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
 
 
 def over_stages(
-    distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor]
+    distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor], maps_T: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """D + v sum_j D_j over the stages before the last, and D at the last alone."""
-    *early, last = [distance(target, one) for target, one in zip(targets, maps, strict=True)]
+    *early, last = [distance(t, m, f_T) for t, m, f_T in zip(targets, maps, maps_T, strict=True)]
     return (last + stage_weight * torch.stack(early).sum() if early else last), last
 
 
@@ -112,7 +125,7 @@ class StudentStep(Method):
         model: ResidualStudent,
         weight: float,
         *,
-        distance: Distance = mse,
+        distance: Distance = relative,
         stage_weight: float = 1.0,
         base: WeightedLoss | None = None,
     ) -> None:
@@ -129,7 +142,7 @@ class StudentStep(Method):
         levels = self.model.levels(0, maps)
         z_S = self.model.head(pool(levels[-1]))
         f_T, sized = alike_each(self.model.targets(seen.maps), levels)
-        error, last = over_stages(self.distance, self.stage_weight, f_T, sized)
+        error, last = over_stages(self.distance, self.stage_weight, f_T, sized, f_T)
         total = self.weight * error
         parts = {"student": last.detach(), "explained": explained(f_T[-1], sized[-1])}
         if self.base is not None:
@@ -169,7 +182,7 @@ class AssistantStep(Method):
         model: ResidualStudent,
         weight: float,
         *,
-        distance: Distance = mse,
+        distance: Distance = relative,
         stage_weight: float = 1.0,
         number: int = 1,
     ) -> None:
@@ -189,7 +202,7 @@ class AssistantStep(Method):
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
         f_A = model.levels(self.number, networks[self.number].features(x_NCHW))
         _, sized_f_A = alike_each(r, f_A)
-        error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A)
+        error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A, f_T)
         with torch.no_grad():
             parts = {"assistant": last.detach(), "explained": explained(f_T[-1], sized_s[-1] + sized_f_A[-1])}
             logits_NK = model.head(pool(s[-1] + f_A[-1]))
