@@ -203,11 +203,12 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
     note("Training T, S0, S and A on handwritten digits")
     run = fit(recipe, root=root, display=display)
     bundles = {}
-    for part in reversed(PARTS):  # S + A last: it is the newest bundle then, the one that bench takes by itself
+    parts = parts_of(recipe)[::-1]
+    for part in parts:  # S + A last: it is the newest bundle then, the one that bench takes by itself
         note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
-    results = bench([bundles[part] for part in reversed(PARTS)], batches=(1,), min_seconds=min_seconds)
+    results = bench([bundles[part] for part in parts], batches=(1,), min_seconds=min_seconds)
     written = write_report(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
     return Quickstart(run, bundles, results, written)
 

@@ -245,7 +245,7 @@ class Exits:
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:
             nn.init.zeros_(head.bias)  # b is S's
-        network = fuse_branch(backbone, adapter, head)
+        network = fuse_branch(backbone, adapter, head, self._model.trunk)
         self._macs.append(count(network, (preprocess.height, preprocess.width)).macs)
         graph = ExportGraph(network, preprocess).eval()
         return Exportable(graph, to_onnx(graph, preprocess))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from rkd_deploy.models.adapters import Adapter
@@ -55,6 +56,8 @@ class ResidualStudent(nn.Module):
         channels: C_T, channels of the teacher's last stage map.
         num_classes: K.
         head: h, from pooled maps [N, C_T] to logits. Default: a fresh linear layer.
+        trunk: First stages that S and the assistants share, whose last map they take (`trunk.py`). Default: each takes
+            the images itself.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class ResidualStudent(nn.Module):
         channels: int,
         num_classes: int,
         head: nn.Module | None = None,
+        trunk: FeatureNetwork | None = None,
     ) -> None:
         super().__init__()
+        self.trunk = trunk
         self.student = student
         self.assistants = nn.ModuleList(assistants)
         self.student_adapter = Adapter(student.channels, channels)
@@ -79,9 +84,35 @@ class ResidualStudent(nn.Module):
         return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, Adapter]]", list(pairs))]
 
     def parts(self, branch: int) -> list[nn.Module]:
-        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters."""
+        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters; the trunk is S's."""
         own = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
-        return [*self.branches()[branch], *own]
+        trunk = [self.trunk] if self.trunk is not None and branch == 0 else []
+        return [*trunk, *self.branches()[branch], *own]
+
+    def shared(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The trunk's stage maps; none where nothing is shared."""
+        return () if self.trunk is None else self.trunk.features(x_NCHW)
+
+    def maps(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All stage maps of a branch.
+
+        Args:
+            branch: b = 0 (S), 1, ..
+            x_NCHW: Images.
+            shared: What `shared` gives for them: all branches of a pass read the same.
+        """
+        return (*shared, *self.branches()[branch][0].features(shared[-1] if shared else x_NCHW))
+
+    @torch.no_grad()
+    def stage_channels(self, image_size: Sequence[int]) -> list[list[int]]:
+        """Channels of every stage map of S, A_1, .., found by running one image of this height and width."""
+        was_training, like = self.training, next(self.parameters())
+        self.eval()
+        x_NCHW = like.new_zeros(1, 3, *image_size)
+        shared = self.shared(x_NCHW)
+        found = [[one.shape[1] for one in self.maps(b, x_NCHW, shared)] for b in range(len(self.branches()))]
+        self.train(was_training)
+        return found
 
     def levels(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
@@ -100,12 +131,11 @@ class ResidualStudent(nn.Module):
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S, [N, C_T, H', W']."""
-        return cast(Tensor, self.student_adapter(self.student.features(x_NCHW)[-1]))
+        return cast(Tensor, self.student_adapter(self.maps(0, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def assistant_map(self, x_NCHW: Tensor, number: int = 1) -> Tensor:
         """P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
-        assistant, adapter = self.branches()[number]
-        return cast(Tensor, adapter(assistant.features(x_NCHW)[-1]))
+        return cast(Tensor, self.branches()[number][1](self.maps(number, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def summed_map(self, x_NCHW: Tensor, assistants: int | None = None) -> Tensor:
         """P_S f_S + P_1 f_1 + .., the approximation of the teacher's map, [N, C_T, H', W'].
@@ -114,9 +144,12 @@ class ResidualStudent(nn.Module):
             x_NCHW: Images.
             assistants: How many of them are summed, from the first. Default: all.
         """
-        total = self.student_map(x_NCHW)
-        for number in range(1, 1 + (len(self.assistants) if assistants is None else assistants)):
-            total = total + self.assistant_map(x_NCHW, number)
+        shared = self.shared(x_NCHW)
+        count = 1 + (len(self.assistants) if assistants is None else assistants)
+        (_, adapter), *others = self.branches()[:count]
+        total = cast(Tensor, adapter(self.maps(0, x_NCHW, shared)[-1]))
+        for number, (_, adapter) in enumerate(others, 1):
+            total = total + adapter(self.maps(number, x_NCHW, shared)[-1])
         return total
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -129,6 +162,7 @@ class StudentAlone(nn.Module):
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
+        self.trunk = model.trunk
         self.student = model.student
         self.student_adapter = model.student_adapter
         self.head = model.head
@@ -139,4 +173,5 @@ class StudentAlone(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
+        x_NCHW = x_NCHW if self.trunk is None else self.trunk.features(x_NCHW)[-1]
         return cast(Tensor, self.head(pool(self.student_adapter(self.student.features(x_NCHW)[-1]))))

@@ -73,6 +73,12 @@ class Recipe:
                 'class for each image. Set both to 0, or take another loss, e.g. "kd".'
             )
 
+    @property
+    def has_control(self) -> bool:
+        """Whether S0 is trained by S's losses too."""
+        method, student = self.method, self.student
+        return method.residual and method.scheme != "progressive" and student.baseline and student.control
+
     def _check_progressive(self) -> None:
         """What is built for one pass of S and one of A, and not for stages that exchange their maps."""
         if self.student.budget == "latency":
@@ -80,10 +86,10 @@ class Recipe:
                 'student.budget = "latency" is measured with other schemes. Set student.budget = "macs" or "params", '
                 'or a method.scheme other than "progressive".'
             )
-        if self.student.layout == "side_by_side":
+        if self.student.layout in ("side_by_side", "trunk"):
             raise RecipeError(
-                'student.layout = "side_by_side", and with method.scheme = "progressive" S and A exchange their maps '
-                "at every stage, so that their layers cannot be merged. Leave one of them out."
+                f'student.layout = "{self.student.layout}", and with method.scheme = "progressive" S and A exchange '
+                "their maps at every stage, so that their layers cannot be merged. Leave one of them out."
             )
         if self.student.weights == "inherited":
             raise RecipeError(
@@ -200,6 +206,8 @@ def _convert(key: str, wanted: Any, value: Any) -> Any:
 
 _RETIRED = {"method.kl_weight": 'KL to T is method.base = "kd" now, and method.base_weight is its factor'}
 """Keys of earlier recipes, and what says the same today. Run folders of that time are still read, without them."""
+_YOUNGER = {"student": {"control": False}}
+"""Keys that earlier runs lack, where what they did then is not today's default."""
 
 
 def _read_as_then(content: dict[str, Any]) -> None:
@@ -208,6 +216,9 @@ def _read_as_then(content: dict[str, Any]) -> None:
         table, name = key.split(".")
         if isinstance(values := content.get(table), dict):
             values.pop(name, None)
+    for table, then in _YOUNGER.items():
+        if isinstance(values := content.setdefault(table, {}), dict):
+            content[table] = then | values
 
 
 def _use_own_copies(content: dict[str, Any], folder: Path) -> None:

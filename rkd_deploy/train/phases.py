@@ -2,6 +2,7 @@
 
 teacher      T by cross-entropy, where the recipe gives no checkpoint and something imitates T
 s0           S0: the control at the same cost, or the baseline itself
+control      S0 by S's losses, under T's head: it tells what A adds; then control_head, where there is a phase head
 student      scheme sequential: S imitates T's map
 assistant    A_1 learns what S leaves over; then assistant_2, ...
 head         a head of its own, where the recipe asks for one
@@ -69,10 +70,20 @@ class Planner:
             yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
         if nets.given is not None and "s0" not in ready:
             yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
+        if nets.control is not None:
+            yield from self._control(nets.control)
         if nets.model is not None:
             first, *others = self._residual(nets.model)
             yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
             yield from others
+
+    def _control(self, model: ResidualStudent) -> Iterator[Plan]:
+        method, train = self.recipe.method, self.recipe.train
+        learn = functools.partial(self._end_to_end if method.end_to_end else self._student, model)
+        yield Plan("control", model, train.epochs, functools.partial(self._begun, model, learn))
+        if networks.phase_of(self.recipe, "control") == "control_head":
+            head = functools.partial(self._head, model)
+            yield Plan("control_head", model, train.head_epochs or train.epochs, head)
 
     def _begun(self, model: ResidualStudent | ProgressiveStudent, method: Callable[[], Method]) -> Method:
         """What trains S and A first, once they have what they inherit: their source may be trained in this run."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 CONTROLS = ("s0", "control", "student")
@@ -173,3 +173,8 @@ def of_series(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) 
         gain=gain_of_seeds(parts["fused"]["test_top1"], parts[control]["test_top1"]),
         cost_ratio=parts["fused"]["macs"] / parts[control]["macs"],
     )
+
+
+def told(verdict: Verdict | None) -> dict[str, Any]:
+    """A verdict for JSON, under its key; nothing where there is none."""
+    return {} if verdict is None else {"verdict": {**asdict(verdict), "outcome": verdict.outcome}}

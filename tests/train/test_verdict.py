@@ -84,7 +84,10 @@ def test_the_best_control_is_the_one_to_beat() -> None:
     assert verdict.control == "control"
     assert verdict.gain.points == 2.0
     assert of_metrics({"parts": parts}, NAMES) is None  # a run of before, or without S + A
-    series = {part: {**facts, "mean": facts["test_top1"], "test_top1": [facts["test_top1"]] * 2} for part, facts in parts.items()}
+    series = {
+        part: {**facts, "mean": facts["test_top1"], "test_top1": [facts["test_top1"]] * 2}
+        for part, facts in parts.items()
+    }
     found = of_series(series, NAMES)
     assert found is not None
     assert (found.control, found.gain.points, found.gain.seeds) == ("control", 2.0, 2)

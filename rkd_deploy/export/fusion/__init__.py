@@ -41,6 +41,7 @@ still commute, so level `tail` applies the adapters to the pooled maps, where th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -227,11 +228,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 class _LastMaps(nn.Module):
     """S and its assistants as one function from images to their last stage maps."""
 
-    def __init__(self, backbones: Sequence[FeatureNetwork]) -> None:
+    def __init__(self, backbones: Sequence[FeatureNetwork], trunk: FeatureNetwork | None) -> None:
         super().__init__()
-        self.backbones = nn.ModuleList(backbones)
+        self.trunk, self.backbones = trunk, nn.ModuleList(backbones)
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        if self.trunk is not None:
+            x_NCHW = self.trunk.features(x_NCHW)[-1]
         return tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
 
 
@@ -265,7 +268,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     if isinstance(model, ProgressiveStudent):
         branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
     elif isinstance(model, ResidualStudent | StudentAlone):
-        branches = _LastMaps([backbone for backbone, _ in model.branches()])
+        branches = _LastMaps([backbone for backbone, _ in model.branches()], model.trunk)
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return _folded(model.eval())
@@ -281,14 +284,21 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
         )
     backbones = [_LastMap(backbone).eval() for backbone, _ in model.branches()]
     with torch.no_grad():
-        merged = merge(backbones, grouped=grouped)
+        if model.trunk is None:
+            merged = merge(backbones, grouped=grouped)
+        else:  # the ends are merged, and share their input, the trunk's map, as branches share the image
+            merged = merge(backbones, grouped=grouped, channels=model.trunk.channels)
+            trunk = _folded(_LastMap(model.trunk).eval())
+            merged = dataclasses.replace(merged, backbone=nn.Sequential(trunk, merged.backbone))
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
         return WideBranches(merged, adapters, model.head).eval()
 
 
-def fuse_branch(backbone: FeatureNetwork, adapter: Adapter, head: nn.Module) -> nn.Module:
+def fuse_branch(
+    backbone: FeatureNetwork, adapter: Adapter, head: nn.Module, trunk: FeatureNetwork | None = None
+) -> nn.Module:
     """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(_folded(_LastMaps([backbone]).eval()), [as_convolution(adapter)], head).eval()
+    return FoldedTail(_folded(_LastMaps([backbone], trunk).eval()), [as_convolution(adapter)], head).eval()
 
 
 def _folded(network: nn.Module) -> nn.Module:

@@ -18,9 +18,12 @@ from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting
 from rkd_deploy.models.separation.pruning import inherit_weights, narrowable
 from rkd_deploy.models.separation.widths import Prices, Widths, widest
 from rkd_deploy.models.staged import FeatureNetwork, Staged
+from rkd_deploy.models.trunk import check_parting, trunk_widths
 
-LEVELS = {"side_by_side": "wide", "branches": "tail"}
+LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """Of fusion (`rkd_deploy.export.fusion`), by how S and A lie to each other."""
+_MEASURED = ("side_by_side", "branches")
+"""Layouts that a latency budget chooses from."""
 
 
 class Cut:
@@ -28,6 +31,7 @@ class Cut:
 
     share: float
     assistants: int
+    shared_stages: int = 0
 
     def __init__(
         self,
@@ -75,11 +79,44 @@ class Cut:
         return found
 
     def within(self, layout: str) -> tuple[Widths, Widths]:
-        """The widest S and A that cost no more than S0, as two branches or side by side."""
+        """The widest S and A that cost no more than S0, as two branches, side by side, or on a trunk."""
         if layout == "side_by_side":
             student, assistant = self.side_by_side(1.0).widths
             return student, assistant
-        return self.split(self.limit)
+        return self.parted() if layout == "trunk" else self.split(self.limit)
+
+    def parted(self) -> tuple[Widths, Widths]:
+        """The widest S and A on one trunk that together cost no more than S0.
+
+        A's end gets the widths that its share pays for behind a trunk as wide as S0's; then trunk and S get what is
+        left, A's end priced behind that trunk, which is no wider: so it keeps its share.
+        """
+        shared = trunk_widths(self.network, self.shared_stages)
+        ends = [index for index in range(len(self.full)) if index not in shared]
+
+        def behind(trunk: Widths, end: Sequence[int]) -> Widths:
+            widths = list(trunk)
+            for index, width in zip(ends, end, strict=True):
+                widths[index] = width
+            return tuple(widths)
+
+        def price_end(widths: Widths) -> int:
+            return self._price_branch(widths) - self.prices.trunk(widths, self.shared_stages)
+
+        full, steps = (tuple(values[index] for index in ends) for values in (self.full, self.steps))
+        allowed = int(self.share / self.assistants * self.limit)
+        end = widest(lambda own: price_end(behind(self.full, own)), full, allowed, steps)
+        if end is None:
+            raise self._too_small(self.limit, "the assistant's end behind the trunk")
+        student = widest(
+            lambda own: self._price_student(own) + self.assistants * price_end(behind(own, end)),
+            self.full,
+            self.limit,
+            self.steps,
+        )
+        if student is None:
+            raise self._too_small(self.limit, "the trunk and the student with what the assistant left")
+        return student, behind(student, end)
 
     def split(self, limit: int) -> tuple[Widths, Widths]:
         """The widest S and A within a limit.
@@ -117,7 +154,7 @@ class Cut:
         layers side by side, of which there are no more than S0 has, each no larger. A given layout leaves one of them.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        layouts = LEVELS if layout is None else {layout: LEVELS[layout]}
+        layouts = {name: LEVELS[name] for name in (_MEASURED if layout is None else (layout,))}
         ways = {level: getattr(self, name) for name, level in layouts.items()}
         found: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
@@ -183,9 +220,10 @@ class Cut:
     def parts(self, student: Widths, assistant: Widths) -> dict[str, int]:
         """The account."""
         prices, k = self.prices, self.assistants
+        trunk = prices.trunk(assistant, self.shared_stages) if self.shared_stages else 0
         return {
             "student": prices.network(student, None),
-            "assistant": k * prices.network(assistant, None),
+            "assistant": k * (prices.network(assistant, None) - trunk),
             "student_adapter": prices.adapter(student),
             "assistant_adapter": k * prices.adapter(assistant),
             "head": prices.head,
@@ -238,6 +276,8 @@ class Separation:
         level: Of fusion, that they were cut for.
         parts: Cost of student, assistant, student_adapter, assistant_adapter and head; those of the assistants are of
             all k together.
+        shared_stages: j, first stages that are there once, as S's; 0 where S and A share none. The assistants' first
+            stages are then of the same widths, and are left out by `rkd_deploy.models.trunk.parted`.
         latency: Where the budget is latency, everything that was measured, and whether A is the narrowest there is: it
             may then take more than its share of what S and A cost.
     """
@@ -250,6 +290,7 @@ class Separation:
     unit: str
     level: str
     parts: dict[str, int]
+    shared_stages: int = 0
     latency: dict[str, Any] | None = None
 
     @property
@@ -265,6 +306,7 @@ def separate(
     input_size: int | tuple[int, int],
     budget: str = "macs",
     layout: str | None = None,
+    shared_stages: int | None = None,
     assistant_share: float = 0.2,
     assistants: int = 1,
     round_to: int = 8,
@@ -283,8 +325,10 @@ def separate(
         num_classes: K, of the head.
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"``, ``"params"``, or ``"latency"``, which `stopwatch` measures.
-        layout: ``"branches"``, or ``"side_by_side"``: widths of S and A add up to those of S0. Default: branches; where
-            the budget is latency, whichever leaves them more.
+        layout: ``"branches"``; ``"side_by_side"``: widths of S and A add up to those of S0; ``"trunk"``: they share the
+            first `shared_stages` stages. Default: branches; where the budget is latency, whichever of the first two
+            leaves them more.
+        shared_stages: j, for layout trunk. Default: all but the last.
         assistant_share: rho, the share of the budget that all assistants and their adapters may take; of the MACs where
             the budget is latency, and of S0's own where the narrowest assistant takes more of a faster S + A.
         assistants: k, how many of them share it equally.
@@ -304,11 +348,16 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
+    _check_trunk(budget, layout, shared_stages, weights)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     given = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = given.channels if channels is None else channels
     cut = Cut(given, size, budget, num_classes, C_T, round_to, head, stage_channels)
     cut.share, cut.assistants = assistant_share, assistants
+    if layout == "trunk":
+        stages = len(cut.network.stages())
+        cut.shared_stages = stages - 1 if shared_stages is None else shared_stages
+        check_parting(cut.shared_stages, stages, type(cut.network).__name__)
     records: dict[str, Any] = {}
     if fraction is not None:
         records |= cut.narrow_given(given, fraction, stopwatch)
@@ -329,6 +378,7 @@ def separate(
         unit=cut.unit,
         level=level,
         parts=parts,
+        shared_stages=cut.shared_stages,
         latency=records or None,
     )
     if weights == "inherited":
@@ -351,6 +401,20 @@ def narrow(
     cut = Cut(model, input_size, budget, num_classes, model.channels, round_to)
     cut.narrow_given(model, fraction, stopwatch)
     return cut.full
+
+
+def _check_trunk(budget: str, layout: str | None, shared_stages: int | None, weights: str) -> None:
+    if layout != "trunk":
+        if shared_stages is not None:
+            raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
+        return
+    if budget == "latency":
+        raise UsageError('layout = "trunk" has no search by latency yet: set budget = "macs" or "params".')
+    if weights == "inherited":
+        raise UsageError(
+            'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
+            'trunk it has S\'s own. Set weights = "fresh".'
+        )
 
 
 def _check(

@@ -48,6 +48,7 @@ class Prices:
         self._given, self._size, self._unit, self._channels = given, size, unit, channels
         self._stage_channels = stage_channels
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
+        self._trunks: dict[tuple[Widths, int], int] = {}
         with torch.no_grad():
             shadow = copy.deepcopy(given).to("meta").eval()
             last = shadow.features(torch.empty(1, 3, *size, device="meta"))[-1]
@@ -60,6 +61,16 @@ class Prices:
     def network(self, widths: Widths, num_classes: int | None) -> int:
         """Of a network of these widths, with a linear head or (None) without one."""
         return self._counted(widths, num_classes)[0]
+
+    def trunk(self, widths: Widths, shared_stages: int) -> int:
+        """Of the first stages of a network of these widths."""
+        key = (widths, shared_stages)
+        if key not in self._trunks:
+            with torch.device("meta"):
+                stages = nn.Sequential(*self._given.rebuilt(widths, None).stages()[:shared_stages])
+            cost = count(stages, self._size)
+            self._trunks[key] = cost.macs if self._unit == "macs" else cost.parameters
+        return self._trunks[key]
 
     def adapter(self, widths: Widths) -> int:
         """Of P, from a network of these widths to C_T channels; of all its adapters where maps are exchanged."""

@@ -75,7 +75,8 @@ class EndToEnd(Method):
         """L, in the order of its terms."""
         w, model = self.weights, self.model
         seen = view_teacher(self.teacher, x_NCHW)
-        maps = model.student.features(x_NCHW)
+        shared = model.shared(x_NCHW)
+        maps = model.maps(0, x_NCHW, shared)
         s = model.levels(0, maps)
         f_T, sized_s = alike_each(model.targets(seen.maps), s)
         z_S = model.head(pool(s[-1]))
@@ -83,9 +84,9 @@ class EndToEnd(Method):
         total, parts = w.feature * error, {"student": last.detach()}
 
         k = len(model.assistants)
-        for i, (assistant, _) in enumerate(model.branches()[1:], 1):
+        for i in range(1, k + 1):
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
-            f_A = model.levels(i, assistant.features(x_NCHW))
+            f_A = model.levels(i, model.maps(i, x_NCHW, shared))
             _, sized_f_A = alike_each(r, f_A)
             known = [one.detach() for one in r] if self.detach else r
             error, last = over_stages(self.distance, w.stage, known, sized_f_A, f_T)
