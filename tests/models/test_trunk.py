@@ -107,9 +107,7 @@ def test_widths_of_a_trunk_are_those_that_its_stages_have(name: str) -> None:
 @pytest.mark.parametrize("unit", ["macs", "params"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_s_and_a_on_a_trunk_keep_the_budget(name: str, unit: str) -> None:
-    made = separate(
-        name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=0.3, assistants=2
-    )
+    made = separate(name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=0.3)
     C_T = zoo.create(name, CLASSES).channels
     model = parted(made.student, made.assistants, made.shared_stages, C_T, CLASSES)
     cost = count(model, 32)

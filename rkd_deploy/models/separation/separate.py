@@ -107,7 +107,13 @@ class Cut:
         allowed = int(self.share / self.assistants * self.limit)
         end = widest(lambda own: price_end(behind(self.full, own)), full, allowed, steps)
         if end is None:
-            raise self._too_small(self.limit, "the assistant's end behind the trunk")
+            narrowest = price_end(behind(self.full, tuple(map(min, full, steps))))
+            raise BudgetError(
+                f"The budget is too small for the assistant's end behind the trunk: S0 costs {self.limit:,}, of which "
+                f"assistant_share = {self.share} gives {allowed:,} to each of {self.assistants}, and the narrowest end "
+                f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {narrowest:,}. Raise student.assistant_share, "
+                "share more stages (student.shared_stages), or lower student.round_to."
+            )
         student = widest(
             lambda own: self._price_student(own) + self.assistants * price_end(behind(own, end)),
             self.full,
