@@ -26,7 +26,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from rkd_deploy.backends.pytorch import PyTorchBackend
-from rkd_deploy.bench import bench
+from rkd_deploy.bench import BenchSettings, RunOn, bench
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.export.fusion import fuse
@@ -84,7 +84,10 @@ def speed() -> Iterator[Claim]:
             files = [_written(Path(folder), graph, f"{target}-{name}") for name, graph in graphs.items()]
             yield Claim(f"ResNet-18 int8 file, {target}", files[1].stat().st_size / 1e6, "MB", None)
             for batch in (1, 8):
-                results = bench(files, backend=backend, batches=(batch,), threads=1, min_seconds=3, min_runs=10)
+                settings = BenchSettings(
+                    run_on=(RunOn(backend, threads=1),), batches=(batch,), min_seconds=3, min_runs=10
+                )
+                results = bench(files, settings)
                 samples = {name: list(result.samples_ms) for name, result in zip(graphs, results, strict=True)}
                 ratio = results[1].p50_ms / results[0].p50_ms
                 what = f"ResNet-18 at 224, {backend}, batch {batch}: int8 over fp32"

@@ -9,12 +9,13 @@ Runtime in turn, and writes RECIPE_HARDWARE_YYYYMMDD.json: the recipe as resolve
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 from record import FOLDER, hardware
 
-from rkd_deploy.bench import bench
+from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.card import ModelCard
 from rkd_deploy.pipeline import export_run
@@ -31,10 +32,10 @@ def main() -> None:
         folder = run.folder / ("bundle" if part == "fused" else f"bundle-{part}")
         bundles[part] = folder if folder.exists() else export_run(run, part=part, folder=folder).folder
     cards = {part: ModelCard.from_json((folder / "model.json").read_text(), part) for part, folder in bundles.items()}
-    results = bench(list(bundles.values()), batches=(1,), min_seconds=3.0)
+    results = bench(list(bundles.values()), BenchSettings(batches=(1,), min_seconds=3.0))
     content = {
         "theme": run.recipe.name,
-        "provenance": provenance(),
+        "provenance": asdict(provenance()),
         "trained_with": run.read_json("environment.json"),
         "recipe": run.recipe.to_toml(),
         "parts": metrics["parts"],
@@ -42,7 +43,7 @@ def main() -> None:
         "separation": facts.get("separation"),
         "parity": {part: dict(card.parity) for part, card in cards.items()},
         "bench": [
-            {key: getattr(row, key) for key in ("part", "p50_ms", "p90_ms", "file_bytes", "runs")} for row in results
+            {key: row.to_row()[key] for key in ("part", "p50_ms", "p90_ms", "file_bytes", "runs")} for row in results
         ],
         "notes": _notes(run.recipe.teacher.checkpoint, run.recipe.student.checkpoint),
     }

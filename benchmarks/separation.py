@@ -14,6 +14,7 @@ from typing import Any
 
 from record import Claim, save
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.errors import BudgetError
 from rkd_deploy.export.measuring import ExportStopwatch
 from rkd_deploy.models import zoo
@@ -43,7 +44,7 @@ def main() -> None:
 def _by_latency(name: str, side: int, classes: int, backend: str, batches: tuple[int, ...]) -> list[Claim]:
     given = zoo.create(name, classes, input_size=(side, side))
     began = time.perf_counter()
-    with ExportStopwatch(backend, batches, input_size=(side, side), note=print) as stopwatch:
+    with ExportStopwatch(RunOn(backend), batches, input_size=(side, side), note=print) as stopwatch:
         try:
             made = separate(given, num_classes=classes, input_size=side, budget="latency", stopwatch=stopwatch)
         except BudgetError as error:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.bench import Result, bench
+from rkd_deploy.bench import BenchSettings, Result, bench
+from rkd_deploy.bench.reading import read_bench
+from rkd_deploy.bench.records import write_record
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images
@@ -28,7 +30,7 @@ from rkd_deploy.export.precision.images import Calibration, Lowering, draw, from
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
-from rkd_deploy.report.writing import Report, write_report
+from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
@@ -183,7 +185,7 @@ class Quickstart:
     run: Run
     bundles: dict[str, Path]
     results: list[Result]
-    report: Report
+    tables: Tables
 
 
 def quickstart(root: Path, display: Display, note: Callable[[str], None], min_seconds: float = 1.0) -> Quickstart:
@@ -208,9 +210,10 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
         note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
-    results = bench([bundles[part] for part in parts], batches=(1,), min_seconds=min_seconds)
-    written = write_report(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
-    return Quickstart(run, bundles, results, written)
+    settings = BenchSettings(batches=(1,), min_seconds=min_seconds)
+    results = bench([bundles[part] for part in parts], settings)
+    record = write_record(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
+    return Quickstart(run, bundles, results, write_tables(read_bench(record), run.folder))
 
 
 def _card(run: Run, part: str, embedded: bool) -> ModelCard:

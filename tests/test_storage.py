@@ -6,16 +6,18 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rkd_deploy.errors import StorageError
-from rkd_deploy.storage import new_folder, storage_error, write_bytes, write_json, write_text
+from rkd_deploy.storage import new_folder, read_bytes, read_text, storage_error, write_bytes, write_json, write_text
 
 SIZE = 48_000_000  # large enough that most of a write's time is spent inside write and fsync
 
@@ -280,3 +282,101 @@ def test_an_error_of_storage_inside_the_block_keeps_its_own_message(tmp_path: Pa
     with pytest.raises(StorageError, match=r"/f: Is a directory"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+# Files of unknown origin. A pipe with no writer would wait for ever, and /dev/zero would fill the memory.
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "it is a named pipe, and must be a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device, and must be a regular file"),
+        (socket_at, "it is a socket, and must be a regular file"),
+        (Path.mkdir, "it is a folder, and must be a regular file"),
+        (lambda path: path.symlink_to("absent"), "it is a link to absent, which is not there"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.write_bytes(b"x" * 11), "it has 11 bytes, and at most 10 are read"),
+    ],
+)
+def test_what_is_no_readable_file_is_said(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
+    make(tmp_path / "f")
+    with pytest.raises(OSError, match=re.escape(words)) as caught:
+        read_text(tmp_path / "f", limit=10)
+    assert caught.value.strerror == words
+    assert caught.value.filename == str(tmp_path / "f")
+
+
+def test_a_file_of_the_kernel_that_says_it_is_empty_is_bounded_too() -> None:
+    assert os.stat("/proc/self/maps").st_size == 0
+    with pytest.raises(OSError, match="at most 10 are read"):
+        read_bytes("/proc/self/maps", limit=10)
+
+
+@pytest.mark.parametrize(
+    ("content", "way"),
+    [
+        (f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 46827520\n", "git lfs pull"),
+        ("/annex/objects/SHA256E-s46827520--0123.onnx\n", "git annex get"),
+    ],
+)
+def test_a_pointer_to_a_file_that_was_not_fetched_says_how_to_fetch_it(tmp_path: Path, content: str, way: str) -> None:
+    (tmp_path / "f").write_text(content)
+    with pytest.raises(OSError, match=rf"it is a pointer of Git.* instead of the file; fetch it with: {way}|git-annex"):
+        read_bytes(tmp_path / "f")
+
+
+def test_a_regular_file_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"a\r\nb\n")
+    (tmp_path / "link").symlink_to("f")
+    assert (read_bytes(tmp_path / "link"), read_text(tmp_path / "link")) == (b"a\r\nb\n", "a\nb\n")
+
+
+def test_a_null_byte_in_a_name_is_an_error_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="null"):
+        read_bytes(f"{tmp_path}/a\0b")
+
+
+# What a killed process leaves is removed by the next that writes there; what a living one is writing stays.
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rkd_deploy.storage import new_folder
+with new_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_bytes(b"1")
+    print(temporary.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_and_a_living_ones_stay(tmp_path: Path) -> None:
+    holders = [
+        subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "b")], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    names = []
+    for holder in holders:
+        assert holder.stdout is not None
+        names.append(holder.stdout.readline().strip())
+    dead, living = names
+    try:
+        holders[0].kill()
+        holders[0].wait()
+        (tmp_path / ".b.file.tmp").write_bytes(b"half")
+        (tmp_path / ".b2.other.tmp").mkdir()  # of another name
+        assert (tmp_path / dead).is_dir()
+        with new_folder(tmp_path / "b") as temporary:
+            assert {path.name for path in tmp_path.iterdir()} == {living, temporary.name, ".b2.other.tmp"}
+        write_bytes(tmp_path / "b2", b"")
+        assert {path.name for path in tmp_path.iterdir()} == {living, "b", "b2"}
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()

@@ -106,7 +106,7 @@ def folder_top1(
             "prepared, is unknown. Leave --data out, or export the model with rkd-deploy export."
         )
     files, labels_N = labelled_images(folder, card.labels)
-    classifier = Classifier(backend, card, max_batch=min(_AT_ONCE, backend.max_batch or _AT_ONCE))
+    classifier = Classifier(backend, card, max_batch=min(_AT_ONCE, backend.info.max_batch or _AT_ONCE))
     right = 0
     for start in range(0, len(files), _AT_ONCE):
         chunk = slice(start, start + _AT_ONCE)

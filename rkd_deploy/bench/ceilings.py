@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, load_backend
+from rkd_deploy.backends import Array, RunOn
 from rkd_deploy.bench.graph_cost import macs
 from rkd_deploy.errors import BackendError, RkdError, require
 
@@ -60,19 +60,15 @@ def footprint(bytes_moved: int) -> int:
 
 
 def measure_ceilings(
-    backend: str,
+    run_on: RunOn,
     *,
-    device: str | None = None,
-    threads: int | None = None,
     arithmetic: str = "float32",
     footprints: Sequence[int] = (LARGEST,),
 ) -> Ceilings:
     """Measure in a process of its own; about 0.2 s for each kernel and footprint, and the start of the process.
 
     Args:
-        backend: One of `BACKENDS`; `device` and `threads` as for `load_backend`.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        run_on: Where; the backend is one of `BACKENDS`.
         arithmetic: One of `ARITHMETIC`.
         footprints: Bytes that one run reads and writes together.
 
@@ -81,7 +77,8 @@ def measure_ceilings(
         BackendError: The backend cannot run here.
     """
     require("onnx", "export")
-    wanted = {"backend": backend, "device": device, "threads": threads, "arithmetic": arithmetic}
+    backend = run_on.backend
+    wanted = {"backend": backend, "device": run_on.device, "threads": run_on.threads, "arithmetic": arithmetic}
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer; _answer()"],
         input=json.dumps({**wanted, "footprints": list(footprints)}),
@@ -118,7 +115,7 @@ def _measured(
     dtype = np.dtype("float32" if arithmetic == "int8" else arithmetic)
     kernels: dict[str, float] = {}
     copies: dict[int, float] = {}
-    ran_on = "cpu"
+    ran_on, run_on = "cpu", RunOn(backend, device=device, threads=threads)
     with tempfile.TemporaryDirectory(prefix="rkd-ceilings-") as folder:
 
         def rate(work: int, op: str, *shapes: tuple[int, ...], as_int8: bool = False, **attributes: Any) -> float:
@@ -128,7 +125,7 @@ def _measured(
                 x = _write_quantised(file, op, *shapes, signed=backend.startswith("tensorrt"), **attributes)
             else:
                 x = _write(file, op, dtype, *shapes, **attributes)
-            with load_backend(backend, file, device=device, threads=threads) as loaded:
+            with run_on.load(file) as loaded:
                 ran_on = loaded.device
                 return work / _best(loaded.prepare(x), loaded.synchronize)
 

@@ -20,25 +20,22 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, Backend, infer_many
-from rkd_deploy.bench.loading import Loaded, Setting, load_all, random_input
+from rkd_deploy.backends import Array, Backend, RunOn, infer_many
+from rkd_deploy.bench.loading import Loaded, load_all, random_input
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError, require, unknown_name
 from rkd_deploy.signals import handling
 from rkd_deploy.storage import new_folder
-
-if TYPE_CHECKING:
-    pass
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 LIBRARY = 16
@@ -124,7 +121,11 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
     lg = require("mlperf_loadgen", "loadgen")
     test, target_qps = _test_settings(lg, backend, inputs, scenario, load)
     system = _System(
-        lg, backend, inputs, min(load.max_batch, backend.max_batch or load.max_batch), own_thread=scenario == "Server"
+        lg,
+        backend,
+        inputs,
+        min(load.max_batch, backend.info.max_batch or load.max_batch),
+        own_thread=scenario == "Server",
     )
     with new_folder(logs, replace=True) as written:
         output = lg.LogOutputSettings()
@@ -212,7 +213,7 @@ class _System:
         self._all = np.concatenate(list(inputs))
         self._failed: BaseException | None = None
         # Another batch is another CUDA graph, whose capture takes longer than the queries that would be put together.
-        self._at_once = 1 if backend.cuda_graph else 1 << (max_batch.bit_length() - 1)
+        self._at_once = 1 if backend.info.cuda_graph else 1 << (max_batch.bit_length() - 1)
         # Server goes on asking while a query is being answered.
         self._waiting: queue.SimpleQueue[Any] | None = queue.SimpleQueue() if own_thread else None
 
@@ -319,7 +320,7 @@ class ScenarioResult:
 
 def run_scenarios(
     models: Sequence[str | os.PathLike[str]],
-    settings: Sequence[Setting],
+    run_on: Iterable[RunOn],
     scenarios: Sequence[str],
     folder: Path,
     *,
@@ -329,11 +330,11 @@ def run_scenarios(
     progress: Progress | None = None,
     on_result: Callable[[ScenarioResult], None] | None = None,
 ) -> list[ScenarioResult]:
-    """Run every scenario on every model and setting, one after the other.
+    """Run every scenario on every model at every place, one after the other.
 
     Args:
         models: As for `bench`.
-        settings: Backends and thread counts; LoadGen knows its own streams, so that settings differ in no others.
+        run_on: Where, one after the other, each with one stream: LoadGen's queries are its own.
         scenarios: Of `SCENARIOS`.
         folder: Where the logs go, a folder for each run.
         load: How hard and how long.
@@ -347,28 +348,28 @@ def run_scenarios(
     """
     check_scenarios(scenarios)
     results = []
-    for setting in settings:
+    for place in run_on:
         with ExitStack() as stack:
-            for one in load_all(models, setting, stack, progress=progress):
+            for one in load_all(models, place, stack, progress=progress):
                 for number, scenario in enumerate(scenarios):
                     if progress is not None:
-                        progress(f"{setting}: {one.key}, LoadGen {scenario}", number / len(scenarios))
-                    words = f"loadgen {scenario} {setting.backend} {setting.threads or ''} {one.key}"
+                        progress(f"{place}: {one.key}, LoadGen {scenario}", number / len(scenarios))
+                    words = f"loadgen {scenario} {place.backend} {place.threads or ''} {one.key}"
                     logs = re.sub(r"[^\w.+]+", "-", words)
                     inputs = library(one.backend, one.card, seed, shape)
                     facts = run_scenario(one.backend, inputs, scenario, folder / logs, load)
-                    results.append(_result(one, setting, scenario, logs, facts))
+                    results.append(_result(one, place, scenario, logs, facts))
                     if on_result is not None:
                         on_result(results[-1])
     return results
 
 
-def _result(one: Loaded, setting: Setting, scenario: str, logs: str, facts: Mapping[str, Any]) -> ScenarioResult:
+def _result(one: Loaded, run_on: RunOn, scenario: str, logs: str, facts: Mapping[str, Any]) -> ScenarioResult:
     return ScenarioResult(
         model=one.name,
         backend=one.backend.name,
         device=one.backend.device,
-        threads=setting.threads,
+        threads=run_on.threads,
         scenario=scenario,
         logs=logs,
         **facts,

@@ -1,10 +1,9 @@
-"""From the models and settings that a bench is given to loaded models and the batches they are timed on."""
+"""Loads the models of a bench, and makes the batches that they are timed on."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,72 +13,38 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, Backend, check_backend, check_options, default_device, load_backend
-from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_name, model_path, read_card
+from rkd_deploy.backends import Array, Backend, RunOn
+from rkd_deploy.backends.files import model_name, model_path, read_card
 from rkd_deploy.backends.tensorrt.cache import cache_folder
 from rkd_deploy.bench.machine import available_bytes, device_used_bytes, resident_bytes
+from rkd_deploy.bench.settings import USUAL_BATCHES, PathLike
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError
 
-USUAL_BATCHES = (1, 8, 32)
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-PathLike = str | os.PathLike[str]
 
+def load_model(
+    path: PathLike, run_on: RunOn, batches: Sequence[int] | None = None, progress: Progress | None = None
+) -> Backend:
+    """Load a model once, and report the build of its engine; arguments and errors as for `RunOn.load`."""
+    name = model_name(path)
 
-@dataclass(frozen=True)
-class Setting:
-    """How models are run: everything but the batch size.
+    def building(phase: str, share: float) -> None:
+        if progress is not None:
+            progress(f"building the engine of {name}: {phase}", share)
 
-    Attributes:
-        backend: As for `load_backend`, and so device and threads.
-        device: None: the backend's own.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime, or the backend knows no threads.
-        streams: Callers at once.
-        memory_limit: Most bytes of device memory for the runtime; None: no limit.
-        cuda_graph: Whether engines' runs are captured.
-    """
-
-    backend: str
-    device: str | None
-    threads: int | None
-    streams: int = 1
-    memory_limit: int | None = None
-    cuda_graph: bool = True
-
-    def __str__(self) -> str:
-        threads = "" if self.threads is None else f", threads {self.threads}"
-        return f"{self.backend}{threads}" + ("" if self.streams == 1 else f", streams {self.streams}")
-
-    def load(self, path: PathLike, batches: Sequence[int] | None = None, progress: Progress | None = None) -> Backend:
-        """A model, loaded once; arguments and errors as for `load_backend`."""
-        name = model_name(path)
-
-        def building(phase: str, share: float) -> None:
-            if progress is not None:
-                progress(f"building the engine of {name}: {phase}", share)
-
-        return load_backend(
-            self.backend,
-            path,
-            device=self.device,
-            threads=self.threads,
-            memory_limit=self.memory_limit,
-            cuda_graph=self.cuda_graph,
-            batches=batches,
-            progress=building,
-        )
+    return run_on.load(path, batches=batches, progress=building)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model to measure, loaded once for each stream."""
+    """A model to measure, loaded once for each stream; what loading it took."""
 
     key: str
-    """Its name, made unique."""
+    """Name of the model, made unique by its number."""
     name: str
     file: Path
-    """What the backend runs."""
+    """The file that the backend runs: ONNX file, exported program or engine."""
     sha256: str
     backends: tuple[Backend, ...]
     card: ModelCard | None
@@ -90,60 +55,13 @@ class Loaded:
 
     @property
     def backend(self) -> Backend:
-        """The first stream's."""
+        """The backend of the first stream."""
         return self.backends[0]
-
-
-def plan(
-    models: Sequence[PathLike],
-    backends: Sequence[str],
-    device: str | None,
-    threads: Sequence[int | None],
-    streams: Sequence[int],
-    batches: Sequence[int] | None,
-    *,
-    memory_limit: int | None = None,
-    cuda_graph: bool = True,
-) -> list[Setting]:
-    """Every combination, after what can be refused before anything is loaded has been.
-
-    A backend that runs on GPUs only has no threads: beside others it is measured once, whatever the thread counts.
-
-    Raises:
-        UsageError: Nothing to measure, an unknown backend, a number below 1, an engine for another backend, or an
-            option that has no effect on one of the backends.
-        MissingDependencyError: A backend is not installed.
-        ModelFileError: A model is missing or empty.
-    """
-    counts = [*streams, *(batches or ()), *(count for count in threads if count is not None)]
-    if not models or not backends or not threads or not streams or batches == [] or min(counts) < 1:
-        raise UsageError(
-            f"bench was given {len(models)} models, the backends {list(backends)}, thread counts {list(threads)}, "
-            f"streams {list(streams)} and batch sizes {batches}; it needs at least one of each, and none below 1."
-        )
-    for name in backends:
-        check_backend(name)
-        check_options(name, device, memory_limit=memory_limit, cuda_graph=cuda_graph)
-    for path in models:
-        file = model_path(path)
-        foreign = [name for name in backends if name not in ENGINE_BACKENDS]
-        if file.suffix in ENGINE_SUFFIXES and foreign:
-            raise UsageError(
-                f"{file} is an engine, which only {' or '.join(ENGINE_BACKENDS)} can run; {', '.join(foreign)} was "
-                "asked for. Name the ONNX file it was built from, or leave the other backends out."
-            )
-    mixed = any(default_device(name) == "cpu" for name in backends)
-    return [
-        Setting(name, device, count, number, memory_limit, cuda_graph)
-        for name in dict.fromkeys(backends)
-        for count in ((None,) if mixed and default_device(name) != "cpu" else threads)
-        for number in streams
-    ]
 
 
 def load_all(
     models: Sequence[PathLike],
-    setting: Setting,
+    run_on: RunOn,
     stack: ExitStack,
     batches: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -152,32 +70,32 @@ def load_all(
 
     Args:
         models: As for `bench`.
-        setting: How they are run.
+        run_on: Where, and how many streams.
         stack: Closes them.
-        batches: What they will be run at; None: the usual ones, or whatever an engine takes.
-        progress: Told how far the build of an engine is.
+        batches: Batch sizes they will be run at; None: the usual ones, or whatever an engine takes.
+        progress: Called with the phase of an engine's build, and the share of it that is done.
 
     Raises:
-        RkdError: As `load_backend` raises it; the card is corrupt.
+        RkdError: As `RunOn.load` raises it; the card is corrupt.
     """
-    return [_load(number, path, setting, stack, batches, progress) for number, path in enumerate(models)]
+    return [_load(number, path, run_on, stack, batches, progress) for number, path in enumerate(models)]
 
 
 def _load(
     number: int,
     path: PathLike,
-    setting: Setting,
+    run_on: RunOn,
     stack: ExitStack,
     batches: Sequence[int] | None,
     progress: Progress | None,
 ) -> Loaded:
     before, started = resident_bytes(), time.perf_counter()
-    backends = tuple(stack.enter_context(setting.load(path, batches, progress)) for _ in range(setting.streams))
+    backends = tuple(stack.enter_context(load_model(path, run_on, batches, progress)) for _ in range(run_on.streams))
     seconds, after = time.perf_counter() - started, resident_bytes()
-    built = backends[0].build_seconds
-    card = read_card(path, backends[0].metadata())
+    info = backends[0].info
+    card = read_card(path, info.metadata)
     name = card.name if card is not None else model_name(path)
-    file = _measured_file(path, backends[0])
+    file = info.file or model_path(path)
     return Loaded(
         key=f"{number + 1} {name}",
         name=name,
@@ -185,22 +103,11 @@ def _load(
         sha256=_sha256(file),
         backends=backends,
         card=card,
-        load_seconds=(seconds - (built or 0)) / len(backends),
-        build_seconds=built,
-        engine_kept=_engine_kept(backends[0]),
+        load_seconds=(seconds - (info.build_seconds or 0)) / len(backends),
+        build_seconds=info.build_seconds,
+        engine_kept=file.parent.name if file.parent.parent == cache_folder() else None,
         resident_load_bytes=None if before is None or after is None else after - before,
     )
-
-
-def _measured_file(path: PathLike, backend: Backend) -> Path:
-    if backend.name.startswith("pytorch"):
-        return model_path(path).with_suffix(".pt2")  # it runs the exported program that lies beside the ONNX file
-    return Path(getattr(backend, "engine_file", model_path(path)))
-
-
-def _engine_kept(backend: Backend) -> str | None:
-    folder = Path(getattr(backend, "engine_file", "")).parent
-    return folder.name if folder.parent == cache_folder() else None
 
 
 def _sha256(file: Path) -> str:
@@ -214,14 +121,14 @@ def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequ
     Raises:
         UsageError: A model does not take one, or the models' fixed sizes differ.
     """
-    fixed = {loaded.name: loaded.backend.input_shape[0] for loaded in models}
+    fixed = {loaded.name: loaded.backend.info.input_shape[0] for loaded in models}
     sizes = {size for size in fixed.values() if size is not None}
     if batches is None and len(sizes) > 1:
         raise UsageError(
             f"The models take batches of their own, which differ: {fixed}. They cannot be compared with one another: "
             "measure each in a bench of its own."
         )
-    most = min(loaded.backend.max_batch or max(USUAL_BATCHES) for loaded in models)
+    most = min(loaded.backend.info.max_batch or max(USUAL_BATCHES) for loaded in models)
     chosen = batches if batches is not None else sorted(sizes) or [size for size in USUAL_BATCHES if size <= most]
     for loaded in models:
         for batch in chosen:
@@ -230,7 +137,7 @@ def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequ
 
 
 def _check_batch(backend: Backend, batch: int) -> None:
-    fixed = backend.input_shape[0]
+    fixed = backend.info.input_shape[0]
     if fixed not in (None, batch):
         raise UsageError(
             f"A batch of {batch} was asked for, and the model takes {fixed} images at a time, no more and no less. "
@@ -241,14 +148,14 @@ def _check_batch(backend: Backend, batch: int) -> None:
 def random_input(
     backend: Backend, card: ModelCard | None, batch: int, seed: int, shape: Sequence[int] | None = None
 ) -> Array:
-    """A batch of noise that the model takes: any byte, or standard normal numbers.
+    """A batch of noise that a model takes: any byte, or standard normal numbers.
 
     Args:
         backend: The model.
         card: Gives the image size where the model leaves it open.
         batch: Number of inputs.
-        seed: Of the noise.
-        shape: Of one input without the batch; needed where the model leaves it open and there is no card.
+        seed: Seed of the noise.
+        shape: Shape of one input without the batch; needed where the model leaves it open and there is no card.
 
     Raises:
         UsageError: The model has another fixed batch or shape, or leaves its image size open and has no card.
@@ -256,7 +163,7 @@ def random_input(
     """
     _check_batch(backend, batch)
     size = (batch, *_shape(backend, card, shape))
-    dtype = np.dtype(backend.input_dtype)
+    dtype = np.dtype(backend.info.input_dtype)
     needed, free = math.prod(size) * max(dtype.itemsize, 4), available_bytes()
     if free is not None and 2 * needed > free:  # the backend copies it at least once
         raise BackendError(
@@ -271,14 +178,14 @@ def random_input(
 
 
 def _shape(backend: Backend, card: ModelCard | None, shape: Sequence[int] | None) -> tuple[int, ...]:
-    sizes = backend.input_shape[1:]
+    sizes = backend.info.input_shape[1:]
     if shape is None:
         shape = card.preprocess.input_shape if card is not None else [size for size in sizes if size is not None]
         if len(shape) != len(sizes):
             raise UsageError(
-                f"The model takes inputs of {list(backend.input_shape)}, None being free, and has no card that says "
-                "which size it is meant for. Give it with --shape, for example --shape 3,224,224, or export the model "
-                "with a fixed image size."
+                f"The model takes inputs of {list(backend.info.input_shape)}, None being free, and has no card that "
+                "says which size it is meant for. Give it with --shape, for example --shape 3,224,224, or export the "
+                "model with a fixed image size."
             )
     if len(shape) != len(sizes) or any(want not in (None, size) for size, want in zip(shape, sizes, strict=True)):
         raise UsageError(
@@ -288,14 +195,14 @@ def _shape(backend: Backend, card: ModelCard | None, shape: Sequence[int] | None
     return tuple(shape)
 
 
-def device_in_use(setting: Setting) -> int | None:
-    """Memory in use on the GPU that a setting runs on; None on a CPU."""
-    return device_used_bytes(setting.device or default_device(setting.backend))
+def device_in_use(run_on: RunOn) -> int | None:
+    """Memory in use on the GPU that models run on, by any program; None on a CPU."""
+    return device_used_bytes(run_on.where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model at one batch size, where and how it ran."""
+    """A model at a batch size, where and how it ran."""
 
     model: str
     file_bytes: int
@@ -306,6 +213,6 @@ class Case:
     batch: int
 
     @classmethod
-    def of(cls, one: Any) -> Case:
-        """The case of anything that has these facts: two things of one case are of the same measurement."""
-        return Case(**{field.name: getattr(one, field.name) for field in fields(Case)})
+    def of(cls, result: Any) -> Case:
+        """The case of anything that has these facts: two things of one case belong to the same measurement."""
+        return Case(**{field.name: getattr(result, field.name) for field in fields(Case)})

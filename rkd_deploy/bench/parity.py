@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends import Array, available, infer_many, load_backend
+from rkd_deploy.backends import Array, RunOn, available, infer_many
 from rkd_deploy.backends.files import check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
 
@@ -92,12 +92,24 @@ def compare(reference_logits: Array, candidate_logits: Array, tolerance: float) 
     )
 
 
-def gate(parity: Parity, what: str) -> None:
+def _advice(parity: Parity, precision: str) -> str:
+    if precision not in ("fp32", "unknown"):
+        return f"Export again with --precision fp32 to see whether {precision} is the cause."
+    if math.isnan(parity.max_abs_diff):
+        return "The file is float32: look at which of the two gives them, and at its weights."
+    return (
+        "The file is float32, so precision is not the cause: try rkd-deploy verify on another backend, then a simpler "
+        "level (--fuse sum)."
+    )
+
+
+def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
     """Let a parity through, or stop.
 
     Args:
         parity: What `compare` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
+        precision: Of the file, for advice that fits it.
 
     Raises:
         GateError: It did not pass.
@@ -112,26 +124,21 @@ def gate(parity: Parity, what: str) -> None:
     raise GateError(
         f"Parity failed for {what}: {found} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
         f"the same class comes first for {parity.agreement:.1%} of them. "
-        "Export again with --precision fp32 to see whether precision is the cause; "
-        "where the difference is acceptable, state a larger tolerance."
+        f"{_advice(parity, precision)} Where the difference is acceptable, state a larger tolerance."
     )
 
 
 def verify(
     bundle_path: str | os.PathLike[str],
-    backend: str = "onnxruntime",
+    run_on: RunOn | str = "onnxruntime",
     *,
-    device: str | None = None,
-    threads: int | None = None,
     tolerance: float | None = None,
 ) -> Parity:
     """Prove a bundle again: run the inputs of its golden.npz and compare with the logits stored there.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
-        backend: As for `load_backend`, and so the next two.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
-        threads: Threads inside one operator on a CPU.
+        run_on: Where, or the name of a backend, which then runs on its own device.
         tolerance: None takes the one that is stored with the logits.
 
     Returns:
@@ -145,7 +152,8 @@ def verify(
     check_files(bundle_path, complete=True)
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
     inputs, logits_NK, stored = read_golden(golden)
-    with load_backend(backend, bundle_path, device=device, threads=threads) as loaded:
+    run_on = RunOn(run_on) if isinstance(run_on, str) else run_on
+    with run_on.load(bundle_path) as loaded:
         try:
             candidate_NK = infer_many(loaded, inputs)
         except UsageError as error:
@@ -198,15 +206,13 @@ def verify_everywhere(
     bundle_path: str | os.PathLike[str],
     *,
     device: str | None = None,
-    threads: int | None = None,
     tolerance: float | None = None,
 ) -> list[Verdict]:
     """Run `verify` on every backend that works on this machine.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
-        device: As for `verify`, and so the next two.
-        threads: Threads inside one operator on a CPU.
+        device: As `RunOn.device`, for every backend.
         tolerance: None takes the bundle's own.
 
     Raises:
@@ -218,7 +224,7 @@ def verify_everywhere(
         if not status.ok:
             continue
         try:
-            parity = verify(bundle_path, status.name, device=device, threads=threads, tolerance=tolerance)
+            parity = verify(bundle_path, RunOn(status.name, device=device), tolerance=tolerance)
             verdicts.append(Verdict(status.name, parity, None))
         except BackendError as error:  # e.g. pytorch, of a bundle without model.pt2
             verdicts.append(Verdict(status.name, None, str(error)))

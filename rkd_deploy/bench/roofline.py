@@ -20,20 +20,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rkd_deploy.backends import default_device
+from rkd_deploy.backends import ENGINE_BACKENDS, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
 from rkd_deploy.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import Cost, graph_cost
 from rkd_deploy.bench.layers import LayerTimes, layer_times
-from rkd_deploy.bench.loading import ENGINE_BACKENDS, USUAL_BATCHES, Case, Setting
+from rkd_deploy.bench.loading import Case
 from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.settings import USUAL_BATCHES
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import BackendError, UsageError, require
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +61,8 @@ class Prediction(Case):
 class Roofline:
     """What was predicted, and from what."""
 
-    ceilings: tuple[Ceilings, ...]
-    predictions: tuple[Prediction, ...]
+    ceilings: tuple[Ceilings, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +81,7 @@ def bound(macs: int, least_bytes: int, macs_per_s: float, bytes_per_s: float) ->
 
 def predict(
     models: Sequence[str | os.PathLike[str]],
-    setting: Setting,
+    run_on: RunOn,
     *,
     batches: Sequence[int] = (1, 8, 32),
     shape: Sequence[int] | None = None,
@@ -93,7 +91,7 @@ def predict(
 
     Args:
         models: Bundle folders or ONNX files; of others the prediction says that nothing is known.
-        setting: On what; its streams are of no effect: the bound is one caller's.
+        run_on: Where; its streams are of no effect: the bound is one caller's.
         batches: Numbers of images in one call.
         shape: Of one input, for models that leave it open and have no card.
         progress: Told what is being done.
@@ -109,34 +107,32 @@ def predict(
     subjects = [_subject(path, shape) for path in models]
     wanted = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
     costs = [cost for *_, cost, _ in wanted if cost is not None]
-    ceilings = _ceilings(setting, costs, progress) if costs and setting.backend in BACKENDS else {}
-    ran_on = next((one.device for one in ceilings.values()), setting.device or default_device(setting.backend))
+    ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in BACKENDS else {}
+    ran_on = next((one.device for one in ceilings.values()), run_on.where)
     predictions = tuple(
         Prediction(
             model=subject.name,
             file_bytes=subject.file.stat().st_size,
             batch=batch,
-            backend=setting.backend,
+            backend=run_on.backend,
             device=ran_on,
-            threads=setting.threads,
-            **({"note": note} if cost is None else _bounded(cost, ceilings, setting.backend)),
+            threads=run_on.threads,
+            **({"note": note} if cost is None else _bounded(cost, ceilings, run_on.backend)),
         )
         for subject, batch, cost, note in wanted
     )
     return Roofline(tuple(ceilings.values()), predictions)
 
 
-def _ceilings(setting: Setting, costs: Sequence[Cost], progress: Progress | None) -> dict[str, Ceilings]:
+def _ceilings(run_on: RunOn, costs: Sequence[Cost], progress: Progress | None) -> dict[str, Ceilings]:
     """By arithmetic; float32's too where another one's cannot be measured, or is not known here."""
     sizes = sorted({footprint(cost.least_bytes) for cost in costs})
     found: dict[str, Ceilings] = {}
 
     def measure(arithmetic: str) -> None:
         if progress is not None:
-            progress(f"the machine's ceilings on {setting} in {arithmetic}", 0)
-        found[arithmetic] = measure_ceilings(
-            setting.backend, device=setting.device, threads=setting.threads, arithmetic=arithmetic, footprints=sizes
-        )
+            progress(f"the machine's ceilings on {run_on} in {arithmetic}", 0)
+        found[arithmetic] = measure_ceilings(run_on, arithmetic=arithmetic, footprints=sizes)
 
     wanted = {kind for cost in costs for kind in cost.macs_in}
     for kind in sorted(wanted & {*ARITHMETIC} - {"float32"}):
@@ -243,7 +239,7 @@ class Study:
     def __init__(
         self,
         models: Sequence[str | os.PathLike[str]],
-        settings: Sequence[Setting],
+        run_on: Sequence[RunOn],
         batches: Sequence[int] | None = None,
         *,
         shape: Sequence[int] | None = None,
@@ -253,7 +249,7 @@ class Study:
 
         Args:
             models: As for `bench`.
-            settings: From `plan`. Those that differ in what changes neither bound nor layers are studied once.
+            run_on: Where. Places that differ in what changes neither bound nor layers are studied once.
             batches: As for `bench`.
             shape: As for `bench`.
             names: To call the models by, where their own are not those of the results.
@@ -261,7 +257,7 @@ class Study:
         self._models, self._names, self._shape = list(models), names, shape
         self._asked = None if batches is None else list(batches)
         self._batches = self._asked or list(USUAL_BATCHES)
-        self._settings = list(dict.fromkeys(replace(one, streams=1, cuda_graph=True) for one in settings))
+        self._run_on = list(dict.fromkeys(replace(place, streams=1, cuda_graph=True) for place in run_on))
         self.roofline: Roofline | None = None
         self.layers: list[LayerTimes] | None = None
 
@@ -270,12 +266,12 @@ class Study:
         found = [
             predict(
                 self._models,
-                setting,
+                place,
                 batches=self._batches,
                 shape=self._shape,
                 progress=self._counted(progress, number),
             )
-            for number, setting in enumerate(self._settings)
+            for number, place in enumerate(self._run_on)
         ]
         predictions = [one for each in found for one in each.predictions]
         if self._names is not None:
@@ -286,10 +282,10 @@ class Study:
     def profile(self, progress: Progress | None = None, *, batch: int | None = None) -> None:
         """After it, under each setting, at the smallest batch unless one is given: see `layers.layer_times`."""
         self.layers = []
-        for number, setting in enumerate(self._settings):
+        for number, place in enumerate(self._run_on):
             found = layer_times(
                 self._models,
-                setting,
+                place,
                 batch=batch or min(self._batches),
                 batches=self._asked,
                 shape=self._shape,
@@ -298,13 +294,6 @@ class Study:
             if self._names is not None and found:
                 found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
             self.layers += found
-
-    def print_roofline(self, results: Sequence[Result], console: Console) -> None:
-        """The bounds, with the share of them that was reached where there are results; nothing where none were told."""
-        if self.roofline is not None:
-            from rkd_deploy.report import columns
-
-            columns.print_roofline(self.roofline.predictions, results, console)
 
     def to_record(self) -> dict[str, Any]:
         """What was found, for the record of the bench."""
@@ -317,4 +306,4 @@ class Study:
 
     def _counted(self, progress: Progress | None, number: int) -> Progress | None:
         """Shares of one setting as shares of all of them."""
-        return None if progress is None else lambda name, share: progress(name, (number + share) / len(self._settings))
+        return None if progress is None else lambda name, share: progress(name, (number + share) / len(self._run_on))

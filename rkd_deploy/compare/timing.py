@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rkd_deploy.bench import bench
-from rkd_deploy.bench.loading import Setting
+from rkd_deploy.backends import RunOn
+from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.roofline import Study
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.compare.rows import Comparison
@@ -18,10 +18,8 @@ from rkd_deploy.pipeline import export_run
 def timed(
     comparison: Comparison,
     *,
-    backend: str = "onnxruntime",
-    device: str | None = None,
+    run_on: RunOn | None = None,
     batches: Sequence[int] = (1,),
-    threads: int | None = None,
     min_seconds: float = 1.0,
     studied: bool = False,
     progress: Progress | None = None,
@@ -33,10 +31,8 @@ def timed(
 
     Args:
         comparison: From `compare`.
-        backend: As for `load_backend`, and so `device` and `threads`.
-        device: "cpu", "cuda" or "cuda:N"; None: the backend's own.
+        run_on: Where. Default: ONNX Runtime on the CPU.
         batches: Numbers of images in one call; the rows tell of the first.
-        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
         min_seconds: Time in timed calls of each network at each batch size, at least.
         studied: Whether the roofline and the time of each layer are wanted too.
         progress: Told what is being exported or measured, and how far it is.
@@ -45,29 +41,23 @@ def timed(
         GateError: An exported graph does not do what the network does.
         BackendError: The backend cannot run here.
     """
+    run_on = run_on or RunOn()
+    settings = BenchSettings(run_on=(run_on,), batches=tuple(batches), min_seconds=min_seconds)
     with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
         bundles = []
         for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
             if progress is not None:
                 progress(f"exporting {row.name}", number / len(comparison.rows))
-            program = backend.startswith("pytorch")
+            program = run_on.backend.startswith("pytorch")
             made = export_run(
                 run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
             )
             bundles.append(made.folder)
         names = [row.name for row in comparison.rows]
-        study = Study(bundles, [Setting(backend, device, threads)], batches, names=names)
+        study = Study(bundles, [run_on], batches, names=names)
         if studied:
             study.predict(progress)
-        results = bench(
-            bundles,
-            backend=backend,
-            device=device,
-            batches=batches,
-            threads=threads,
-            min_seconds=min_seconds,
-            progress=progress,
-        )
+        results = bench(bundles, settings, progress=progress)
         if studied:
             study.profile(progress)
     results = [
@@ -78,9 +68,9 @@ def timed(
         dataclasses.replace(
             row,
             p50_ms=result.p50_ms,
-            p50_low_ms=result.p50_low_ms,
-            p50_high_ms=result.p50_high_ms,
-            p90_ms=result.p90_ms,
+            p50_low_ms=result.percentiles[50].low_ms,
+            p50_high_ms=result.percentiles[50].high_ms,
+            p90_ms=result.percentiles[90].ms,
         )
         for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
     )

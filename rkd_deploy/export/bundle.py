@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, sealed
+from rkd_deploy.backends import RunOn
+from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, with_checksums
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
@@ -55,6 +56,9 @@ from rkd_deploy.export.proving import (
     random_batch,
     reference_of,
 )
+from rkd_deploy.fields import check_number
+from rkd_deploy.images import normalise
+from rkd_deploy.models.logits import check_ends_in_logits
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -124,13 +128,15 @@ def export_bundle(
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
+        DivergenceError: All weights are finite, and the network's logits are not.
         ExportError: ONNX has no operator for something in the network; the message names it and its module.
         GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
             allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
-        UsageError: Unknown level or outputs, a target without level `auto` or not that of `lowering`; early exit of a
-            network that has no branches.
+        UsageError: The network gives probabilities; unknown level or outputs, a target without level `auto` or not that
+            of `lowering`; early exit of a network that has no branches.
     """
+    check_number("--tolerance", tolerance, 0)
     if with_pytorch and lowering is not None:
         raise UsageError(
             f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
@@ -139,6 +145,8 @@ def export_bundle(
     if lowering is not None and early_exit is not None:
         _check_named_layers(lowering.options, level)
     check_finite(model)
+    noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
+    check_ends_in_logits(model.cpu(), noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model, early_exit)
@@ -187,9 +195,9 @@ def export_bundle(
             write_bytes(temporary / "model.pt2", buffer.getvalue())
         if choice.record:
             write_json(temporary / "fusion.json", choice.record)
-        write_text(temporary / CARD_NAME, sealed(card, temporary))
+        write_text(temporary / CARD_NAME, with_checksums(card, temporary))
         prover = "onnxruntime" if lowering is None else lowering.options.prover
-        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data")
+        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
     return proof
 
 
@@ -235,11 +243,11 @@ def _fused(
 
 def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
     """Where level auto measures files of lower precision."""
-    target = target or Target(backend=asked.runs_on[0])
-    if target.backend not in asked.runs_on:
+    target = target or Target(RunOn(asked.runs_on[0]))
+    if target.run_on.backend not in asked.runs_on:
         raise UsageError(
-            f"Level auto would measure on {target.backend} files that are written for --target {asked.runtime}, which "
-            f"{' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
+            f"Level auto would measure on {target.run_on.backend} files that are written for --target {asked.runtime}, "
+            f"which {' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
         )
     if asked.keep not in ((), (AUTO,)):
         raise UsageError(

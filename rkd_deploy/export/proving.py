@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from rkd_deploy.backends import infer_many, load_backend
@@ -30,6 +31,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.gate import Judgement, as_input
+from rkd_deploy.models.logits import check_logits
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""
@@ -80,6 +82,7 @@ def prove(
     """Run both over every image; gate on logits and on classes.
 
     Raises:
+        DivergenceError: A logit of the reference is not finite.
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
     labels, expected, found, first = [], [], [], None
@@ -88,6 +91,7 @@ def prove(
             x = as_input(images_NHWC, card)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
+            check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
             found.append(infer_many(candidate, x))
             labels.append(labels_n)
     expected_NK, found_NK, labels_N = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)

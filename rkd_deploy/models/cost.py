@@ -38,7 +38,7 @@ _FREE = frozenset(_FREE_NAMES.split())
 
 
 @dataclass(frozen=True)
-class Cost:
+class NetworkCost:
     """Cost of one image.
 
     Attributes:
@@ -52,7 +52,7 @@ class Cost:
     unsupported: tuple[str, ...]
 
 
-def count(module: nn.Module, input_size: int | tuple[int, int]) -> Cost:
+def count(module: nn.Module, input_size: int | tuple[int, int]) -> NetworkCost:
     """Cost of a network for one RGB image.
 
     Args:
@@ -63,7 +63,7 @@ def count(module: nn.Module, input_size: int | tuple[int, int]) -> Cost:
     return _counted(module, (1, 3, height, width))
 
 
-def count_head(head: nn.Module, channels: int) -> Cost:
+def count_head(head: nn.Module, channels: int) -> NetworkCost:
     """Cost of a head for one image's pooled map [1, C].
 
     Args:
@@ -73,7 +73,7 @@ def count_head(head: nn.Module, channels: int) -> Cost:
     return _counted(head, (1, channels))
 
 
-def _counted(module: nn.Module, shape: tuple[int, ...]) -> Cost:
+def _counted(module: nn.Module, shape: tuple[int, ...]) -> NetworkCost:
     shadow = copy.deepcopy(module).to("meta").eval()
     for layer in shadow.modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -83,7 +83,7 @@ def _counted(module: nn.Module, shape: tuple[int, ...]) -> Cost:
     operators = _Operators()
     with torch.no_grad(), operators:
         shadow(x)
-    return Cost(
+    return NetworkCost(
         macs=operators.flops // 2,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         unsupported=tuple(sorted(operators.unsupported)),

@@ -30,7 +30,7 @@ from rkd_deploy.models.staged import Staged, pool, stage_shapes
 Shape = tuple[int, int, int]
 
 
-class Step(nn.Module):
+class BranchStage(nn.Module):
     """Stage k of one branch, with its adapters: what one phase trains.
 
     Args:
@@ -60,14 +60,14 @@ class ProgressiveStudent(nn.Module):
         head: h, from C_T^K to the classes.
     """
 
-    def __init__(self, steps: Sequence[Sequence[Step]], head: nn.Linear) -> None:
+    def __init__(self, steps: Sequence[Sequence[BranchStage]], head: nn.Linear) -> None:
         super().__init__()
         self.steps = nn.ModuleList(nn.ModuleList(row) for row in steps)
         self.head = head
 
-    def rows(self) -> list[list[Step]]:
+    def rows(self) -> list[list[BranchStage]]:
         """The steps, for each k those of S, A_1, .. A_n."""
-        return [cast("list[Step]", list(row)) for row in cast("list[nn.ModuleList]", list(self.steps))]
+        return [cast("list[BranchStage]", list(row)) for row in cast("list[nn.ModuleList]", list(self.steps))]
 
     def summed_map(self, x_NCHW: Tensor, stages: int | None = None) -> Tensor:
         """s_k with k = `stages`; s_0 is the image. Default: the last."""
@@ -83,12 +83,6 @@ class ProgressiveStudent(nn.Module):
             maps.append(student.map(s))
             s = _sum([student.adapter(maps[-1]), *(step(s) for step in assistants)])
         return tuple(maps)
-
-    def last_maps(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """f_S^K, f_1^K, .. of the last stage."""
-        *_, last = self.rows()
-        s = self.summed_map(x_NCHW, len(self.steps) - 1)
-        return tuple(step.map(s) for step in last)
 
     def last_adapters(self) -> list[nn.Conv2d]:
         """P_S^K, P_1^K, .. of the last stage."""
@@ -158,7 +152,7 @@ def adapter_cost(maps: Sequence[Shape], channels: Sequence[int], unit: str) -> i
     return total
 
 
-def _steps(branch: Staged, channels: Sequence[int], image_size: Sequence[int]) -> list[Step]:
+def _steps(branch: Staged, channels: Sequence[int], image_size: Sequence[int]) -> list[BranchStage]:
     stages, own = branch.stages(), [shape[0] for shape in stage_shapes(branch, image_size)]
     early = len(stages) - len(channels)
     stages, own = (nn.Sequential(*stages[: early + 1]), *stages[early + 1 :]), own[early:]
@@ -166,7 +160,7 @@ def _steps(branch: Staged, channels: Sequence[int], image_size: Sequence[int]) -
     for C_T, C in zip(channels[:-1], own[:-1], strict=True):
         backs.append(nn.Identity() if C == C_T else nn.Conv2d(C_T, C, 1))
     adapters = [nn.Conv2d(C, C_T, 1) for C, C_T in zip(own, channels, strict=True)]
-    return [Step(*parts) for parts in zip(backs, stages, adapters, strict=True)]
+    return [BranchStage(*parts) for parts in zip(backs, stages, adapters, strict=True)]
 
 
 def _sum(maps: Sequence[Tensor]) -> Tensor:

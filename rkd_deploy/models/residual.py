@@ -93,7 +93,7 @@ class ResidualStudent(nn.Module):
         """The trunk's stage maps; none where nothing is shared."""
         return () if self.trunk is None else self.trunk.features(x_NCHW)
 
-    def maps(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def stage_maps(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """All stage maps of a branch.
 
         Args:
@@ -110,11 +110,11 @@ class ResidualStudent(nn.Module):
         self.eval()
         x_NCHW = like.new_zeros(1, 3, *image_size)
         shared = self.shared(x_NCHW)
-        found = [[one.shape[1] for one in self.maps(b, x_NCHW, shared)] for b in range(len(self.branches()))]
+        found = [[one.shape[1] for one in self.stage_maps(b, x_NCHW, shared)] for b in range(len(self.branches()))]
         self.train(was_training)
         return found
 
-    def levels(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
+    def compared_maps(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
 
         Args:
@@ -125,17 +125,17 @@ class ResidualStudent(nn.Module):
         return [*early, self.branches()[branch][1](maps[-1])]
 
     def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
-        """T's maps that `levels` are compared with."""
+        """T's maps that `compared_maps` are compared with."""
         early = [] if self.stage_adapters is None else self.stage_adapters.targets(maps_T)
         return [*early, maps_T[-1]]
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S, [N, C_T, H', W']."""
-        return cast(Tensor, self.student_adapter(self.maps(0, x_NCHW, self.shared(x_NCHW))[-1]))
+        return cast(Tensor, self.student_adapter(self.stage_maps(0, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def assistant_map(self, x_NCHW: Tensor, number: int = 1) -> Tensor:
         """P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
-        return cast(Tensor, self.branches()[number][1](self.maps(number, x_NCHW, self.shared(x_NCHW))[-1]))
+        return cast(Tensor, self.branches()[number][1](self.stage_maps(number, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def summed_map(self, x_NCHW: Tensor, assistants: int | None = None) -> Tensor:
         """P_S f_S + P_1 f_1 + .., the approximation of the teacher's map, [N, C_T, H', W'].
@@ -147,9 +147,9 @@ class ResidualStudent(nn.Module):
         shared = self.shared(x_NCHW)
         count = 1 + (len(self.assistants) if assistants is None else assistants)
         (_, adapter), *others = self.branches()[:count]
-        total = cast(Tensor, adapter(self.maps(0, x_NCHW, shared)[-1]))
+        total = cast(Tensor, adapter(self.stage_maps(0, x_NCHW, shared)[-1]))
         for number, (_, adapter) in enumerate(others, 1):
-            total = total + adapter(self.maps(number, x_NCHW, shared)[-1])
+            total = total + adapter(self.stage_maps(number, x_NCHW, shared)[-1])
         return total
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
 
+Widths = tuple[int, ...]
+"""Channels of whatever may be narrowed in one network, from the stem on (`Staged.widths`)."""
+
 
 class FeatureNetwork(nn.Module, ABC):
     """A network that shows its stage maps.
@@ -67,7 +70,7 @@ class Staged(FeatureNetwork):
         multiple_of: Every width is a multiple of this, e.g. because convolutions are grouped.
     """
 
-    widths: tuple[int, ...]
+    widths: Widths
     multiple_of: ClassVar[int] = 1
 
     if TYPE_CHECKING:
@@ -93,7 +96,7 @@ class Staged(FeatureNetwork):
             '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.names).'
         )
 
-    def steps(self, round_to: int) -> tuple[int, ...]:
+    def steps(self, round_to: int) -> Widths:
         """What each width shall be a multiple of, for channel counts that are multiples of `round_to`."""
         return (math.lcm(round_to, self.multiple_of),) * len(self.widths)
 
@@ -122,7 +125,7 @@ def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[in
     return [tuple(one.shape[1:]) for one in maps]
 
 
-def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> tuple[int, ...]:
+def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> Widths:
     """The widths, if a network can be built of them.
 
     Args:

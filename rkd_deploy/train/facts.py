@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.data.files import SHOWN
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
@@ -126,10 +127,9 @@ def _stopwatch(
         yield None
         return
     with ExportStopwatch(
-        student.backend or "onnxruntime",
+        RunOn(student.backend or "onnxruntime", threads=student.latency_threads),
         student.latency_batches or (1, 8),
         input_size=images.image_size,
-        threads=student.latency_threads,
         note=note,
     ) as stopwatch:
         yield stopwatch
@@ -197,7 +197,7 @@ def _separation_facts(
     if separation.level == "wide":  # refuses here, and not after the training, what cannot be merged
         fuse(ResidualStudent(separation.student, separation.assistants, teacher.channels, len(images.classes)), "wide")
     return {
-        "given_widths": list(separation.given_widths),
+        "given_widths": list(separation.s0_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
         **({"shared_stages": separation.shared_stages} if separation.shared_stages else {}),

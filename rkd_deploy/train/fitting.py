@@ -115,7 +115,7 @@ def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
 
 
 def _write_facts(run: Run, facts: dict[str, Any]) -> None:
-    write_json(run.folder / "environment.json", provenance())
+    write_json(run.folder / "environment.json", dataclasses.asdict(provenance()))
     write_json(run.folder / "facts.json", facts)
 
 
@@ -206,15 +206,17 @@ class _Trainer:
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
         seen = self.val or self.train
         seen = seen.take(torch.arange(min(1000, len(seen))))
-        refuse_guessing(f"{table} {checkpoint}", self._top1(module, seen), len(seen), self.facts, known)
+        refuse_guessing(f"{table} {checkpoint}", self._top1(module, seen, name=table), len(seen), self.facts, known)
 
     def _val_top1(self, module: nn.Module | None) -> float | None:
         if module is None or not len(self.val):
             return None
         return self._top1(module, self.val)
 
-    def _top1(self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None) -> float:
-        return top1(predictions(module, split, self.normalise, step).numpy(), split.labels_N.cpu().numpy())
+    def _top1(
+        self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None, name: str | None = None
+    ) -> float:
+        return top1(predictions(module, split, self.normalise, step, name).numpy(), split.labels_N.cpu().numpy())
 
     def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
@@ -267,10 +269,11 @@ class _Trainer:
     def _tested(self, run: Run, part: str, display: Display, right: dict[str, npt.NDArray[np.bool_]]) -> dict[str, Any]:
         module = networks.load_part(run, part).to(self.device)
         cost = count(module, tuple(self.facts["image_size"]))
-        predicted, labels_N = predictions(module, self.test, self.normalise, display.step).numpy(), self.test.labels_N
-        right[part] = predicted == labels_N.cpu().numpy()
+        predicted = predictions(module, self.test, self.normalise, display.step, networks.PARTS[part]).numpy()
+        labels = self.test.labels_N.cpu().numpy()
+        right[part] = predicted == labels
         found = {
-            "test_top1": top1(predicted, labels_N.cpu().numpy()),
+            "test_top1": top1(predicted, labels),
             "test_images": len(self.test),
             "parameters": cost.parameters,
             "macs": cost.macs,
@@ -279,7 +282,7 @@ class _Trainer:
         other = networks.other_weights(self.recipe)
         if other is not None and run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
             module = networks.load_part(run, part, other).to(self.device)
-            found[f"test_top1_{other}"] = self._top1(module, self.test)
+            found[f"test_top1_{other}"] = self._top1(module, self.test, name=networks.PARTS[part])
         return found
 
 

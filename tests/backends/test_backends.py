@@ -22,11 +22,11 @@ def test_every_backend_has_a_status():
         assert statuses[name].reason is None
         assert statuses[name].devices[0] == "cpu"
     compiled, graphs, tensorrt = "pytorch:compile", "pytorch:cuda-graphs", "onnxruntime:tensorrt"
-    assert statuses["pytorch"].ways == ((compiled, graphs) if "cuda" in statuses["pytorch"].devices else (compiled,))
-    assert statuses["onnxruntime"].ways == ((tensorrt,) if "cuda" in statuses["onnxruntime"].devices else ())
-    assert replace(statuses["pytorch"], devices=("cpu", "cuda")).ways == (compiled, graphs)
-    assert replace(statuses["onnxruntime"], devices=("cpu", "cuda")).ways == (tensorrt,)
-    assert statuses["openvino"].ways == ()
+    assert statuses["pytorch"].modes == ((compiled, graphs) if "cuda" in statuses["pytorch"].devices else (compiled,))
+    assert statuses["onnxruntime"].modes == ((tensorrt,) if "cuda" in statuses["onnxruntime"].devices else ())
+    assert replace(statuses["pytorch"], devices=("cpu", "cuda")).modes == (compiled, graphs)
+    assert replace(statuses["onnxruntime"], devices=("cpu", "cuda")).modes == (tensorrt,)
+    assert statuses["openvino"].modes == ()
     for name, package in ENGINES.items():
         assert statuses[name].devices == (("cuda",) if statuses[name].ok else ())
         if not statuses[name].ok:  # the library is missing, or a GPU is

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.pytorch import CompiledPyTorchBackend, PyTorchBackend
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 
@@ -67,7 +67,7 @@ def test_a_prepared_input_is_apart_from_the_callers_array():
 def test_threads_are_set(monkeypatch):
     before = torch.get_num_threads()
     try:
-        live(nn.Identity(), threads=1)
+        live(nn.Identity(), run_on=RunOn("pytorch", threads=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -103,7 +103,7 @@ def test_another_shape_is_recorded_anew_and_what_was_prepared_stays(bundle, zoo,
         assert [graph.replays for graph in graphs] == [1, 2, 1, 1]
         logits = graphs[0].steps[-1][-1].numpy()
         np.testing.assert_array_equal(logits, zoo.answer(zoo.pixels(1, seed=9)))  # its input is its own
-        assert backend.cuda_graph
+        assert backend.info.cuda_graph
 
 
 def test_logits_of_a_graph_stay_when_it_runs_again(bundle, zoo, graphs):

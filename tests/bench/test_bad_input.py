@@ -14,6 +14,7 @@ from rkd_deploy import cli
 from rkd_deploy.backends.tensorrt.build import build_engine
 from rkd_deploy.bench import bench
 from rkd_deploy.errors import BackendError, DataError, UsageError
+from tests.support.benching import bench_settings
 
 SHORT = {"min_seconds": 0.0, "min_runs": 2, "warmup_seconds": 0.0}
 FLOAT, STRING = TensorProto.FLOAT, TensorProto.STRING
@@ -169,13 +170,13 @@ def test_programs_that_cannot_be_measured(copies, free, inputs, arguments, code,
 
 def test_an_operator_that_openvino_does_not_know_is_named(tmp_path):
     with pytest.raises(BackendError, match=r"does not know what .* computes: .*StringNormalizer.*another backend"):
-        bench([strings(tmp_path / "m.onnx")], backend="openvino", **SHORT)
+        bench([strings(tmp_path / "m.onnx")], bench_settings(backend="openvino", **SHORT))
 
 
 def test_a_format_that_is_too_new_is_named_with_the_newest_one(tmp_path):
     form = relu(tmp_path / "f.onnx", ir=99)
     with pytest.raises(BackendError, match=r"IR version 99, and ONNX Runtime .* reads up to version \d+\. Update"):
-        bench([form], **SHORT)
+        bench([form], bench_settings(**SHORT))
 
 
 @pytest.mark.parametrize(
@@ -195,59 +196,59 @@ def test_tensorrt_rtx_s_own_builder_refuses_them_too(build, error, words, tmp_pa
 
 def test_a_static_model_is_measured_at_its_own_batch_unless_told_otherwise(tmp_path):
     model = relu(tmp_path / "m.onnx", [4, 3])
-    assert [result.batch for result in bench([model], batches=None, **SHORT)] == [4]
+    assert [result.batch for result in bench([model], bench_settings(batches=None, **SHORT))] == [4]
     with pytest.raises(UsageError, match="A batch of 8 was asked for, and the model takes 4"):
-        bench([model], batches=[4, 8], **SHORT)
+        bench([model], bench_settings(batches=[4, 8], **SHORT))
     other = relu(tmp_path / "other.onnx", [2, 3])
     with pytest.raises(UsageError, match=r"differ: \{'m': 4, 'other': 2\}"):
-        bench([model, other], batches=None, **SHORT)
+        bench([model, other], bench_settings(batches=None, **SHORT))
 
 
 def test_an_open_image_size_can_be_given(tmp_path):
     model = relu(tmp_path / "m.onnx", ["n", 3, "h", "w"])
-    assert len(bench([model], batches=[2], shape=[3, 8, 8], **SHORT)) == 1
+    assert len(bench([model], bench_settings(batches=[2], shape=[3, 8, 8], **SHORT))) == 1
     for shape in ([3, 8], [1, 8, 8]):
         with pytest.raises(UsageError, match=r"Inputs of .* were asked for, and the model takes \[3, None, None\]"):
-            bench([model], shape=shape, **SHORT)
+            bench([model], bench_settings(shape=shape, **SHORT))
 
 
 def test_running_out_of_memory_says_how_much_was_asked_for(tmp_path):
     with pytest.raises(BackendError, match=r"ran out of memory: [\d,]{18} bytes more were asked for\. Use a smaller"):
-        bench([huge(tmp_path / "m.onnx")], batches=[1], **SHORT)
+        bench([huge(tmp_path / "m.onnx")], bench_settings(batches=[1], **SHORT))
 
 
 def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
     with pytest.raises(BackendError, match=r"12,000,000,000,000 bytes.* are free\. Use a smaller batch"):
-        bench([relu(tmp_path / "m.onnx")], batches=[10**12], **SHORT)
+        bench([relu(tmp_path / "m.onnx")], bench_settings(batches=[10**12], **SHORT))
 
 
 def test_a_gpu_that_is_too_small_is_refused(gpu, zoo, tmp_path):
     model = zoo.build(tmp_path / "m.onnx")
     gpu.device.free_bytes = 64
     with pytest.raises(BackendError, match=r"bytes were asked for\. Use a smaller batch"):
-        bench([model], backend="tensorrt", batches=[8], **SHORT)
+        bench([model], bench_settings(backend="tensorrt", batches=[8], **SHORT))
 
 
 @pytest.mark.parametrize("options", [{"min_runs": 0}, {"min_seconds": -1}, {"streams": 0}, {"threads": 0}])
 def test_nothing_is_loaded_for_settings_that_cannot_be(options, tmp_path):
     with pytest.raises(UsageError):
-        bench([tmp_path / "absent.onnx"], **SHORT | options)
+        bench([tmp_path / "absent.onnx"], bench_settings(**SHORT | options))
 
 
 def test_an_engine_runs_on_nothing_but_tensorrt(tmp_path):
     (tmp_path / "m.engine").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"m\.engine is an engine.*openvino was asked for"):
-        bench([tmp_path / "m.engine"], backend="openvino", **SHORT)
+        bench([tmp_path / "m.engine"], bench_settings(backend="openvino", **SHORT))
 
 
 def test_accuracy_needs_a_card_and_a_folder_of_its_classes(bundle, tmp_path):
     with pytest.raises(UsageError, match="has no card"):
-        bench([relu(tmp_path / "m.onnx")], data=tmp_path, **SHORT)
+        bench([relu(tmp_path / "m.onnx")], bench_settings(data=tmp_path, **SHORT))
     with pytest.raises(DataError, match="no folder"):
-        bench([bundle], data=tmp_path / "absent", **SHORT)
+        bench([bundle], bench_settings(data=tmp_path / "absent", **SHORT))
     (tmp_path / "cats").mkdir()
     with pytest.raises(DataError, match="folders cats are none of its 3 classes"):
-        bench([bundle], data=tmp_path, **SHORT)
+        bench([bundle], bench_settings(data=tmp_path, **SHORT))
 
 
 @pytest.mark.parametrize(
@@ -256,11 +257,11 @@ def test_accuracy_needs_a_card_and_a_folder_of_its_classes(bundle, tmp_path):
         (["--count", "0"], 2, "min_runs must be at least 1"),
         (["--batch", "0"], 2, "whole numbers from 1"),
         (["--threads", "a"], 2, "--threads 'a'"),
-        (["--streams", "0"], 2, "none below 1"),
+        (["--streams", "0"], 2, "streams is 0; it must be at least 1"),
         (["--resident", "--end-to-end"], 2, "leave nothing to measure"),
         (["--no-cuda-graph"], 2, "has no effect on onnxruntime"),
         (["--memory-limit", "64"], 2, "has no effect on onnxruntime on cpu"),
-        (["--memory-limit", "0"], 2, "must be at least 1"),
+        (["--memory-limit", "0"], 2, "memory_limit is 0; it must be at least 1"),
         (["--target-qps", "5"], 2, "give --scenario Server too"),
         (["--scenario", "server"], 2, "Did you mean 'Server'"),
         (["--device", "cuda"], 1, "built without it|does not fit"),

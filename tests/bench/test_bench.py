@@ -3,9 +3,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench import bench, random_input
+from rkd_deploy.bench import BenchSettings, bench, random_input
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import ModelFileError, UsageError
+from tests.support.benching import bench_settings
 
 SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
 
@@ -13,7 +14,9 @@ SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
 def test_models_with_and_without_a_card(bundle, zoo, tmp_path):
     bare = zoo.build(tmp_path / "bare.onnx", dtype=TensorProto.FLOAT)
     told = []
-    results = bench([bundle, bare], batches=(1, 3), threads=1, progress=lambda *item: told.append(item), **SHORT)
+    results = bench(
+        [bundle, bare], bench_settings(batches=(1, 3), threads=1, **SHORT), progress=lambda *item: told.append(item)
+    )
     assert [(result.model, result.batch) for result in results] == [("sums", 1), ("bare", 1), ("sums", 3), ("bare", 3)]
     known, unknown = results[:2]
     assert (known.accuracy, known.parameters, known.macs, known.part) == (71.5, 4, 48, "fused")
@@ -25,7 +28,7 @@ def test_models_with_and_without_a_card(bundle, zoo, tmp_path):
 
 
 def test_one_model_twice_and_on_pytorch_without_transfers(bundle):
-    results = bench([bundle, bundle], backend="pytorch", batches=(2,), transfers=False, **SHORT)
+    results = bench([bundle, bundle], bench_settings(backend="pytorch", batches=(2,), transfers=False, **SHORT))
     assert [(result.model, result.backend, result.transfers) for result in results] == [("sums", "pytorch", False)] * 2
 
 
@@ -52,7 +55,7 @@ def test_a_free_image_size_comes_from_the_card_or_is_an_error(zoo, tmp_path):
     )
     zoo.save(tmp_path / "m.onnx", graph)
     with load_backend("onnxruntime", tmp_path / "m.onnx") as backend:
-        assert backend.input_shape == (None, None, None, 3)
+        assert backend.info.input_shape == (None, None, None, 3)
         card = zoo.card(preprocess=Preprocess(height=6, width=5, mean=(0.5,) * 3, std=(0.5,) * 3))
         assert backend.infer(random_input(backend, card, 2, seed=0)).shape == (2, 3)
         with pytest.raises(UsageError, match="no card that says which size"):
@@ -61,17 +64,19 @@ def test_a_free_image_size_comes_from_the_card_or_is_an_error(zoo, tmp_path):
 
 def test_a_fixed_batch_is_measured_at_its_own_size_only(zoo, tmp_path):
     file = zoo.build(tmp_path / "m.onnx", batch=4)
-    assert bench([file], batches=[4], **SHORT)[0].batch == 4
+    assert bench([file], bench_settings(batches=[4], **SHORT))[0].batch == 4
     with pytest.raises(UsageError, match="A batch of 1 was asked for, and the model takes 4"):
-        bench([file], **SHORT)
+        bench([file], bench_settings(**SHORT))
 
 
-@pytest.mark.parametrize("options", [{"models": []}, {"batches": []}, {"batches": [0]}])
-def test_nothing_to_measure_is_refused(bundle, options):
+@pytest.mark.parametrize("settings", [{"batches": ()}, {"batches": (0,)}, {"run_on": ()}])
+def test_nothing_to_measure_is_refused(settings):
     with pytest.raises(UsageError, match="at least one of each"):
-        bench(**({"models": [bundle]} | options))
+        BenchSettings(**settings)
+    with pytest.raises(UsageError, match="0 models"):
+        bench([])
 
 
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(ModelFileError, match=r"no\.onnx"):
-        bench([tmp_path / "no.onnx"], **SHORT)
+        bench([tmp_path / "no.onnx"], bench_settings(**SHORT))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import RunOn, load_backend
+from rkd_deploy.backends.onnxrt_session import read_profile
 from rkd_deploy.backends.protocol import LayerTime
 from rkd_deploy.backends.pytorch import PyTorchBackend
-from rkd_deploy.bench.layers import Layer, _medians, layer_times, read_profile
-from rkd_deploy.bench.loading import Setting
+from rkd_deploy.bench.layers import LayerMedian, _medians, layer_times
 
 
 def kernel(name, index, us, op="Conv"):
@@ -29,7 +29,7 @@ def test_a_profile_is_cut_into_runs_and_its_medians_taken():
     assert runs[0] == [a, LayerTime("Relu 1", "Relu", 0.02, "float32"), a]
     assert len(runs) == 3
     # Two nodes of one name and type are one line of the table: their time in a run is that of both.
-    assert _medians(runs) == (Layer("a", "Conv", 0.04, "float32"), Layer("Relu 1", "Relu", 0.04, "float32"))
+    assert _medians(runs) == (LayerMedian("a", "Conv", 0.04, "float32"), LayerMedian("Relu 1", "Relu", 0.04, "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def two_convolutions(zoo, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_the_layer_with_most_to_do_takes_longest(two_convolutions, backend):
-    (times,) = layer_times([two_convolutions], Setting(backend, None, 1), batch=2)
+    (times,) = layer_times([two_convolutions], RunOn(backend, threads=1), batch=2)
     assert (times.model, times.backend, times.device, times.batch, times.threads) == ("two", backend, "cpu", 2, 1)
     assert times.runs == 30
     products = [layer for layer in times.layers if layer.op.startswith("Conv")]
@@ -70,7 +70,7 @@ def test_pytorch_names_the_operators_of_an_exported_program(tmp_path):
     program = torch.export.export(network, (torch.zeros(2, 8, 32, 32),))
     torch.export.save(program, tmp_path / "model.pt2")
     (tmp_path / "model.onnx").write_bytes(b"beside it")
-    (times,) = layer_times([tmp_path], Setting("pytorch", None, 1), batch=2)
+    (times,) = layer_times([tmp_path], RunOn("pytorch", threads=1), batch=2)
     assert [(layer.op, layer.precision) for layer in times.layers] == [
         ("conv2d", "float32"),
         ("sigmoid", "float32"),
@@ -84,14 +84,16 @@ def test_pytorch_names_the_operators_of_an_exported_program(tmp_path):
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu, zoo, tmp_path):
-    model, setting = zoo.build(tmp_path / "m.onnx", card=zoo.card()), Setting(flavour, None, None)
+    model, run_on = zoo.build(tmp_path / "m.onnx", card=zoo.card()), RunOn(flavour)
     load_backend(flavour, model, batches=[4, 16]).close()
     gpu.device.log.clear()
-    (times,) = layer_times([model], setting, batch=4, batches=[4, 16])
+    (times,) = layer_times([model], run_on, batch=4, batches=[4, 16])
     assert (times.device, times.batch, times.runs) == ("cuda:0", 4, 30)
     assert times.layers == (
-        Layer("fused Cast+ReduceSum+Mul+Add", "x", 1.0, None),  # the simulated device takes 0.25 ms for each input
-        Layer("Cast", "cast", 2.0, "FP32"),
+        LayerMedian(
+            "fused Cast+ReduceSum+Mul+Add", "x", 1.0, None
+        ),  # the simulated device takes 0.25 ms for each input
+        LayerMedian("Cast", "cast", 2.0, "FP32"),
     )
     asked = [entry[0] if isinstance(entry, tuple) else entry for entry in gpu.device.log]
     assert "build" not in asked  # the engine is the one from the cache
@@ -100,7 +102,7 @@ def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu,
 
 def test_backends_without_it_give_none(bundle, graphs):
     for backend in ("pytorch:compile", "pytorch:cuda-graphs"):
-        assert layer_times([bundle], Setting(backend, None, None)) == []
+        assert layer_times([bundle], RunOn(backend)) == []
 
 
 def lowered(zoo, path, kind):
@@ -129,7 +131,7 @@ def lowered(zoo, path, kind):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("kind", "told"), [("float16", {"float32", "float16"}), ("int8", {"uint8", "int8"})])
 def test_files_of_lower_precision_say_what_their_layers_really_work_on(kind, told, backend, zoo, tmp_path):
-    (times,) = layer_times([lowered(zoo, tmp_path / "m.onnx", kind)], Setting(backend, None, 1), batch=2)
+    (times,) = layer_times([lowered(zoo, tmp_path / "m.onnx", kind)], RunOn(backend, threads=1), batch=2)
     (product,) = [layer for layer in times.layers if layer.op in ("Conv", "Convolution", "QLinearConv")]
     assert product.ms > 0
     assert product.precision in told

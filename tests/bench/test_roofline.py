@@ -11,13 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import Cost
-from rkd_deploy.bench.loading import Setting
 from rkd_deploy.bench.roofline import Prediction, Study, _bounded, achieved, bound, predict
 from rkd_deploy.errors import BackendError
 from rkd_deploy.report.columns import print_roofline
+from tests.support.benching import bench_settings
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def convolution(zoo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predicted(convolution):
-    return predict([convolution], Setting("onnxruntime", None, 1), batches=(1, 2))
+    return predict([convolution], RunOn(threads=1), batches=(1, 2))
 
 
 def test_the_bound_is_the_larger_of_two_times():
@@ -79,7 +80,9 @@ def test_a_prediction_says_what_has_to_be_done(predicted):
 
 
 def test_a_measurement_is_a_share_of_its_bound(predicted, convolution):
-    results = bench([convolution], batches=(1, 2), threads=1, min_seconds=0.05, min_runs=5, warmup_seconds=0)
+    results = bench(
+        [convolution], bench_settings(batches=(1, 2), threads=1, min_seconds=0.05, min_runs=5, warmup_seconds=0)
+    )
     found = achieved(predicted.predictions, results)
     for one, result in zip(found, results, strict=True):
         assert one.p50_ms == result.p50_ms
@@ -93,13 +96,13 @@ def test_a_measurement_is_a_share_of_its_bound(predicted, convolution):
 
 def test_what_is_no_onnx_file_gets_no_bound_and_a_reason(tmp_path):
     (tmp_path / "model.plan").write_bytes(b"ftrt an engine")
-    (one,) = predict([tmp_path / "model.plan"], Setting("tensorrt", None, None), batches=(1,)).predictions
+    (one,) = predict([tmp_path / "model.plan"], RunOn("tensorrt"), batches=(1,)).predictions
     assert one.bound_ms is None
     assert "no ONNX file" in one.note
 
 
 def test_a_backend_without_onnx_files_gets_the_counts_alone(convolution):
-    (one,) = predict([convolution], Setting("pytorch", None, None), batches=(1,)).predictions
+    (one,) = predict([convolution], RunOn("pytorch"), batches=(1,)).predictions
     assert one.macs > 0
     assert one.bound_ms is None
     assert "of pytorch" in one.note
@@ -107,7 +110,7 @@ def test_a_backend_without_onnx_files_gets_the_counts_alone(convolution):
 
 def test_a_backend_that_cannot_run_is_an_error_with_its_reason():
     with pytest.raises(BackendError, match=r"ceilings of openvino.*runs on device='cpu' only"):
-        measure_ceilings("openvino", device="cuda", footprints=[SMALLEST])
+        measure_ceilings(RunOn("openvino", device="cuda"), footprints=[SMALLEST])
 
 
 def test_the_same_name_on_another_file_is_not_taken_for_it():
@@ -145,7 +148,7 @@ def test_a_precision_without_a_ceiling_of_its_own_is_bounded_by_float32s_and_say
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_int8_has_a_ceiling_of_its_own(backend):
-    found = measure_ceilings(backend, threads=1, arithmetic="int8", footprints=[SMALLEST])
+    found = measure_ceilings(RunOn(backend, threads=1), arithmetic="int8", footprints=[SMALLEST])
     assert found.arithmetic == "int8"
     assert all(1e8 < rate < 1e15 for rate in found.kernels.values())
 
@@ -153,13 +156,14 @@ def test_int8_has_a_ceiling_of_its_own(backend):
 def test_a_study_covers_every_setting_and_each_once(convolution, monkeypatch):
     asked = []
 
-    def measured(backend, *, device, threads, arithmetic, footprints):
+    def measured(run_on, *, arithmetic, footprints):
+        backend, threads = run_on.backend, run_on.threads
         asked.append((backend, threads, arithmetic))
         return Ceilings(backend, "cpu", threads, arithmetic, 1e9 * threads, {}, dict.fromkeys(footprints, 1e9))
 
     monkeypatch.setattr("rkd_deploy.bench.roofline.measure_ceilings", measured)
     settings = [
-        Setting(backend, None, threads, streams)
+        RunOn(backend, threads=threads, streams=streams)
         for backend in ("onnxruntime", "openvino")
         for threads in (1, 2)
         for streams in (1, 2)

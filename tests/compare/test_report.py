@@ -8,13 +8,14 @@ import json
 import pytest
 from rich.console import Console
 
+from rkd_deploy.backends import RunOn
 from rkd_deploy.compare import compare, print_comparison, timed, write_comparison
 from rkd_deploy.compare.report import draw
 
 
 @pytest.fixture(scope="session")
 def comparison(finished):
-    return timed(compare([finished["seed0"], finished["kd"]]), min_seconds=0.01, threads=1)
+    return timed(compare([finished["seed0"], finished["kd"]]), min_seconds=0.01, run_on=RunOn(threads=1))
 
 
 def test_every_network_is_timed(comparison):

@@ -74,21 +74,6 @@ def classifier() -> cifar_resnet.CifarResNet:
     return _scramble(cifar_resnet.CifarResNet(8, (8, 8, 8, 16), CLASSES))
 
 
-@pytest.fixture
-def classifier_of():
-    """Makes a scrambled CIFAR ResNet of a depth, with its card."""
-
-    def make(depth: int, size: int) -> tuple[nn.Module, ModelCard]:
-        preprocess = Preprocess(height=size, width=size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-        model = cifar_resnet.CifarResNet(depth, (16, 16, 32, 64), CLASSES)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):  # deep and random: keep the size of the maps
-                nn.init.kaiming_normal_(module.weight)
-        return model.eval(), ModelCard(name="deep", labels=tuple("abcde"), preprocess=preprocess)
-
-    return make
-
-
 @dataclass(frozen=True)
 class Trained:
     """A network that has learnt something, its float32 graph, and images to calibrate and to judge on."""

@@ -16,7 +16,7 @@ from torch import nn
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.adapters import Adapter
-from rkd_deploy.models.cost import Cost, count
+from rkd_deploy.models.cost import NetworkCost, count
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
@@ -45,9 +45,9 @@ BUDGET = ("student.round_to=1", "student.assistant_share=0.3")
 @pytest.fixture(autouse=True, scope="module")
 def costs_are_remembered() -> Iterator[None]:
     """The same few networks over and over: their widths are searched for, and their costs counted, once."""
-    known: dict[tuple[Any, ...], Cost] = {}
+    known: dict[tuple[Any, ...], NetworkCost] = {}
 
-    def counted(module: nn.Module, size: tuple[int, int]) -> Cost:
+    def counted(module: nn.Module, size: tuple[int, int]) -> NetworkCost:
         key = (size, *((name, tuple(value.shape)) for name, value in module.named_parameters()))
         known[key] = known.get(key) or count(module, size)
         return known[key]

@@ -1,4 +1,4 @@
-"""What an engine is built for: batch sizes, devices, compatibility; and which library can do what of it."""
+"""Settings of an engine's build, and which of the two libraries can do what of them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rkd_deploy.errors import BackendError, UsageError, install_line, require, unknown_name
+from rkd_deploy.fields import check_fields, option
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Flavour to import name."""
+"""Name of each library to its import name."""
 
 OLDEST_TENSORRT = 10
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """One of the two libraries, imported."""
+class Library:
+    """TensorRT or TensorRT-RTX, imported."""
 
     name: str
     """tensorrt or tensorrt-rtx."""
@@ -36,7 +38,7 @@ class Flavour:
 
     @property
     def version(self) -> str:
-        """Of the library, e.g. 11.4.0.106."""
+        """Version of the library, e.g. 11.4.0.106."""
         return str(self.trt.__version__)
 
     @property
@@ -52,8 +54,8 @@ class Flavour:
 
 
 @cache
-def load_flavour(name: str) -> Flavour:
-    """Import one of the two.
+def load_library(name: str) -> Library:
+    """Import TensorRT or TensorRT-RTX.
 
     Args:
         name: tensorrt or tensorrt-rtx.
@@ -63,16 +65,16 @@ def load_flavour(name: str) -> Flavour:
         BackendError: It is older than TensorRT 10.
     """
     if name not in PACKAGES:
-        raise BackendError(unknown_name("engine flavour", name, PACKAGES))
+        raise BackendError(unknown_name("engine library", name, PACKAGES))
     trt = require(PACKAGES[name], name)
     messages: list[str] = []
-    flavour = Flavour(name, trt, _logger(trt, messages), messages)
-    if not flavour.is_rtx and flavour.major < OLDEST_TENSORRT:
+    library = Library(name, trt, _logger(trt, messages), messages)
+    if not library.is_rtx and library.major < OLDEST_TENSORRT:
         raise BackendError(
-            f"TensorRT {flavour.version} is installed; strongly typed networks, which keep the precision that the ONNX "
+            f"TensorRT {library.version} is installed; strongly typed networks, which keep the precision that the ONNX "
             f"file is written in, need TensorRT {OLDEST_TENSORRT} or newer. Update with: {install_line(name)}"
         )
-    return flavour
+    return library
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
@@ -128,11 +130,11 @@ class Profile:
         Raises:
             UsageError: It is neither, or no range.
         """
-        found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
+        if match is None:
             raise UsageError(f"The profile {text!r} must be MIN:OPT:MAX batch sizes, e.g. 1:8:32, or one batch size.")
-        least = int(found[1])
-        return cls(least, int(found[2] or least), int(found[3] or least))
+        least = int(match[1])
+        return cls(least, int(match[2] or least), int(match[3] or least))
 
 
 DEFAULT_PROFILES = (Profile(1, 8, 32),)
@@ -148,73 +150,97 @@ class EngineSettings:
         compute_capabilities: RTX: GPUs to build for, e.g. ("8.6", "12.0"). None: every one that the library names.
         hardware: TensorRT: none (the GPU it is built on), ampere+ or same-capability.
         version_compatible: TensorRT: the engine runs in later versions of the same major version too, slower.
-        refit: Weights can be replaced later without a new build.
         tf32: Let float32 products round to 10 bits of mantissa: faster, and no longer what the file says.
         optimization_level: 0 to 5, how long to look for fast kernels; None: the library's own.
         workspace_bytes: Most device memory for scratch; None: all of it.
         timing_cache: TensorRT: a file that kernel timings are read from and written to, for faster next builds.
     """
 
-    profiles: tuple[Profile, ...] = DEFAULT_PROFILES
-    compute_capabilities: tuple[str, ...] | None = None
-    hardware: str = "none"
-    version_compatible: bool = False
-    refit: bool = False
-    tf32: bool = False
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
-    timing_cache: str | os.PathLike[str] | None = None
+    profiles: tuple[Profile, ...] = option(
+        "--profile",
+        "MIN:OPT:MAX batch, or one fixed batch; repeatable. Default: 1:8:32.",
+        default=DEFAULT_PROFILES,
+        reads=list[str],
+        parse=lambda texts: tuple(Profile.parse(text) for text in texts),
+    )
+    compute_capabilities: tuple[str, ...] | None = option(
+        "--compute-capability",
+        "RTX: a GPU to build for, e.g. 8.6; repeatable. Default: all.",
+        default=None,
+        reads=list[str],
+        parse=tuple,
+    )
+    hardware: str = option(
+        "--hardware",
+        "TensorRT: runs on ampere+ or same-capability GPUs, not one.",
+        default="none",
+        choices=tuple(HARDWARE),
+    )
+    version_compatible: bool = option(
+        "--version-compatible", "TensorRT: runs in later versions too, slower.", default=False
+    )
+    tf32: bool = option("--tf32", "Let float32 products round to 10 bits of mantissa.", default=False)
+    optimization_level: int | None = option(
+        "--optimization", "0 to 5, how long to look for kernels.", default=None, low=0, high=5
+    )
+    workspace_bytes: int | None = option(
+        "--workspace",
+        "Most scratch memory, in MiB.",
+        default=None,
+        reads=int,
+        parse=lambda mebibytes: mebibytes << 20,
+        low=1,
+        high=1 << 50,
+    )
+    timing_cache: str | os.PathLike[str] | None = option(
+        "--timing-cache", "TensorRT: file of kernel timings, read and written.", default=None, reads=Path
+    )
 
     def __post_init__(self) -> None:
         if not self.profiles:
             raise UsageError("An engine needs at least one profile of batch sizes, e.g. 1:8:32.")
-        if self.hardware not in HARDWARE:
-            raise UsageError(unknown_name("hardware compatibility", self.hardware, HARDWARE))
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UsageError(f"optimization_level is {self.optimization_level}; it must be 0 to 5.")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise UsageError(f"workspace_bytes is {self.workspace_bytes}; it must be at least 1, or left out.")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the timing cache: it changes how long a build takes and not what is asked of it."""
+        """For JSON, without the timing cache: it changes how long a build takes, and nothing else."""
         content = asdict(self)
         del content["timing_cache"]
         return {**content, "profiles": [str(profile) for profile in self.profiles]}
 
-    def check(self, flavour: Flavour) -> None:
+    def check(self, library: Library) -> None:
         """Refuse what this library cannot do.
 
         Raises:
             UsageError: Names the setting, the reason, and what to do instead.
         """
-        if flavour.is_rtx:
-            self._check_rtx(flavour.trt)
+        if library.is_rtx:
+            self._check_rtx(library.trt)
             return
         _refuse(
             self.compute_capabilities is not None,
-            "compute_capabilities",
-            "TensorRT builds for the GPU that it runs on. Use hardware='ampere+' or 'same-capability', or tensorrt-rtx",
+            "--compute-capability",
+            "TensorRT builds for the GPU that it runs on. Use --hardware ampere+ or same-capability, or tensorrt-rtx",
         )
         _refuse(
-            not hasattr(flavour.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
-            f"hardware={self.hardware!r}",
-            f"TensorRT {flavour.version} does not know this level. Update TensorRT, or use hardware='ampere+'",
+            not hasattr(library.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
+            f"--hardware {self.hardware}",
+            f"TensorRT {library.version} does not know this level. Update TensorRT, or use --hardware ampere+",
         )
 
     def _check_rtx(self, trt: Any) -> None:
         _refuse(
             self.hardware != "none",
-            f"hardware={self.hardware!r}",
-            "a TensorRT-RTX engine is finished on the GPU that runs it. Name the GPUs with compute_capabilities",
+            f"--hardware {self.hardware}",
+            "a TensorRT-RTX engine is finished on the GPU that runs it. Name the GPUs with --compute-capability",
         )
         _refuse(
             self.version_compatible,
-            "version_compatible",
+            "--version-compatible",
             "TensorRT-RTX comes without the lean runtime that such engines carry. Build again after an update",
         )
         _refuse(
             self.timing_cache is not None,
-            "timing_cache",
+            "--timing-cache",
             "TensorRT-RTX times no kernels when it builds. Leave it out",
         )
         known = capabilities(trt)
@@ -222,7 +248,7 @@ class EngineSettings:
             if capability not in known:
                 raise UsageError(unknown_name("compute capability", capability, known))
         if self.compute_capabilities == ():
-            raise UsageError("compute_capabilities is empty; name at least one, or leave it out for all of them.")
+            raise UsageError("--compute-capability names no GPU; name at least one, or leave it out for all of them.")
 
 
 def capabilities(trt: Any) -> dict[str, Any]:
@@ -237,6 +263,6 @@ def profile_for(batch: int, profiles: Sequence[Profile]) -> int | None:
     return min(covering, key=lambda index: abs(profiles[index].best - batch), default=None)
 
 
-def _refuse(asked: bool, setting: str, reason: str) -> None:
-    if asked:
+def _refuse(wanted: bool, setting: str, reason: str) -> None:
+    if wanted:
         raise UsageError(f"{setting} cannot be had here: {reason}.")

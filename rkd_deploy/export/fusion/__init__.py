@@ -27,9 +27,8 @@ as many multiplications more as the weights got zeros. With p_S, p_A the places 
 `wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
 level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`selection.py`).
 
-Batch norm is folded into the convolution before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
-beta its affine parameters and sd its standard deviation), by PyTorch's own fuser; where a network cannot be traced by
-it, or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
+Batch norm is folded into the convolution before it in every level (`batch_norm.py`); where a network cannot be traced,
+or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
 ResNet) stays: the other reader of that sum needs it without the norm, and the ReLU after it keeps it from the next
 convolution. It is one operation, per channel.
 
@@ -50,12 +49,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
 from rkd_deploy.models.adapters import Adapter, as_convolution
-from rkd_deploy.models.progressive import ProgressiveStudent, Step
+from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
@@ -94,7 +93,7 @@ class ExchangingBranches(nn.Module):
 class _AsTrained(nn.Module):
     """Sum over branches, then back to the width of each."""
 
-    def __init__(self, before: list[Step], after: list[Step]) -> None:
+    def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
         self.adapters = nn.ModuleList(step.adapter for step in before)
         self.backs = nn.ModuleList(step.back for step in after)
@@ -107,7 +106,7 @@ class _AsTrained(nn.Module):
 class _Folded(nn.Module):
     """One 1x1 convolution on the concatenated maps, its result split again."""
 
-    def __init__(self, before: list[Step], after: list[Step]) -> None:
+    def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
         U, c = joined([step.adapter for step in before])
         V, d = zip(*(_back_matrix(step.back, c) for step in after), strict=True)
@@ -129,7 +128,7 @@ def _back_matrix(back: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
 
 
-def _cheaper(before: list[Step], after: list[Step]) -> bool:
+def _cheaper(before: list[BranchStage], after: list[BranchStage]) -> bool:
     own = sum(step.adapter.in_channels for step in before)
     as_trained = sum(step.adapter.weight.numel() for step in before)
     as_trained += sum(step.back.weight.numel() for step in after if isinstance(step.back, nn.Conv2d))
@@ -271,9 +270,9 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         branches = _LastMaps([backbone for backbone, _ in model.branches()], model.trunk)
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
-        return _folded(model.eval())
+        return fold_batch_norms(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
-    return owner(_folded(branches.eval()), adapters, model.head).eval()
+    return owner(fold_batch_norms(branches.eval()), adapters, model.head).eval()
 
 
 def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped: bool) -> nn.Module:
@@ -288,7 +287,7 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
             merged = merge(backbones, grouped=grouped)
         else:  # the ends are merged, and share their input, the trunk's map, as branches share the image
             merged = merge(backbones, grouped=grouped, channels=model.trunk.channels)
-            trunk = _folded(_LastMap(model.trunk).eval())
+            trunk = fold_batch_norms(_LastMap(model.trunk).eval())
             merged = dataclasses.replace(merged, backbone=nn.Sequential(trunk, merged.backbone))
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
         return WideBranches(merged, adapters, model.head).eval()
@@ -298,11 +297,4 @@ def fuse_branch(
     backbone: FeatureNetwork, adapter: Adapter, head: nn.Module, trunk: FeatureNetwork | None = None
 ) -> nn.Module:
     """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(_folded(_LastMaps([backbone], trunk).eval()), [as_convolution(adapter)], head).eval()
-
-
-def _folded(network: nn.Module) -> nn.Module:
-    try:
-        return fold_batch_norm(network)
-    except Exception:  # a symbol in place of a tensor breaks Python code in any way; then nothing is folded here
-        return network
+    return FoldedTail(fold_batch_norms(_LastMaps([backbone], trunk).eval()), [as_convolution(adapter)], head).eval()

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rkd_deploy.backends import check_backend
-from rkd_deploy.errors import UsageError, require, unknown_name
+from rkd_deploy.errors import UsageError, require
+from rkd_deploy.fields import changed_flags, check_fields, check_number, option
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("cpu", "tensorrt", "openvino")
@@ -41,9 +41,8 @@ class Gates:
     """Most points of top-1 accuracy that may be lost, where the images have labels."""
 
     def __post_init__(self) -> None:
-        for option, value in (("--min-agreement", self.agreement), ("--max-drop", self.drop)):
-            if not 0 <= value <= 100:
-                raise UsageError(f"{option} {value} must be between 0 and 100, in %.")
+        check_number("--min-agreement", self.agreement, 0, 100)
+        check_number("--max-drop", self.drop, 0, 100)
 
 
 GATES = {
@@ -63,27 +62,37 @@ class PrecisionOptions:
         UsageError: A precision or target is unknown, does not apply to the other, or an option has no effect.
     """
 
-    precision: str = "fp32"
-    target: str | None = None
-    """Default: cpu. A float32 file is the same for every target."""
-    calibration: Path | None = None
-    """Folder of images to calibrate on, in place of the run's training images."""
-    count: int | None = None
-    """Images to calibrate on. Default: `calibration.COUNT`, or as many as there are."""
-    seed: int = 0
-    """Draws the images to calibrate on and, where the run has no validation images, those to judge on."""
-    keep: tuple[str, ...] = ()
-    """Layers left in float32; ("auto",) finds those that hurt."""
-    agreement: float | None = None
-    """Replaces the default of `GATES`, in %."""
-    drop: float | None = None
-    """Replaces the default of `GATES`, in points."""
+    precision: str = option("--precision", "fp32, fp16, bf16, int8 or fp8.", default="fp32", choices=PRECISIONS)
+    target: str | None = option(
+        "--target", "Of a lower precision: cpu (default), tensorrt or openvino.", default=None, choices=TARGETS
+    )
+    calibration: Path | None = option(
+        "--calibration", "Folder of images to calibrate on. Default: training images.", default=None
+    )
+    count: int | None = option(
+        "--calibration-count",
+        "How many of them. Default: 256, or all there are.",
+        default=None,
+        low=1,
+        high=1_000_000,
+    )
+    seed: int = option("--seed", "Draws images to calibrate and to judge on.", default=0, low=0, high=2**32 - 1)
+    keep: tuple[str, ...] = option(
+        "--keep",
+        "Layers to leave in float32: NAME,NAME or auto, which finds those that hurt.",
+        default=(),
+        reads=str,
+        parse=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+    )
+    agreement: float | None = option(
+        "--min-agreement", "Least % of held-out images that keep their class.", default=None, low=0, high=100
+    )
+    drop: float | None = option(
+        "--max-drop", "Most points of accuracy that may be lost on them.", default=None, low=0, high=100
+    )
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UsageError(unknown_name("--precision", self.precision, PRECISIONS))
-        if self.target is not None and self.target not in TARGETS:
-            raise UsageError(unknown_name("--target", self.target, TARGETS))
+        check_fields(self)
         if reason := _REFUSED.get((self.precision, self.runtime)):
             fitting = [target for target in TARGETS if (self.precision, target) not in _REFUSED]
             raise UsageError(
@@ -91,26 +100,19 @@ class PrecisionOptions:
                 f"Choose --target {' or '.join(fitting)}, or --precision fp16 or int8."
             )
         if self.precision not in QUANTISED:
-            self._refuse("which calibrates nothing", calibration=self.calibration, count=self.count)
-            self._refuse("which leaves no layer out", keep=self.keep)
+            self._refuse("which calibrates nothing", "calibration", "count")
+            self._refuse("which leaves no layer out", "keep")
         if self.precision == "fp32":
-            self._refuse("whose file is the same for every target", target=self.target)
-            self._refuse("which --tolerance holds to more", min_agreement=self.agreement, max_drop=self.drop)
+            self._refuse("whose file is the same for every target", "target")
+            self._refuse("which --tolerance holds to more", "agreement", "drop")
         if AUTO in self.keep and len(self.keep) > 1:
             raise UsageError(f"--keep {','.join(self.keep)}: auto finds the layers by itself; name layers, or auto.")
         if self.precision == "fp8" and AUTO in self.keep:
             raise UsageError("--keep auto searches for --precision int8 only. Name the layers: --keep NAME,NAME")
-        if self.count is not None and self.count < 1:
-            raise UsageError(f"--calibration-count {self.count} must be at least 1.")
-        if self.lowered:
-            _ = self.gates
 
-    def _refuse(self, why: str, **options: Any) -> None:
-        names = {"count": "calibration-count"}
-        for option, value in options.items():
-            if value not in (None, ()):
-                name = names.get(option, option).replace("_", "-")
-                raise UsageError(f"--{name} has no effect with --precision {self.precision}, {why}. Leave it out.")
+    def _refuse(self, why: str, *names: str) -> None:
+        for flag in changed_flags(self, *names):
+            raise UsageError(f"{flag} has no effect with --precision {self.precision}, {why}. Leave it out.")
 
     def check_installed(self) -> None:
         """Refuse what could not be converted or proven here, before anything is computed.

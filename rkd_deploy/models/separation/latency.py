@@ -1,4 +1,4 @@
-"""The widest networks that are no slower than a given one: a search by measurement.
+"""The widest networks that are no slower than S0: a search by measurement.
 
 What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.measuring`). Here is only the search. It
 moves along one number, the fraction of S0's MACs that a candidate may cost, because along it latency rises steadily, if
@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from rkd_deploy.errors import BudgetError
+from rkd_deploy.models.staged import Widths
 
-BranchWidths = tuple[tuple[int, ...], ...]
-"""Of one network, or of S and A."""
+BranchWidths = tuple[Widths, ...]
+"""Widths of every network of a candidate: of S0 alone, or of S and of its assistants."""
 
 STEPS = 50
 """Candidates cost 1/50, 2/50, .. of S0's MACs: what is found is the widest of these, to one step."""
@@ -38,19 +39,19 @@ class Reading:
     """A candidate and S0, timed in turn in one run.
 
     Attributes:
-        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over pairs of
-            turns of the ratio of their medians; else the ratio of the 10th percentiles, because what else runs on a
-            machine only ever adds to a latency.
+        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over
+            sessions, in which both are loaded afresh, of the ratio of their medians; else the ratio of the 10th
+            percentiles, because what else runs on a machine only ever adds to a latency.
         candidate_ms: Its median latency by batch size.
-        given_ms: That of S0.
+        s0_ms: That of S0.
         runs: How many calls of each were timed, by batch size.
-        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (infinite where so few
-            turns bound it on no side).
+        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (that of the
+            median over the sessions).
     """
 
     ratios: dict[int, float]
     candidate_ms: dict[int, float]
-    given_ms: dict[int, float]
+    s0_ms: dict[int, float]
     runs: dict[int, int]
     intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
 
@@ -59,11 +60,21 @@ class Reading:
         """The largest ratio."""
         return max(self.ratios.values())
 
+    def to_record(self) -> dict[str, Any]:
+        """The reading as facts.json keeps it, where S0's latency is called `given_ms`."""
+        return {
+            "ratios": self.ratios,
+            "candidate_ms": self.candidate_ms,
+            "given_ms": self.s0_ms,
+            "runs": self.runs,
+            "intervals": self.intervals,
+        }
+
 
 class Stopwatch(Protocol):
     """Times two classifiers against each other, as they would be deployed."""
 
-    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+    def compare(self, candidate: nn.Module, s0: nn.Module, *, level: str, confirm: bool) -> Reading:
         """Time both in turn, the candidate fused at this level; long enough to decide where `confirm` is set."""
         ...
 
@@ -91,19 +102,19 @@ class Fitting(NamedTuple):
 def fastest_fitting(
     make: Callable[[float], Candidate],
     stopwatch: Stopwatch,
-    given: nn.Module,
+    s0: nn.Module,
     target: float,
     *,
     above: float = 0.0,
     deadline: float | None = None,
 ) -> Fitting:
-    """The widest candidate that takes at most `target` times as long as a given network, at every batch size.
+    """The widest candidate that takes at most `target` times as long as S0, at every batch size.
 
     Args:
         make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none,
             and then for every smaller fraction too.
         stopwatch: Measures.
-        given: What the candidates are held against.
+        s0: What the candidates are held against.
         target: The ratio of latencies that is allowed, within `ROUNDING`.
         above: Where something else was found already: only fractions above this are of any use.
         deadline: When the search ends, by `time.monotonic`, if anything was found. Default: in `MAX_SECONDS`.
@@ -112,7 +123,7 @@ def fastest_fitting(
         BudgetError: No candidate is fast enough; the message has the numbers.
     """
     end = time.monotonic() + MAX_SECONDS if deadline is None else deadline
-    return _Search(make, stopwatch, given, target, above, end).run()
+    return _Search(make, stopwatch, s0, target, above, end).run()
 
 
 class _Search:
@@ -122,12 +133,12 @@ class _Search:
         self,
         make: Callable[[float], Candidate],
         stopwatch: Stopwatch,
-        given: nn.Module,
+        s0: nn.Module,
         target: float,
         above: float,
         deadline: float,
     ) -> None:
-        self._stopwatch, self._given, self._target = stopwatch, given, target
+        self._stopwatch, self._s0, self._target = stopwatch, s0, target
         self._above, self._end = above, deadline
         self._readings: list[dict[str, Any]] = []
         self._ratios: dict[BranchWidths, float] = {}  # the latest, a confirmed one in place of a short one
@@ -227,9 +238,9 @@ class _Search:
         if candidate.widths not in self._networks:
             self._networks[candidate.widths] = candidate.build()
         network = self._networks[candidate.widths]
-        reading = self._stopwatch.compare(network, self._given, level=candidate.level, confirm=confirm)
+        reading = self._stopwatch.compare(network, self._s0, level=candidate.level, confirm=confirm)
         widths = [list(widths) for widths in candidate.widths]
-        self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | asdict(reading))
+        self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | reading.to_record())
         return reading
 
     def _record(self, fraction: float, reading: Reading) -> dict[str, Any]:

@@ -23,9 +23,7 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, trace_channels
-from rkd_deploy.models.staged import FeatureNetwork, Staged, he_initialised
-
-Widths = tuple[int, ...]
+from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 
 WAY_OUT = "Give another S0: a convolutional network. Any network can be the teacher."
 
@@ -55,8 +53,8 @@ class Pruner:
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
-        self._prices = _Prices(network, self.channels, used_at)
-        self._check_prices(input_size)
+        self._cost_of = _CostOfWidths(network, self.channels, used_at)
+        self._check_cost(input_size)
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
         _run(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
 
@@ -68,7 +66,7 @@ class Pruner:
         """What each width is a multiple of: `round_to`, and whole groups of grouped convolutions."""
         return self.channels.steps(round_to)
 
-    def _check_prices(self, input_size: tuple[int, int]) -> None:
+    def _check_cost(self, input_size: tuple[int, int]) -> None:
         macs, known = count(self._network, input_size).macs, self.cost(self.widths)[0]
         if macs != known:
             raise UsageError(
@@ -78,11 +76,11 @@ class Pruner:
 
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
         """MACs of one image, and parameters, at these widths."""
-        return self._prices(widths)
+        return self._cost_of(widths)
 
     def output_channels(self, widths: Sequence[int]) -> int:
         """Channels of what comes out of the network, before anything is flattened."""
-        return self._prices.output_channels(widths)
+        return self._cost_of.output_channels(widths)
 
     def narrowed(self, widths: Sequence[int]) -> nn.Module:
         """A copy with the first so many channels of each width."""
@@ -102,7 +100,7 @@ class Pruner:
         return network
 
 
-class _Prices:
+class _CostOfWidths:
     """MACs and parameters as a function of the widths alone.
 
     Every tensor has a size that is a product of its axes', and a layer's MACs are its weights times the positions at

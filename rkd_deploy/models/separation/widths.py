@@ -1,4 +1,8 @@
-"""What a network of given widths costs, and the widest widths that a cost allows.
+"""What networks cost at given widths, and the widest widths that a budget allows.
+
+Letters: F cost, in MACs or parameters; P adapters, h head, k assistants, rho the share that they get. S and A fit when
+
+    F(S) + F(P_S) + k (F(A) + F(P_A)) + F(h) <= F(S0)        k (F(A) + F(P_A)) <= rho F(S0)
 
 "Widest" is a search over multiples of r_i, the least common multiple of `round_to` and what width i must be a multiple
 of anyway (`Staged.steps`), in two steps: the largest multiplier m whose widths max(r_i, floor(m w_i / r_i) r_i) fit,
@@ -10,47 +14,50 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from rkd_deploy.errors import BudgetError
 from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.progressive import adapter_cost
 from rkd_deploy.models.separation.pruning import Pruned
-from rkd_deploy.models.staged import Staged
-
-Widths = tuple[int, ...]
+from rkd_deploy.models.staged import Staged, Widths
 
 
-class Prices:
-    """Costs in one unit; networks are built without data and each is counted once.
+class CostModel:
+    """F of networks of one topology, in one unit. Networks are built without data, and each is counted once.
 
     Args:
-        given: S0, or a network of its topology.
+        network: S0, or a network of its topology.
         num_classes: K, of the head.
         size: Height and width of the images in pixels.
         unit: ``"macs"`` or ``"params"``.
         channels: C_T, to which the adapters lead.
         head: h, from C_T channels; None: a linear layer.
         stage_channels: C_T of every stage, where S and A exchange their maps at each.
+
+    Attributes:
+        head: F(h).
     """
 
     def __init__(
         self,
-        given: Staged,
+        network: Staged,
         num_classes: int,
         size: tuple[int, int],
         unit: str,
         channels: int,
-        head: nn.Module | None,
-        stage_channels: Sequence[int] | None,
+        head: nn.Module | None = None,
+        stage_channels: Sequence[int] | None = None,
     ) -> None:
-        self._given, self._size, self._unit, self._channels = given, size, unit, channels
+        self._network, self._size, self._unit, self._channels = network, size, unit, channels
         self._stage_channels = stage_channels
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         self._trunks: dict[tuple[Widths, int], int] = {}
         with torch.no_grad():
-            shadow = copy.deepcopy(given).to("meta").eval()
+            shadow = copy.deepcopy(network).to("meta").eval()
             last = shadow.features(torch.empty(1, 3, *size, device="meta"))[-1]
         self._positions = last.shape[-2] * last.shape[-1]
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
@@ -59,62 +66,71 @@ class Prices:
             self.head = cost.macs if unit == "macs" else cost.parameters
 
     def network(self, widths: Widths, num_classes: int | None) -> int:
-        """Of a network of these widths, with a linear head or (None) without one."""
+        """F of a network of these widths, with a linear head of K classes or (None) without a head."""
         return self._counted(widths, num_classes)[0]
 
     def trunk(self, widths: Widths, shared_stages: int) -> int:
-        """Of the first stages of a network of these widths."""
+        """F of the first stages of a network of these widths."""
         key = (widths, shared_stages)
         if key not in self._trunks:
             with torch.device("meta"):
-                stages = nn.Sequential(*self._given.rebuilt(widths, None).stages()[:shared_stages])
+                stages = nn.Sequential(*self._network.rebuilt(widths, None).stages()[:shared_stages])
             cost = count(stages, self._size)
             self._trunks[key] = cost.macs if self._unit == "macs" else cost.parameters
         return self._trunks[key]
 
     def adapter(self, widths: Widths) -> int:
-        """Of P, from a network of these widths to C_T channels; of all its adapters where maps are exchanged."""
+        """F(P) from a network of these widths to C_T channels; of all its adapters where maps are exchanged."""
         if self._stage_channels is not None:
             with torch.device("meta"), torch.no_grad():
-                maps = self._given.rebuilt(widths, None).eval().features(torch.empty(1, 3, *self._size))
-            shapes = [(one.shape[1], one.shape[2], one.shape[3]) for one in maps]
+                maps = self._network.rebuilt(widths, None).eval().features(torch.empty(1, 3, *self._size))
+            shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in maps]
             return adapter_cost(shapes, self._stage_channels, self._unit)
         weights = self._counted(widths, None)[1] * self._channels
         return weights * self._positions if self._unit == "macs" else weights + 2 * self._channels  # U, g and beta
+
+    def branch(self, widths: Widths) -> int:
+        """F of a branch: a network of these widths without a head, and its adapter."""
+        return self.network(widths, None) + self.adapter(widths)
+
+    def student(self, widths: Widths) -> int:
+        """F(S) + F(P_S) + F(h): S pays for the head."""
+        return self.branch(widths) + self.head
 
     def _counted(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
         """The network's cost, and the channels of its last map."""
         key = (widths, num_classes)
         if key not in self._known:
-            self._known[key] = self._pruned(*key) if isinstance(self._given, Pruned) else self._built(*key)
+            self._known[key] = self._pruned(*key) if isinstance(self._network, Pruned) else self._built(*key)
         return self._known[key]
 
     def _built(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
         with torch.device("meta"):
-            network = self._given.rebuilt(widths, num_classes)
+            network = self._network.rebuilt(widths, num_classes)
         cost = count(network, self._size)
         return cost.macs if self._unit == "macs" else cost.parameters, network.channels
 
     def _pruned(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
-        assert isinstance(self._given, Pruned)
-        macs, params = self._given.pruner.cost(widths)
-        channels = self._given.channels_at(widths)
+        # A pruned network's cost follows from its widths in microseconds; building one takes a second.
+        assert isinstance(self._network, Pruned)
+        macs, params = self._network.pruner.cost(widths)
+        channels = self._network.channels_at(widths)
         head = 0 if num_classes is None else channels * num_classes
         bias = num_classes or 0
         return macs + head if self._unit == "macs" else params + head + bias, channels
 
 
-def widest(price: Callable[[Widths], int], full: Widths, limit: int, round_to: int | Widths) -> Widths | None:
-    """The widest widths whose price is within the limit (the search of this module's docstring).
+def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: int | Widths) -> Widths | None:
+    """The widest widths whose cost is within the limit, by the search of this module's docstring.
 
     Args:
-        price: Cost of a network of these widths; rises with every width.
+        cost: Cost of a network of these widths; rises with every width.
         full: S0's widths, the upper bound.
-        limit: What the price must not exceed.
+        limit: What the cost must not exceed.
         round_to: Step of every width, or that of each.
 
     Returns:
-        The widths, or None when even the narrowest are too dear.
+        The widths, or None when even the narrowest cost too much.
     """
     steps = (round_to,) * len(full) if isinstance(round_to, int) else round_to
 
@@ -124,22 +140,198 @@ def widest(price: Callable[[Widths], int], full: Widths, limit: int, round_to: i
             for width, step in zip(full, steps, strict=True)
         )
 
-    if price(scaled(0)) > limit:
+    if cost(scaled(0)) > limit:
         return None
     low, high = 0, 1025  # multipliers in 1/1024: low fits, high does not (or is above 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if price(scaled(middle)) <= limit else (low, middle)
+        low, high = (middle, high) if cost(scaled(middle)) <= limit else (low, middle)
     widths = scaled(low)
     while True:
-        before, stages = widths, set(range(len(full)))
-        while stages:
-            stage = min(stages, key=lambda index: (widths[index] / full[index], index))
-            step = min(full[stage], widths[stage] + steps[stage])
-            wider = (*widths[:stage], step, *widths[stage + 1 :])
-            if step > widths[stage] and price(wider) <= limit:
+        before, growing = widths, set(range(len(full)))
+        while growing:
+            index = min(growing, key=lambda i: (widths[i] / full[i], i))
+            width = min(full[index], widths[index] + steps[index])
+            wider = (*widths[:index], width, *widths[index + 1 :])
+            if width > widths[index] and cost(wider) <= limit:
                 widths = wider
             else:
-                stages.remove(stage)  # what does not fit now will not fit among wider stages
-        if widths == before:  # every stage has been tried beside the final widths of the others
+                growing.remove(index)  # what does not fit now will not fit beside others that have grown
+        if widths == before:  # every width has been tried beside the final values of the others
             return widths
+
+
+@dataclass(frozen=True)
+class WidthBudget:
+    """What S and its assistants may cost together, and the widest widths within that.
+
+    Attributes:
+        costs: F of networks of S0's topology.
+        num_classes: K.
+        unit: ``"macs"`` or ``"params"``.
+        full: Widths of S0, the upper bound of every other.
+        steps: What each width is a multiple of, unless S0's own is smaller.
+        limit: F(S0).
+        share: rho, the part of the limit that all assistants and their adapters may take.
+        assistants: k.
+    """
+
+    costs: CostModel
+    num_classes: int
+    unit: str
+    full: Widths
+    steps: Widths
+    limit: int
+    share: float
+    assistants: int
+
+    @property
+    def narrowest(self) -> Widths:
+        """The least widths: one step each, or S0's own where that is less."""
+        return tuple(map(min, self.full, self.steps))
+
+    def narrowed_to(self, s0_widths: Widths) -> WidthBudget:
+        """The budget of an S0 that is narrower."""
+        return replace(self, full=s0_widths, limit=self.costs.network(s0_widths, self.num_classes))
+
+    def s0_within(self, fraction: float) -> Widths:
+        """The widest S0 that costs at most a fraction of the limit.
+
+        Raises:
+            BudgetError: Even the narrowest costs more.
+        """
+        limit = int(fraction * self.limit)
+        widths = widest(self._s0_cost, self.full, limit, self.steps)
+        if widths is None:
+            raise BudgetError(
+                f"The model costs {self.limit:,} {self.unit}, and fraction = {fraction} of it is {limit:,}; at the "
+                f"narrowest widths it costs {self._s0_cost(self.narrowest):,}. "
+                "Raise student.fraction, or lower student.round_to."
+            )
+        return widths
+
+    def split(self, limit: int) -> tuple[Widths, Widths]:
+        """The widest S and A, two branches from the image on, that together cost at most `limit`.
+
+        Where the limit is less than S0 costs, because latency asks for it, the narrowest A may take more than its share
+        of the limit, and no more than its share of S0: the limit alone leaves nothing that could be narrower.
+
+        Raises:
+            BudgetError: Even the narrowest S and A cost more.
+        """
+        assistant = self._assistant(limit, self.full)
+        rest = limit - self.assistants * self.costs.branch(assistant)
+        student = widest(self.costs.student, self.full, rest, self.steps)
+        if student is None:
+            raise self._too_small(limit, "the student with what the assistant left")
+        return student, assistant
+
+    def side_by_side(self, fraction: float) -> tuple[Widths, Widths]:
+        """S and A whose layers, laid side by side, are as wide as those of an S0 of a fraction of the limit.
+
+        Merged into one network they then take as long as that S0, zeros included. A has its share of that fraction, and
+        is nowhere wider than S. Where S0 has no room even for the narrowest of each, they are wider than it.
+
+        Raises:
+            BudgetError: Even the narrowest S and A cost more than S0.
+        """
+        merged = self.s0_within(fraction)
+        room = tuple(
+            max(low, width // (self.assistants + 1) // step * step)
+            for low, width, step in zip(self.narrowest, merged, self.steps, strict=True)
+        )
+        limit = self._s0_cost(merged)
+        assistant = self._assistant(limit, room)
+        rest = tuple(
+            max(low, (width - self.assistants * taken) // step * step)
+            for low, width, taken, step in zip(self.narrowest, merged, assistant, self.steps, strict=True)
+        )
+        # Half of the merged layers' weights are zeros that cost time and no MACs: widths bind here before MACs do, and
+        # the whole of S0's budget is allowed.
+        left = self.limit - self.assistants * self.costs.branch(assistant)
+        student = widest(self.costs.student, rest, left, self.steps)
+        if student is None:
+            raise self._too_small(limit, "the student with what the assistant left")
+        return student, assistant
+
+    def parted(self, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
+        """The widest S and A on one trunk that together cost no more than S0.
+
+        A's end gets the widths that its share pays for behind a trunk as wide as S0's. Trunk and S get what is left,
+        A's end priced behind that trunk: it is no wider, so A keeps within its share.
+
+        Args:
+            shared_stages: j.
+            shared: Which of the widths the trunk has, as indices; A's are those of S there.
+
+        Raises:
+            BudgetError: Even the narrowest S and A cost more.
+        """
+        ends = [index for index in range(len(self.full)) if index not in shared]
+
+        def behind(trunk: Widths, end: Widths) -> Widths:
+            own = dict(zip(ends, end, strict=True))
+            return tuple(own.get(index, width) for index, width in enumerate(trunk))
+
+        def end_cost(widths: Widths) -> int:
+            return self.costs.branch(widths) - self.costs.trunk(widths, shared_stages)
+
+        full, steps = (tuple(values[index] for index in ends) for values in (self.full, self.steps))
+        allowed = int(self.share / self.assistants * self.limit)
+        end = widest(lambda own: end_cost(behind(self.full, own)), full, allowed, steps)
+        if end is None:
+            least = end_cost(behind(self.full, tuple(map(min, full, steps))))
+            raise BudgetError(
+                f"The budget is too small for the assistant's end behind the trunk: S0 costs {self.limit:,}, of which "
+                f"assistant_share = {self.share} gives {allowed:,} to each of {self.assistants}, and the narrowest end "
+                f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {least:,}. Raise student.assistant_share, share "
+                "more stages (student.shared_stages), or lower student.round_to."
+            )
+
+        def whole_cost(widths: Widths) -> int:
+            return self.costs.student(widths) + self.assistants * end_cost(behind(widths, end))
+
+        student = widest(whole_cost, self.full, self.limit, self.steps)
+        if student is None:
+            raise self._too_small(self.limit, "the trunk and the student with what the assistant left")
+        return student, behind(student, end)
+
+    def account(self, student: Widths, assistant: Widths, *, shared_stages: int = 0) -> dict[str, int]:
+        """F of each part of S + A, the assistants' of all k together; a trunk of `shared_stages` is S's."""
+        costs, k = self.costs, self.assistants
+        trunk = costs.trunk(assistant, shared_stages) if shared_stages else 0
+        return {
+            "student": costs.network(student, None),
+            "assistant": k * (costs.network(assistant, None) - trunk),
+            "student_adapter": costs.adapter(student),
+            "assistant_adapter": k * costs.adapter(assistant),
+            "head": costs.head,
+        }
+
+    def _assistant(self, limit: int, room: Widths) -> Widths:
+        share = self.share / self.assistants
+        allowed = max(int(share * limit), min(self.costs.branch(self.narrowest), int(share * self.limit)))
+        assistant = widest(self.costs.branch, room, allowed, self.steps)
+        if assistant is None:
+            raise self._too_small(limit, "the assistant alone")
+        return assistant
+
+    def _s0_cost(self, widths: Widths) -> int:
+        return self.costs.network(widths, self.num_classes)
+
+    def _too_small(self, limit: int, part: str) -> BudgetError:
+        branch, k = self.costs.branch(self.narrowest), self.assistants
+        return BudgetError(
+            f"The budget is too small for {part}: S0 costs {limit:,}, of which assistant_share = {self.share} "
+            f"gives {'the assistant' if k == 1 else f'each of {k} assistants'} {int(self.share * limit / k):,}; "
+            f"at the narrowest widths {_few(self.narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an "
+            f"assistant costs {branch:,} and a student with the head {branch + self.costs.head:,}. "
+            f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, change student.assistant_share, "
+            "or give a larger S0."
+        )
+
+
+def _few(numbers: Widths) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return f"({', '.join(map(str, numbers[:9]))}{', ...' if len(numbers) > 9 else ''})"

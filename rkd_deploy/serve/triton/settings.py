@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.errors import UsageError
+from rkd_deploy.fields import check_fields, option
 
 BACKENDS = ("onnxruntime", "tensorrt", "python")
 """Of Triton: onnxruntime and python read model.onnx, tensorrt a plan, which runs in the TensorRT that built it only."""
+
+LARGEST_BATCH = 65_536
+"""Triton runs the largest batch once before it answers, so that a slip of the hand would cost the server's memory."""
 
 STORAGE_URI = "s3://BUCKET/PATH"
 """Stands where nobody said yet where the repository is uploaded to; upper case is no bucket's name."""
@@ -42,6 +46,24 @@ class Instances:
         return cls(found[1], int(found[2] or 1))
 
 
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"--preferred-batch {text!r} must be whole numbers, separated by commas, e.g. --preferred-batch 8,32."
+        ) from error
+
+
+def _versions(text: str) -> int | None:
+    """How many of the newest versions; None: all."""
+    if text == "all":
+        return None
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise UsageError(f"--serve-versions {text!r} must be a number or all.")
+    return int(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """What `export_triton` is asked for; what cannot be is refused here.
@@ -63,33 +85,65 @@ class Serving:
         UsageError: A value outside of its rule, or one that has no effect with the others.
     """
 
-    backend: str = "onnxruntime"
-    name: str | None = None
-    max_batch: int | None = None
-    preferred: tuple[int, ...] | None = None
-    queue_delay_us: int = 2000
-    instances: Instances | None = None
-    threads: int | None = None
-    versions: int | None = 1
-    storage_uri: str = STORAGE_URI
-    config: str | None = None
+    backend: str = option(
+        "--triton-backend", "onnxruntime, tensorrt (a plan) or python.", default="onnxruntime", choices=BACKENDS
+    )
+    name: str | None = option("--model-name", "Of the model in the repository. Default: by its card.", default=None)
+    max_batch: int | None = option(
+        "--max-batch",
+        "Most images of one run. Default: 32, or the plan's.",
+        default=None,
+        low=1,
+        high=LARGEST_BATCH,
+    )
+    preferred: tuple[int, ...] | None = option(
+        "--preferred-batch",
+        "Batch sizes to wait for, e.g. 8,32 (the default).",
+        default=None,
+        reads=str,
+        parse=_batch_sizes,
+    )
+    queue_delay_us: int = option(
+        "--queue-delay", "Microseconds to wait for a batch.", default=2000, low=0, high=60_000_000
+    )
+    instances: Instances | None = option(
+        "--instances",
+        "cpu or gpu, and how many copies, e.g. cpu:2. Default: 1.",
+        default=None,
+        reads=str,
+        parse=Instances.parse,
+    )
+    threads: int | None = option(
+        "--threads", "CPU threads of an instance.", default=None, low=1, high=1024, shared=True
+    )
+    versions: int | None = option(
+        "--serve-versions",
+        "How many of the newest answer, or all. Default: 1.",
+        default=1,
+        reads=str,
+        parse=_versions,
+        low=1,
+        high=1_000_000,
+    )
+    storage_uri: str = option(
+        "--storage-uri",
+        "Where KServe fetches the repository, e.g. s3://bucket/models.",
+        default=STORAGE_URI,
+    )
+    config: str | None = option(
+        "--config",
+        "keep or replace a config.pbtxt that stands there and differs.",
+        default=None,
+        choices=("keep", "replace"),
+    )
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise UsageError(unknown_name("--triton-backend", self.backend, BACKENDS))
+        check_fields(self)
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
             raise UsageError(
                 f"--model-name {self.name!r} names a folder and a part of an address: it must be up to 100 letters, "
                 "digits, dots, dashes or underscores, beginning with a letter or digit."
             )
-        counts = {"--max-batch": self.max_batch, "--threads": self.threads, "--serve-versions": self.versions}
-        for option, value in counts.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{option} {value} must be at least 1.")
-        if self.queue_delay_us < 0:
-            raise UsageError(f"--queue-delay {self.queue_delay_us} is in microseconds and must be at least 0.")
-        if self.config not in (None, "keep", "replace"):
-            raise UsageError(unknown_name("--config", self.config, ("keep", "replace")))
         self._check_devices()
         scheme = self.storage_uri.partition("://")[0]
         if scheme not in _STORAGES or not re.fullmatch(r"[^:\s]+://\S+", self.storage_uri):

@@ -76,8 +76,8 @@ class EndToEnd(Method):
         w, model = self.weights, self.model
         seen = view_teacher(self.teacher, x_NCHW)
         shared = model.shared(x_NCHW)
-        maps = model.maps(0, x_NCHW, shared)
-        s = model.levels(0, maps)
+        maps = model.stage_maps(0, x_NCHW, shared)
+        s = model.compared_maps(0, maps)
         f_T, sized_s = alike_each(model.targets(seen.maps), s)
         z_S = model.head(pool(s[-1]))
         error, last = over_stages(self.distance, w.stage, f_T, sized_s, f_T)
@@ -86,7 +86,7 @@ class EndToEnd(Method):
         k = len(model.assistants)
         for i in range(1, k + 1):
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
-            f_A = model.levels(i, model.maps(i, x_NCHW, shared))
+            f_A = model.compared_maps(i, model.stage_maps(i, x_NCHW, shared))
             _, sized_f_A = alike_each(r, f_A)
             known = [one.detach() for one in r] if self.detach else r
             error, last = over_stages(self.distance, w.stage, known, sized_f_A, f_T)

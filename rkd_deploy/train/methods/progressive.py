@@ -6,12 +6,13 @@ For k = 1 .. K, and within k for S, then A_1, then A_2, .. (the letters of `rkd_
     A_i:  L_i^k = w D(sg(f_T^k - s_k^{i-1}), P_i^k f_i^k)       s_k^i = P_S^k f_S^k + P_1^k f_1^k + .. + P_i^k f_i^k
     h:    L_h   = CE(h(GAP(s_K)), y)                            only where the head is trained or finetuned
 
-Each line is a phase. It trains one `Step`: the stage's layers, P and Q. What was trained before stands still, in eval
-mode, so the input s_{k-1} of a stage is final when the stage is trained; A's step is at 0 until it is its turn. Before
-the last stage there are no logits, so no accuracy is shown. X there is that part of the borrowed loss which this stage
-alone decides: a loss that is a sum over stages (AT) gives its term of stage k, one of the logits or of the last map
-(KD, DKD, SimKD) comes in with the last stage; those that mix stages (FitNet's hint, ReviewKD) do not fit and are
-refused by the recipe. The public part of the paper names this scheme and no more: the rest is this project's.
+Each line is a phase. It trains one `BranchStage`: the stage's layers, P and Q. What was trained before stands still,
+in eval mode, so the input s_{k-1} of a stage is final when the stage is trained; A's stage gives 0 until it is its
+turn. Before the last stage there are no logits, so no accuracy is shown. X there is that part of the borrowed loss
+which this stage alone decides: a loss that is a sum over stages (AT) gives its term of stage k, a loss of the logits
+or of the last map (KD, DKD, SimKD) comes in with the last stage; those that mix stages (FitNet's hint, ReviewKD) do
+not fit and are refused by the recipe. The public part of the paper names this scheme and no more: the rest is this
+project's.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ class StudentStep(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_S = w D(f_T, P_S f_S) [+ b X]."""
         seen = view_teacher(self.teacher, x_NCHW)
-        maps = self.model.maps(0, x_NCHW, self.model.shared(x_NCHW))
-        levels = self.model.levels(0, maps)
+        maps = self.model.stage_maps(0, x_NCHW, self.model.shared(x_NCHW))
+        levels = self.model.compared_maps(0, maps)
         z_S = self.model.head(pool(levels[-1]))
         f_T, sized = alike_each(self.model.targets(seen.maps), levels)
         error, last = over_stages(self.distance, self.stage_weight, f_T, sized, f_T)
@@ -197,11 +197,11 @@ class AssistantStep(Method):
         model = self.model
         with torch.no_grad():
             shared = model.shared(x_NCHW)
-            before = [model.levels(b, model.maps(b, x_NCHW, shared)) for b in range(self.number)]
+            before = [model.compared_maps(b, model.stage_maps(b, x_NCHW, shared)) for b in range(self.number)]
             s = functools.reduce(added, before)
             f_T, sized_s = alike_each(model.targets(self.teacher.features(x_NCHW)), s)
             r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
-        f_A = model.levels(self.number, model.maps(self.number, x_NCHW, shared))
+        f_A = model.compared_maps(self.number, model.stage_maps(self.number, x_NCHW, shared))
         _, sized_f_A = alike_each(r, f_A)
         error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A, f_T)
         with torch.no_grad():

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from rkd_deploy.backends import available, infer_many, load_backend
+from rkd_deploy.backends import RunOn, available, infer_many, load_backend
 from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
+from tests.support.benching import bench_settings
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
 
@@ -52,7 +53,7 @@ def test_a_new_shape_runs_once_and_is_captured_then_one_launch_is_a_run(gpu, fla
         ]
         backend.infer(zoo.pixels(3, seed=5))
         assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
-        assert backend.cuda_graph
+        assert backend.info.cuda_graph
 
 
 def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavour, model, zoo):
@@ -70,13 +71,13 @@ def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavou
 
 
 def test_without_a_graph_every_run_is_enqueued(gpu, flavour, model, zoo):
-    with FLAVOURS[flavour](model, cuda_graph=False) as backend:
+    with FLAVOURS[flavour](model, RunOn(flavour, cuda_graph=False)) as backend:
         backend.infer(zoo.pixels(1))
         calls(gpu.device)
         x = zoo.pixels(1, seed=1)
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
         assert calls(gpu.device) == ["MemcpyAsync", "execute_async_v3", "MemcpyAsync", "StreamSynchronize"]
-        assert not backend.cuda_graph
+        assert not backend.info.cuda_graph
 
 
 def test_rtx_captures_only_what_it_says_can_be(gpu, model, zoo):
@@ -84,7 +85,7 @@ def test_rtx_captures_only_what_it_says_can_be(gpu, model, zoo):
     with load_backend("tensorrt-rtx", model) as backend:
         x = zoo.pixels(2)
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
-        assert not backend.cuda_graph
+        assert not backend.info.cuda_graph
 
 
 def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, model, zoo):
@@ -100,17 +101,14 @@ def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, 
         assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
         prepared._buffers["logits"].download(backend._stream)
         backend.synchronize()
-        np.testing.assert_array_equal(prepared.outputs_host["logits"], zoo.answer(zoo.pixels(2)))
+        np.testing.assert_array_equal(prepared.logits_host, zoo.answer(zoo.pixels(2)))
 
 
-def test_every_output_is_given_by_name_logits_first(gpu, zoo, tmp_path):
+def test_logits_are_found_by_name(gpu, zoo, tmp_path):
     x = zoo.pixels(2)
     with load_backend("tensorrt", zoo.build(tmp_path / "m.onnx", extra=True)) as backend:
-        assert backend.outputs == ("logits", "sums")
-        outputs = backend.infer_all(x)
+        assert backend.info.outputs == ("logits", "sums")
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
-    np.testing.assert_array_equal(outputs["logits"], zoo.answer(x))
-    np.testing.assert_array_equal(outputs["sums"], x.sum(axis=(1, 2), dtype=np.float32))
 
 
 def test_threads_take_turns(gpu, model, zoo):
@@ -123,7 +121,7 @@ def test_threads_take_turns(gpu, model, zoo):
 def test_profiles_are_chosen_by_the_batch_and_only_changed_when_it_must_be(gpu, flavour, model, zoo):
     settings = EngineSettings(profiles=(Profile(1, 1, 1), Profile(2, 8, 8)))
     with FLAVOURS[flavour](model, settings=settings) as backend:
-        assert backend.max_batch == 8
+        assert backend.info.max_batch == 8
         gpu.device.log.clear()
         for batch in (1, 4, 8, 1):
             x = zoo.pixels(batch)
@@ -138,14 +136,14 @@ def test_profiles_are_chosen_by_the_batch_and_only_changed_when_it_must_be(gpu, 
 def test_many_inputs_run_in_chunks_that_the_engine_takes(gpu, zoo, model, tmp_path):
     x = zoo.pixels(70)
     with load_backend("tensorrt", model) as backend:
-        assert backend.input_shape == (None, 4, 4, 3)
+        assert backend.info.input_shape == (None, 4, 4, 3)
         np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
     for settings, file in (
         (EngineSettings(profiles=(Profile(8, 8, 8),)), model),
         (EngineSettings(), zoo.build(tmp_path / "static.onnx", batch=8)),
     ):
         with TensorRtBackend(file, settings=settings) as backend:
-            assert backend.input_shape[0] == 8
+            assert backend.info.input_shape[0] == 8
             np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
 
 
@@ -153,9 +151,9 @@ def test_an_engine_is_built_once_and_kept_by_file_gpu_version_and_settings(gpu, 
     def built(**options):
         with FLAVOURS[flavour](model, **options) as backend:
             np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
-            assert (backend.build_seconds is not None) == any(entry[0] == "build" for entry in gpu.device.log)
+            assert (backend.info.build_seconds is not None) == any(entry[0] == "build" for entry in gpu.device.log)
             gpu.device.log.clear()
-            return backend.build_seconds is not None
+            return backend.info.build_seconds is not None
 
     assert built()
     assert not built()
@@ -174,13 +172,13 @@ def test_a_damaged_engine_in_the_cache_is_built_again(gpu, model, tmp_path, zoo)
     (kept,) = (tmp_path / "cache/engines").glob("*/model.engine")
     kept.write_bytes(kept.read_bytes()[:-1])
     with load_backend("tensorrt", model) as backend:
-        assert backend.build_seconds is not None
+        assert backend.info.build_seconds is not None
         np.testing.assert_array_equal(backend.infer(zoo.pixels(1)), zoo.answer(zoo.pixels(1)))
 
 
 def test_bench_says_how_long_the_build_took_once(gpu, model):
     settings = {"backend": "tensorrt", "batches": (1, 8), "min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
-    first, second = bench([model], **settings), bench([model], **settings)
+    first, second = bench([model], bench_settings(**settings)), bench([model], bench_settings(**settings))
     assert [result.device for result in first] == ["cuda:0", "cuda:0"]
     assert all(result.build_seconds > 0 for result in first)
     assert [result.build_seconds for result in second] == [None, None]
@@ -192,7 +190,7 @@ def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, mod
     def run(batches, told=None):
         settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
         progress = None if told is None else lambda *step: told.append(step)
-        found = bench([model], backend=flavour, batches=batches, progress=progress, **settings)
+        found = bench([model], bench_settings(backend=flavour, batches=batches, **settings), progress=progress)
         engine = tmp_path / "cache/engines" / found[0].engine_kept / "model.engine"
         return found[0].build_seconds is not None, read_engine(engine)[1].profiles
 
@@ -213,7 +211,10 @@ def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, mod
 def test_a_bundles_engine_that_does_not_take_a_batch_is_refused_before_anything_is_measured(gpu, flavour, model):
     export_engine(model, flavour)
     with pytest.raises(UsageError, match=r"batch of 64.*1:8:32.*name its ONNX file"):
-        bench([model.parent], backend=flavour, batches=[1, 64], min_seconds=0.0, min_runs=1, warmup_seconds=0.0)
+        bench(
+            [model.parent],
+            bench_settings(backend=flavour, batches=[1, 64], min_seconds=0.0, min_runs=1, warmup_seconds=0.0),
+        )
     assert "execute_async_v3" not in calls(gpu.device)
 
 
@@ -221,7 +222,9 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
     settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0, "transfers": None, "batches": [2]}
     for cuda_graph in (True, False):
         gpu.device.log.clear()
-        done = record_bench([model], {**settings, "backend": flavour, "cuda_graph": cuda_graph}, tmp_path / "out")
+        done = record_bench(
+            [model], bench_settings(**{**settings, "backend": flavour, "cuda_graph": cuda_graph}), tmp_path / "out"
+        )
         assert ("GraphLaunch" in calls(gpu.device)) == cuda_graph
         assert done.results[0].cuda_graph is cuda_graph
         record = json.loads(done.report.record.read_text())
@@ -232,10 +235,10 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
     made = export_engine(model, flavour)
     with load_backend(flavour, model.parent) as backend:
-        assert backend.engine_file == made.file
-        assert backend.build_seconds is None
+        assert backend.info.file == made.file
+        assert backend.info.build_seconds is None
         assert backend.precision == "fp32"
-        assert "rkd_deploy.card" in backend.metadata()
+        assert "rkd_deploy.card" in backend.info.metadata
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     zoo.build(model, bias=(1.0, 0.0, 0.0))
     with pytest.raises(ModelFileError, match=r"another model than the model\.onnx beside it"):
@@ -246,7 +249,7 @@ def test_a_foreign_engine_without_a_record_runs_where_the_library_takes_it(gpu, 
     plan = tmp_path / "by_hand.plan"
     plan.write_bytes(export_engine(model, flavour).file.read_bytes())
     with load_backend(flavour, plan) as backend:
-        assert (backend.precision, dict(backend.metadata())) == ("unknown", {})
+        assert (backend.precision, dict(backend.info.metadata)) == ("unknown", {})
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     gpu.device.name = "Another GPU"
     with pytest.raises((BackendError, ModelFileError), match=r"Another GPU \(9\.0\)"):
@@ -283,7 +286,7 @@ def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(
 )
 def test_hardware_compatibility_says_where_else_it_runs(gpu, model, hardware, capability, runs):
     record = export_engine(model, "tensorrt", EngineSettings(hardware=hardware)).record
-    library, name = load_flavour("tensorrt"), ".".join(map(str, capability))
+    library, name = load_library("tensorrt"), ".".join(map(str, capability))
     if runs:
         record.check_fits(library, "Another GPU", name)
     else:
@@ -371,7 +374,7 @@ def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavo
     with pytest.raises(MissingDependencyError, match="cuda-bindings"):
         load_backend(flavour, "model.onnx")
     monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
-    load_flavour.cache_clear()
+    load_library.cache_clear()
     assert f"pip install 'rkd-deploy[{flavour}]'" in found().reason
 
 
@@ -384,4 +387,4 @@ def test_the_record_beside_the_engine_is_json_for_others(gpu, model):
     assert written["layers_of"] == "engine"
     assert written["layers"][0]["name"].startswith("fused Cast+ReduceSum")
     gpu.install("11.5.0")
-    made.record.check_fits(load_flavour("tensorrt"), "Simulated GPU", "9.0")
+    made.record.check_fits(load_library("tensorrt"), "Simulated GPU", "9.0")

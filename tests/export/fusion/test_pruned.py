@@ -44,7 +44,7 @@ def test_a_network_is_split_within_its_cost_learns_and_is_exported(name: str) ->
     assert count(model, SIDE).macs == made.cost <= made.budget == count(given, SIDE).macs
     assert made.cost > 0.97 * made.budget
     for network in (made.student, made.assistant):
-        trio = zip(network.widths, network.steps(8), made.given_widths, strict=True)
+        trio = zip(network.widths, network.steps(8), made.s0_widths, strict=True)
         assert all(width % step == 0 or width == own for width, step, own in trio)
     x_NCHW, y_N = torch.randn(8, 3, SIDE, SIDE), torch.arange(8) % CLASSES
     check_steps(model.train(), x_NCHW, y_N)

@@ -47,7 +47,7 @@ def test_every_precision_below_float32_has_limits_and_a_backend_that_proves_it()
         ({"precision": "fp32", "drop": 1.0}, r"--max-drop has no effect with --precision fp32"),
         ({"precision": "int8", "keep": ("auto", "conv1")}, r"name layers, or auto"),
         ({"precision": "fp8", "target": "tensorrt", "keep": ("auto",)}, r"--keep auto searches for --precision int8"),
-        ({"precision": "int8", "count": 0}, r"--calibration-count 0 must be at least 1"),
+        ({"precision": "int8", "count": 0}, r"--calibration-count 0 must be a whole number between 1 and 1000000"),
         ({"precision": "int8", "agreement": 101.0}, r"--min-agreement 101.0 must be between 0 and 100"),
         ({"precision": "int8", "drop": float("nan")}, r"--max-drop nan must be between"),
     ],

@@ -43,7 +43,7 @@ class Formula:
         self.random = np.random.default_rng(seed)
         self.calls: list[bool] = []
 
-    def compare(self, candidate: nn.Module, given: nn.Module, *, level: str, confirm: bool) -> Reading:
+    def compare(self, candidate: nn.Module, s0: nn.Module, *, level: str, confirm: bool) -> Reading:
         self.calls.append(confirm)
         true = {batch: self.true_ratio(candidate, batch, level) for batch in (1, 8)}
         spread = self.noise * (1 / 3 if confirm else 1)
@@ -148,15 +148,15 @@ class BranchFormula(Formula):
     """MACs counted on the networks, and so much more for every branch; layers side by side are one dense network.
 
     Args:
-        given: S0.
+        s0: The network that is cut.
         per_branch: In units of the latency of S0's MACs.
         merges: Whether branches can be laid side by side at all.
     """
 
-    def __init__(self, given: CifarResNet, per_branch: float, merges: bool = True) -> None:
+    def __init__(self, s0: CifarResNet, per_branch: float, merges: bool = True) -> None:
         super().__init__()
-        self.per_branch, self.given, self.merges = per_branch, given, merges
-        self.given_macs = count(given, 32).macs
+        self.per_branch, self.s0, self.merges = per_branch, s0, merges
+        self.s0_macs = count(s0, 32).macs
 
     def true_ratio(self, candidate: nn.Module, batch: int, level: str) -> float:
         assert isinstance(candidate, ResidualStudent)
@@ -164,9 +164,9 @@ class BranchFormula(Formula):
             if not self.merges:
                 raise UsageError("these do not merge")
             with torch.device("meta"):
-                merged = self.given.rebuilt(merged_widths(candidate), 10)
-            return (self.per_branch + count(merged, 32).macs / self.given_macs) / (self.per_branch + 1)
-        branches, macs = len(candidate.branches()), count(candidate, 32).macs / self.given_macs
+                merged = self.s0.rebuilt(merged_widths(candidate), 10)
+            return (self.per_branch + count(merged, 32).macs / self.s0_macs) / (self.per_branch + 1)
+        branches, macs = len(candidate.branches()), count(candidate, 32).macs / self.s0_macs
         return (branches * self.per_branch + macs) / (self.per_branch + 1)
 
 
@@ -178,7 +178,7 @@ def merged_widths(model: ResidualStudent) -> tuple[int, ...]:
 def cut_by(stopwatch: BranchFormula, **how: Any) -> Separation:
     settings: dict[str, Any] = {"num_classes": 10, "input_size": 32, "assistant_share": 0.2, "round_to": 8}
     with torch.no_grad():
-        return separate(stopwatch.given, budget="latency", stopwatch=stopwatch, **(settings | how))
+        return separate(stopwatch.s0, budget="latency", stopwatch=stopwatch, **(settings | how))
 
 
 @pytest.mark.parametrize("per_branch", [0.05, 0.3, 0.6])
@@ -192,7 +192,7 @@ def test_s_and_a_fill_what_their_second_branch_leaves(per_branch: float) -> None
     assert macs <= allowed
     assert made.latency["fused"]["worst_ratio"] == pytest.approx((2 * per_branch + macs) / (per_branch + 1))
     # The steps of S are coarse (8 channels): the next wider one is more than what is allowed.
-    full, steps = made.given_widths, made.student.steps(8)
+    full, steps = made.s0_widths, made.student.steps(8)
     prices = [
         made.cost - made.parts["student"] + count(made.student.rebuilt(wider, None), 32).macs
         for wider in (
@@ -219,7 +219,7 @@ def test_where_a_branch_costs_much_the_layers_stand_side_by_side_and_are_as_many
     fused = made.latency["fused"]
     assert fused["level"] == "wide"
     assert tuple(s + assistants * a for s, a in zip(made.student.widths, made.assistant.widths, strict=True)) == (
-        made.given_widths
+        made.s0_widths
     )
     assert fused["worst_ratio"] == pytest.approx(1.0)
     assert made.cost < made.budget

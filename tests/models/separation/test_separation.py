@@ -161,7 +161,7 @@ def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separatio
     return Separation(
         student=made.student.rebuilt(widths, None),
         assistants=made.assistants,
-        given_widths=made.given_widths,
+        s0_widths=made.s0_widths,
         cost=sum(parts.values()),
         budget=made.budget,
         unit=made.unit,

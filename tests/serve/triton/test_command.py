@@ -62,7 +62,7 @@ def test_a_bundle_becomes_the_next_version(bundles, tmp_path):
             "--format onnx writes no model repository.*--max-batch",
         ),
         (("--format", "onnx", "--repository", "r"), "has no use for --repository"),
-        (("--format", "triton", "--refit"), "--format triton builds no engine"),
+        (("--format", "triton", "--tf32"), "--format triton builds no engine"),
         (("--format", "triton", "--fuse", "sum"), "exported already is what it is, and has no use for --fuse"),
         (("--format", "triton", "--output", "o"), "has no use for --output"),
         (("--format", "triton", "--preferred-batch", "8;16"), "must be whole numbers"),

@@ -37,7 +37,7 @@ def with_plan(bundles, tmp_path):
         folder = shutil.copytree(bundles[0], tmp_path / "planned")
         source = read_source(folder)
         record = EngineRecord(
-            flavour="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
+            library="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
             compute_capabilities=(), driver=12080, profiles=profiles, precision="fp32", settings={},
             onnx_name="model.onnx", onnx_sha256=source.sha256, engine_bytes=4, build_seconds=1.0,
             engine_sha256=hashlib.sha256(b"plan").hexdigest(),
@@ -240,8 +240,12 @@ def test_a_file_of_others_has_no_labels(tmp_path):
     [
         ({"backend": "onnx"}, "Did you mean 'onnxruntime'"),
         ({"name": "../up"}, "'../up' names a folder"),
-        ({"max_batch": 0}, "--max-batch 0 must be at least 1"),
-        ({"versions": 0}, "--serve-versions 0 must be"),
+        ({"max_batch": 0}, "--max-batch 0 must be a whole number between 1 and 65536"),
+        ({"max_batch": 999_999_999_999}, "--max-batch 999999999999 must be a whole number between 1 and 65536"),
+        ({"max_batch": 1.5}, "--max-batch 1.5 must be a whole number between 1 and 65536"),
+        ({"max_batch": True}, "--max-batch True must be a whole number"),
+        ({"threads": 2**31}, "--threads 2147483648 must be a whole number between 1 and 1024"),
+        ({"versions": 0}, "--serve-versions: versions = 0 must be"),
         ({"queue_delay_us": -1}, "--queue-delay -1"),
         ({"config": "overwrite"}, "Choices: keep, replace"),
         ({"backend": "tensorrt", "instances": Instances("cpu")}, "plans on GPUs only"),
