@@ -54,6 +54,8 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         """Images uint8 [n, H, W, C] and labels [n]."""
         labels_N, done = self.split.labels_N.numpy(), 0
+        if not len(labels_N):  # nothing was held out: no batch, where the split would give one without images
+            return
         for images_NCHW in self.split.chunks(min(CHUNK, batch_of(self.split.image_size))):
             yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
             done += len(images_NCHW)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.models.adapters import Adapter
+from rkd_deploy.models.stage_run import StageRun, joined
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
@@ -67,7 +68,7 @@ class ResidualStudent(nn.Module):
         channels: int,
         num_classes: int,
         head: nn.Module | None = None,
-        trunk: FeatureNetwork | None = None,
+        trunk: StageRun | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -82,6 +83,13 @@ class ResidualStudent(nn.Module):
         """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
         return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, Adapter]]", list(pairs))]
+
+    def student_network(self) -> FeatureNetwork:
+        """S from the images on, the trunk in front of it where there is one; the layers are the model's."""
+        if self.trunk is None:
+            return self.student
+        assert isinstance(self.student, StageRun)
+        return joined(self.trunk, self.student)
 
     def parts(self, branch: int) -> list[nn.Module]:
         """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters; the trunk is S's."""

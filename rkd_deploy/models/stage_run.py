@@ -42,3 +42,8 @@ class StageRun(FeatureNetwork):
     def without_head(self) -> FeatureNetwork:
         """A copy: there is no head."""
         return copy.deepcopy(self)
+
+
+def joined(*runs: StageRun) -> StageRun:
+    """Runs that follow each other as one, of the same layers."""
+    return StageRun([stage for run in runs for stage in run.stages], runs[-1].channels)

@@ -224,7 +224,7 @@ class Planner:
     def _base_of(self, model: ResidualStudent | ProgressiveStudent) -> WeightedLoss | None:
         if self.recipe.method.loss == "none":
             return None
-        student = model.student if isinstance(model, ResidualStudent) else model
+        student = model.student_network() if isinstance(model, ResidualStudent) else model
         return self._borrowed(student)
 
     def _borrowed(self, network: nn.Module) -> WeightedLoss:

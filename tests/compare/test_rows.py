@@ -27,8 +27,10 @@ def test_every_network_has_a_row_and_the_controls_stand_before_what_they_control
         "S0, cross_entropy",
         "S0, cross_entropy + at",
         "S0, kd",
+        "S0, same losses, sequential",
         "S alone, sequential",
         "S + A, sequential",
+        "S0, same losses, sequential + at",
         "S alone, sequential + at",
         "S + A, sequential + at",
     ]

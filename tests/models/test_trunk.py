@@ -104,15 +104,20 @@ def test_widths_of_a_trunk_are_those_that_its_stages_have(name: str) -> None:
         assert found == [{0, 1}, {0, 1, 2}]
 
 
+SHARES = {"shufflenetv1": 0.8}
+"""Where 0.3 of the parameters is less than the narrowest end: most of them are in its last stage."""
+
+
 @pytest.mark.parametrize("unit", ["macs", "params"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_s_and_a_on_a_trunk_keep_the_budget(name: str, unit: str) -> None:
-    made = separate(name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=0.3)
+    share = SHARES.get(name, 0.3)
+    made = separate(name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=share)
     C_T = zoo.create(name, CLASSES).channels
     model = parted(made.student, made.assistants, made.shared_stages, C_T, CLASSES)
     cost = count(model, 32)
     assert (cost.macs if unit == "macs" else cost.parameters) == made.cost <= made.budget
-    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= 0.3 * made.budget
+    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= share * made.budget
     assert made.level == "tail"
     assert made.shared_stages == len(zoo.create(name, CLASSES).stages()) - 1
 
