@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rkd_deploy.bench.results import Result
-    from rkd_deploy.bench.timing import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
@@ -140,22 +139,29 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+class StatusLine(Protocol):
+    """Shows what is at work now."""
+
+    def __call__(self, name: str, share: float | None = None) -> None:
+        """The stage or the model, and how much of it is done, from 0 to 1, where that is known."""
+
+
 @contextmanager
-def status(text: str) -> Iterator[Progress]:
+def status(text: str) -> Iterator[StatusLine]:
     """A line on standard error that moves while the block runs; in anything but a terminal it says nothing.
 
     Args:
         text: What is being done.
 
     Yields:
-        To be told which model is measured, and how far.
+        To be called with the stage or the model that is at work, and how far it is.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status(text) as line:
 
-        def update(name: str, share: float) -> None:
-            line.update(f"{text}: {name}, {share:.0%}")
+        def update(name: str, share: float | None = None) -> None:
+            line.update(f"{text}: {name}" + ("" if share is None else f", {share:.0%}"))
 
         yield update
