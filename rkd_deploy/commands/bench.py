@@ -17,14 +17,14 @@ from rkd_deploy.commands.options import (
     Json,
     Root,
     Threads,
+    as_dict,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
     newest_bundle,
-    plain,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
@@ -43,7 +43,7 @@ def report(
 
     Self-contained HTML and Markdown; several benches, of several machines say, side by side.
     """
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
     from rkd_deploy.bench.reading import read_bench, read_record
     from rkd_deploy.commands.options import status
     from rkd_deploy.report.writing import write_bench_report
@@ -51,7 +51,7 @@ def report(
     folder = output or records[0].parent
     kinds = [read_record(path)["kind"] for path in records]
     if kinds == ["compare"]:
-        need("train", "torch", "safetensors")
+        require_all("train", "torch", "safetensors")
         from rkd_deploy.compare import read_comparison, write_comparison_report
 
         comparison = read_comparison(records[0])
@@ -68,7 +68,7 @@ def report(
         )
     console_for(as_json).print(f"Report {pages.page}")
     if as_json:
-        emit({"report": str(pages.page), "markdown": str(pages.markdown)})
+        print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
 
 
 def report_folder(report: Path | None, output: Path | None) -> Path | None:
@@ -79,7 +79,7 @@ def report_folder(report: Path | None, output: Path | None) -> Path | None:
         raise UsageError(
             f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
         )
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
     return report
 
 
@@ -158,7 +158,7 @@ def bench(
     if resident and end_to_end:
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     if roofline:
-        need("export", "onnx")
+        require_all("export", "onnx")
     folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
@@ -173,8 +173,8 @@ def bench(
         run_on=combinations(
             backends or ["onnxruntime"],
             device=device,
-            threads=None if threads is None else whole("--threads", threads),
-            streams=whole("--streams", streams),
+            threads=None if threads is None else parse_ints("--threads", threads),
+            streams=parse_ints("--streams", streams),
             memory_limit=None if memory_limit is None else memory_limit << 20,
             cuda_graph=cuda_graph,
         ),
@@ -183,7 +183,7 @@ def bench(
         min_runs=min_runs,
         warmup_seconds=warmup,
         transfers=False if resident else True if end_to_end else None,
-        shape=None if shape is None else tuple(whole("--shape", shape)),
+        shape=None if shape is None else tuple(parse_ints("--shape", shape)),
         data=data,
     )
     asked = scenarios or []
@@ -225,9 +225,11 @@ def bench(
             made["report"] = str(write_bench_report([record], folder).page)
         console.print(f"Report {made['report']}")
     if as_json:
-        scenarios_json = [plain(one) for one in record.scenarios]
+        scenarios_json = [as_dict(one) for one in record.scenarios]
         predicted = study.to_record().get("roofline")
-        emit({**made, "results": brief(record.results), "loadgen": scenarios_json, "roofline": predicted})
+        print_json(
+            {**made, "results": without_samples(record.results), "loadgen": scenarios_json, "roofline": predicted}
+        )
 
 
 def bench_compare(
@@ -279,7 +281,7 @@ def bench_compare(
         console.print(f"Measured under different conditions: {line}", style="yellow")
     slower = [one for one in found if one.low > 1 + tolerance]
     if as_json and not slower:
-        emit({"ratios": [one.to_dict() for one in found], "differing": differing})
+        print_json({"ratios": [one.to_dict() for one in found], "differing": differing})
     if slower:
         worst = max(slower, key=lambda one: one.low)
         raise GateError(

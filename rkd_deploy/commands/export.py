@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, choose, console_for, emit, need
+from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError
 
@@ -205,14 +205,14 @@ def export(
     Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
     repository for Triton beside it.
     """
-    choose("format", output_format, FORMATS)
-    choose("input", layout, ("uint8", "float32"))
+    one_of("format", output_format, FORMATS)
+    one_of("input", layout, ("uint8", "float32"))
     of_model = output_format != "onnx" and run is not None and _is_model(run)
     changed = changed_options(context)
     check_options(output_format, changed, of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
     if output_format == "triton":
-        need("export", "onnx")
+        require_all("export", "onnx")
         serving = triton.make(threads=threads)
 
     def _add(model: Path) -> dict[str, Any]:
@@ -225,9 +225,9 @@ def export(
         assert run is not None
         added = _add(run)
         if as_json:
-            emit(added)
+            print_json(added)
         return
-    need("export", "torch", "safetensors", "onnx", "onnxscript")
+    require_all("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.commands.options import status
     from rkd_deploy.pipeline import export_run, standing_bundle
     from rkd_deploy.train.runs import newest_run, open_run
@@ -242,7 +242,7 @@ def export(
         console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
         added = _add(standing)
         if as_json:
-            emit({"bundle": str(standing), "reused": True} | added)
+            print_json({"bundle": str(standing), "reused": True} | added)
         return
     if serving is not None and serving.backend == "tensorrt":
         raise UsageError(
@@ -270,7 +270,7 @@ def export(
     _print_proof(exported, lower.precision, as_json)
     added = _add(exported.folder)
     if as_json:
-        emit(_facts(exported, lower.precision) | added)
+        print_json(_facts(exported, lower.precision) | added)
 
 
 def _print_proof(made: Exported, precision: str, as_json: bool) -> None:

@@ -17,19 +17,19 @@ from rkd_deploy.commands.options import (
     Root,
     Threads,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     """Train, export and bench the embedded example."""
-    need("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
-    need("export", "onnx", "onnxscript")
+    require_all("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
+    require_all("export", "onnx", "onnxscript")
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.train.display import Progress
@@ -48,12 +48,12 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
         console.print(f"{name:<8} {path}")
     if as_json:
         bundles = {part: str(folder) for part, folder in made.bundles.items()}
-        emit(
+        print_json(
             {
                 "run": str(made.run.folder),
                 "bundles": bundles,
                 "plot": str(made.tables.plot),
-                "results": brief(made.results),
+                "results": without_samples(made.results),
             }
         )
 
@@ -83,7 +83,7 @@ def train(
 
     Without one: the embedded example.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
@@ -101,12 +101,12 @@ def train(
     if seeds is not None:
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
         with Progress() as progress:
-            series = fit_series(chosen, whole("--seeds", seeds), root=root, display=progress, resumed=resume)
+            series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
         if speaks():
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                emit(series.to_dict())
+                print_json(series.to_dict())
         return
     with Progress() as progress:
         if resume:
@@ -122,7 +122,7 @@ def train(
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        emit({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
 
 
 def compare(
@@ -149,7 +149,7 @@ def compare(
 
     T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
@@ -161,7 +161,7 @@ def compare(
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
     settings: dict[str, Any] = {}
     if latency:
-        need("export", "onnx", "onnxscript")
+        require_all("export", "onnx", "onnxscript")
         check_backend(backend)
         settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
         settings["min_seconds"] = min_seconds
@@ -186,4 +186,4 @@ def compare(
         console.print(f"Report  {made['report']}")
     if as_json:
         shown = to_record(found, settings)
-        emit({**shown, "results": brief(found.results), **made})
+        print_json({**shown, "results": without_samples(found.results), **made})
