@@ -33,12 +33,14 @@ from record import Claim, save
 from torch import Tensor, nn
 
 from rkd_deploy.backends import load_backend
+from rkd_deploy.bench.sessions import SESSIONS
+from rkd_deploy.bench.statistics import judge
 from rkd_deploy.bench.timing import measure_interleaved
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.measuring import fastest
+from rkd_deploy.export.measuring import fastest_level
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.separate import separate
@@ -47,7 +49,6 @@ from rkd_deploy.models.staged import FeatureNetwork, Staged
 BATCHES = (1, 8, 32)
 BACKENDS = ("onnxruntime", "openvino")
 LEVELS = ("tail", "wide")
-SESSIONS = 5
 BESIDE = "wide, side by side"
 ROUND_TO = {"ResNet-20": 8, "resnet8x4": 16, "ResNet-18": 32}
 CLASSES = 100
@@ -109,7 +110,7 @@ def _claims(what: str, sessions: Sequence[Mapping[str, float]]) -> Iterator[Clai
     for level, ratio in ratios.items():
         limit = LIMIT if level == BESIDE else None
         yield Claim(f"{what}: S + A, level {level}, over S0", ratio, "ratio", limit, {"sessions": samples[level]})
-    chosen, _ = fastest({level: {"": ratios[level]} for level in LEVELS})
+    chosen = fastest_level({level: judge([one[level] / one["tail"] for one in sessions]) for level in LEVELS})
     yield Claim(f"{what}: S + A, level auto ({chosen}), over S0", ratios[chosen], "ratio", LIMIT)
 
 

@@ -48,7 +48,7 @@ def _rounds(backend: Backend, logs: Path) -> tuple[list[float], list[float]]:
     for number in range(ROUNDS):
         for ours_now in (True, False) if number % 2 else (False, True):
             if ours_now:
-                ours.append(measure(backend, inputs[0], min_seconds=SECONDS, warmup_seconds=0.2).p90)
+                ours.append(measure(backend, inputs[0], min_seconds=SECONDS, warmup_seconds=0.2).percentile(90))
             else:
                 theirs.append(run_scenario(backend, inputs, "SingleStream", logs, load)["p90_ms"])
     return ours, theirs

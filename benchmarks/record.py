@@ -54,7 +54,7 @@ def ratio_of_medians(what: str, limit: float | None, numerator: Sequence[float],
 
 def save(theme: str, claims: Sequence[Claim]) -> Path:
     """Write THEME_HARDWARE_YYYYMMDD.json, print what was found, and end standard output with one JSON line."""
-    facts = provenance()
+    facts = asdict(provenance())
     path = FOLDER / f"{theme}_{hardware(facts)}_{datetime.now(UTC):%Y%m%d}.json"
     content = {"theme": theme, "provenance": facts, "claims": [asdict(claim) for claim in claims]}
     write_json(path, content)

@@ -9,6 +9,7 @@ Runtime in turn, and writes RECIPE_HARDWARE_YYYYMMDD.json: the recipe as resolve
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
     results = bench(list(bundles.values()), BenchSettings(batches=(1,), min_seconds=3.0))
     content = {
         "theme": run.recipe.name,
-        "provenance": provenance(),
+        "provenance": asdict(provenance()),
         "trained_with": run.read_json("environment.json"),
         "recipe": run.recipe.to_toml(),
         "parts": metrics["parts"],
@@ -42,7 +43,7 @@ def main() -> None:
         "separation": facts.get("separation"),
         "parity": {part: dict(card.parity) for part, card in cards.items()},
         "bench": [
-            {key: getattr(row, key) for key in ("part", "p50_ms", "p90_ms", "file_bytes", "runs")} for row in results
+            {key: row.to_row()[key] for key in ("part", "p50_ms", "p90_ms", "file_bytes", "runs")} for row in results
         ],
         "notes": _notes(run.recipe.teacher.checkpoint, run.recipe.student.checkpoint),
     }

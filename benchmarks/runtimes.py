@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundles = _bundles(Path(folder))
         rows = [_row(name, run, what, bundle) for name, run in runtimes.items() for what, bundle in bundles.items()]
-    facts = provenance()
+    facts = dataclasses.asdict(provenance())
     path = FOLDER / f"runtimes_{hardware(facts)}_{datetime.now(UTC):%Y%m%d}.json"
     write_json(path, {"theme": "runtimes", "provenance": facts, "runtimes": rows})
     print(json.dumps({"record": path.name, "runtimes": rows}))

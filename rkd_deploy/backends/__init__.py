@@ -82,7 +82,7 @@ def describe_model(path: Path) -> ModelCard:
     metadata = {}
     if not file.with_suffix(".json").exists():
         with RunOn().load(file) as backend:
-            metadata = dict(backend.metadata())
+            metadata = dict(backend.info.metadata)
     card = read_card(file, metadata)
     if card is None:
         raise ModelFileError(f"{file} has no model card: it was not written by rkd-deploy export.")

@@ -60,7 +60,7 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
 
     Args:
         path: Bundle folder or ONNX file.
-        metadata: What `Backend.metadata` gave for it.
+        metadata: `ModelInfo.metadata` of the loaded model.
 
     Returns:
         None where there is no card at all.
@@ -96,14 +96,14 @@ _ZEROS = "0" * 64
 _OWN_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
 
 
-def sealed(card: ModelCard, folder: Path) -> str:
+def with_checksums(card: ModelCard, folder: Path) -> str:
     """The text of model.json for a folder that holds every other file of the bundle."""
     sums = {file.name: _sha256_of(file) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
     blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
 
-def reseal(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
+def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
     """Take files that were written later, an engine and its record, into the sums of a bundle, or out of them.
 
     Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder without a sealed card is

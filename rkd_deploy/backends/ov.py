@@ -1,11 +1,11 @@
-"""OpenVINO on the CPU; it reads the ONNX file as it is."""
+"""OpenVINO, on the CPU; it reads the ONNX file as it is."""
 
 from __future__ import annotations
 
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,10 @@ from rkd_deploy.backends.protocol import (
     Array,
     Backend,
     InputSpec,
+    LayerRun,
+    LayerTime,
+    ModelInfo,
+    check_rows,
     closed_backend,
     logits_first,
 )
@@ -44,7 +48,7 @@ class OpenVinoBackend(Backend):
             ModelFileError: The file is missing or corrupt.
             BackendError: Another device than the CPU, or the model has no single numeric input.
         """
-        file, run_on = model_path(path), run_on or RunOn("openvino")
+        file, run_on = model_path(path), run_on or RunOn(self.name)
         if run_on.where != "cpu":
             raise BackendError(
                 f"Device {run_on.where!r} was asked for; the openvino backend runs on device='cpu' only."
@@ -52,15 +56,22 @@ class OpenVinoBackend(Backend):
         model = _read(file)
         self.device = "cpu"
         self._input = _only_input(file, model.inputs)
-        self.input_name, self.input_shape = self._input.name, self._input.shape
-        self.input_dtype = self._input.dtype.name
         names = [output.get_any_name() for output in model.outputs]
-        self.outputs = logits_first(file, names)
-        self._logits_index = names.index(self.outputs[0])
-        self._metadata = _onnx_metadata(model)
-        card = self._metadata.get(METADATA_KEY)
+        outputs = logits_first(file, names)
+        self._logits_index = names.index(outputs[0])
+        metadata = _onnx_metadata(model)
+        card = metadata.get(METADATA_KEY)
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
-        self._compiled: Any = _compile(file, model, run_on.threads)
+        self._options = compile_options(run_on.threads)
+        self._compiled: Any = _compile(file, model, self._options)
+        self._info = ModelInfo(
+            input_name=self._input.name,
+            input_shape=self._input.shape,
+            input_dtype=self._input.dtype.name,
+            outputs=outputs,
+            metadata=metadata,
+            file=file,
+        )
         self._local = threading.local()
 
     @classmethod
@@ -68,13 +79,22 @@ class OpenVinoBackend(Backend):
         """Load a bundle folder's model.onnx or an .onnx file (see the class)."""
         return cls(path, run_on)
 
+    @property
+    def info(self) -> ModelInfo:
+        """See `Backend.info`; metadata are the custom metadata of the ONNX file."""
+        return self._info
+
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
         request = self._request()
         self._input.check(x)
-        # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
-        _run(request, np.ascontiguousarray(x))
-        logits: Array = self._result(request, len(x)).copy()
+        try:
+            # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
+            _run(request, np.ascontiguousarray(x))
+            logits: Array = self._result(request, len(x)).copy()
+        except BackendError:
+            self._local.request = None  # a request whose run broke off fails at valid inputs, too
+            raise
         return logits
 
     def prepare(self, x: Array) -> Callable[[], None]:
@@ -100,9 +120,17 @@ class OpenVinoBackend(Backend):
         """See `Backend.synchronize`: every run has ended when its call returns."""
         self._live()
 
-    def metadata(self) -> Mapping[str, str]:
-        """See `Backend.metadata`: the custom metadata of the ONNX file."""
-        return self._metadata
+    def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
+        """See `Backend.layer_runs`: the operators that ran, of the model compiled once more with counters."""
+        self._live()
+        self._input.check(x)
+        file, core = self._info.file, require("openvino", "openvino").Core()
+        compiled = core.compile_model(str(file), "CPU", {**self._options, "PERF_COUNT": True})
+        request, runs = compiled.create_infer_request(), []
+        for _ in range(count):
+            _run(request, np.ascontiguousarray(x))
+            runs.append(_executed(request.get_profiling_info()))
+        return runs
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -122,6 +150,7 @@ class OpenVinoBackend(Backend):
                 f"OpenVINO gave an empty result {list(logits.shape)} for a batch of {batch}, as it does where memory "
                 "runs out. Use a smaller batch, or fewer streams, or free memory."
             )
+        check_rows(logits.shape, batch)
         return logits
 
     def _request(self) -> Any:
@@ -155,11 +184,11 @@ def _read(file: Path) -> Any:
 
 def _check_opset(file: Path) -> None:
     # OpenVINO takes a newer opset for the newest one it knows, and would compute what the file may not mean.
-    found = opset(file)
-    newest = None if found <= _KNOWN_TO_ALL else newest_opset()
-    if newest is not None and found > newest:
+    written = opset(file)
+    newest = None if written <= _KNOWN_TO_ALL else newest_opset()
+    if newest is not None and written > newest:
         version = require("openvino", "openvino").__version__.split("-")[0]
-        raise too_new(file, f"opset {found}", "OpenVINO", version, f"opset {newest}")
+        raise too_new(file, f"opset {written}", "OpenVINO", version, f"opset {newest}")
 
 
 @cache
@@ -170,8 +199,8 @@ def newest_opset() -> int | None:
     """
     folder = Path(str(require("openvino", "openvino").__file__)).parent
     readers = [file for file in folder.rglob("*openvino_onnx_frontend*") if file.is_file()]
-    found = [int(one) for file in readers for one in re.findall(rb"OpSet_Onnx_ver(\d+)", file.read_bytes())]
-    return max(found, default=None)
+    versions = [int(match) for file in readers for match in re.findall(rb"OpSet_Onnx_ver(\d+)", file.read_bytes())]
+    return max(versions, default=None)
 
 
 def _onnx_metadata(model: Any) -> dict[str, str]:
@@ -188,9 +217,9 @@ def compile_options(threads: int | None) -> dict[str, Any]:
     return options
 
 
-def _compile(file: Path, model: Any, threads: int | None) -> Any:
+def _compile(file: Path, model: Any, options: Mapping[str, Any]) -> Any:
     try:
-        return require("openvino", "openvino").Core().compile_model(model, "CPU", compile_options(threads))
+        return require("openvino", "openvino").Core().compile_model(model, "CPU", dict(options))
     except RuntimeError as error:
         raise BackendError(
             f"OpenVINO cannot run {file}: {_reason(error)}. Run it on another backend (rkd-deploy backends lists them)."
@@ -233,6 +262,19 @@ def _only_input(file: Path, inputs: list[Any]) -> InputSpec:
         )
     shape = tuple(size.get_length() if size.is_static else None for size in only.partial_shape)
     return InputSpec(only.get_any_name(), shape, dtype)
+
+
+_NUMPY_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i32": "int32"}
+
+
+def _executed(nodes: Sequence[Any]) -> LayerRun:
+    return [_layer_time(node) for node in nodes if node.status.name == "EXECUTED"]
+
+
+def _layer_time(node: Any) -> LayerTime:
+    # OpenVINO's kernels are named after their type: brgconv_avx512_I8, jit_gemm_FP32.
+    kind = node.exec_type.rpartition("_")[2].lower().replace("fp", "f")
+    return LayerTime(node.node_name, node.node_type, 1000 * node.real_time.total_seconds(), _NUMPY_NAMES.get(kind))
 
 
 def _reason(error: Exception) -> str:

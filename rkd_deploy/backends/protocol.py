@@ -1,4 +1,4 @@
-"""What every backend offers: a loaded model that runs. It neither times nor prints; `bench` does.
+"""`Backend`, what every runtime offers here: a loaded model that runs.
 
 Letters: N batch, C channels, H height, W width, K classes.
 """
@@ -21,60 +21,84 @@ from rkd_deploy.errors import BackendError, UsageError
 
 Array: TypeAlias = npt.NDArray[Any]
 
+Progress: TypeAlias = Callable[[str, float], None]
+"""Called with what is being done, and the share of it that is done, 0 to 1."""
+
 
 class LayerTime(NamedTuple):
-    """One layer of one run, as the runtime tells it."""
+    """One layer of one run, as the runtime reports it."""
 
     name: str
     op: str
-    """Its type."""
+    """Type of the layer, as the runtime calls it."""
     ms: float
     precision: str | None = None
-    """Type it works on, NumPy's name where it has one; None where the runtime does not tell it."""
+    """Type that the layer works on, NumPy's name where it has one; None where the runtime does not report it."""
 
 
 LayerRun: TypeAlias = list[LayerTime]
 """All layers of one run, in order."""
 
 
-class Backend(Protocol):
-    """A loaded model on one device. After `close` every use raises BackendError."""
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a loaded model takes and gives, and what it was loaded from.
 
-    name: str
-    """As in `load_backend`."""
-    device: str
-    """Where it runs: "cpu" or "cuda:N"; never where it was merely asked to run."""
-    precision: str
-    """Of the model's arithmetic: fp32, fp16, int8, ...; "unknown" where the file does not say."""
+    Attributes:
+        input_name: Name of the one input.
+        input_shape: Shape of the input, batch first; None is a dimension that the caller chooses.
+        input_dtype: NumPy name of the input's type.
+        outputs: Names of the outputs, the logits first.
+        max_batch: Largest batch where the caller chooses it; None: what the memory holds.
+        metadata: What the model file says about itself; empty where the format holds nothing.
+        file: What runs: ONNX file, exported program or engine; None: a module in memory.
+        cuda_graph: Whether runs are launches of a captured CUDA graph; None where the backend knows no such thing.
+        build_seconds: What building the engine took, where loading had to do that; else None.
+    """
+
     input_name: str
     input_shape: tuple[int | None, ...]
-    """Of the input, batch first; None is a dimension that the caller chooses."""
     input_dtype: str
-    """NumPy name of the input's type."""
-    outputs: tuple[str, ...]
-    """Names of the outputs, the logits first."""
+    outputs: tuple[str, ...] = ("logits",)
     max_batch: int | None = None
-    """Largest batch where the caller chooses it; None: what the memory holds."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None
+    cuda_graph: bool | None = None
     build_seconds: float | None = None
-    """What building an engine took, where loading had to do that."""
+
+
+class Backend(Protocol):
+    """A loaded model on one device. It neither times nor prints; after `close` every use raises BackendError.
+
+    Its core are seven members: `name`, `device`, `precision`, `infer`, `prepare`, `synchronize`, `close`. `info` is
+    what else there is to know of the model, and `layer_runs` stays as it is where a runtime has no profile.
+    """
+
+    name: str
+    """As in `RunOn.backend`."""
+    device: str
+    """Where the model runs: "cpu" or "cuda:N"; never where it was merely asked to run."""
+    precision: str
+    """Precision of the model's arithmetic: fp32, fp16, int8, ...; "unknown" where the file does not say."""
 
     @property
-    def cuda_graph(self) -> bool | None:
-        """Whether runs are launches of a captured CUDA graph; None where the backend knows no such thing."""
-        return None
+    def info(self) -> ModelInfo:
+        """What the model takes and gives, and what it was loaded from."""
+        ...
 
     def infer(self, x: Array) -> Array:
         """Run once, host to host.
 
         Args:
-            x: [N, ...] of `input_shape` and `input_dtype`.
+            x: [N, ...] of the shape and type in `info`.
 
         Returns:
             Logits [N, K].
 
         Raises:
             UsageError: `x` has another type or shape; the message names both.
-            BackendError: The run failed, or the backend is closed.
+            BackendError: The run failed, gave another number of rows than N, or the backend is closed. The next call
+                with a valid input works, unless the device itself is lost.
         """
         ...
 
@@ -92,21 +116,19 @@ class Backend(Protocol):
         ...
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """Run so often with profiling on, and tell the layers of each run; empty where that is not to be had.
+        """Run `count` times with profiling on, and give the layers of each run; empty where the runtime has no profile.
+
+        Profiling costs time in every layer. A runtime that profiles whole sessions loads the model once more for it.
 
         Args:
             x: As for `infer`.
-            count: Of runs.
+            count: Number of runs.
 
         Raises:
             UsageError: `x` has another type or shape.
             BackendError: A run failed, or the backend is closed.
         """
         return []
-
-    def metadata(self) -> Mapping[str, str]:
-        """What the model file says about itself; empty where the format holds nothing."""
-        ...
 
     def close(self) -> None:
         """Give the model's memory back; a second call does nothing."""
@@ -138,7 +160,7 @@ class InputSpec:
         """Refuse an array that does not fit.
 
         Raises:
-            UsageError: Names what was found and what is expected.
+            UsageError: Another type or shape; the message names both.
         """
         # This runs before every prediction: the usual case, free batch and fixed rest, is three comparisons.
         if isinstance(x, np.ndarray) and x.dtype == self.dtype:
@@ -146,20 +168,33 @@ class InputSpec:
             if self.shape[0] is None and shape and shape[0] > 0 and shape[1:] == self._tail:
                 return
             if len(shape) == len(self.shape) and all(
-                found == wanted or (wanted is None and found > 0)
-                for found, wanted in zip(shape, self.shape, strict=True)
+                size == wanted or (wanted is None and size > 0) for size, wanted in zip(shape, self.shape, strict=True)
             ):
                 return
-        found = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        array = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
         wanted = ", ".join("any" if size is None else str(size) for size in self.shape)
         raise UsageError(
-            f"Input {self.name!r} was given {found}; the model takes a NumPy array {self.dtype} [{wanted}], "
+            f"Input {self.name!r} was given {array}; the model takes a NumPy array {self.dtype} [{wanted}], "
             "batch first. Convert the array, or let rkd_deploy.load(...) prepare images for the model."
         )
 
 
+def check_rows(shape: Sequence[int], batch: int) -> None:
+    """Refuse an answer that has not one row for each input.
+
+    Raises:
+        BackendError: Its first dimension is another number than the batch.
+    """
+    if not shape or shape[0] != batch:
+        raise BackendError(
+            f"The model gave an answer of shape {list(shape)} for a batch of {batch}; it must have one row for each "
+            "image. A batch size is probably fixed inside the file, by a Reshape say, whose input calls it free: run "
+            "the model at that batch size, or export it again with a free batch."
+        )
+
+
 _CHUNK_NUMBERS = 1 << 18
-"""Of an input that is run at once: 341 images of 32 x 32 in colour, 6 of 224 x 224."""
+"""Numbers of an input that are run at once: 341 images of 32 x 32 in colour, 6 of 224 x 224."""
 
 
 def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Array:
@@ -179,9 +214,10 @@ def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Arra
     Raises:
         UsageError: `x` does not fit the model.
     """
-    fixed = backend.input_shape[0]
+    info = backend.info
+    fixed = info.input_shape[0]
     max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // math.prod(x.shape[1:])))
-    max_batch = min(max_batch, backend.max_batch or max_batch)
+    max_batch = min(max_batch, info.max_batch or max_batch)
     count = len(x)
     if count <= max_batch if fixed is None else count == fixed:
         return backend.infer(x)

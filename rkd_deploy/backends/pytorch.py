@@ -3,7 +3,7 @@
 Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
 (`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
 
-The only file of `serve` that imports torch; it is loaded by name, so nothing else reaches torch through it.
+The only file of `backends` that imports torch; it is loaded by name, so nothing else reaches torch through it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import copy
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,8 @@ from rkd_deploy.backends.protocol import (
     InputSpec,
     LayerRun,
     LayerTime,
+    ModelInfo,
+    check_rows,
     closed_backend,
     parse_device,
 )
@@ -43,8 +46,6 @@ class PyTorchBackend(Backend):
     """An nn.Module in inference mode. Float32 on CUDA follows PyTorch's own TF32 settings."""
 
     name = "pytorch"
-    input_name = "input"
-    outputs = ("logits",)
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class PyTorchBackend(Backend):
         input_dtype: str,
         precision: str = "fp32",
         shared: bool = False,
+        file: Path | None = None,
     ) -> None:
         """Take a copy of a live module, in eval mode, on the device; the module itself is left as it is.
 
@@ -66,6 +68,7 @@ class PyTorchBackend(Backend):
             input_dtype: NumPy name.
             precision: What the module's arithmetic is, for reports.
             shared: On a CPU, hold the module's own weights and no copies: they must not be changed meanwhile.
+            file: The exported program that the module was read from.
 
         Raises:
             UsageError: A memory limit beyond the GPU's memory.
@@ -77,13 +80,18 @@ class PyTorchBackend(Backend):
             torch.set_num_threads(run_on.threads)
         if run_on.memory_limit is not None:
             _limit_memory(self._place, run_on.memory_limit)
-        self._input = InputSpec(self.input_name, tuple(input_shape), np.dtype(input_dtype))
-        self.input_shape, self.input_dtype = self._input.shape, self._input.dtype.name
+        self._input = InputSpec("input", tuple(input_shape), np.dtype(input_dtype))
+        self._info = ModelInfo(
+            input_name=self._input.name, input_shape=self._input.shape, input_dtype=self._input.dtype.name, file=file
+        )
         self.precision = precision
         kind, index = parse_device(run_on.where)
         self.device = "cpu" if kind == "cpu" else f"cuda:{index}"
-        own = [*module.parameters(), *module.buffers()] if shared and self.device == "cpu" else []
-        self._module: nn.Module | None = copy.deepcopy(module, {id(one): one for one in own}).to(self._place)
+        weights = [*module.parameters(), *module.buffers()] if shared and self.device == "cpu" else []
+        # What deepcopy finds in its memo it takes for copied already: so the weights stay the module's.
+        self._module: nn.Module | None = copy.deepcopy(module, {id(weight): weight for weight in weights}).to(
+            self._place
+        )
         with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
             self._module.eval()
 
@@ -114,7 +122,12 @@ class PyTorchBackend(Backend):
         (value,) = values.values()
         shape = [size if isinstance(size, int) else None for size in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
-        return cls(module, run_on, input_shape=shape, input_dtype=dtype)
+        return cls(module, run_on, input_shape=shape, input_dtype=dtype, file=file)
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `Backend.info`; an exported program holds no metadata."""
+        return self._info
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
@@ -139,12 +152,12 @@ class PyTorchBackend(Backend):
         self._input.check(x)
         if not isinstance(module, torch.fx.GraphModule):
             return []
-        interpreter, given = _Named(module), self._tensor(x)
+        interpreter, tensor = _Named(module), self._tensor(x)
         with _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
             for interpreter.run_number in range(count):
-                interpreter.run(given)
+                interpreter.run(tensor)
         runs: list[LayerRun] = [[] for _ in range(count)]
-        for event in sorted(profile.events(), key=lambda one: one.time_range.start):
+        for event in sorted(profile.events(), key=lambda event: event.time_range.start):
             run, _, name = event.name.partition(" ")
             if name in interpreter.kinds and run.isdecimal():
                 total = event.cpu_time_total if self._place.type == "cpu" else event.device_time_total
@@ -157,10 +170,6 @@ class PyTorchBackend(Backend):
         self._live()
         if self._place.type == "cuda":
             torch.cuda.synchronize(self._place)
-
-    def metadata(self) -> Mapping[str, str]:
-        """See `Backend.metadata`: an exported program holds none."""
-        return {}
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -178,7 +187,7 @@ class PyTorchBackend(Backend):
 
 
 class CompiledPyTorchBackend(PyTorchBackend):
-    """The same, compiled by torch.compile.
+    """A module or program compiled by torch.compile.
 
     The first run compiles, and so does the first of another batch size, which then stands for all further ones.
     """
@@ -198,7 +207,7 @@ class CompiledPyTorchBackend(PyTorchBackend):
 
 
 class GraphedPyTorchBackend(PyTorchBackend):
-    """The same, recorded as a CUDA graph and replayed; another input shape is recorded anew. Threads take turns."""
+    """A module or program recorded as a CUDA graph and replayed, for each input shape anew; threads take turns."""
 
     name = "pytorch:cuda-graphs"
 
@@ -219,24 +228,20 @@ class GraphedPyTorchBackend(PyTorchBackend):
                 "run pytorch, or pytorch:compile."
             )
         super().__init__(module, run_on, **facts)
+        self._info = replace(self._info, cuda_graph=True)
         self._recorded: _Recorded | None = None
         self._lock = threading.Lock()
-
-    @property
-    def cuda_graph(self) -> bool:
-        """Whether a run is the launch of a captured graph: always."""
-        return True
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
         module = self._live()
         self._input.check(x)
-        given = self._tensor(x)
+        tensor = self._tensor(x)
         with self._lock:
-            if self._recorded is None or self._recorded.shape != given.shape:
+            if self._recorded is None or self._recorded.shape != tensor.shape:
                 self._recorded = None  # gives its memory back first
-                self._recorded = _Recorded(module, given)
-            return _to_numpy(self._recorded.run(given).to("cpu", copy=True))
+                self._recorded = _Recorded(module, tensor)
+            return _to_numpy(self._recorded.run(tensor).to("cpu", copy=True))
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """See `Backend.prepare`. What is prepared is a graph of its own."""
@@ -325,6 +330,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
             f"The module gave a {type(result).__name__}; a backend needs a tensor of logits [N, K], "
             "or a tuple that begins with one. Wrap the module so that it returns that."
         )
+    check_rows(logits.shape, len(x))
     return logits
 
 

@@ -121,7 +121,11 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
     lg = require("mlperf_loadgen", "loadgen")
     test, target_qps = _test_settings(lg, backend, inputs, scenario, load)
     system = _System(
-        lg, backend, inputs, min(load.max_batch, backend.max_batch or load.max_batch), own_thread=scenario == "Server"
+        lg,
+        backend,
+        inputs,
+        min(load.max_batch, backend.info.max_batch or load.max_batch),
+        own_thread=scenario == "Server",
     )
     with new_folder(logs, replace=True) as written:
         output = lg.LogOutputSettings()
@@ -209,7 +213,7 @@ class _System:
         self._all = np.concatenate(list(inputs))
         self._failed: BaseException | None = None
         # Another batch is another CUDA graph, whose capture takes longer than the queries that would be put together.
-        self._at_once = 1 if backend.cuda_graph else 1 << (max_batch.bit_length() - 1)
+        self._at_once = 1 if backend.info.cuda_graph else 1 << (max_batch.bit_length() - 1)
         # Server goes on asking while a query is being answered.
         self._waiting: queue.SimpleQueue[Any] | None = queue.SimpleQueue() if own_thread else None
 

@@ -1,4 +1,4 @@
-"""From the models and settings that a bench is given to loaded models and the batches they are timed on."""
+"""Loads the models of a bench, and makes the batches that they are timed on."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def load_model(
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model to measure, loaded once for each stream."""
+    """A model to measure, loaded once for each stream; what loading it took."""
 
     key: str
-    """Its name, made unique."""
+    """Name of the model, made unique by its number."""
     name: str
     file: Path
-    """What the backend runs."""
+    """The file that the backend runs: ONNX file, exported program or engine."""
     sha256: str
     backends: tuple[Backend, ...]
     card: ModelCard | None
@@ -55,7 +55,7 @@ class Loaded:
 
     @property
     def backend(self) -> Backend:
-        """The first stream's."""
+        """The backend of the first stream."""
         return self.backends[0]
 
 
@@ -72,8 +72,8 @@ def load_all(
         models: As for `bench`.
         run_on: Where, and how many streams.
         stack: Closes them.
-        batches: What they will be run at; None: the usual ones, or whatever an engine takes.
-        progress: Told how far the build of an engine is.
+        batches: Batch sizes they will be run at; None: the usual ones, or whatever an engine takes.
+        progress: Called with the phase of an engine's build, and the share of it that is done.
 
     Raises:
         RkdError: As `RunOn.load` raises it; the card is corrupt.
@@ -92,10 +92,10 @@ def _load(
     before, started = resident_bytes(), time.perf_counter()
     backends = tuple(stack.enter_context(load_model(path, run_on, batches, progress)) for _ in range(run_on.streams))
     seconds, after = time.perf_counter() - started, resident_bytes()
-    built = backends[0].build_seconds
-    card = read_card(path, backends[0].metadata())
+    info = backends[0].info
+    card = read_card(path, info.metadata)
     name = card.name if card is not None else model_name(path)
-    file = _measured_file(path, backends[0])
+    file = info.file or model_path(path)
     return Loaded(
         key=f"{number + 1} {name}",
         name=name,
@@ -103,22 +103,11 @@ def _load(
         sha256=_sha256(file),
         backends=backends,
         card=card,
-        load_seconds=(seconds - (built or 0)) / len(backends),
-        build_seconds=built,
-        engine_kept=_engine_kept(backends[0]),
+        load_seconds=(seconds - (info.build_seconds or 0)) / len(backends),
+        build_seconds=info.build_seconds,
+        engine_kept=file.parent.name if file.parent.parent == cache_folder() else None,
         resident_load_bytes=None if before is None or after is None else after - before,
     )
-
-
-def _measured_file(path: PathLike, backend: Backend) -> Path:
-    if backend.name.startswith("pytorch"):
-        return model_path(path).with_suffix(".pt2")  # it runs the exported program that lies beside the ONNX file
-    return Path(getattr(backend, "engine_file", model_path(path)))
-
-
-def _engine_kept(backend: Backend) -> str | None:
-    folder = Path(getattr(backend, "engine_file", "")).parent
-    return folder.name if folder.parent == cache_folder() else None
 
 
 def _sha256(file: Path) -> str:
@@ -132,14 +121,14 @@ def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequ
     Raises:
         UsageError: A model does not take one, or the models' fixed sizes differ.
     """
-    fixed = {loaded.name: loaded.backend.input_shape[0] for loaded in models}
+    fixed = {loaded.name: loaded.backend.info.input_shape[0] for loaded in models}
     sizes = {size for size in fixed.values() if size is not None}
     if batches is None and len(sizes) > 1:
         raise UsageError(
             f"The models take batches of their own, which differ: {fixed}. They cannot be compared with one another: "
             "measure each in a bench of its own."
         )
-    most = min(loaded.backend.max_batch or max(USUAL_BATCHES) for loaded in models)
+    most = min(loaded.backend.info.max_batch or max(USUAL_BATCHES) for loaded in models)
     chosen = batches if batches is not None else sorted(sizes) or [size for size in USUAL_BATCHES if size <= most]
     for loaded in models:
         for batch in chosen:
@@ -148,7 +137,7 @@ def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequ
 
 
 def _check_batch(backend: Backend, batch: int) -> None:
-    fixed = backend.input_shape[0]
+    fixed = backend.info.input_shape[0]
     if fixed not in (None, batch):
         raise UsageError(
             f"A batch of {batch} was asked for, and the model takes {fixed} images at a time, no more and no less. "
@@ -159,14 +148,14 @@ def _check_batch(backend: Backend, batch: int) -> None:
 def random_input(
     backend: Backend, card: ModelCard | None, batch: int, seed: int, shape: Sequence[int] | None = None
 ) -> Array:
-    """A batch of noise that the model takes: any byte, or standard normal numbers.
+    """A batch of noise that a model takes: any byte, or standard normal numbers.
 
     Args:
         backend: The model.
         card: Gives the image size where the model leaves it open.
         batch: Number of inputs.
-        seed: Of the noise.
-        shape: Of one input without the batch; needed where the model leaves it open and there is no card.
+        seed: Seed of the noise.
+        shape: Shape of one input without the batch; needed where the model leaves it open and there is no card.
 
     Raises:
         UsageError: The model has another fixed batch or shape, or leaves its image size open and has no card.
@@ -174,7 +163,7 @@ def random_input(
     """
     _check_batch(backend, batch)
     size = (batch, *_shape(backend, card, shape))
-    dtype = np.dtype(backend.input_dtype)
+    dtype = np.dtype(backend.info.input_dtype)
     needed, free = math.prod(size) * max(dtype.itemsize, 4), available_bytes()
     if free is not None and 2 * needed > free:  # the backend copies it at least once
         raise BackendError(
@@ -189,14 +178,14 @@ def random_input(
 
 
 def _shape(backend: Backend, card: ModelCard | None, shape: Sequence[int] | None) -> tuple[int, ...]:
-    sizes = backend.input_shape[1:]
+    sizes = backend.info.input_shape[1:]
     if shape is None:
         shape = card.preprocess.input_shape if card is not None else [size for size in sizes if size is not None]
         if len(shape) != len(sizes):
             raise UsageError(
-                f"The model takes inputs of {list(backend.input_shape)}, None being free, and has no card that says "
-                "which size it is meant for. Give it with --shape, for example --shape 3,224,224, or export the model "
-                "with a fixed image size."
+                f"The model takes inputs of {list(backend.info.input_shape)}, None being free, and has no card that "
+                "says which size it is meant for. Give it with --shape, for example --shape 3,224,224, or export the "
+                "model with a fixed image size."
             )
     if len(shape) != len(sizes) or any(want not in (None, size) for size, want in zip(shape, sizes, strict=True)):
         raise UsageError(
@@ -213,7 +202,7 @@ def device_in_use(run_on: RunOn) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model at one batch size, where and how it ran."""
+    """A model at a batch size, where and how it ran."""
 
     model: str
     file_bytes: int
@@ -224,6 +213,6 @@ class Case:
     batch: int
 
     @classmethod
-    def of(cls, one: Any) -> Case:
-        """The case of anything that has these facts: two things of one case are of the same measurement."""
-        return Case(**{field.name: getattr(one, field.name) for field in fields(Case)})
+    def of(cls, result: Any) -> Case:
+        """The case of anything that has these facts: two things of one case belong to the same measurement."""
+        return Case(**{field.name: getattr(result, field.name) for field in fields(Case)})

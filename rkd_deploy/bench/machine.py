@@ -1,32 +1,28 @@
-"""The state of the machine before and after a measurement: what makes two honest tools disagree about one model.
+"""The machine that a bench runs on: versions, clocks, memory, and its pace beside a measurement.
 
-Read from /proc and /sys (Linux), and from nvidia-smi; what a machine does not tell, as virtual ones do not tell
-temperatures, is left out.
+Clocks, limits and load are what makes two honest tools disagree about one model. They are read from /proc and /sys
+(Linux) and from nvidia-smi; what a machine does not tell, as virtual ones do not tell temperatures, is None.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-
-from rkd_deploy.backends.tensorrt.cache import cache_folder
-from rkd_deploy.errors import StorageError
-from rkd_deploy.storage import write_json
 
 PACKAGES = (
     "rkd-deploy",
@@ -55,21 +51,52 @@ _GPU_FIELDS = (
 )
 
 
-def provenance() -> dict[str, Any]:
-    """Command, time, versions, machine and commit, for JSON; None where something cannot be known."""
-    return {
-        "command": command_line(sys.argv),
-        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "cores": cores(),
-        "memory_bytes": _memory_bytes(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "gpus": gpus(),
-        "git": _git(Path(__file__).parent),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What was run, when, and on which machine; None where it is not known.
+
+    Attributes:
+        command: The command line, of each path the last component.
+        time_utc: Date and time in ISO format.
+        versions: Version of each of `PACKAGES`, None where it is not installed.
+        python: Version of Python.
+        platform: Operating system and C library.
+        cpu: Name of the processor.
+        cores: Number of cores that the process may use.
+        memory_bytes: Memory of the machine.
+        load_1min: Average number of running processes in the last minute.
+        gpus: nvidia-smi's values for each GPU, with their units.
+        git: ``commit`` and ``dirty`` of the checkout that the package runs from.
+    """
+
+    command: str | None = None
+    time_utc: str | None = None
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    python: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    memory_bytes: int | None = None
+    load_1min: float | None = None
+    gpus: Sequence[Mapping[str, str]] | None = None
+    git: Mapping[str, str | bool] | None = None
+
+
+def provenance() -> Provenance:
+    """The provenance of what this process measures now."""
+    return Provenance(
+        command=command_line(sys.argv),
+        time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={name: _version(name) for name in PACKAGES},
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=cpu_model(),
+        cores=cores(),
+        memory_bytes=_memory_bytes(),
+        load_1min=round(os.getloadavg()[0], 2),
+        gpus=gpus(),
+        git=_git(Path(__file__).parent),
+    )
 
 
 def command_line(argv: list[str]) -> str:
@@ -144,82 +171,65 @@ def _output(command: list[str]) -> str | None:
 _CPU = "sys/devices/system/cpu"
 
 
-def conditions(root: Path = Path("/")) -> dict[str, Any]:
-    """Clocks, governor, power limit, temperature, load and stolen time, for JSON; None where one is not told.
+@dataclass(frozen=True, kw_only=True)
+class MachineState:
+    """Clocks, limits, temperature and load of the machine at one moment; None where the machine does not tell.
+
+    Attributes:
+        clock_mhz: Lowest and highest clock of all cores.
+        governor: Governor of the cores' frequencies.
+        clock_limits_mhz: Lowest and highest clock that the governor may choose.
+        turbo: Whether clocks above the nominal one are allowed.
+        power_limit_w: Long-term limit of the processor package (RAPL).
+        temperature_c: Temperature of the hottest thermal zone.
+        quota_cores: Number of cores that the container may use.
+        load_1min: Average number of running processes in the last minute.
+        steal_s: CPU seconds that the hypervisor gave to others since the machine started.
+        preempted: How often this process was taken off a core.
+        gpus: nvidia-smi's values for each GPU, with their units.
+    """
+
+    clock_mhz: tuple[float, float] | None = None
+    governor: str | None = None
+    clock_limits_mhz: tuple[float, float] | None = None
+    turbo: bool | None = None
+    power_limit_w: float | None = None
+    temperature_c: float | None = None
+    quota_cores: float | None = None
+    load_1min: float | None = None
+    steal_s: float | None = None
+    preempted: int | None = None
+    gpus: Sequence[Mapping[str, str]] | None = None
+
+
+def machine_state(root: Path = Path("/")) -> MachineState:
+    """The machine's state now.
 
     Args:
-        root: Where proc and sys lie.
-
-    Returns:
-        ``clock_mhz``: lowest and highest clock of all cores now. ``governor``: of the cores' frequencies.
-        ``clock_limits_mhz``: what the governor may choose from. ``turbo``: whether above the nominal clock.
-        ``power_limit_w``: of the package (RAPL, long term). ``temperature_c``: of the hottest thermal zone.
-        ``quota_cores``: what the container may use. ``load_1min``. ``steal_s``: CPU seconds that the hypervisor gave to
-        others since the machine started. ``preempted``: how often this process was taken off a core. ``gpus``: a
-        dictionary of nvidia-smi's fields for each.
+        root: Folder in which proc and sys lie.
     """
-    return {
-        "clock_mhz": _clocks(root),
-        "governor": _governor(root),
-        "clock_limits_mhz": _limits(root),
-        "turbo": _turbo(root),
-        "power_limit_w": _power_limit(root),
-        "temperature_c": _hottest(root),
-        "quota_cores": _quota(root),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "steal_s": _steal(root),
-        "preempted": _preempted(root),
-        "gpus": gpus(),
-    }
+    return MachineState(
+        clock_mhz=_clocks(root),
+        governor=_governor(root),
+        clock_limits_mhz=_limits(root),
+        turbo=_turbo(root),
+        power_limit_w=_power_limit(root),
+        temperature_c=_hottest(root),
+        quota_cores=_quota(root),
+        load_1min=round(os.getloadavg()[0], 2),
+        steal_s=_steal(root),
+        preempted=_preempted(root),
+        gpus=gpus(),
+    )
 
 
-def describe(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The two states as lines for people: what changed as from and to, what is not told left out."""
-
-    def text(key: str, form: Callable[[Any], str]) -> str:
-        first, last = ("" if state.get(key) is None else form(state[key]) for state in (before, after))
-        return first if first == last else f"{first or '?'} to {last or '?'}"
-
-    facts = {
-        "clock": text("clock_mhz", lambda mhz: _span(mhz, "MHz")),
-        "allowed": text("clock_limits_mhz", lambda mhz: _span(mhz, "MHz")),
-        "governor": text("governor", str),
-        "turbo": text("turbo", lambda on: "on" if on else "off"),
-        "power limit": text("power_limit_w", lambda watts: f"{watts:g} W"),
-        "temperature": text("temperature_c", lambda degrees: f"{degrees:g} C"),
-        "quota": text("quota_cores", lambda cores: f"{cores:g} cores"),
-        "load": text("load_1min", lambda load: f"{load:g}"),
-        "stolen": _grown(before, after, "steal_s", " s"),
-        "preempted": _grown(before, after, "preempted", " times"),
-    }
-    lines = ["CPU: " + ", ".join(f"{name} {value}" for name, value in facts.items() if value)]
-    pairs = zip(before.get("gpus") or (), after.get("gpus") or (), strict=False)
-    for index, (first, last) in enumerate(pairs):
-        changes = {
-            key: first[key] if first[key] == last.get(key) else f"{first[key]} to {last.get(key)}" for key in first
-        }
-        name = changes.pop("name", "")
-        lines.append(f"GPU {index} {name}: " + ", ".join(f"{key} {value}" for key, value in changes.items()))
-    return lines
-
-
-def _grown(before: Mapping[str, Any], after: Mapping[str, Any], key: str, unit: str) -> str:
-    first, last = before.get(key), after.get(key)
-    return "" if first is None or last is None else f"{last - first:g}{unit}"
-
-
-def _span(ends: list[float], unit: str) -> str:
-    low, high = ends
-    return f"{low:.0f} {unit}" if round(low) == round(high) else f"{low:.0f}-{high:.0f} {unit}"
-
-
-def _clocks(root: Path) -> list[float] | None:
+def _clocks(root: Path) -> tuple[float, float] | None:
     found = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3)
     if not found:
         found = [
             float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
         ]
-    return [min(found), max(found)] if found else None
+    return (min(found), max(found)) if found else None
 
 
 def _governor(root: Path) -> str | None:
@@ -231,10 +241,10 @@ def _power_limit(root: Path) -> float | None:
     return next(iter(_numbers(root, "sys/class/powercap/*:0/constraint_0_power_limit_uw", 1e-6)), None)
 
 
-def _limits(root: Path) -> list[float] | None:
+def _limits(root: Path) -> tuple[float, float] | None:
     low = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_min_freq", 1e-3)
     high = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_max_freq", 1e-3)
-    return [min(low), max(high)] if low and high else None
+    return (min(low), max(high)) if low and high else None
 
 
 def _turbo(root: Path) -> bool | None:
@@ -339,26 +349,18 @@ _SIDE = 1 << 16
 _PASSES, _REPEATS = 8, 5
 
 
-def remembered_paces() -> Path:
-    """Where the fastest paces are kept; removing the file forgets them."""
-    return cache_folder().with_name("pace.json")
-
-
 class Pace:
-    """Times the same work again and again, on several threads at once.
+    """The machine's own pace: the time of the same work again and again, on several threads at once.
+
+    It is reported beside a measurement and changes no figure: a neighbour that takes part of a core shows in it, which
+    a virtual machine shows in no clock. Two paces compare only within one bench.
 
     Args:
         threads: As many as the model has, callers included; no more than there are cores.
-        kept: Where the fastest pace is remembered.
     """
 
-    def __init__(self, threads: int, kept: Path) -> None:
+    def __init__(self, threads: int) -> None:
         self._threads = min(threads, cores())
-        self._kept = kept
-        self._key = f"{cpu_model()}, {self._threads} threads, numpy {np.__version__}"
-        self._known = _read(kept)
-        self.best_ms: float | None = self._known.get(self._key)
-        """The fastest that is known: of earlier benches, and of all calls so far."""
         self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
         self._arrays = [_aligned() for _ in range(self._threads)]
 
@@ -368,20 +370,13 @@ class Pace:
         Returns:
             Time of the slowest thread in ms, each thread's the median of `_REPEATS`.
         """
-        own = map if self._pool is None else self._pool.map
-        found = max(own(_timed, self._arrays))
-        self.best_ms = found if self.best_ms is None else min(self.best_ms, found)
-        return found
+        run = map if self._pool is None else self._pool.map
+        return max(run(_timed, self._arrays))
 
     def close(self) -> None:
-        """End the threads, and remember the fastest pace for later benches, where that can be written."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
-        if self.best_ms is not None and self.best_ms != self._known.get(self._key):
-            try:
-                write_json(self._kept, {**_read(self._kept), self._key: self.best_ms})
-            except StorageError:  # an app's user may have no home: the next bench begins anew
-                return
 
 
 def _aligned() -> tuple[np.ndarray, np.ndarray]:
@@ -407,11 +402,3 @@ def _timed(arrays: tuple[np.ndarray, np.ndarray]) -> float:
             np.exp(x, out=y)  # vector instructions, and without the interpreter's lock
         times.append(1000 * (time.perf_counter() - start))
     return median(times)
-
-
-def _read(kept: Path) -> dict[str, float]:
-    try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, float)} if isinstance(known, dict) else {}

@@ -92,12 +92,24 @@ def compare(reference_logits: Array, candidate_logits: Array, tolerance: float) 
     )
 
 
-def gate(parity: Parity, what: str) -> None:
+def _advice(parity: Parity, precision: str) -> str:
+    if precision not in ("fp32", "unknown"):
+        return f"Export again with --precision fp32 to see whether {precision} is the cause."
+    if math.isnan(parity.max_abs_diff):
+        return "The file is float32: look at which of the two gives them, and at its weights."
+    return (
+        "The file is float32, so precision is not the cause: try rkd-deploy verify on another backend, then a simpler "
+        "level (--fuse sum)."
+    )
+
+
+def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
     """Let a parity through, or stop.
 
     Args:
         parity: What `compare` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
+        precision: Of the file, for advice that fits it.
 
     Raises:
         GateError: It did not pass.
@@ -112,8 +124,7 @@ def gate(parity: Parity, what: str) -> None:
     raise GateError(
         f"Parity failed for {what}: {found} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
         f"the same class comes first for {parity.agreement:.1%} of them. "
-        "Export again with --precision fp32 to see whether precision is the cause; "
-        "where the difference is acceptable, state a larger tolerance."
+        f"{_advice(parity, precision)} Where the difference is acceptable, state a larger tolerance."
     )
 
 

@@ -1,48 +1,42 @@
-"""A bench on disk: the record for machines, the table and the plot for people."""
+"""Runs a bench and writes its record, bench.json, whole or as far as the bench came."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.loadgen import Load, ScenarioResult, check_scenarios, run_scenarios
-from rkd_deploy.bench.machine import conditions, describe
-from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.machine import MachineState, machine_state, provenance
+from rkd_deploy.bench.results import Result, to_record
 from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import InterruptedBench, RkdError
-from rkd_deploy.report.writing import Report, write_report
 from rkd_deploy.signals import handling
+from rkd_deploy.storage import write_json
 
-_NOTICED = 1.1
-"""Times as slow: a quiet machine's own turbo stays below that."""
+RECORD_NAME = "bench.json"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A bench that is over: what it found, in which state of the machine, and where it was written."""
+    """A bench that was written down.
 
+    Attributes:
+        path: bench.json, with every sample.
+        results: What was measured, in order.
+        scenarios: What LoadGen reported.
+        error: What ended the bench early; the record is marked as partial then. None: everything was measured.
+    """
+
+    path: Path
     results: list[Result]
     scenarios: list[ScenarioResult]
-    report: Report
-    conditions: list[str]
-    """The machine before and after, as lines for people."""
-
-
-def _disturbed(results: Sequence[Result]) -> list[str]:
-    """A line, if the machine was clearly slower than it can be while something was measured."""
-    slowest = max((result.slowdown for result in results), default=1.0)
-    if slowest < _NOTICED:
-        return []
-    return [
-        f"This machine was up to {slowest:.2f} times slower than it can be: others were on its cores. The low ends of "
-        "the intervals allow for that; to tell two models apart, use bench-compare."
-    ]
+    error: RkdError | None = None
 
 
 def record_bench(
@@ -55,32 +49,36 @@ def record_bench(
     load: Load | None = None,
     study: Callable[[Sequence[Result]], Mapping[str, Any]] | None = None,
 ) -> Recorded:
-    """Run `bench`, then LoadGen's scenarios, and write both down, as far as they came.
+    """Run `bench`, then LoadGen's scenarios, and write both into bench.json, as far as they came.
+
+    An error after the first result does not lose what was measured: the record is written, marked as partial, and the
+    error is returned in `Recorded.error`, for the caller to raise once the results are shown.
 
     Args:
         models: As for `bench`.
         settings: As for `bench`.
-        folder: As for `write_report`.
+        folder: Where bench.json is written; made when it is not there.
         progress: As for `bench`.
         scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
         load: How hard and how long LoadGen asks.
         study: Called with the results when all is measured; gives what else belongs into the record.
 
     Raises:
-        InterruptedBench: Ctrl-C or SIGTERM; what was measured by then is written, marked as partial.
-        RkdError: As `bench` and `run_scenarios` raise it, with what was measured before written in the same way.
-        KeyboardInterrupt: One of them before anything was measured; nothing is written.
+        RkdError: As `bench` raises it, before anything was measured; nothing is written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM before anything was measured; nothing is written.
+        StorageError: The record could not be written.
     """
     check_scenarios(scenarios)
     results: list[Result] = []
-    told: list[ScenarioResult] = []
+    reported: list[ScenarioResult] = []
     more: dict[str, Any] = {}
-    before = conditions()
+    before = machine_state()
 
-    def write(partial: bool) -> Recorded:
-        states = {"before": before, "after": conditions()}
-        report = write_report(results, settings.to_record(), folder, states, told, more=more, partial=partial)
-        return Recorded(results, told, report, [*describe(**states), *_disturbed(results)])
+    def write(error: RkdError | None = None) -> Recorded:
+        states = before, machine_state()
+        settings_record, partial = settings.to_record(), error is not None
+        path = write_record(results, settings_record, folder, states, reported, more=more, partial=partial)
+        return Recorded(path, results, reported, error)
 
     def measure() -> None:
         nonlocal more
@@ -94,7 +92,7 @@ def record_bench(
                 load=load or Load(),
                 shape=settings.shape,
                 progress=progress,
-                on_result=told.append,
+                on_result=reported.append,
             )
         if study is not None:
             more |= study(results)
@@ -106,10 +104,41 @@ def record_bench(
     except (KeyboardInterrupt, RkdError) as error:
         if not results:
             raise
-        count = len(results) + len(told)
-        kept = f"{count} results measured before are in {write(partial=True).report.record}, marked as partial."
+        saved = (
+            f"{len(results) + len(reported)} results measured before are in {folder / RECORD_NAME}, marked as partial."
+        )
         if isinstance(error, KeyboardInterrupt):
-            raise InterruptedBench(f"Interrupted. The {kept} Run the command again for the rest.") from None
-        error.add_note(kept)
-        raise
-    return write(partial=False)
+            return write(InterruptedBench(f"Interrupted. The {saved} Run the command again for the rest."))
+        error.add_note(saved)
+        return write(error)
+    return write()
+
+
+def write_record(
+    results: Sequence[Result],
+    settings: Mapping[str, Any],
+    folder: Path,
+    states: tuple[MachineState, MachineState] | None = None,
+    scenarios: Sequence[ScenarioResult] = (),
+    *,
+    more: Mapping[str, Any] | None = None,
+    partial: bool = False,
+) -> Path:
+    """Write bench.json into a folder; the record of an earlier bench there is replaced.
+
+    Args:
+        results: What `bench` gave.
+        settings: How it was measured.
+        folder: Made when it is not there.
+        states: The machine before the first and after the last measurement.
+        scenarios: What LoadGen reported.
+        more: What else belongs into the record: "roofline" and "layers".
+        partial: Whether less was measured than was asked for.
+
+    Raises:
+        StorageError: The record could not be written; the earlier one is intact.
+    """
+    content = to_record(results, provenance(), settings, states, partial=partial)
+    path = folder / RECORD_NAME
+    write_json(path, {**content, "loadgen": [asdict(scenario) for scenario in scenarios], **(more or {})})
+    return path

@@ -1,83 +1,92 @@
-"""What a bench found, for machines (JSON), for people (table, Markdown) and as a picture."""
+"""Figures of one measurement and the facts around them, and how a record holds both."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from rkd_deploy.bench.machine import MachineState, Provenance
 from rkd_deploy.bench.statistics import Timing
-
-if TYPE_CHECKING:
-    pass
+from rkd_deploy.decoding import DecodingError, decode
 
 __all__ = [
+    "PERCENTILES",
     "RECORD_SCHEMA",
     "Figures",
+    "Percentile",
     "Result",
+    "result_of_row",
     "to_record",
 ]
 
 RECORD_SCHEMA = 1
+PERCENTILES = (50, 90, 95, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile of latency with its 95 % confidence interval.
+
+    Attributes:
+        ms: Nearest rank, always a sample that was measured.
+        low_ms: Lower end of the interval; None where too few turns bound it.
+        high_ms: Upper end of the interval; None where too few turns bound it.
+    """
+
+    ms: float
+    low_ms: float | None = None
+    high_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What follows from the samples of one measurement; a `_low_ms` and a `_high_ms` are the ends of the 95 %
-    confidence interval, None where there are too few samples for one. The low end is divided by `slowdown`.
+    """What follows from the samples of one measurement.
+
+    Attributes:
+        transfers: True: host to host. False: input and output stayed on the device.
+        percentiles: By q of `PERCENTILES`, in %; a record has `p50_ms`, `p50_low_ms`, `p99_9_high_ms` and so on.
+        mean_ms: Arithmetic mean.
+        cv: Standard deviation over mean.
+        throughput_per_s: Images per second of callers that never wait, one for each stream.
+        first_run_ms: Time of the first call, which is no sample.
+        runs: Number of samples.
+        warmup_runs: Number of untimed calls before.
+        warmup_seconds: Time in them.
+        complete: False where the measurement was interrupted; the figures are those of the samples until then.
+        pace_ms: Time that a fixed piece of work took beside the turns (`machine.Pace`), their median; None: not taken.
+        round_medians_ms: Median of each turn of 0.1 s, in order: the machine drifts between turns, hardly within one.
+        samples_ms: Every sample, in the order they were measured.
     """
 
     transfers: bool
-    """True: host to host. False: input and output stayed on the device."""
-    p50_ms: float
-    p50_low_ms: float | None
-    p50_high_ms: float | None
-    p90_ms: float
-    p90_low_ms: float | None
-    p90_high_ms: float | None
-    p95_ms: float
-    p95_low_ms: float | None = None
-    p95_high_ms: float | None = None
-    p99_ms: float
-    p99_low_ms: float | None = None
-    p99_high_ms: float | None = None
-    p99_9_ms: float | None = None
-    p99_9_low_ms: float | None = None
-    p99_9_high_ms: float | None = None
+    percentiles: Mapping[float, Percentile]
     mean_ms: float
     cv: float
-    """Standard deviation over mean."""
     throughput_per_s: float
-    """Images per second of callers that never wait: one for each stream."""
     first_run_ms: float
     runs: int
-    warmup_runs: int
-    warmup_seconds: float
+    warmup_runs: int | None = None
+    warmup_seconds: float | None = None
     complete: bool = True
-    """False: the measurement was interrupted, and these are the samples it had."""
     pace_ms: float | None = None
-    """Time that a fixed piece of work took beside the turns (`pace.Pace`), their median; None: not taken."""
-    slowdown: float = 1.0
-    """That over the least it was ever seen to take on this machine: above 1, something else ran there."""
-    round_medians_ms: list[float] = field(repr=False)
-    """Median of each turn of 0.1 s: between turns the machine drifts, and within one it hardly does."""
-    samples_ms: list[float] = field(repr=False)
-    """All of them, in the order they were measured."""
+    round_medians_ms: Sequence[float] = field(default=(), repr=False)
+    samples_ms: Sequence[float] = field(default=(), repr=False)
+
+    @property
+    def p50_ms(self) -> float:
+        """Median latency."""
+        return self.percentiles[50].ms
 
     @staticmethod
-    def of(timing: Timing, best_pace_ms: float | None = None) -> dict[str, Any]:
-        """The fields above, by name; of the machine's fastest pace, the slowdown."""
-        slowdown = timing.slowdown(best_pace_ms)
-        values: dict[str, Any] = {}
-        for q in (50, 90, 95, 99, 99.9):
-            name = f"p{q:g}".replace(".", "_")
-            low, high = (end if math.isfinite(end) else None for end in timing.interval(q))
-            low = None if low is None else low / slowdown
-            values |= {f"{name}_ms": timing.percentile(q), f"{name}_low_ms": low, f"{name}_high_ms": high}
-        return values | {
+    def of(timing: Timing) -> dict[str, Any]:
+        """The fields of `Figures` by name, of a timing."""
+        return {
             "transfers": timing.transfers,
+            "percentiles": {q: _percentile(timing, q) for q in PERCENTILES},
             "mean_ms": timing.mean,
             "cv": timing.cv,
             "throughput_per_s": timing.throughput_per_s,
@@ -87,107 +96,160 @@ class Figures:
             "warmup_seconds": timing.warmup_seconds,
             "complete": timing.complete,
             "pace_ms": median(timing.paces_ms) if timing.paces_ms else None,
-            "slowdown": slowdown,
             "round_medians_ms": list(timing.round_medians_ms),
             "samples_ms": list(timing.samples_ms),
         }
 
+    def to_row(self) -> dict[str, Any]:
+        """The figures as a record has them: a key for each end of each percentile's interval."""
+        row: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "percentiles":
+                for q, percentile in self.percentiles.items():
+                    name = f"p{q:g}".replace(".", "_")
+                    row |= {f"{name}_ms": percentile.ms, f"{name}_low_ms": percentile.low_ms}
+                    row[f"{name}_high_ms"] = percentile.high_ms
+            else:
+                row[one.name] = value.to_row() if isinstance(value, Figures) else value
+        return row
+
+
+def _percentile(timing: Timing, q: float) -> Percentile:
+    low, high = (end if math.isfinite(end) else None for end in timing.interval(q))
+    return Percentile(timing.percentile(q), low, high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Figures):
-    """One model at one batch size on one backend; None where a fact is not known."""
+    """One model at one batch size on one backend; None where a fact is not known.
+
+    Attributes:
+        model: Name of the model.
+        part: Network of the run: fused (S + A), student, s0 or teacher.
+        fusion: Fusion level.
+        backend: Name of the backend.
+        device: Device that it ran on.
+        batch: Images in one call.
+        threads: Number that was asked for; None left it to the runtime.
+        streams: Callers at once, each with the model loaded for itself.
+        precision: Precision that the backend reports.
+        accuracy: Top-1 in %: measured on this backend where `accuracy_images` is set, else the card's, on its test
+            split.
+        accuracy_images: Number of labelled images that were classified by this file on this backend.
+        parameters: Number of parameters of the trained network, by the card.
+        macs: Multiply-adds of one image in the trained network, by the card.
+        file_bytes: Size of the file that was measured.
+        file_sha256: Checksum of that file.
+        cuda_graph: Whether runs are launches of a captured graph; None where the backend has no such thing.
+        memory_limit_bytes: Most device memory that the runtime might take; None: no limit was set.
+        load_seconds: Time from the file to a model that can run, without an engine's build; the mean of all streams.
+        build_seconds: Time to build the engine, where it was built just now; no part of any other number.
+        engine_kept: Name of the engine in the cache of engines; None where none was needed, or one was given.
+        resident_load_bytes: Growth of the process's resident memory by loading the model for all streams.
+        resident_peak_bytes: Largest resident memory during the measurement, with all that was loaded beside the model.
+        resident_growth_bytes: `resident_peak_bytes` less the resident memory before any model was loaded.
+        device_growth_bytes: Growth of the memory in use on the GPU, by any program, from before any model was loaded
+            to the end of the measurement; backends keep what they took, so it is their peak.
+        device_only: Figures with input and output left on the device, in turns with the host-to-host ones.
+    """
 
     model: str
-    part: str | None
-    """Which network of the run: fused (S + A), student, s0, teacher."""
-    fusion: str | None
+    part: str | None = None
+    fusion: str | None = None
     backend: str
     device: str
     batch: int
-    threads: int | None
-    """As asked for; None left it to the runtime."""
+    threads: int | None = None
     streams: int = 1
-    """Callers at once, each with the model loaded for itself."""
     precision: str
-    accuracy: float | None
-    """Top-1 in %: measured on this backend where `accuracy_images` says so, else the card's, on its test split."""
+    accuracy: float | None = None
     accuracy_images: int | None = None
-    """How many labelled images were run through this file on this backend; None: the accuracy is the card's."""
-    parameters: int | None
-    macs: int | None
-    """Multiply-adds of one image."""
+    parameters: int | None = None
+    macs: int | None = None
     file_bytes: int
     file_sha256: str | None = None
-    """Of the file that was measured."""
     cuda_graph: bool | None = None
-    """Whether runs are launches of a captured graph; None where the backend knows no such thing."""
     memory_limit_bytes: int | None = None
-    """Most device memory that the runtime might take; None: no limit was set."""
     load_seconds: float | None = None
-    """From the file to a model that can run, an engine's build left out; the mean of all streams."""
     build_seconds: float | None = None
-    """What building the engine took, where it was built just now; no part of any other number."""
     engine_kept: str | None = None
-    """The engine that ran, by its name in the cache of engines; None where none was needed, or one was given."""
     resident_load_bytes: int | None = None
-    """By how much loading the model, for all streams, grew the resident memory of this process."""
     resident_peak_bytes: int | None = None
-    """The most that this process held during the measurement, with all that was loaded beside the model."""
     resident_growth_bytes: int | None = None
-    """That less what it held before any model was loaded."""
     device_growth_bytes: int | None = None
-    """By how much the memory in use on the GPU, by any program, had grown since then at the end of the measurement;
-    backends keep what they took, so it is their peak."""
     device_only: Figures | None = None
-    """The same model with input and output left on the device, in turns with the figures above."""
 
     @classmethod
-    def from_timing(
-        cls, timing: Timing, *, device_only: Timing | None = None, best_pace_ms: float | None = None, **facts: Any
-    ) -> Self:
+    def from_timing(cls, timing: Timing, *, device_only: Timing | None = None, **facts: Any) -> Self:
         """Join the samples with the other fields.
 
         Args:
-            timing: Of the figures.
-            device_only: The same without transfers.
-            best_pace_ms: The least that the machine's pace was ever seen to be.
+            timing: Samples of the figures.
+            device_only: Samples with input and output left on the device.
             facts: The fields that do not follow from the samples.
         """
-        resident = None if device_only is None else Figures(**Figures.of(device_only, best_pace_ms))
-        return cls(
-            **facts,
-            **Figures.of(timing, best_pace_ms),
-            batch=timing.batch,
-            streams=timing.streams,
-            device_only=resident,
-        )
+        resident = None if device_only is None else Figures(**Figures.of(device_only))
+        return cls(**facts, **Figures.of(timing), batch=timing.batch, streams=timing.streams, device_only=resident)
+
+
+def result_of_row(row: Any, where: str = "results") -> Result:
+    """A result from a row of a record, also of one that an older version wrote.
+
+    Raises:
+        DecodingError: The row is damaged.
+    """
+    if not isinstance(row, Mapping):
+        raise DecodingError(f"{where} is no object")
+    nested = row.get("device_only")
+    with_percentiles = {**row, "percentiles": _percentiles(row, where)}
+    if isinstance(nested, Mapping):
+        with_percentiles["device_only"] = {**nested, "percentiles": _percentiles(nested, f"{where}.device_only")}
+    return decode(Result, with_percentiles, where)
+
+
+def _percentiles(row: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Percentiles by q, of the keys `p50_ms`, `p50_low_ms` and so on."""
+    names = [found[1] for key in row if (found := re.fullmatch(r"(p\d+(?:_\d+)?)_ms", str(key)))]
+    if row.get("p50_ms") is None:
+        raise DecodingError(f"{where}.p50_ms is missing")
+    return {
+        name[1:].replace("_", "."): {
+            "ms": row[f"{name}_ms"],
+            "low_ms": row.get(f"{name}_low_ms"),
+            "high_ms": row.get(f"{name}_high_ms"),
+        }
+        for name in names
+        if row[f"{name}_ms"] is not None
+    }
 
 
 def to_record(
     results: Sequence[Result],
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     settings: Mapping[str, Any],
-    conditions: Mapping[str, Any] | None = None,
+    conditions: tuple[MachineState, MachineState] | None = None,
     *,
     partial: bool = False,
 ) -> dict[str, Any]:
-    """A benchmark record for JSON.
+    """A bench as bench.json holds it.
 
     Args:
         results: What `bench` gave.
-        provenance: What `provenance.provenance` gave.
+        provenance: What was run, when and where.
         settings: How it was measured: seconds, runs, warm-up, seed.
-        conditions: ``before`` and ``after``: what `conditions.conditions` gave.
+        conditions: The machine before the first and after the last measurement.
         partial: Whether the bench ended before all that was asked for was measured.
     """
+    before, after = conditions or (None, None)
     return {
         "schema": RECORD_SCHEMA,
         "kind": "bench",
         "partial": partial,
-        "provenance": dict(provenance),
+        "provenance": asdict(provenance),
         "settings": dict(settings),
-        "conditions": None if conditions is None else dict(conditions),
+        "conditions": None if before is None or after is None else {"before": asdict(before), "after": asdict(after)},
         "percentiles": "nearest rank; _low_ms and _high_ms bound the 95 % confidence interval (order statistics, with "
-        "the design effect of turns of 0.1 s; the low end over the machine's slowdown)",
-        "results": [asdict(result) for result in results],
+        "the design effect of turns of 0.1 s)",
+        "results": [result.to_row() for result in results],
     }

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rkd_deploy.backends import ENGINE_BACKENDS, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
@@ -32,9 +32,6 @@ from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import USUAL_BATCHES
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import BackendError, UsageError, require
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +61,8 @@ class Prediction(Case):
 class Roofline:
     """What was predicted, and from what."""
 
-    ceilings: tuple[Ceilings, ...]
-    predictions: tuple[Prediction, ...]
+    ceilings: tuple[Ceilings, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -297,13 +294,6 @@ class Study:
             if self._names is not None and found:
                 found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
             self.layers += found
-
-    def print_roofline(self, results: Sequence[Result], console: Console) -> None:
-        """The bounds, with the share of them that was reached where there are results; nothing where none were told."""
-        if self.roofline is not None:
-            from rkd_deploy.report import columns
-
-            columns.print_roofline(self.roofline.predictions, results, console)
 
     def to_record(self) -> dict[str, Any]:
         """What was found, for the record of the bench."""

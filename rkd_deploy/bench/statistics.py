@@ -1,14 +1,16 @@
-"""The samples of one measurement, and the statistics that follow from them; none of them is thrown away.
+"""Percentiles, intervals, and the judge of what is slower.
 
+No sample is thrown away, and nothing here assumes a distribution.
 Percentiles are nearest rank: the q-th is the ceil(q/100 * n)-th smallest sample, always one that was measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import median_low
 
 import numpy as np
 
@@ -63,26 +65,6 @@ class Timing:
         return self.percentile(50)
 
     @property
-    def p90(self) -> float:
-        """90th percentile, nearest rank."""
-        return self.percentile(90)
-
-    @property
-    def p95(self) -> float:
-        """95th percentile, nearest rank."""
-        return self.percentile(95)
-
-    @property
-    def p99(self) -> float:
-        """99th percentile, nearest rank."""
-        return self.percentile(99)
-
-    @property
-    def p99_9(self) -> float:
-        """99.9th percentile, nearest rank: of fewer than 1,000 samples it is the largest."""
-        return self.percentile(99.9)
-
-    @property
     def mean(self) -> float:
         """Arithmetic mean."""
         return math.fsum(self.samples_ms) / len(self.samples_ms)
@@ -126,12 +108,6 @@ class Timing:
             math.inf if high is None else self._sorted[-(-high * count // effective) - 1],
         )
 
-    def slowdown(self, best_pace_ms: float | None) -> float:
-        """How much slower the machine was, in the median over the turns, than it can be; 1 where that is not known."""
-        if not self.paces_ms or best_pace_ms is None:
-            return 1.0
-        return max(1.0, median(self.paces_ms) / best_pace_ms)
-
     def design_effect(self, q: float) -> float:
         """How many times the variance of independent samples the share of samples below a percentile really has.
 
@@ -149,6 +125,47 @@ class Timing:
         y = np.add.reduceat(below, np.cumsum(counts) - counts, dtype=np.int64)
         variance = m / (m - 1) * float(np.sum((y - p * counts) ** 2)) / n**2
         return max(1.0, variance * n / (p * (1 - p)) * _small_sample_factor(m - 1))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether one latency is slower than another, by repeated sessions.
+
+    Attributes:
+        ratio: Median over the sessions of the one's latency over the other's; below 1, it is faster.
+        low: Lower end of the median's confidence interval, 0 where there are too few sessions for one.
+        high: Upper end, infinite where there are too few sessions for one.
+    """
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """``"faster"`` or ``"slower"`` where the interval excludes 1, else ``"not shown"``."""
+        return "faster" if self.high < 1 else "slower" if self.low > 1 else "not shown"
+
+
+def judge(ratios: Sequence[float], confidence: float = 0.95) -> Judgement:
+    """The judge of "slower", for models and networks that were measured side by side in repeated sessions.
+
+    What slows a machine down for longer than a session slows both sides alike and cancels out in the session's ratio;
+    what hits one side alone is an outlier, which a median leaves out. The interval is that of the sign test.
+
+    Args:
+        ratios: Latency of the one over that of the other in each session (`sessions.measure_in_sessions`).
+        confidence: Above 0 and below 1.
+    """
+    ordered = sorted(ratios)
+    return Judgement(median_low(ordered), *median_interval(ordered, confidence))
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the median of positive values; 0 and infinity where too few bound it on a side."""
+    ordered = sorted(values)
+    low, high = interval_ranks(len(ordered), 0.5, confidence)
+    return 0.0 if low is None else ordered[low - 1], math.inf if high is None else ordered[high - 1]
 
 
 def interval_ranks(count: int, share: float, confidence: float) -> tuple[int | None, int | None]:

@@ -17,14 +17,14 @@ from rkd_deploy.commands.options import (
     Json,
     Root,
     Threads,
+    as_dict,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
     newest_bundle,
-    plain,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
@@ -43,30 +43,32 @@ def report(
 
     Self-contained HTML and Markdown; several benches, of several machines say, side by side.
     """
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
+    from rkd_deploy.bench.reading import read_bench, read_record
     from rkd_deploy.commands.options import status
-    from rkd_deploy.report.reading import read_records
     from rkd_deploy.report.writing import write_bench_report
 
-    found = read_records(records)
     folder = output or records[0].parent
-    kinds = {record["kind"] for record in found}
-    if kinds == {"compare"} and len(found) == 1:
-        need("train", "torch", "safetensors")
-        from rkd_deploy.compare import write_comparison_report
+    kinds = [read_record(path)["kind"] for path in records]
+    if kinds == ["compare"]:
+        require_all("train", "torch", "safetensors")
+        from rkd_deploy.compare import read_comparison, write_comparison_report
 
+        comparison = read_comparison(records[0])
         with status("Drawing"):
-            pages = write_comparison_report(found[0], folder)
-    elif kinds == {"bench"}:
+            pages = write_comparison_report(comparison, folder)
+    elif set(kinds) == {"bench"}:
+        benches = [read_bench(path) for path in records]
         with status("Drawing"):
-            pages = write_bench_report(found, folder)
+            pages = write_bench_report(benches, folder)
     else:
         raise UsageError(
-            f"{len(found)} records of the kinds {', '.join(sorted(kinds))}: give bench.json files, or one compare.json."
+            f"{len(kinds)} records of the kinds {', '.join(sorted(set(kinds)))}: give bench.json files, or one "
+            "compare.json."
         )
     console_for(as_json).print(f"Report {pages.page}")
     if as_json:
-        emit({"report": str(pages.page), "markdown": str(pages.markdown)})
+        print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
 
 
 def report_folder(report: Path | None, output: Path | None) -> Path | None:
@@ -77,7 +79,7 @@ def report_folder(report: Path | None, output: Path | None) -> Path | None:
         raise UsageError(
             f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
         )
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
     return report
 
 
@@ -156,23 +158,23 @@ def bench(
     if resident and end_to_end:
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     if roofline:
-        need("export", "onnx")
+        require_all("export", "onnx")
     folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
     from rkd_deploy.bench.roofline import Study
     from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
-    from rkd_deploy.report.columns import print_details, print_results, print_scenarios
-    from rkd_deploy.report.reading import read_records
-    from rkd_deploy.report.writing import write_bench_report
+    from rkd_deploy.report.columns import print_bench, print_roofline
+    from rkd_deploy.report.writing import write_bench_report, write_tables
 
     settings = BenchSettings(
         run_on=combinations(
             backends or ["onnxruntime"],
             device=device,
-            threads=None if threads is None else whole("--threads", threads),
-            streams=whole("--streams", streams),
+            threads=None if threads is None else parse_ints("--threads", threads),
+            streams=parse_ints("--streams", streams),
             memory_limit=None if memory_limit is None else memory_limit << 20,
             cuda_graph=cuda_graph,
         ),
@@ -181,7 +183,7 @@ def bench(
         min_runs=min_runs,
         warmup_seconds=warmup,
         transfers=False if resident else True if end_to_end else None,
-        shape=None if shape is None else tuple(whole("--shape", shape)),
+        shape=None if shape is None else tuple(parse_ints("--shape", shape)),
         data=data,
     )
     asked = scenarios or []
@@ -201,7 +203,8 @@ def bench(
     if roofline or (report is not None and find_spec("onnx") is not None):
         with status("Predicting") as update:
             study.predict(update)
-        study.print_roofline([], console)
+        assert study.roofline is not None
+        print_roofline(study.roofline.predictions, [], console)
 
     def studied(results: Sequence[Result]) -> dict[str, Any]:
         if report is not None:
@@ -209,24 +212,24 @@ def bench(
         return study.to_record()
 
     with status("Measuring") as update:
-        done = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
-    print_results(done.results, console)
-    print_details(done.results, console)
-    if done.scenarios:
-        print_scenarios(done.scenarios, console)
-    study.print_roofline(done.results, console)
-    for line in done.conditions:
-        console.print(line)
-    console.print(f"Record {done.report.record}")
-    made = {"record": str(done.report.record)}
+        recorded = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
+    record = read_bench(recorded.path)
+    write_tables(record, folder)
+    print_bench(record, console)
+    console.print(f"Record {recorded.path}")
+    made = {"record": str(recorded.path)}
+    if recorded.error is not None:
+        raise recorded.error
     if report is not None:
         with status("Drawing the report"):
-            made["report"] = str(write_bench_report(read_records([done.report.record]), folder).page)
+            made["report"] = str(write_bench_report([record], folder).page)
         console.print(f"Report {made['report']}")
     if as_json:
-        told = [plain(one) for one in done.scenarios]
+        scenarios_json = [as_dict(one) for one in record.scenarios]
         predicted = study.to_record().get("roofline")
-        emit({**made, "results": brief(done.results), "loadgen": told, "roofline": predicted})
+        print_json(
+            {**made, "results": without_samples(record.results), "loadgen": scenarios_json, "roofline": predicted}
+        )
 
 
 def bench_compare(
@@ -249,6 +252,7 @@ def bench_compare(
     """
     from rkd_deploy.backends import RunOn
     from rkd_deploy.bench import compare
+    from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.commands.options import status
     from rkd_deploy.errors import GateError
     from rkd_deploy.report import columns
@@ -256,9 +260,9 @@ def bench_compare(
     records = [path.suffix == ".json" for path in (a, b)]
     differing: list[str] = []
     if all(records):
-        one, other = compare.read_record(a), compare.read_record(b)
-        found = compare.recorded_ratios(one["results"], other["results"])
-        differing = compare.differing_environment(one["provenance"], other["provenance"])
+        ours, theirs = read_bench(a), read_bench(b)
+        found = compare.recorded_ratios(ours.results, theirs.results)
+        differing = compare.differing_environment(ours.provenance, theirs.provenance)
     elif any(records):
         raise UsageError(f"{a} and {b}: give two models, or two records (bench.json), not one of each.")
     else:
@@ -277,7 +281,7 @@ def bench_compare(
         console.print(f"Measured under different conditions: {line}", style="yellow")
     slower = [one for one in found if one.low > 1 + tolerance]
     if as_json and not slower:
-        emit({"ratios": [one.to_dict() for one in found], "differing": differing})
+        print_json({"ratios": [one.to_dict() for one in found], "differing": differing})
     if slower:
         worst = max(slower, key=lambda one: one.low)
         raise GateError(

@@ -129,7 +129,9 @@ def changed_options(context: typer.Context) -> dict[str, str | None]:
     changed = {}
     for parameter in context.command.params:
         name = parameter.name or ""
-        if parameter.param_type_name == "option" and _differs(context.params[name], parameter.get_default(context)):
+        if parameter.param_type_name != "option" or name not in context.params:  # --help and its like have no value
+            continue
+        if _differs(context.params[name], parameter.get_default(context)):
             # --random-images is the second name of --test-images, for its other value
             names = parameter.secondary_opts if context.params[name] is False else parameter.opts
             changed[names[0]] = getattr(parameter, "rich_help_panel", None)

@@ -17,19 +17,19 @@ from rkd_deploy.commands.options import (
     Root,
     Threads,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     """Train, export and bench the embedded example."""
-    need("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
-    need("export", "onnx", "onnxscript")
+    require_all("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
+    require_all("export", "onnx", "onnxscript")
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.train.display import Progress
@@ -41,19 +41,19 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     files = {
         "Run": made.run.folder,
         "Bundle": made.bundles["fused"],
-        "Table": made.report.table,
-        "Plot": made.report.plot,
+        "Table": made.tables.table,
+        "Plot": made.tables.plot,
     }
     for name, path in files.items():
         console.print(f"{name:<8} {path}")
     if as_json:
         bundles = {part: str(folder) for part, folder in made.bundles.items()}
-        emit(
+        print_json(
             {
                 "run": str(made.run.folder),
                 "bundles": bundles,
-                "plot": str(made.report.plot),
-                "results": brief(made.results),
+                "plot": str(made.tables.plot),
+                "results": without_samples(made.results),
             }
         )
 
@@ -83,11 +83,11 @@ def train(
 
     Without one: the embedded example.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
-    from rkd_deploy.train.distributed import speaks
+    from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.runs import newest_run, open_run
@@ -101,12 +101,12 @@ def train(
     if seeds is not None:
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
         with Progress() as progress:
-            series = fit_series(chosen, whole("--seeds", seeds), root=root, display=progress, resumed=resume)
-        if speaks():
+            series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
+        if is_main_process():
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                emit(series.to_dict())
+                print_json(series.to_dict())
         return
     with Progress() as progress:
         if resume:
@@ -115,14 +115,14 @@ def train(
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
-    if not speaks():  # torchrun's other processes
+    if not is_main_process():  # torchrun's other processes
         return
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        emit({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
 
 
 def compare(
@@ -149,20 +149,19 @@ def compare(
 
     T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
     from rkd_deploy.compare import compare as compare_runs
-    from rkd_deploy.compare import print_comparison, timed, write_comparison, write_comparison_report
+    from rkd_deploy.compare import print_comparison, read_comparison, timed, write_comparison, write_comparison_report
     from rkd_deploy.compare.report import to_record
-    from rkd_deploy.report.reading import read_records
     from rkd_deploy.train.runs import newest_run, open_run
 
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
     settings: dict[str, Any] = {}
     if latency:
-        need("export", "onnx", "onnxscript")
+        require_all("export", "onnx", "onnxscript")
         check_backend(backend)
         settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
         settings["min_seconds"] = min_seconds
@@ -183,8 +182,8 @@ def compare(
     made = {"record": str(written.record)}
     if report is not None:
         with status("Drawing the report"):
-            made["report"] = str(write_comparison_report(read_records([written.record])[0], folder).page)
+            made["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
         console.print(f"Report  {made['report']}")
     if as_json:
         shown = to_record(found, settings)
-        emit({**shown, "results": brief(found.results), **made})
+        print_json({**shown, "results": without_samples(found.results), **made})

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.bench.machine import provenance
+from rkd_deploy.bench.reading import BenchRecord, bench_record, damaged, read_record
 from rkd_deploy.compare.rows import Comparison, Row
-from rkd_deploy.errors import MissingDependencyError, ModelFileError
+from rkd_deploy.decoding import DecodingError, decode
+from rkd_deploy.errors import MissingDependencyError
 from rkd_deploy.report import tables
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
-from rkd_deploy.report.reading import gather
 from rkd_deploy.report.sections import sections
-from rkd_deploy.report.style import COLOURS, INK, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
+from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
 from rkd_deploy.report.tables import Column, milliseconds
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
@@ -64,9 +65,8 @@ def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
 def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         half = row.standard_error if row.deviation is None else row.deviation
-        axes.errorbar(
-            row.top1, place, xerr=half, fmt="o", markersize=6, capsize=3, elinewidth=1.2, color=COLOURS[row.part]
-        )
+        colour = COLOURS.get(row.part, OTHER)
+        axes.errorbar(row.top1, place, xerr=half, fmt="o", markersize=6, capsize=3, elinewidth=1.2, color=colour)
         axes.annotate(
             f"{row.top1:.1f}",
             (row.top1 + half, place),
@@ -86,7 +86,7 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:
-    known = [(place, value(row), COLOURS[row.part]) for place, row in enumerate(rows)]
+    known = [(place, value(row), COLOURS.get(row.part, OTHER)) for place, row in enumerate(rows)]
     for place, length, colour in known:
         if length is None:
             continue
@@ -166,7 +166,7 @@ def markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
     missing = "".join(f"\nMissing: {sentence}\n" for sentence in comparison.missing)
     head = f"{comparison.data}, {comparison.test_images:,} test images.\n\n"
-    return head + tables.markdown(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
+    return head + tables.markdown_table(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "data": comparison.data,
         "test_images": comparison.test_images,
         "rows": [asdict(row) for row in comparison.rows],
-        "results": [asdict(result) for result in comparison.results],
+        "results": [result.to_row() for result in comparison.results],
         **comparison.study,
         "missing": list(comparison.missing),
         "settings": dict(settings),
@@ -196,7 +196,7 @@ def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder
         StorageError: A file could not be written; the earlier one is intact.
     """
     record, table = folder / "compare.json", folder / "compare.md"
-    write_json(record, {**to_record(comparison, settings), "provenance": provenance()})
+    write_json(record, {**to_record(comparison, settings), "provenance": asdict(provenance())})
     write_text(table, markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:
@@ -206,23 +206,66 @@ def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder
     return Files(record, table, picture)
 
 
-def write_comparison_report(record: Mapping[str, Any], folder: Path) -> Pages:
-    """Write compare.html and compare.md from what compare.json holds.
+@dataclass(frozen=True)
+class RecordedComparison:
+    """What compare.json holds: the rows, and the bench of their networks."""
+
+    comparison: Comparison
+    bench: BenchRecord
+
+
+def read_comparison(path: Path) -> RecordedComparison:
+    """A comparison from its record.
+
+    Raises:
+        ModelFileError: The file is no record of a comparison, or a damaged one.
+    """
+    content = read_record(path)
+    try:
+        return recorded_comparison(content)
+    except DecodingError as error:
+        raise damaged(path, error) from error
+
+
+def recorded_comparison(content: Mapping[str, Any]) -> RecordedComparison:
+    """A comparison from the JSON of its record.
+
+    Raises:
+        DecodingError: The record is damaged.
+    """
+    names = ("data", "test_images", "rows", "missing")
+    stored = decode(_Stored, {name: content[name] for name in names if name in content})
+    if not stored.rows:
+        raise DecodingError("rows is empty")
+    comparison = Comparison(**vars(stored), networks=())
+    return RecordedComparison(comparison, bench_record(content))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The part of a comparison that its record holds."""
+
+    data: str
+    test_images: int
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
+
+
+def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages:
+    """Write compare.html and compare.md of a comparison.
 
     Args:
-        record: Its content.
+        recorded: From `read_comparison`.
         folder: Made when it is not there.
 
     Raises:
-        ModelFileError: The record lacks something.
         MissingDependencyError: matplotlib is not installed.
         StorageError: A file could not be written; the earlier one is intact.
     """
-    comparison, material = _from_record(record), gather([record])
-    facts = {"Data": comparison.data, "Test images": f"{comparison.test_images:,}", **facts_of(material)}
+    comparison, bench = recorded.comparison, recorded.bench
+    facts = {"Data": comparison.data, "Test images": f"{comparison.test_images:,}", **facts_of([bench])}
     title = f"Comparison of {len(comparison.rows)} networks on {comparison.data}"
-    found = [_section(comparison), *sections(material)]
-    return write_pages(title, facts, found, folder, "compare")
+    return write_pages(title, facts, [_section(comparison), *sections([bench])], folder, "compare")
 
 
 def _section(comparison: Comparison) -> Section:
@@ -231,14 +274,3 @@ def _section(comparison: Comparison) -> Section:
     picture = Picture("Accuracy, cost, latency", words, draw(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
     return Section("Networks", [NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
-
-
-def _from_record(record: Mapping[str, Any]) -> Comparison:
-    try:
-        rows = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in record["rows"])
-        data, images = record["data"], record["test_images"]
-    except (KeyError, TypeError) as error:
-        raise ModelFileError(
-            f"The record of a comparison lacks something or has too much ({error}). Compare the runs again."
-        ) from error
-    return Comparison(data=data, test_images=images, rows=rows, networks=(), missing=tuple(record.get("missing", ())))

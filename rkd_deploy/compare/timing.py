@@ -68,9 +68,9 @@ def timed(
         dataclasses.replace(
             row,
             p50_ms=result.p50_ms,
-            p50_low_ms=result.p50_low_ms,
-            p50_high_ms=result.p50_high_ms,
-            p90_ms=result.p90_ms,
+            p50_low_ms=result.percentiles[50].low_ms,
+            p50_high_ms=result.percentiles[50].high_ms,
+            p90_ms=result.percentiles[90].ms,
         )
         for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
     )

@@ -1,4 +1,4 @@
-"""Times networks against S0 as they would be deployed: fused, exported, run by a backend."""
+"""Measures networks as they would be deployed: the latency budget against S0, and level auto."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +20,9 @@ from rkd_deploy.backends import RunOn, check_backend
 from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.results import to_record
-from rkd_deploy.bench.timing import Progress, Timing, interval_ranks, measure_interleaved
+from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
+from rkd_deploy.bench.statistics import Judgement, Timing, judge
+from rkd_deploy.bench.timing import Progress, measure_interleaved
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -31,11 +33,14 @@ from rkd_deploy.models.separation.latency import Reading
 BACKENDS = ("onnxruntime", "openvino")
 """Those that run an ONNX file."""
 
-_LIMITS = {
-    False: {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1},
-    True: {"min_seconds": 2.5, "min_runs": 10, "warmup_seconds": 0.3},
+_SEARCH = {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1}
+"""Limits of each network at each batch size while the search looks for widths."""
+_CONFIRMATION = {
+    "min_seconds": 2.5 / SESSIONS,
+    "min_runs": -(-10 // SESSIONS),
+    "warmup_seconds": 0.3 / SESSIONS,
 }
-"""Of each network at each batch size; by whether it is to be confirmed."""
+"""Limits of each network at each batch size in each session of a confirmation."""
 
 
 class ExportStopwatch:
@@ -87,20 +92,44 @@ class ExportStopwatch:
             UsageError: The candidate cannot be fused at this level.
         """
         files = {"s0": self._exported(s0, "tail"), "candidate": self._exported(candidate, level)}
-        reading = _reading({batch: self._timed(files, batch, confirm) for batch in self._batches}, confirm)
+        comparisons = {batch: self._compared(files, batch, confirm) for batch in self._batches}
+        reading = Reading(
+            ratios={batch: comparison.ratio for batch, comparison in comparisons.items()},
+            intervals={batch: one.interval for batch, one in comparisons.items() if one.interval is not None},
+            candidate_ms={batch: _median_ms(one.timings["candidate"]) for batch, one in comparisons.items()},
+            s0_ms={batch: _median_ms(one.timings["s0"]) for batch, one in comparisons.items()},
+            runs={
+                batch: sum(len(timing.samples_ms) for timing in comparison.timings["candidate"])
+                for batch, comparison in comparisons.items()
+            },
+        )
         told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
         how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
         self._note(f"Latency over that of S0 on {how}: {told}")
         return reading
 
-    def _timed(self, files: Mapping[str, Path], batch: int, confirm: bool) -> dict[str, Timing]:
+    def _compared(self, files: Mapping[str, Path], batch: int, confirm: bool) -> _Comparison:
+        if confirm:
+            sessions = measure_in_sessions(
+                list(files), lambda names: self._timed({name: files[name] for name in names}, batch, _CONFIRMATION)
+            )
+            pairs = zip(sessions["candidate"], sessions["s0"], strict=True)
+            judgement = judge([candidate.p50 / s0.p50 for candidate, s0 in pairs])
+            return _Comparison(judgement.ratio, (judgement.low, judgement.high), sessions)
+        # The search cannot afford sessions: it reads some twenty widths, and only has to find those worth confirming.
+        # So one load must do, and the 10th percentiles: what else runs on a machine only ever adds to a latency.
+        timings = self._timed(files, batch, _SEARCH)
+        ratio = timings["candidate"].percentile(10) / timings["s0"].percentile(10)
+        return _Comparison(ratio, None, {name: [timing] for name, timing in timings.items()})
+
+    def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
             return measure_interleaved(
                 {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
                 warmup_runs=2,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
-                **_LIMITS[confirm],  # type: ignore[arg-type]
+                **limits,
             )
 
     def describe(self) -> dict[str, Any]:
@@ -108,12 +137,12 @@ class ExportStopwatch:
         facts = provenance()
         return {
             "backend": self._run_on.backend,
-            "version": facts["versions"].get(self._run_on.backend),
+            "version": facts.versions.get(self._run_on.backend),
             "device": self._run_on.where,
             "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
-            "cpu": facts["cpu"],
-            "cores": facts["cores"],
+            "cpu": facts.cpu,
+            "cores": facts.cores,
         }
 
     def _exported(self, network: nn.Module, level: str) -> Path:
@@ -125,41 +154,18 @@ class ExportStopwatch:
         return self._files[network]
 
 
-def _reading(timings: Mapping[int, Mapping[str, Timing]], confirm: bool) -> Reading:
-    ratios, intervals = {}, {}
-    for batch, timing in timings.items():
-        if confirm:
-            ratios[batch], intervals[batch] = paired_ratio(timing["candidate"], timing["s0"])
-        else:
-            ratios[batch] = timing["candidate"].percentile(10) / timing["s0"].percentile(10)
-    return Reading(
-        ratios=ratios,
-        intervals=intervals,
-        candidate_ms={batch: timing["candidate"].p50 for batch, timing in timings.items()},
-        s0_ms={batch: timing["s0"].p50 for batch, timing in timings.items()},
-        runs={batch: len(timing["candidate"].samples_ms) for batch, timing in timings.items()},
-    )
+@dataclass(frozen=True)
+class _Comparison:
+    """A candidate against S0 at one batch size: the ratio, the judge's interval, and the timings by session."""
+
+    ratio: float
+    interval: tuple[float, float] | None
+    timings: Mapping[str, Sequence[Timing]]
 
 
-def paired_ratio(first: Timing, second: Timing) -> tuple[float, tuple[float, float]]:
-    """Ratio of the latencies of two networks that took turns, from each turn and the next one's of the other.
+def _median_ms(timings: Sequence[Timing]) -> float:
+    return median_low(timing.p50 for timing in timings)
 
-    What slows a machine down for longer than two turns slows both alike and cancels out; what hits a single turn is an
-    outlier, which a median leaves out.
-
-    Returns:
-        The median of the turns' ratios, and its distribution-free 95 % interval (`Timing.interval`).
-    """
-    ratios = sorted(a / b for a, b in zip(first.round_medians_ms, second.round_medians_ms, strict=False))
-    low, high = interval_ranks(len(ratios), 0.5, 0.95)
-    return median(ratios), (
-        -math.inf if low is None else ratios[low - 1],
-        math.inf if high is None else ratios[high - 1],
-    )
-
-
-MARGIN = 0.02
-"""How much faster than `tail` a level must be to take its place."""
 
 Convert = Callable[[nn.Module], Any]
 """From a fused network to the ONNX model that would ship."""
@@ -195,7 +201,12 @@ class Choice:
 
 
 def choose_level(model: nn.Module, convert: Convert, target: Target, progress: Progress | None = None) -> Choice:
-    """Build the candidates, measure them, keep the fastest.
+    """Build the candidates, measure them side by side in repeated sessions, take the fastest.
+
+    Candidates are `tail`, `wide`, and `wide-grouped` where it differs from `wide`. `sum` is none: it does all that
+    `tail` does, and adapters and an addition besides. Each is exported as it would ship and run where it is meant to.
+    The choice depends on the machine and on the moment: a bundle of level `auto` is only reproduced by naming the
+    level that it chose.
 
     Args:
         model: As for `fuse`; of a network without assistants there is one candidate, which is not measured.
@@ -212,51 +223,80 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
     if not isinstance(model, ResidualStudent):
         return Choice("tail", networks["tail"], protos["tail"])
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{level}.onnx" for level in protos]
-        for file, proto in zip(files, protos.values(), strict=True):
-            file.write_bytes(proto.SerializeToString())
-        settings = BenchSettings(run_on=(target.run_on,), batches=target.batches, min_seconds=target.min_seconds)
-        results = bench(files, settings, progress=progress)
-    p50_ms = by_level(list(protos), results)
-    level, ratios = fastest(p50_ms)
+        files = {level: Path(folder) / f"{level}.onnx" for level in protos}
+        for level, proto in protos.items():
+            files[level].write_bytes(proto.SerializeToString())
+        sessions = _measured_levels(files, target, progress)
+    judgements = judge_levels({level: [_p50_by_batch(results) for results in each] for level, each in sessions.items()})
+    chosen = fastest_level(judgements)
     summary = {
         "backend": target.run_on.backend,
-        "device": results[0].device,
+        "device": sessions[chosen][0][0].device,
         "threads": target.run_on.threads,
         "batches": list(target.batches),
         "min_seconds": target.min_seconds,
-        "p50_ms": p50_ms,
-        "ratio_to_tail": ratios,
+        "sessions": SESSIONS,
+        "p50_ms": {level: _medians(each) for level, each in sessions.items()},
+        "ratio_to_tail": {level: judgement.ratio for level, judgement in judgements.items()},
+        "interval_of_ratio": {level: [judgement.low, judgement.high] for level, judgement in judgements.items()},
         "refused": refused,
-        "chosen": level,
+        "chosen": chosen,
     }
-    return Choice(level, networks[level], protos[level], summary, to_record(results, provenance(), summary))
+    results = [result for session in zip(*sessions.values(), strict=True) for level in session for result in level]
+    return Choice(chosen, networks[chosen], protos[chosen], summary, to_record(results, provenance(), summary))
 
 
-def by_level(levels: Sequence[str], results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Medians in ms by level and batch size; results in the order of `bench`: each batch size, each level."""
-    table: dict[str, dict[str, float]] = {level: {} for level in levels}
-    for number, result in enumerate(results):
-        table[levels[number % len(levels)]][str(result.batch)] = result.p50_ms
-    return table
+def _measured_levels(
+    files: Mapping[str, Path], target: Target, progress: Progress | None
+) -> dict[str, list[list[Result]]]:
+    """Results by level, session and batch size."""
+    settings = BenchSettings(
+        run_on=(target.run_on,),
+        batches=target.batches,
+        min_seconds=target.min_seconds / SESSIONS,
+        min_runs=-(-BenchSettings.min_runs // SESSIONS),
+        warmup_seconds=BenchSettings.warmup_seconds / SESSIONS,
+    )
+
+    def measure(levels: Sequence[str]) -> dict[str, list[Result]]:
+        results = bench([files[level] for level in levels], settings)
+        return {level: results[place :: len(levels)] for place, level in enumerate(levels)}
+
+    return measure_in_sessions(list(files), measure, progress)
 
 
-def fastest(p50_ms: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
-    """The rule at the top of this file.
+def _p50_by_batch(results: Sequence[Result]) -> dict[int, float]:
+    return {result.batch: result.p50_ms for result in results}
+
+
+def _medians(sessions: Sequence[Sequence[Result]]) -> dict[str, float]:
+    """Median latency in ms by batch size, the median over the sessions."""
+    return {str(results[0].batch): median_low(one.p50_ms for one in results) for results in zip(*sessions, strict=True)}
+
+
+def judge_levels(p50_ms: Mapping[str, Sequence[Mapping[int, float]]]) -> dict[str, Judgement]:
+    """Each level against `tail`, by sessions.
+
+    In a session, the ratio of a level is the geometric mean over the batch sizes of its median over `tail`'s, so that
+    every batch size counts alike whatever it takes.
 
     Args:
-        p50_ms: By level and batch size; `tail` among the levels.
-
-    Returns:
-        The level, and r of every level.
+        p50_ms: Median latency by level, session and batch size; `tail` is among the levels.
     """
-    tail = p50_ms["tail"]
-    ratios = {
-        level: math.exp(sum(math.log(times[batch] / tail[batch]) for batch in tail) / len(tail))
-        for level, times in p50_ms.items()
+    return {
+        level: judge([_ratio(times, tail) for times, tail in zip(sessions, p50_ms["tail"], strict=True)])
+        for level, sessions in p50_ms.items()
     }
-    best = min(ratios, key=lambda level: ratios[level])
-    return best if ratios[best] <= 1 - MARGIN else "tail", ratios
+
+
+def _ratio(times: Mapping[int, float], tail: Mapping[int, float]) -> float:
+    return math.exp(sum(math.log(times[batch] / tail[batch]) for batch in tail) / len(tail))
+
+
+def fastest_level(judgements: Mapping[str, Judgement]) -> str:
+    """The level of the least ratio among those that are faster than `tail` beyond chance; else `tail`, the simplest."""
+    faster = {level: one.ratio for level, one in judgements.items() if one.verdict == "faster"}
+    return min(faster, key=lambda level: faster[level], default="tail")
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:

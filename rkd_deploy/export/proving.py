@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from rkd_deploy.backends import infer_many, load_backend
@@ -30,6 +31,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.gate import Judgement, as_input
+from rkd_deploy.models.logits import check_logits
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""
@@ -56,6 +58,7 @@ class Proof:
         onnx_top1: The exported float32 graph's.
         judgement: Of the file of lower precision, on held-out images; None for float32.
         lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
+        kept: Layers that it has in float32.
     """
 
     parity: Parity
@@ -65,6 +68,7 @@ class Proof:
     onnx_top1: float | None
     judgement: Judgement | None = None
     lowered_top1: float | None = None
+    kept: tuple[str, ...] = ()
 
 
 def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
@@ -80,6 +84,7 @@ def prove(
     """Run both over every image; gate on logits and on classes.
 
     Raises:
+        DivergenceError: A logit of the reference is not finite.
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
     labels, expected, found, first = [], [], [], None
@@ -88,6 +93,7 @@ def prove(
             x = as_input(images_NHWC, card)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
+            check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
             found.append(infer_many(candidate, x))
             labels.append(labels_n)
     expected_NK, found_NK, labels_N = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)
@@ -110,10 +116,33 @@ def prove(
     return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
 
 
+STATED_WITHIN = 0.5
+"""Points by which an accuracy may differ from what training stated: its device rounds otherwise than the CPU here."""
+
+
+def check_stated_accuracy(proof: Proof, card: ModelCard) -> None:
+    """Hold the accuracy of the network against what its card states, if both are of as many images.
+
+    Raises:
+        GateError: They differ: these are not the weights, or not the images, that were judged when it was trained.
+    """
+    stated, images = card.metrics.get("accuracy"), card.metrics.get("images")
+    if stated is None or proof.torch_top1 is None or images != proof.images:
+        return
+    allowed = math.ceil(STATED_WITHIN * proof.images / 100)
+    if abs(round((proof.torch_top1 - stated) * proof.images / 100)) > allowed:
+        raise GateError(
+            f"{card.name} was tested at {stated:.2f} % of {images} images when it was trained, and is right on "
+            f"{proof.torch_top1:.2f} % of as many now; {allowed} images more or fewer are allowed. Its weights or the "
+            "images were changed since: restore them, or train again."
+        )
+
+
 def prove_lowered(
     proof: Proof,
     golden: Golden,
     judgement: Judgement,
+    kept: tuple[str, ...],
     file: Path,
     card: ModelCard,
     batches: Batches,
@@ -126,7 +155,8 @@ def prove_lowered(
             found.append(infer_many(candidate, as_input(images_NHWC, card)))
             labels.append(labels_n)
     found_NK = np.concatenate(found)
-    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    accuracy = _top1(found_NK, np.concatenate(labels))
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=accuracy, kept=kept)
     own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
     return proof, {**golden, **own, "fp32_logits": golden["logits"]}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
+from rkd_deploy.models.logits import check_ends_in_logits
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.models.tracing import Holder, Reader, Traced, in_mode
@@ -196,6 +197,7 @@ class External(FeatureNetwork):
                 f"{len(x_NCHW)} images it gave {f'a tensor {shape}' if shape else 'something else, or more'}. "
                 "Wrap it in a module that gives the logits alone."
             )
+        check_ends_in_logits(source.network, x_NCHW, _name(source))
         return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:

@@ -301,8 +301,11 @@ def _nearest(box: Any, point: _Spot) -> _Spot:
 
 
 def _ends(result: Result) -> tuple[float, float]:
-    low, high = result.p50_low_ms, result.p50_high_ms
-    return (result.p50_ms if low is None else low, result.p50_ms if high is None else high)
+    median = result.percentiles[50]
+    return (
+        median.ms if median.low_ms is None else median.low_ms,
+        median.ms if median.high_ms is None else median.high_ms,
+    )
 
 
 def _overlap(one: Any, other: Any) -> float:

@@ -1,4 +1,4 @@
-"""What a bench found, for machines (JSON), for people (table, Markdown) and as a picture."""
+"""The columns of every table that is shown: results, percentiles, roofline, ratios, scenarios."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.bench.compare import Ratio
 from rkd_deploy.bench.loadgen import LABEL, ScenarioResult
-from rkd_deploy.bench.results import Figures, Result
+from rkd_deploy.bench.reading import BenchRecord
+from rkd_deploy.bench.results import PERCENTILES, Figures, Result
 from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
-from rkd_deploy.report import tables
+from rkd_deploy.report.conditions import condition_lines, pace_lines
 from rkd_deploy.report.tables import Column, milliseconds, print_table
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ _SETTINGS: tuple[Column[Result], ...] = (
 RESULT_COLUMNS: tuple[Column[Result], ...] = (
     *_SETTINGS,
     Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
-    Column("its 95 % CI, ms", lambda r: _interval(r.p50_low_ms, r.p50_high_ms), detail=True),
-    Column("p90, ms", lambda r: milliseconds(r.p90_ms)),
-    Column("p99, ms", lambda r: milliseconds(r.p99_ms), detail=True),
+    Column("its 95 % CI, ms", lambda r: _interval(r, 50), detail=True),
+    Column("p90, ms", lambda r: _latency(r, 90)),
+    Column("p99, ms", lambda r: _latency(r, 99), detail=True),
     Column("Device only p50, ms", lambda r: None if r.device_only is None else milliseconds(r.device_only.p50_ms)),
     Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
     Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
@@ -53,52 +54,64 @@ def cut_short(result: Result) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table of everything: figures, and the result that they are of."""
+class FiguresRow:
+    """One line of the tables of details: figures, host to host or device only, and the result they belong to."""
 
     result: Result
     figures: Figures
 
 
-def _of_result(column: Column[Result]) -> Column[Row]:
+def _of_result(column: Column[Result]) -> Column[FiguresRow]:
     return Column(column.title, lambda row: column.text(row.result), numeric=column.numeric, setting=column.setting)
 
 
-_WHOSE: tuple[Column[Row], ...] = (
+_WHOSE: tuple[Column[FiguresRow], ...] = (
     *(_of_result(column) for column in _SETTINGS if not column.detail),
     Column("Figures", lambda r: "end to end" if r.figures.transfers else "device only", numeric=False),
 )
 
 
-def _percentiles() -> Iterator[Column[Row]]:
+def _percentiles() -> Iterator[Column[FiguresRow]]:
     """Each with its interval: the median's says whether two benches differ, so any terminal has room for that one."""
-    for name in ("p50", "p90", "p95", "p99", "p99_9"):
-        yield Column(f"{name.replace('_', '.')}, ms", partial(_percentile, name))
-        yield Column("its 95 % CI, ms", partial(_percentile_interval, name), detail=name != "p50")
+    for q in PERCENTILES:
+        yield Column(f"p{q:g}, ms", partial(_percentile, q))
+        yield Column("its 95 % CI, ms", partial(_percentile_interval, q), detail=q != 50)
 
 
-def _percentile(name: str, row: Row) -> str | None:
-    return _told(getattr(row.figures, f"{name}_ms"), milliseconds)
+def _percentile(q: float, row: FiguresRow) -> str | None:
+    return _latency(row.figures, q)
 
 
-def _percentile_interval(name: str, row: Row) -> str | None:
-    return _interval(getattr(row.figures, f"{name}_low_ms"), getattr(row.figures, f"{name}_high_ms"))
+def _percentile_interval(q: float, row: FiguresRow) -> str | None:
+    return _interval(row.figures, q)
 
 
-PERCENTILE_COLUMNS: tuple[Column[Row], ...] = (
+def _latency(figures: Figures, q: float) -> str | None:
+    percentile = figures.percentiles.get(q)
+    return None if percentile is None else milliseconds(percentile.ms)
+
+
+def _interval(figures: Figures, q: float) -> str | None:
+    percentile = figures.percentiles.get(q)
+    if percentile is None or percentile.low_ms is None or percentile.high_ms is None:
+        return None
+    return f"{milliseconds(percentile.low_ms)} to {milliseconds(percentile.high_ms)}"
+
+
+PERCENTILE_COLUMNS: tuple[Column[FiguresRow], ...] = (
     *_WHOSE,
     Column("Mean, ms", lambda r: _told(r.figures.mean_ms, milliseconds)),
     Column("CV, %", lambda r: _told(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
     *_percentiles(),
     Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False),
 )
-RUN_COLUMNS: tuple[Column[Row], ...] = (
+RUN_COLUMNS: tuple[Column[FiguresRow], ...] = (
     *_WHOSE,
     Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
     Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
     Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
     Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
-    Column("Machine slower by, %", lambda r: _slower(r.figures)),
+    Column("Machine's pace, ms", lambda r: _told(r.figures.pace_ms, milliseconds)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
@@ -108,38 +121,41 @@ RUN_COLUMNS: tuple[Column[Row], ...] = (
 )
 
 
-def results_markdown(results: Sequence[Result]) -> str:
-    """A Markdown table, units in its head; columns of which nothing is known are left out."""
-    return tables.markdown(RESULT_COLUMNS, results)
-
-
-def details_markdown(results: Sequence[Result]) -> str:
-    """Two Markdown tables: every percentile with its 95 % confidence interval; times, counts and memory."""
-    rows = rows_of(results)
-    return f"{tables.markdown(PERCENTILE_COLUMNS, rows)}\n{tables.markdown(RUN_COLUMNS, rows)}"
-
-
 def print_results(results: Sequence[Result], console: Console) -> None:
-    """The same table for a terminal: what is equal in all rows stands once, above it; details where there is room."""
-    tables.print_table(RESULT_COLUMNS, results, console)
+    """Print the results, a line for each; what is equal in all of them stands once, above the table."""
+    print_table(RESULT_COLUMNS, results, console)
+
+
+def print_bench(record: BenchRecord, console: Console) -> None:
+    """Print all tables of a record, and the state that the machine was in."""
+    print_results(record.results, console)
+    print_details(record.results, console)
+    if record.scenarios:
+        print_scenarios(record.scenarios, console)
+    if record.roofline.predictions:
+        print_roofline(record.roofline.predictions, record.results, console)
+    for line in machine_lines(record):
+        console.print(line)
+
+
+def machine_lines(record: BenchRecord) -> list[str]:
+    """The machine's state before and after a bench, and whether its pace changed meanwhile."""
+    states = record.conditions
+    lines = [] if states is None else condition_lines(states.before, states.after)
+    return [*lines, *pace_lines(record.results)]
 
 
 def print_details(results: Sequence[Result], console: Console) -> None:
-    """The tables of `details_markdown` for a terminal: of the intervals, the median's, and all where there is room."""
+    """Print every percentile with the interval of the median, then times, counts and memory."""
     rows = rows_of(results)
-    tables.print_table(PERCENTILE_COLUMNS, rows, console)
-    tables.print_table(RUN_COLUMNS, rows, console)
+    print_table(PERCENTILE_COLUMNS, rows, console)
+    print_table(RUN_COLUMNS, rows, console)
 
 
-def rows_of(results: Sequence[Result]) -> list[Row]:
-    """A line for each kind of figures of each result."""
-    return [
-        Row(result, figures) for result in results for figures in (result, result.device_only) if figures is not None
-    ]
-
-
-def _slower(figures: Figures) -> str | None:
-    return None if figures.pace_ms is None else f"{100 * (figures.slowdown - 1):.0f}"
+def rows_of(results: Sequence[Result]) -> list[FiguresRow]:
+    """A row for each kind of figures of each result: host to host, device only."""
+    pairs = [(result, figures) for result in results for figures in (result, result.device_only)]
+    return [FiguresRow(result, figures) for result, figures in pairs if figures is not None]
 
 
 def _told(value: float | None, form: Callable[[Any], str]) -> str | None:
@@ -156,10 +172,6 @@ def _engine(result: Result) -> str | None:
 
 def _megabytes(count: int | None) -> str | None:
     return None if count is None else f"{count / 1e6:,.1f}"
-
-
-def _interval(low: float | None, high: float | None) -> str | None:
-    return None if low is None or high is None else f"{milliseconds(low)} to {milliseconds(high)}"
 
 
 def _scaled(value: float | None, unit: float) -> str | None:
@@ -189,7 +201,7 @@ def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result],
     console.print(
         "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than"
     )
-    tables.print_table(ROOFLINE_COLUMNS, achieved(predictions, results), console)
+    print_table(ROOFLINE_COLUMNS, achieved(predictions, results), console)
     for note in sorted({f"{one.model}: {one.note}" for one in predictions if one.note}):
         console.print(note, style="yellow")
 
@@ -212,7 +224,7 @@ def print_ratios(ratios: Sequence[Ratio], console: Console) -> None:
     print_table(_RATIO_COLUMNS, ratios, console)
 
 
-_SCENARIO_COLUMNS: tuple[Column[ScenarioResult], ...] = (
+SCENARIO_COLUMNS: tuple[Column[ScenarioResult], ...] = (
     Column(LABEL, lambda r: r.scenario, numeric=False),
     Column("Model", lambda r: r.model, numeric=False),
     Column("Backend", lambda r: f"{r.backend} {r.device}", numeric=False, setting=True),
@@ -228,15 +240,9 @@ _SCENARIO_COLUMNS: tuple[Column[ScenarioResult], ...] = (
 )
 
 
-def scenarios_markdown(results: Sequence[ScenarioResult]) -> str:
-    """A Markdown table under the words that say what it is not."""
-    table = tables.markdown(_SCENARIO_COLUMNS, results)
-    return f"{LABEL}: shorter than MLPerf's 600 s, on noise, reviewed by nobody.\n\n{table}"
-
-
 def print_scenarios(results: Sequence[ScenarioResult], console: Console) -> None:
-    """The table of `scenarios_markdown` for a terminal."""
-    tables.print_table(_SCENARIO_COLUMNS, results, console)
+    """Print what LoadGen reported, a line for each scenario."""
+    print_table(SCENARIO_COLUMNS, results, console)
 
 
 def print_exits(report: Mapping[str, Any], console: Console) -> None:

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from rkd_deploy.bench import roofline
 from rkd_deploy.bench.ceilings import Ceilings
-from rkd_deploy.bench.layers import Layer, LayerTimes
+from rkd_deploy.bench.layers import LayerMedian, LayerTimes
+from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import Figures, Result
-from rkd_deploy.bench.roofline import Achieved
+from rkd_deploy.bench.roofline import Achieved, Roofline, achieved
 from rkd_deploy.report import accuracy_latency, columns, plots
 from rkd_deploy.report.page import Picture, Section, Table, table_of
-from rkd_deploy.report.reading import Material
 from rkd_deploy.report.style import WIDTH, distinct, series_colours
 from rkd_deploy.report.tables import Column, milliseconds
 
 Colours = Mapping[str, str]
 
 
-def sections(material: Material) -> list[Section]:
-    """All that a bench's material gives; a section of which nothing is known is left out."""
-    results = [result for result in material.results if result.p50_ms]
+def sections(records: Sequence[BenchRecord]) -> list[Section]:
+    """The sections of a page of some records, their results side by side; empty sections are left out."""
+    results = [result for record in records for result in record.results if result.p50_ms]
     named = _by_batch(results)
     colours = _colours(named)
     found = [
         Section("Accuracy, latency, throughput", (), [*_accuracy(results), *_throughput(named, colours)]),
         *_latency(named, colours),
-        *_roofline(material, results, colours),
-        *_layers(material.layers, colours),
-        *_environment(material.environments),
+        *_roofline(_joined([record.roofline for record in records]), results, colours),
+        *_layers([times for record in records for times in record.layers], colours),
+        *_environment([environment(record) for record in records]),
     ]
     return [section for section in found if section.text or section.blocks]
+
+
+def environment(record: BenchRecord) -> dict[str, Any]:
+    """Provenance and settings of a record as one flat table, name to value."""
+    known = asdict(record.provenance)
+    versions, gpus, git = known.pop("versions"), known.pop("gpus"), known.pop("git")
+    flat = {**known, **{f"setting {name}": value for name, value in record.settings.items()}}
+    flat |= {name: version for name, version in versions.items() if version is not None}
+    for number, gpu in enumerate(gpus or ()):
+        flat |= {f"GPU {number} {name}": value for name, value in gpu.items()}
+    if git:
+        flat["commit"] = f"{str(git.get('commit'))[:12]}{', changed since' if git.get('dirty') else ''}"
+    return flat
+
+
+def remark(record: BenchRecord) -> str:
+    """The sentence of a partial record, with the results that were cut short; the others in it are whole."""
+    cut = [
+        f"{one.model} on {one.backend}{'' if one.threads is None else f', threads {one.threads}'}, batch {one.batch}"
+        for one in record.results
+        if columns.cut_short(one)
+    ]
+    return "Interrupted: what had been measured until then." + (f" Cut short: {'; '.join(cut)}." if cut else "")
+
+
+def _joined(rooflines: Sequence[Roofline]) -> Roofline:
+    return Roofline(
+        tuple(ceilings for roofline in rooflines for ceilings in roofline.ceilings),
+        tuple(prediction for roofline in rooflines for prediction in roofline.predictions),
+    )
 
 
 def _by_batch(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
@@ -139,11 +169,11 @@ def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> 
     yield Picture("Throughput over batch size", words, plots.throughputs(lines, colours))
 
 
-def _roofline(material: Material, results: Sequence[Result], colours: Colours) -> Iterator[Section]:
-    predictions, ceilings = material.roofline.predictions, material.roofline.ceilings
+def _roofline(roofline: Roofline, results: Sequence[Result], colours: Colours) -> Iterator[Section]:
+    predictions, ceilings = roofline.predictions, roofline.ceilings
     if not predictions:
         return
-    found = roofline.achieved(predictions, results)
+    found = achieved(predictions, results)
     blocks: list[Picture | Table] = [table_of("Bound and measurement", columns.ROOFLINE_COLUMNS, found)]
     points = _under_the_roof(found)
     if points and ceilings:
@@ -226,7 +256,7 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
         yield Section("Layer by layer", text, [*pictures, *tables])
 
 
-_LAYER_COLUMNS: tuple[Column[tuple[Layer, float]], ...] = (
+_LAYER_COLUMNS: tuple[Column[tuple[LayerMedian, float]], ...] = (
     Column("Layer", lambda row: row[0].name, numeric=False),
     Column("Type", lambda row: row[0].op, numeric=False),
     Column("In", lambda row: row[0].precision, numeric=False),

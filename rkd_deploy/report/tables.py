@@ -37,8 +37,8 @@ class Column(Generic[R]):
     detail: bool = False
 
 
-def markdown(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
-    """A Markdown table; columns of which nothing is known are left out."""
+def markdown_table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
+    """A Markdown table of some rows; columns of which nothing is known are left out."""
     kept, cells = _cells(columns, rows)
     lines = [
         [column.title for column in kept],

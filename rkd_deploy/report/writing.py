@@ -1,30 +1,35 @@
-"""The report of a bench: from its record, now or later, or from those of several benches."""
+"""Writes what is shown of records: tables as Markdown, the picture, the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rkd_deploy.bench.loadgen import ScenarioResult
-from rkd_deploy.bench.machine import describe, provenance
-from rkd_deploy.bench.results import Result, to_record
+from rkd_deploy.bench.loadgen import LABEL
+from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.errors import DataError, MissingDependencyError
 from rkd_deploy.report.accuracy_latency import plot
-from rkd_deploy.report.columns import details_markdown, results_markdown, scenarios_markdown
+from rkd_deploy.report.columns import (
+    PERCENTILE_COLUMNS,
+    RESULT_COLUMNS,
+    RUN_COLUMNS,
+    SCENARIO_COLUMNS,
+    machine_lines,
+    rows_of,
+)
 from rkd_deploy.report.page import Pages, write_pages
-from rkd_deploy.report.reading import Material, gather
-from rkd_deploy.report.sections import sections
+from rkd_deploy.report.sections import environment, remark, sections
 from rkd_deploy.report.style import distinct
-from rkd_deploy.storage import write_json, write_text
+from rkd_deploy.report.tables import markdown_table
+from rkd_deploy.storage import write_text
 
 
-def write_bench_report(records: Sequence[Mapping[str, Any]], folder: Path, name: str = "bench") -> Pages:
+def write_bench_report(records: Sequence[BenchRecord], folder: Path, name: str = "bench") -> Pages:
     """Write NAME.html and NAME.md of the results of some records, side by side.
 
     Args:
-        records: Contents of bench.json files.
+        records: From `read_bench`.
         folder: Made when it is not there.
         name: Of both files.
 
@@ -33,91 +38,74 @@ def write_bench_report(records: Sequence[Mapping[str, Any]], folder: Path, name:
         MissingDependencyError: matplotlib is not installed.
         StorageError: A file could not be written; the earlier one is intact.
     """
-    material = gather(records)
-    if not material.results:
+    models = distinct(result.model for record in records for result in record.results)
+    if not models:
         raise DataError(f"Nothing to report: {len(records)} records without a result. Measure with rkd-deploy bench.")
-    models = distinct(result.model for result in material.results)
     title = f"Bench of {', '.join(models[:3])}{f' and {len(models) - 3} more' if len(models) > 3 else ''}"
-    return write_pages(title, facts_of(material), sections(material), folder, name)
+    return write_pages(title, facts_of(records), sections(records), folder, name)
 
 
-def facts_of(material: Material) -> dict[str, str]:
+def facts_of(records: Sequence[BenchRecord]) -> dict[str, str]:
     """What everybody asks first: on what, when, how often."""
-    where = distinct(f"{result.backend} on {result.device}" for result in material.results)
-    calls = sum(len(result.samples_ms) for result in material.results)
-    facts = {"Backend": ", ".join(where), "Timed calls": f"{calls:,}"} if material.results else {}
+    results = [result for record in records for result in record.results]
+    where = distinct(f"{result.backend} on {result.device}" for result in results)
+    calls = sum(len(result.samples_ms) for result in results)
+    facts = {"Backend": ", ".join(where), "Timed calls": f"{calls:,}"} if results else {}
+    environments = [environment(record) for record in records]
     for label, key in (("Processor", "cpu"), ("GPU", "GPU 0 name"), ("Measured, UTC", "time_utc")):
-        found = distinct(str(one[key]) for one in material.environments if one.get(key) is not None)
-        if found:
-            facts[label] = ", ".join(found)
-    if material.remarks:
-        facts["Partial"] = " ".join(distinct(material.remarks))
+        values = distinct(str(known[key]) for known in environments if known.get(key) is not None)
+        if values:
+            facts[label] = ", ".join(values)
+    remarks = distinct(remark(record) for record in records if record.partial)
+    if remarks:
+        facts["Partial"] = " ".join(remarks)
     return facts
 
 
 @dataclass(frozen=True)
-class Report:
-    """Where a bench was written to.
+class Tables:
+    """Where the tables and the picture of a bench were written to.
 
     Attributes:
-        record: bench.json, with every sample.
         table: bench.md.
         plot: accuracy_latency.png, or None where nothing is known of accuracy or matplotlib is not installed.
     """
 
-    record: Path
     table: Path
     plot: Path | None
 
 
-def write_report(
-    results: Sequence[Result],
-    settings: Mapping[str, Any],
-    folder: Path,
-    states: Mapping[str, Any] | None = None,
-    scenarios: Sequence[ScenarioResult] = (),
-    *,
-    more: Mapping[str, Any] | None = None,
-    partial: bool = False,
-) -> Report:
-    """Write a bench into a folder; what an earlier bench left there is replaced, file by file.
+def write_tables(record: BenchRecord, folder: Path) -> Tables:
+    """Write bench.md and, where accuracies are known, accuracy_latency.png of a record.
 
     Args:
-        results: What `bench` gave.
-        settings: How it was measured.
-        folder: Made when it is not there.
-        states: ``before`` and ``after``: the machine's `conditions`.
-        scenarios: What LoadGen found.
-        more: What else belongs into the record: "roofline" and "layers".
-        partial: Whether less was measured than was asked for.
+        record: From `read_bench`.
+        folder: Made when it is not there; files of an earlier bench are replaced.
 
     Raises:
         StorageError: A file could not be written; the earlier one is intact.
     """
-    record, table = folder / "bench.json", folder / "bench.md"
-    content = to_record(results, provenance(), settings, states, partial=partial)
-    write_json(record, {**content, "loadgen": [asdict(scenario) for scenario in scenarios], **(more or {})})
-    write_text(table, _page(results, states, scenarios, partial))
+    table = folder / "bench.md"
+    write_text(table, bench_markdown(record))
     picture: Path | None = None
-    if any(result.accuracy is not None for result in results):
+    if any(result.accuracy is not None for result in record.results):
         try:
             picture = folder / "accuracy_latency.png"
-            plot(results, picture)
+            plot(record.results, picture)
         except MissingDependencyError:  # an app's environment measures without drawing
             picture = None
-    return Report(record, table, picture)
+    return Tables(table, picture)
 
 
-def _page(
-    results: Sequence[Result],
-    states: Mapping[str, Any] | None,
-    scenarios: Sequence[ScenarioResult],
-    partial: bool,
-) -> str:
-    parts = ["Partial: the bench ended before all that was asked for was measured.\n"] if partial else []
-    parts += [results_markdown(results), details_markdown(results)]
-    if scenarios:
-        parts.append(scenarios_markdown(scenarios))
-    if states is not None:
-        parts.append("".join(f"- {line}\n" for line in describe(**states)))
+def bench_markdown(record: BenchRecord) -> str:
+    """The tables of a record as Markdown: results, percentiles, runs, scenarios, and the machine's state."""
+    rows = rows_of(record.results)
+    details = [markdown_table(PERCENTILE_COLUMNS, rows), markdown_table(RUN_COLUMNS, rows)]
+    parts = ["Partial: the bench ended before all that was asked for was measured.\n"] if record.partial else []
+    parts += [markdown_table(RESULT_COLUMNS, record.results), "\n".join(details)]
+    if record.scenarios:
+        scenarios = markdown_table(SCENARIO_COLUMNS, record.scenarios)
+        parts.append(f"{LABEL}: shorter than MLPerf's 600 s, on noise, reviewed by nobody.\n\n{scenarios}")
+    if lines := machine_lines(record):
+        parts.append("".join(f"- {line}\n" for line in lines))
     return "\n".join(parts)

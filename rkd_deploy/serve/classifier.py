@@ -80,7 +80,7 @@ def load(
     else:
         loaded = load_early_exit(path, exit_threshold, backend, device=device, threads=threads)
     try:
-        card = read_card(path, loaded.metadata())
+        card = read_card(path, loaded.info.metadata)
         if card is None:
             raise ModelFileError(
                 f"{model_path(path)} has no model card, neither in its metadata nor in a .json file beside it, so its "
@@ -112,7 +112,7 @@ class Classifier:
         self._image_shape = (card.preprocess.height, card.preprocess.width, card.preprocess.channels)
         self._max_batch = max_batch
         self._ones_K = np.ones(len(card.labels), np.float32)
-        self._one = backend.input_shape[0] in (None, 1)
+        self._one = backend.info.input_shape[0] in (None, 1)
         _check_fit(backend, card)
         if isinstance(backend, EarlyExitBackend):
             backend.left = [0] * len(backend.left)  # that run was no image of anybody
@@ -246,15 +246,15 @@ def _not_finite(peak: float) -> BackendError:
 
 def _check_fit(backend: Backend, card: ModelCard) -> None:
     wanted = card.preprocess.input_shape
-    found: Sequence[int | None] = backend.input_shape[1:]
+    found: Sequence[int | None] = backend.info.input_shape[1:]
     fits = len(found) == len(wanted) and all(size in (None, want) for size, want in zip(found, wanted, strict=True))
-    if not fits or backend.input_dtype != card.preprocess.input_dtype:
+    if not fits or backend.info.input_dtype != card.preprocess.input_dtype:
         sizes = ["any" if size is None else size for size in found]
         raise ModelFileError(
             f"The card of {card.name!r} describes an input {card.preprocess.input_dtype} {list(wanted)}, and the model "
-            f"takes {backend.input_dtype} {sizes}: they do not belong together. Export with rkd-deploy export."
+            f"takes {backend.info.input_dtype} {sizes}: they do not belong together. Export with rkd-deploy export."
         )
-    probe = np.zeros((backend.input_shape[0] or 1, *wanted), backend.input_dtype)
+    probe = np.zeros((backend.info.input_shape[0] or 1, *wanted), backend.info.input_dtype)
     logits = backend.infer(probe)
     if logits.ndim != 2 or logits.shape[1] != len(card.labels):
         raise ModelFileError(

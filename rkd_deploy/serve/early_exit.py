@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.backends.files import model_path, read_card
+from rkd_deploy.backends.protocol import ModelInfo
 from rkd_deploy.errors import ModelFileError, UsageError
 
 
@@ -50,9 +52,13 @@ class EarlyExitBackend(Backend):
         self._steps, self.threshold = list(steps), threshold
         first = self._steps[0]
         self.name, self.device, self.precision = first.name, first.device, first.precision
-        self.input_name, self.input_shape, self.input_dtype = first.input_name, first.input_shape, first.input_dtype
-        self.outputs = ("logits",)
+        self._info = replace(first.info, outputs=("logits",))
         self.left = [0] * len(self._steps)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the student's graph takes, and what its file says."""
+        return self._info
 
     def infer(self, x: Array) -> Array:
         """Logits [N, K] after the step at which each image left."""
@@ -74,10 +80,6 @@ class EarlyExitBackend(Backend):
 
     def synchronize(self) -> None:
         """Nothing waits: every run is host to host."""
-
-    def metadata(self) -> Mapping[str, str]:
-        """What the student's file says."""
-        return self._steps[0].metadata()
 
     def close(self) -> None:
         """Close every step."""

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 import rkd_deploy
 from rkd_deploy.backends import describe_model
-from rkd_deploy.backends.files import check_files, sealed
+from rkd_deploy.backends.files import check_files, with_checksums
 from rkd_deploy.bench.parity import verify, verify_everywhere
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
@@ -29,7 +29,7 @@ def sound(bundle, tmp_path):
     folder = shutil.copytree(bundle, tmp_path / "sealed")
     (folder / "labels.txt").write_text("red\ngreen\nblue\n")
     card = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
-    (folder / "model.json").write_text(sealed(card, folder))
+    (folder / "model.json").write_text(with_checksums(card, folder))
     return folder
 
 

@@ -5,8 +5,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from onnx import TensorProto, helper
 
 from rkd_deploy.backends import available, load_backend
+from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
@@ -46,9 +49,9 @@ def test_says_what_it_is(backend, request):
     assert backend.name == name
     assert backend.device == ("cuda:0" if where else "cpu")
     assert backend.precision == "fp32"
-    assert backend.input_shape == (None, 4, 4, 3)
-    assert backend.input_dtype == "uint8"
-    assert backend.outputs == ("logits",)
+    assert backend.info.input_shape == (None, 4, 4, 3)
+    assert backend.info.input_dtype == "uint8"
+    assert backend.info.outputs == ("logits",)
 
 
 def test_answers_are_exact_at_batch_1_and_7(backend, zoo):
@@ -93,6 +96,66 @@ def test_prepared_runs_repeat_and_other_batches_stay_right(backend, zoo):
         assert run() is None
     backend.synchronize()
     np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
+
+
+def fixed_inside(zoo, file):
+    """A model whose batch is free by its input and 2 by a Reshape: of 4 images it makes 2 rows of twice the width."""
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [2, -1])
+    nodes = [helper.make_node("Reshape", ["input", "shape"], ["rows"]), helper.make_node("Abs", ["rows"], ["logits"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "k"]) for name in ("input", "logits")]
+    return zoo.save(file, helper.make_graph(nodes, "g", ends[:1], ends[1:], [shape]))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_an_answer_with_other_rows_than_the_batch_is_refused_and_the_next_call_works(name, zoo, tmp_path):
+    fixed_inside(zoo, tmp_path / "m.onnx")
+    two, four = np.ones((2, 6), np.float32), np.ones((4, 6), np.float32)
+    with load_backend(name, tmp_path / "m.onnx") as backend:
+        for x in (four, four):
+            with pytest.raises(BackendError, match=r"shape \[2, 12\] for a batch of 4.*one row for each image"):
+                backend.infer(x)
+            np.testing.assert_array_equal(backend.infer(two), two)
+        with pytest.raises(BackendError, match="one row for each image"):
+            backend.prepare(four)()
+        backend.prepare(two)()
+        backend.synchronize()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_after_a_run_that_failed_the_next_one_on_that_thread_works(name, zoo, tmp_path):
+    """A product whose second factor fixes the batch: any other batch is an error inside the runtime."""
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [6, 1, 3], [1.0] * 18)
+    nodes = [
+        helper.make_node("Reshape", ["input", "shape"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["y"]),
+        helper.make_node("Squeeze", ["y", "axis"], ["logits"]),
+    ]
+    constants = [
+        helper.make_tensor("shape", TensorProto.INT64, [3], [6, 1, 1]),
+        helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+        weight,
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "k"]) for name in ("input", "logits")]
+    zoo.save(tmp_path / "m.onnx", helper.make_graph(nodes, "g", ends[:1], ends[1:], constants))
+    good, bad = np.ones((6, 1), np.float32), np.ones((4, 1), np.float32)
+    with load_backend(name, tmp_path / "m.onnx") as backend:
+        for _ in range(2):
+            np.testing.assert_array_equal(backend.infer(good), np.ones((6, 3)))
+            with pytest.raises(BackendError):
+                backend.infer(bad)
+        np.testing.assert_array_equal(backend.infer(good), np.ones((6, 3)))
+
+
+def test_a_module_with_other_rows_than_the_batch_is_refused():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.reshape(2, -1)
+
+    two, four = np.ones((2, 6), np.float32), np.ones((4, 6), np.float32)
+    with PyTorchBackend(Fixed(), input_shape=(None, 6), input_dtype="float32") as backend:
+        with pytest.raises(BackendError, match=r"shape \[2, 12\] for a batch of 4"):
+            backend.infer(four)
+        np.testing.assert_array_equal(backend.infer(two), two)
 
 
 def test_closes_twice_and_refuses_use_afterwards(backend, zoo):

@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends import RunOn, load_backend
-from rkd_deploy.backends.onnxrt import OnnxRuntimeBackend, check_provider, multiplies_int8_exactly
+from rkd_deploy.backends.onnxrt import OnnxRuntimeBackend
+from rkd_deploy.backends.onnxrt_session import check_provider, multiplies_int8_exactly
 from rkd_deploy.errors import BackendError, ModelFileError
 
 CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
@@ -74,33 +75,30 @@ def test_prepared_input_and_output_stay_bound_and_apart_from_the_callers_array(b
         np.testing.assert_array_equal(backend._binding.copy_outputs_to_cpu()[0], expected)
 
 
-def test_logits_are_found_by_name_and_all_outputs_are_given(zoo, tmp_path):
+def test_logits_are_found_by_name(zoo, tmp_path):
     x = zoo.pixels(2)
     with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", extra=True)) as backend:
-        assert backend.outputs == ("logits", "sums")
+        assert backend.info.outputs == ("logits", "sums")
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
-        outputs = backend.infer_all(x)
-    np.testing.assert_array_equal(outputs["logits"], zoo.answer(x))
-    np.testing.assert_array_equal(outputs["sums"], x.astype(np.float32).sum((1, 2)))
 
 
 def test_without_that_name_the_first_output_is_the_logits(zoo, tmp_path):
     with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", output="scores")) as backend:
-        assert backend.outputs == ("scores",)
+        assert backend.info.outputs == ("scores",)
         assert backend.precision == "unknown"
-        assert backend.metadata() == {}
+        assert backend.info.metadata == {}
 
 
 def test_metadata_gives_the_card_and_the_precision(zoo, tmp_path):
     card = zoo.card(precision="int8")
     with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", card=card)) as backend:
-        assert backend.metadata() == {"rkd_deploy.card": card.to_json()}
+        assert backend.info.metadata == {"rkd_deploy.card": card.to_json()}
         assert backend.precision == "int8"
 
 
 def test_a_fixed_batch_is_known_and_kept(zoo, tmp_path):
     with OnnxRuntimeBackend(zoo.build(tmp_path / "m.onnx", batch=4)) as backend:
-        assert backend.input_shape == (4, 4, 4, 3)
+        assert backend.info.input_shape == (4, 4, 4, 3)
         np.testing.assert_array_equal(backend.infer(zoo.pixels(4)), zoo.answer(zoo.pixels(4)))
         with pytest.raises(ValueError, match=r"\[3, 4, 4, 3\].*\[4, 4, 4, 3\]"):
             backend.infer(zoo.pixels(3))

@@ -103,7 +103,7 @@ def test_another_shape_is_recorded_anew_and_what_was_prepared_stays(bundle, zoo,
         assert [graph.replays for graph in graphs] == [1, 2, 1, 1]
         logits = graphs[0].steps[-1][-1].numpy()
         np.testing.assert_array_equal(logits, zoo.answer(zoo.pixels(1, seed=9)))  # its input is its own
-        assert backend.cuda_graph
+        assert backend.info.cuda_graph
 
 
 def test_logits_of_a_graph_stay_when_it_runs_again(bundle, zoo, graphs):

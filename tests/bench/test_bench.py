@@ -55,7 +55,7 @@ def test_a_free_image_size_comes_from_the_card_or_is_an_error(zoo, tmp_path):
     )
     zoo.save(tmp_path / "m.onnx", graph)
     with load_backend("onnxruntime", tmp_path / "m.onnx") as backend:
-        assert backend.input_shape == (None, None, None, 3)
+        assert backend.info.input_shape == (None, None, None, 3)
         card = zoo.card(preprocess=Preprocess(height=6, width=5, mean=(0.5,) * 3, std=(0.5,) * 3))
         assert backend.infer(random_input(backend, card, 2, seed=0)).shape == (2, 3)
         with pytest.raises(UsageError, match="no card that says which size"):

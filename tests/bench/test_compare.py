@@ -9,42 +9,59 @@ import numpy as np
 import pytest
 
 from rkd_deploy.bench import compare
-from rkd_deploy.bench.compare import differing_environment, paired_ratio, read_record, recorded_ratio, recorded_ratios
-from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.bench.compare import differing_environment, recorded_ratio, recorded_ratios
+from rkd_deploy.bench.machine import Provenance
+from rkd_deploy.bench.results import result_of_row
+from rkd_deploy.bench.statistics import Judgement, judge
+from rkd_deploy.errors import UsageError
 
 
 def result(medians, model="net", batch=1, **facts):
-    known = {"backend": "onnxruntime", "device": "cpu", "batch": batch, "threads": None, "transfers": True}
-    return {"model": model, **known, **facts, "round_medians_ms": medians}
+    known = {"backend": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": batch, "threads": None}
+    figures = {
+        "transfers": True,
+        "p50_ms": 1.0,
+        "mean_ms": 1.0,
+        "cv": 0.1,
+        "throughput_per_s": 1.0,
+        "first_run_ms": 1.0,
+    }
+    row = {"model": model, "file_bytes": 1, "runs": 1, **figures, **known, **facts}
+    return result_of_row({**row, "round_medians_ms": medians})
 
 
-def test_a_paired_ratio_is_the_median_of_the_ratios_and_eight_bound_it_by_the_extremes():
-    a = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0]
-    factors = [1.1, 0.9, 1.2, 1.0, 1.3, 1.05, 1.15, 0.95]
+def test_sessions_are_judged_by_the_median_of_their_ratios_and_eight_bound_it_by_the_extremes():
     # Of 8, all lie on one side of the median with probability 2 / 2^8 = 0.8 %; 7 or more would be 7 %, too likely.
-    assert paired_ratio(a, [x * f for x, f in zip(a, factors, strict=True)]) == pytest.approx((1.05, 0.9, 1.3))
+    judgement = judge([1.1, 0.9, 1.2, 1.0, 1.3, 1.05, 1.15, 0.95])
+    assert (judgement.ratio, judgement.low, judgement.high) == (1.05, 0.9, 1.3)
+    # Of 11 the 2nd and the 10th: P(B <= 1) = 12 / 2048, P(B <= 2) = 67 / 2048, with 2.5 % between them.
+    judgement = judge([9.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 0.1])
+    assert (judgement.ratio, judgement.low, judgement.high) == (1.4, 1.0, 1.8)
 
 
 def test_too_few_sessions_bound_nothing():
-    assert paired_ratio([1.0] * 5, [2.0] * 5) == (2.0, 0.0, math.inf)
+    assert judge([2.0] * 5) == Judgement(2.0, 0.0, math.inf)
 
 
-def test_drift_that_hits_both_does_not_widen_a_paired_ratio_but_a_recorded_one():
+def test_drift_widens_the_ratio_of_records():
     drift = np.linspace(1, 3, 20)
-    assert paired_ratio(drift.tolist(), (1.1 * drift).tolist()) == pytest.approx((1.1, 1.1, 1.1))
-    _, low, high = recorded_ratio(drift.tolist(), (1.1 * drift).tolist())
-    assert low < 1 < 1.1 < high
+    judgement = recorded_ratio(drift.tolist(), (1.1 * drift).tolist())
+    assert judgement.low < 1 < 1.1 < judgement.high
 
 
-@pytest.mark.parametrize("judge", [paired_ratio, recorded_ratio])
-def test_the_interval_covers_the_true_ratio_as_often_as_it_says(judge):
+def by_sessions(a, b):
+    return judge([y / x for x, y in zip(a, b, strict=True)])
+
+
+@pytest.mark.parametrize("compared", [by_sessions, recorded_ratio])
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says(compared):
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
         # Log-normal, skewed as latencies are: the median is exp(0) = 1 for A and 1.05 for B.
         a, b = np.exp(generator.normal(0, 0.1, (2, 20)))
-        _, low, high = judge(a.tolist(), (1.05 * b).tolist())
-        covered += low <= 1.05 <= high
+        judgement = compared(a.tolist(), (1.05 * b).tolist())
+        covered += judgement.low <= 1.05 <= judgement.high
     # Binomial(400, 0.95) lies above 362 with 99.9 %; a method of 85 % would be found.
     assert covered > 362
 
@@ -72,16 +89,14 @@ def test_records_without_a_common_condition_and_with_several_models_are_refused(
         recorded_ratios([result([1.0]), result([1.0], model="other")], [result([1.0])])
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", '{"kind": "bench", "schema": 99, "results": []}'])
-def test_what_is_no_record_is_refused(tmp_path, content):
-    (tmp_path / "bench.json").write_text(content)
-    with pytest.raises(ModelFileError, match="rkd-deploy bench"):
-        read_record(tmp_path / "bench.json")
+def test_records_without_turns_are_refused():
+    with pytest.raises(UsageError, match="net holds no turns"):
+        recorded_ratios([result([1.0])], [result([])])
 
 
 def test_differences_of_machine_and_versions_are_named():
-    one = {"cpu": "X", "cores": 2, "versions": {"onnxruntime": "1.32", "torch": None}}
-    other = {"cpu": "Y", "cores": 2, "versions": {"onnxruntime": "1.33"}}
+    one = Provenance(cpu="X", cores=2, versions={"onnxruntime": "1.32", "torch": None})
+    other = Provenance(cpu="Y", cores=2, versions={"onnxruntime": "1.33"})
     assert differing_environment(one, other) == ["cpu: X and Y", "onnxruntime: 1.32 and 1.33"]
     assert differing_environment(one, one) == []
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
+from rkd_deploy.backends.protocol import ModelInfo
 from rkd_deploy.bench.loadgen import (
     LIBRARY,
     MULTI_STREAM_IMAGES,
@@ -19,8 +20,10 @@ from rkd_deploy.bench.loadgen import (
     read_log,
     run_scenario,
 )
+from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 BRIEF = {"min_seconds": 0.2, "min_queries": 10}
@@ -30,10 +33,11 @@ SLEEP = 0.002
 class Sleeper:
     """A backend that takes 2 ms a call and remembers the batches it was given."""
 
-    name, device, max_batch, cuda_graph = "sleeper", "cpu", None, None
+    name, device = "sleeper", "cpu"
 
-    def __init__(self, fixed=None):
-        self.input_shape, self.input_dtype, self.batches = (fixed, 4), "float32", []
+    def __init__(self, fixed=None, cuda_graph=None):
+        self.batches = []
+        self.info = ModelInfo(input_name="x", input_shape=(fixed, 4), input_dtype="float32", cuda_graph=cuda_graph)
 
     def infer(self, x):
         self.batches.append(len(x))
@@ -66,8 +70,7 @@ def test_each_scenario_asks_in_its_own_way_and_is_told_the_time_it_took(scenario
 @pytest.mark.parametrize("cuda_graph", [None, True])
 def test_a_server_answers_what_waits_together_unless_that_means_a_new_graph(cuda_graph, tmp_path):
     """1,500 queries a second of a model that takes 2 ms a call: one at a time it could answer a third of them."""
-    backend = Sleeper()
-    backend.cuda_graph = cuda_graph
+    backend = Sleeper(cuda_graph=cuda_graph)
     load = Load(min_seconds=0.3, min_queries=10, target_qps=1500, target_latency_ms=50, max_batch=20)
     found = run_scenario(backend, library(backend, None, 0), "Server", tmp_path / "logs", load)
     assert found["target_qps"] == 1500
@@ -154,7 +157,7 @@ def test_a_report_calls_it_unofficial_everywhere_and_keeps_the_logs(bundle, tmp_
         assert row["label"] == "LoadGen, unofficial"
         assert (row["model"], row["backend"], row["threads"]) == ("sums", "onnxruntime", 1)
         assert "MLPerf Results Summary" in (tmp_path / "out" / row["logs"] / "mlperf_log_summary.txt").read_text()
-    assert "LoadGen, unofficial" in (tmp_path / "out/bench.md").read_text()
+    assert "LoadGen, unofficial" in bench_markdown(read_bench(done.path))
     assert len(done.scenarios) == 2
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 

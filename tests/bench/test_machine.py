@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from dataclasses import asdict, replace
 
 import pytest
 
 from rkd_deploy.bench.machine import (
     available_bytes,
-    conditions,
-    describe,
     device_used_bytes,
+    machine_state,
     reset_peak,
     resident_bytes,
     resident_peak_bytes,
 )
+from rkd_deploy.report.conditions import condition_lines
 
 CPU = "sys/devices/system/cpu"
 KERNEL = {
@@ -48,24 +49,25 @@ def machine(tmp_path):
 
 
 def test_what_the_kernel_tells_is_read(machine):
-    found = conditions(machine)
-    assert found["clock_mhz"] == [2400, 3100.5]
-    assert found["clock_limits_mhz"] == [800, 3500]
-    assert found["governor"] == "performance, powersave"
-    assert found["turbo"] is False
-    assert found["power_limit_w"] == 125
-    assert found["temperature_c"] == 61
-    assert found["quota_cores"] == 1.5
-    assert found["steal_s"] == 800 / os.sysconf("SC_CLK_TCK")
-    assert found["preempted"] == 42
+    found = machine_state(machine)
+    assert found.clock_mhz == (2400, 3100.5)
+    assert found.clock_limits_mhz == (800, 3500)
+    assert found.governor == "performance, powersave"
+    assert found.turbo is False
+    assert found.power_limit_w == 125
+    assert found.temperature_c == 61
+    assert found.quota_cores == 1.5
+    assert found.steal_s == 800 / os.sysconf("SC_CLK_TCK")
+    assert found.preempted == 42
 
 
 def test_what_changed_is_told_from_to(machine):
-    before = conditions(machine)
+    before = machine_state(machine)
     (machine / f"{CPU}/cpu1/cpufreq/scaling_cur_freq").write_text("2400000")
     (machine / "proc/self/task/2/status").write_text("nonvoluntary_ctxt_switches:\t58")
     gpu = {"name": "NVIDIA H200", "clocks.sm": "1980 MHz", "power.limit": "700.00 W"}
-    (cpu, card) = describe({**before, "gpus": [gpu]}, {**conditions(machine), "gpus": [gpu | {"clocks.sm": "345 MHz"}]})
+    after = machine_state(machine)
+    (cpu, card) = condition_lines(replace(before, gpus=[gpu]), replace(after, gpus=[gpu | {"clocks.sm": "345 MHz"}]))
     for fact in (
         "clock 2400-3100 MHz to 2400 MHz",
         "allowed 800-3500 MHz",
@@ -86,17 +88,17 @@ def test_a_clock_without_cpufreq_comes_from_cpuinfo(tmp_path):
     (tmp_path / "proc/cpuinfo").write_text("model name\t: x\ncpu MHz\t\t: 2499.998\n")
     (tmp_path / CPU / "cpufreq").mkdir(parents=True)
     (tmp_path / CPU / "cpufreq/boost").write_text("1\n")
-    found = conditions(tmp_path)
-    assert found["clock_mhz"] == [2499.998, 2499.998]
-    assert found["turbo"] is True
-    assert found["governor"] is found["temperature_c"] is found["steal_s"] is None
-    assert describe(found, found)[0].startswith("CPU: clock 2500 MHz, turbo on, load ")
+    found = machine_state(tmp_path)
+    assert found.clock_mhz == (2499.998, 2499.998)
+    assert found.turbo is True
+    assert found.governor is found.temperature_c is found.steal_s is None
+    assert condition_lines(found, found)[0].startswith("CPU: clock 2500 MHz, turbo on, load ")
 
 
 def test_this_machine_tells_something_that_is_json():
-    found = json.loads(json.dumps(conditions(), allow_nan=False))
-    assert found["load_1min"] >= 0
-    assert found["preempted"] >= 0
+    state = json.loads(json.dumps(asdict(machine_state()), allow_nan=False))
+    assert state["load_1min"] >= 0
+    assert state["preempted"] >= 0
 
 
 _CPUS = os.cpu_count() or 1

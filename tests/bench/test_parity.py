@@ -58,9 +58,12 @@ def test_the_gate_states_the_numbers_the_tolerance_and_the_way_out():
     with pytest.raises(GateError) as caught:
         gate(compare(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime")
     message = str(caught.value)
-    for part in ("model.onnx on onnxruntime", "0.25", "0.125", "2 inputs", "100.0%", "--precision fp32"):
+    for part in ("model.onnx on onnxruntime", "0.25", "0.125", "2 inputs", "100.0%", "is float32, so precision is not"):
         assert part in message
+    assert "--precision fp32" not in message
     assert caught.value.exit_code == 3
+    with pytest.raises(GateError, match="--precision fp32 to see whether int8 is the cause"):
+        gate(compare(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime", "int8")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rkd_deploy.bench.machine import command_line, parse_gpus, provenance
 
 
 def test_it_is_json_and_says_what_ran_where():
-    found = json.loads(json.dumps(provenance(), allow_nan=False))
+    found = json.loads(json.dumps(asdict(provenance()), allow_nan=False))
     assert found["versions"]["numpy"] == np.__version__
     assert found["versions"]["onnxruntime"]
     assert found["python"] == platform.python_version()
@@ -26,10 +27,10 @@ def test_it_is_json_and_says_what_ran_where():
 
 def test_it_names_no_host_and_no_folder(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "rkd-deploy"), "bench", str(Path.home() / "m.onnx")])
-    text = json.dumps(provenance())
+    text = json.dumps(asdict(provenance()))
     assert platform.node() not in text
     assert str(Path.cwd()) not in text
-    assert getpass.getuser() not in provenance()["command"]
+    assert getpass.getuser() not in provenance().command
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,8 @@ def test_gpus_are_read_from_nvidia_smis_answer():
 
 def test_what_is_absent_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance()["gpus"] is None
-    assert provenance()["git"] is None
+    assert provenance().gpus is None
+    assert provenance().git is None
 
 
 @pytest.mark.parametrize(("change", "dirty"), [(False, False), (True, True)])

@@ -14,7 +14,7 @@ from rkd_deploy import load
 from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export import early_exit
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.early_exit import EarlyExit, Exits, UpTo
+from rkd_deploy.export.early_exit import EarlyExit, Exits
 from rkd_deploy.export.precision.convert import lower_sum
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.proving import reference_of
@@ -87,7 +87,8 @@ def test_the_report_is_of_the_lowered_graphs(trained, lowered):
 
 def test_a_sum_that_loses_too_much_stops_the_export(trained, model, tmp_path, monkeypatch):
     """The judge of the export: it holds the sums against the opposite of PyTorch's, which they are not."""
-    monkeypatch.setattr(early_exit, "UpTo", lambda *given: nn.Sequential(UpTo(*given), Negative()))
+    opposite = lambda network, card: reference_of(nn.Sequential(network, Negative()), card)  # noqa: E731
+    monkeypatch.setattr(early_exit, "reference_of", opposite)
     lowering = trained.lowering(precision="int8", agreement=50.0, drop=50.0)
     with pytest.raises(GateError, match=r"int8 loses too much: .*bundle\.report\.json"):
         export_bundle(model, trained.card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.5), lowering=lowering)

@@ -67,7 +67,7 @@ def test_a_page_is_whole_wherever_it_is_read(pages, browser, name, size, dark):
 
 
 def test_what_a_file_says_is_shown_as_it_is_and_does_nothing(pages, browser):
-    browser.open(pages["bench"].headless_browser.DESK, dark=False)
+    browser.open(pages["bench"], headless_browser.DESK, dark=False)
     assert "</title><script>" in browser.evaluate("document.title")
     cells = browser.evaluate("[...document.querySelectorAll('tbody th')].map(cell => cell.textContent)")
     names = [cell for cell in cells if "bold" in cell]
@@ -79,7 +79,7 @@ def test_what_a_file_says_is_shown_as_it_is_and_does_nothing(pages, browser):
 
 
 def test_a_screen_reader_finds_names_and_tables(pages, browser):
-    browser.open(pages["bench"].headless_browser.PHONE, dark=False)
+    browser.open(pages["bench"], headless_browser.PHONE, dark=False)
     tree = browser.call("Accessibility.getFullAXTree")["nodes"]
     images = [node for node in tree if node["role"]["value"] in ("image", "img") and not node.get("ignored")]
     assert len(images) == PICTURES["bench"]
@@ -96,7 +96,7 @@ def test_the_browser_sees_what_a_bad_page_does(browser, tmp_path):
         '<img src="absent.png"><svg width="900" height="20"></svg>',
         encoding="utf-8",
     )
-    browser.open(bad.headless_browser.PHONE, dark=False)
+    browser.open(bad, headless_browser.PHONE, dark=False)
     assert any("nothing is not defined" in line for line in browser.complaints())
     assert len(browser.requests()) == 2
     assert browser.evaluate(_WIDTHS)[0] > 390
@@ -108,7 +108,7 @@ def test_the_pages_policy_forbids_scripts_and_requests(pages, browser, tmp_path)
     broken.write_text(
         pages["bench"].read_text(encoding="utf-8").replace("</main>", f"</main>{added}"), encoding="utf-8"
     )
-    browser.open(broken.headless_browser.DESK, dark=False)
+    browser.open(broken, headless_browser.DESK, dark=False)
     complaints = " ".join(browser.complaints())
     assert complaints.count("Content Security Policy") >= 2
     assert browser.evaluate("document.title") != "changed"

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rkd_deploy.bench.machine import Provenance
 from rkd_deploy.bench.results import Result, to_record
 from rkd_deploy.bench.timing import Timing
 from rkd_deploy.errors import DataError
 from rkd_deploy.report.accuracy_latency import draw, plot
-from rkd_deploy.report.columns import print_details, print_results, results_markdown
+from rkd_deploy.report.columns import RESULT_COLUMNS, print_details, print_results
+from rkd_deploy.report.tables import markdown_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -36,8 +38,8 @@ def result(model="resnet20", p50=1.0, accuracy=70.0, spread=0.01, runs=41, **fac
 
 
 def test_a_record_is_json_with_the_fixed_names():
-    record = json.loads(json.dumps(to_record([result(runs=3)], {"python": "3"}, {"seed": 0}), allow_nan=False))
-    assert record["provenance"] == {"python": "3"}
+    record = json.loads(json.dumps(to_record([result(runs=3)], Provenance(python="3"), {"seed": 0}), allow_nan=False))
+    assert record["provenance"]["python"] == "3"
     assert record["settings"] == {"seed": 0}
     (found,) = record["results"]
     assert {"backend", "batch", "precision", "p50_ms", "p90_ms", "p99_ms", "throughput_per_s"} <= found.keys()
@@ -48,13 +50,13 @@ def test_a_record_is_json_with_the_fixed_names():
 
 def test_a_result_holds_the_ends_of_the_intervals():
     found = result(p50=2.0, runs=101, spread=0.1)
-    assert found.p50_low_ms < found.p50_ms < found.p50_high_ms
-    assert found.p90_low_ms < found.p90_ms < found.p90_high_ms
+    for q in (50, 90):
+        assert found.percentiles[q].low_ms < found.percentiles[q].ms < found.percentiles[q].high_ms
     assert found.throughput_per_s == pytest.approx(500)
 
 
 def test_markdown_has_units_and_leaves_unknown_columns_out():
-    text = results_markdown([result(), result("a|b", p50=123.456, accuracy=None)])
+    text = markdown_table(RESULT_COLUMNS, [result(), result("a|b", p50=123.456, accuracy=None)])
     head, rule, first, second = text.strip().splitlines()
     assert head.count("|") == rule.count("|") == first.count("|")
     for title in (
@@ -73,8 +75,8 @@ def test_markdown_has_units_and_leaves_unknown_columns_out():
     assert "| a\\|b |" in second
     assert "| 123 | 123 to 124 |" in second
     assert "| - |" in second
-    bare = results_markdown(
-        [result(part=None, fusion="none", accuracy=None, threads=None, macs=None, precision="unknown")]
+    bare = markdown_table(
+        RESULT_COLUMNS, [result(part=None, fusion="none", accuracy=None, threads=None, macs=None, precision="unknown")]
     )
     for title in ("Part", "Fusion", "Top-1", "Threads", "MACs", "Precision"):
         assert title not in bare
@@ -84,7 +86,7 @@ def test_markdown_has_units_and_leaves_unknown_columns_out():
     ("value", "text"), [(0.01234, "0.0123"), (0.5, "0.500"), (9.876, "9.88"), (12.34, "12.3"), (1234.5, "1,234")]
 )
 def test_milliseconds_have_three_digits(value, text):
-    assert f"| {text} |" in results_markdown([result(p50=value, spread=0, runs=3)])
+    assert f"| {text} |" in markdown_table(RESULT_COLUMNS, [result(p50=value, spread=0, runs=3)])
 
 
 def test_a_narrow_terminal_gets_the_table_without_details_and_unbroken():
@@ -116,10 +118,11 @@ def test_a_terminal_of_80_columns_shows_every_percentile_with_the_median_s_inter
     assert max(map(len, lines)) <= 80
     row, _ = (line.split() for line in lines if "end to end" in line and " 8 " in line)
     found = results[1]
-    shown = [found.mean_ms, None, found.p50_ms, found.p50_low_ms, None, found.p50_high_ms, found.p90_ms, found.p95_ms]
+    p50, p90, p95 = (found.percentiles[q] for q in (50, 90, 95))
+    shown = [found.mean_ms, None, p50.ms, p50.low_ms, None, p50.high_ms, p90.ms, p95.ms]
     for text, value in zip(row[5:13], shown, strict=True):
         assert value is None or float(text) == pytest.approx(value, rel=0.006)
-    assert float(row[14]) == pytest.approx(found.p99_9_ms, rel=0.006)
+    assert float(row[14]) == pytest.approx(found.percentiles[99.9].ms, rel=0.006)
 
 
 def test_the_plot_is_a_png_written_whole(tmp_path):

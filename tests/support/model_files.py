@@ -21,7 +21,7 @@ import simulated_graphs
 import simulated_running
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends.tensorrt.settings import load_flavour
+from rkd_deploy.backends.tensorrt.settings import load_library
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 
 SCALE = 2.0**-8
@@ -155,10 +155,10 @@ def gpu(simulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     def install(version: str = "11.4.0", rtx_version: str = "1.7.1") -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", simulated.tensorrt(device, version))
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", simulated.tensorrt(device, rtx_version, rtx=True))
-        load_flavour.cache_clear()
+        load_library.cache_clear()
 
     install()
     yield SimpleNamespace(device=device, install=install)
-    load_flavour.cache_clear()
+    load_library.cache_clear()
     assert not device.memory, "device or pinned memory was not given back"
     assert not device.live, "streams or graphs were not given back"

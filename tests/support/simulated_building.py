@@ -29,7 +29,7 @@ def tensorrt(version, rtx):
     enumeration("LayerType", "CONVOLUTION")
     enumeration("ProfilingVerbosity", "LAYER_NAMES_ONLY", "NONE", "DETAILED")
     enumeration("LayerInformationFormat", "ONELINE", "JSON")
-    enumeration("BuilderFlag", "TF32", "REFIT", "VERSION_COMPATIBLE")
+    enumeration("BuilderFlag", "TF32", "VERSION_COMPATIBLE")
     levels = ["NONE", "AMPERE_PLUS"] + ["SAME_COMPUTE_CAPABILITY"] * (not version.startswith("10.3"))
     enumeration("HardwareCompatibilityLevel", *levels)
     enumeration("MemoryPoolType", "WORKSPACE")
@@ -187,8 +187,7 @@ def add_building(trt, device):
                         return None
                 watch.phase_finish("Timing")
                 watch.phase_finish("Building engine")
-            facts = {"device": device.name, "version": trt.__version__, "profiles": config._profiles,
-                     "refit": trt.BuilderFlag.REFIT in config._flags}  # fmt: skip
+            facts = {"device": device.name, "version": trt.__version__, "profiles": config._profiles}
             return MAGIC + json.dumps(facts).encode() + b"\n" + network.content
 
     for cls in (ILogger, IProgressMonitor, IProfiler, ILayer, INetworkDefinition, ParserError, OnnxParser,

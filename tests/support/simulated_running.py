@@ -151,26 +151,7 @@ def add_running(trt, device, rtx):
                 return None
             return ICudaEngine(facts, content)
 
-    class Refitter:
-        def __init__(self, engine, logger):
-            self.engine = engine
-
-        def refit_cuda_engine(self):
-            return self.engine.facts["refit"]
-
-    class OnnxParserRefitter:
-        def __init__(self, refitter, logger):
-            self._engine, self._logger = refitter.engine, logger
-
-        def refit_from_bytes(self, content):
-            new = onnx.load_model_from_string(content)
-            if [n.output for n in new.graph.node] != [n.output for n in self._engine.model.graph.node]:
-                self._logger.log(trt.ILogger.ERROR, "the graphs differ")
-                return False
-            self._engine.model = new
-            return True
-
-    for cls in (EngineInspector, ICudaEngine, IExecutionContext, Runtime, Refitter, OnnxParserRefitter):
+    for cls in (EngineInspector, ICudaEngine, IExecutionContext, Runtime):
         setattr(trt, cls.__name__, cls)
     if rtx:
         trt.IRuntimeConfig = IRuntimeConfig

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: an engine on a CUDA device, run as one CUDA graph.
+"""TensorRT and TensorRT-RTX: the backends that run an engine on a CUDA device, as one CUDA graph.
 
 A run is upload, `execute_async_v3` and download on a stream of the backend's own, from and to pinned memory. Captured
 into a CUDA graph it is one launch; another input shape is captured anew. No torch is needed.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -21,27 +22,22 @@ from rkd_deploy.backends.protocol import (
     Backend,
     LayerRun,
     LayerTime,
+    ModelInfo,
+    Progress,
     closed_backend,
     parse_device,
 )
 from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.tensorrt.build import Progress
 from rkd_deploy.backends.tensorrt.cache import cached_engine
 from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_count
-from rkd_deploy.backends.tensorrt.engine import LoadedEngine, Run, load_engine
+from rkd_deploy.backends.tensorrt.engine import EngineRun, LoadedEngine, load_engine
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Flavour, Profile, load_flavour
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library, Profile, load_library
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 
 
 class TensorRtBackend(Backend):
-    """An engine on one GPU; threads may share it, and take turns.
-
-    Attributes:
-        cuda_graph: Whether any run is the launch of a captured graph.
-        build_seconds: What building the engine took, where this load had to do it; else None.
-        engine_file: Where the engine lies.
-    """
+    """An engine on one GPU; threads may share it, and take turns."""
 
     name = "tensorrt"
 
@@ -61,7 +57,7 @@ class TensorRtBackend(Backend):
             run_on: Where, and whether runs are captured. Default: the first GPU, captured.
             settings: How to build where an engine has to be built.
             batches: Batch sizes that the engine has to take.
-            progress: Told how far a build is.
+            progress: Called with the phase of a build, and how far it is.
 
         Raises:
             UsageError: A thread count, settings that the library does not have, or an engine that does
@@ -72,31 +68,37 @@ class TensorRtBackend(Backend):
         """
         self._engine: LoadedEngine | None = None
         self._stream: Stream | None = None
-        self._runs: list[Run] = []
+        self._runs: list[EngineRun] = []
         self._lock = threading.RLock()
-        library, run_on = load_flavour(self.name), run_on or RunOn(self.name)
+        library, run_on = load_library(self.name), run_on or RunOn(self.name)
         gpu = _gpu(self.name, run_on)
         self.device = f"cuda:{gpu.index}"
         call("cudaSetDevice", gpu.index)
-        plan, record = self._find(Path(path), library, gpu, settings or EngineSettings(), progress)
-        self._metadata = {} if record is None else dict(record.metadata)
+        settings = settings or EngineSettings()
+        file, plan, record, build_seconds = _engine_of(Path(path), library, gpu, settings, progress)
         self.precision = "unknown" if record is None else record.precision
         self._gpu, self._capture = gpu, run_on.cuda_graph
         try:
-            self._engine = load_engine(plan, record, library, gpu, self.engine_file)
+            self._engine = load_engine(plan, record, library, gpu, file)
             for batch in batches:
                 self._engine.profile_index(batch)
             self._stream = Stream()
-            self._infer = Run(self._engine, self._stream, transfers=True, capture=self._capture)
+            self._infer = EngineRun(self._engine, self._stream, transfers=True, capture=self._capture)
             self._runs.append(self._infer)
         except BaseException:
             self.close()
             raise
         self._input = self._engine.input
-        self.input_name, self.input_shape = self._input.name, self._input.shape
-        self.input_dtype = self._input.dtype.name
-        self.outputs = self._engine.output_names
-        self.max_batch = self._engine.max_batch
+        self._info = ModelInfo(
+            input_name=self._input.name,
+            input_shape=self._input.shape,
+            input_dtype=self._input.dtype.name,
+            outputs=self._engine.output_names,
+            max_batch=self._engine.max_batch,
+            metadata={} if record is None else dict(record.metadata),
+            file=file,
+            build_seconds=build_seconds,
+        )
 
     @classmethod
     def open(
@@ -112,28 +114,24 @@ class TensorRtBackend(Backend):
         return cls(path, run_on, settings=settings, batches=batches or (), progress=progress)
 
     @property
-    def cuda_graph(self) -> bool:
-        """See the class."""
-        return any(run.captured for run in self._runs)
+    def info(self) -> ModelInfo:
+        """See `Backend.info`; metadata are the ONNX file's. Whether runs are captured is known after the first."""
+        return replace(self._info, cuda_graph=any(run.captured for run in self._runs))
 
     def infer(self, x: Array) -> Array:
         """See `Backend.infer`."""
         with self._lock:
-            return self._run(x)[self.outputs[0]].copy()
-
-    def infer_all(self, x: Array) -> dict[str, Array]:
-        """Every output of one run, host to host, by name; arguments and errors as for `infer`."""
-        with self._lock:
-            return {name: value.copy() for name, value in self._run(x).items()}
-
-    def _run(self, x: Array) -> dict[str, Array]:
-        stream = self._live()
-        self._input.check(x)
-        self._infer.fit(x.shape)
-        np.copyto(self._infer.input_host, x)
-        self._infer.enqueue()
-        stream.synchronize()
-        return self._infer.outputs_host
+            stream = self._live()
+            self._input.check(x)
+            self._infer.fit(x.shape)
+            np.copyto(self._infer.input_host, x)
+            try:
+                self._infer.enqueue()
+                stream.synchronize()
+            except BackendError:
+                self._infer.release()  # the next call starts with memory and a graph of its own
+                raise
+            return self._infer.logits_host.copy()
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """See `Backend.prepare`. What is prepared holds device memory of its own until the backend is closed."""
@@ -141,7 +139,7 @@ class TensorRtBackend(Backend):
             stream = self._live()
             self._input.check(x)
             assert self._engine is not None
-            prepared = Run(self._engine, stream, transfers=False, capture=self._capture)
+            prepared = EngineRun(self._engine, stream, transfers=False, capture=self._capture)
             prepared.fit(x.shape, x)
             self._runs.append(prepared)
 
@@ -159,7 +157,7 @@ class TensorRtBackend(Backend):
             self._input.check(x)
             assert self._engine is not None
             known = {layer["name"]: layer for layer in self._engine.layers()}
-            run = Run(self._engine, stream, transfers=False, capture=False)
+            run = EngineRun(self._engine, stream, transfers=False, capture=False)
             try:
                 run.fit(x.shape, x)
                 times = run.layer_times(count)
@@ -170,15 +168,11 @@ class TensorRtBackend(Backend):
             layer = known.get(name, {})
             return LayerTime(name, str(layer.get("type", "")), ms, layer.get("dtype") or None)
 
-        return [[described(*each) for each in one] for one in times]
+        return [[described(*layer) for layer in layers] for layers in times]
 
     def synchronize(self) -> None:
         """See `Backend.synchronize`."""
         self._live().synchronize()
-
-    def metadata(self) -> Mapping[str, str]:
-        """See `Backend.metadata`: that of the ONNX file, from the record beside the engine."""
-        return self._metadata
 
     def close(self) -> None:
         """See `Backend.close`: graphs, contexts, engine, memory, stream, in this order."""
@@ -202,33 +196,9 @@ class TensorRtBackend(Backend):
         call("cudaSetDevice", self._gpu.index)  # each thread has a current device of its own
         return self._stream
 
-    def _find(
-        self, path: Path, library: Flavour, gpu: Gpu, settings: EngineSettings, progress: Progress | None
-    ) -> tuple[bytes, EngineRecord | None]:
-        """The engine that is meant by a path, and its record."""
-        self.build_seconds = None
-        file = model_path(path)
-        if file.suffix in ENGINE_SUFFIXES:
-            self.engine_file = file
-            return read_engine(file)
-        beside = engine_path(file, library.name)
-        if path.is_dir() and beside.is_file():
-            self.engine_file = beside
-            plan, record = read_engine(beside)
-            if record is not None and record.onnx_sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
-                raise ModelFileError(
-                    f"{beside} was built of another model than the {file.name} beside it. "
-                    f"Build it again with: rkd-deploy export {path} --format {library.name}"
-                )
-            return plan, record
-        kept = cached_engine(file, library, gpu, settings, progress)
-        self.engine_file = kept.file
-        self.build_seconds = kept.record.build_seconds if kept.built else None
-        return kept.plan, kept.record
-
 
 class TensorRtRtxBackend(TensorRtBackend):
-    """The same, by TensorRT-RTX."""
+    """An engine of TensorRT-RTX on one GPU."""
 
     name = "tensorrt-rtx"
 
@@ -243,6 +213,26 @@ def devices() -> tuple[str, ...]:
     if gpu_count() == 0:
         raise BackendError("CUDA finds no device.")
     return ("cuda",)
+
+
+def _engine_of(
+    path: Path, library: Library, gpu: Gpu, settings: EngineSettings, progress: Progress | None
+) -> tuple[Path, bytes, EngineRecord | None, float | None]:
+    """The engine that is meant by a path: file, content, record, and the seconds of its build if it was built now."""
+    file = model_path(path)
+    if file.suffix in ENGINE_SUFFIXES:
+        return file, *read_engine(file), None
+    beside = engine_path(file, library.name)
+    if path.is_dir() and beside.is_file():
+        plan, record = read_engine(beside)
+        if record is not None and record.onnx_sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
+            raise ModelFileError(
+                f"{beside} was built of another model than the {file.name} beside it. "
+                f"Build it again with: rkd-deploy export {path} --format {library.name}"
+            )
+        return beside, plan, record, None
+    cached = cached_engine(file, library, gpu, settings, progress)
+    return cached.file, cached.plan, cached.record, cached.record.build_seconds if cached.built else None
 
 
 def _gpu(name: str, run_on: RunOn) -> Gpu:

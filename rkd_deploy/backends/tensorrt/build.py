@@ -1,7 +1,7 @@
-"""From an ONNX file to an engine.
+"""Builds an engine of an ONNX file, by TensorRT or TensorRT-RTX.
 
 Networks are strongly typed: every tensor keeps the type that the ONNX file gives it, so that precision is made and
-measured there, once, for every runtime. TensorRT 11 and TensorRT-RTX know no other way; TensorRT 10 is told by a flag.
+measured there, once, for every runtime. TensorRT 11 and TensorRT-RTX know no other way; TensorRT 10 has a flag for it.
 """
 
 from __future__ import annotations
@@ -9,35 +9,32 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 from rkd_deploy.backends.files import broken_model, check_files, model_path, too_new
+from rkd_deploy.backends.protocol import Progress
 from rkd_deploy.backends.tensorrt.cuda import Gpu, find_gpu
 from rkd_deploy.backends.tensorrt.layers import engine_layers, network_layers
 from rkd_deploy.backends.tensorrt.record import EngineRecord
-from rkd_deploy.backends.tensorrt.settings import HARDWARE, EngineSettings, Flavour, capabilities, load_flavour
+from rkd_deploy.backends.tensorrt.settings import HARDWARE, EngineSettings, Library, capabilities, load_library
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError, require
 from rkd_deploy.signals import handling
 from rkd_deploy.storage import write_bytes
 
-Progress: TypeAlias = Callable[[str, float], None]
-"""Called with what is being done, and how far it is, 0 to 1."""
-
 
 def monitor(trt: Any, progress: Progress | None) -> Any:
-    """An IProgressMonitor that reports the outermost phase and its steps; None where nobody listens.
+    """An IProgressMonitor that reports the outermost phase and its steps; None where nobody wants it.
 
     TensorRT nests phases and calls from several threads; the outermost one is the build.
     """
     if progress is None:
         return None
-    tell = progress
+    report = progress
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -52,20 +49,20 @@ def monitor(trt: Any, progress: Progress | None) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self._steps[phase_name] = max(num_steps, 1)
-                self._tell(phase_name, 0.0)
+                self._report(phase_name, 0.0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
-                self._tell(phase_name, min(1.0, (step + 1) / self._steps[phase_name]))
+                self._report(phase_name, min(1.0, (step + 1) / self._steps[phase_name]))
             return not self.interrupted  # False ends the build
 
         def phase_finish(self, phase_name: str) -> None:
             if self._steps.pop(phase_name, None) is not None:
-                self._tell(phase_name, 1.0)
+                self._report(phase_name, 1.0)
 
-        def _tell(self, phase_name: str, share: float) -> None:
+        def _report(self, phase_name: str, share: float) -> None:
             try:
-                tell(phase_name, share)
+                report(phase_name, share)
             except KeyboardInterrupt:  # must not travel through the library, which knows no exceptions of Python's
                 self.interrupted = True
 
@@ -73,14 +70,14 @@ def monitor(trt: Any, progress: Progress | None) -> Any:
 
 
 @dataclass(frozen=True)
-class Source:
+class OnnxSource:
     """An ONNX model in memory, its weights inside."""
 
     file: Path
     content: bytes
-    """What the parser is given. TensorRT gets no path: it can open no other file."""
+    """What the parser reads. TensorRT gets no path: it can open no other file."""
     sha256: str
-    """Of `content`: the file's own where its weights are inside it."""
+    """SHA-256 of `content`: the file's own where its weights are inside it."""
     metadata: dict[str, str]
     card: ModelCard | None
     fixed_batch: bool
@@ -88,11 +85,11 @@ class Source:
 
     @property
     def precision(self) -> str:
-        """As the card says; the builder is told none, because it takes every type from the file."""
+        """Precision that the card names; the builder gets none, because it takes every type from the file."""
         return "unknown" if self.card is None else self.card.precision
 
 
-def read_source(path: str | os.PathLike[str]) -> Source:
+def read_source(path: str | os.PathLike[str]) -> OnnxSource:
     """Read an ONNX file, and the files that it keeps weights in, which must lie in its own folder.
 
     Args:
@@ -131,7 +128,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     text = metadata.get(METADATA_KEY)
     card = None if text is None else ModelCard.from_json(text, str(file))
-    return Source(file, content, hashlib.sha256(content).hexdigest(), metadata, card, _fixed_batch(model.graph))
+    return OnnxSource(file, content, hashlib.sha256(content).hexdigest(), metadata, card, _fixed_batch(model.graph))
 
 
 def _fixed_batch(graph: Any) -> bool:
@@ -144,7 +141,7 @@ def _inputs(graph: Any) -> list[Any]:
 
 
 def _check_input(file: Path, onnx: Any, graph: Any) -> None:
-    """One numeric input of known rank: the parsers say it of others in words of their own sources, if at all."""
+    """Refuse all but one numeric input of known rank: the parsers say so in words of their own sources, if at all."""
     inputs = _inputs(graph)
     kinds = [onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in inputs]
     described = ", ".join(f"{value.name} {kind.lower()}" for value, kind in zip(inputs, kinds, strict=True)) or "none"
@@ -169,8 +166,8 @@ def _check_versions(file: Path, onnx: Any, model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A built engine."""
+class BuiltEngine:
+    """An engine fresh from the builder."""
 
     plan: bytes
     """What the library deserialises, and nothing else."""
@@ -179,12 +176,12 @@ class Engine:
 
 def build_engine(
     path: str | os.PathLike[str],
-    flavour: str = "tensorrt",
+    name: str = "tensorrt",
     settings: EngineSettings | None = None,
     *,
     device: int = 0,
     progress: Progress | None = None,
-) -> Engine:
+) -> BuiltEngine:
     """Build an engine from a bundle or an ONNX file.
 
     TensorRT builds for the GPU it runs on; TensorRT-RTX needs none. Two builds by TensorRT-RTX of one file agree to the
@@ -193,10 +190,10 @@ def build_engine(
 
     Args:
         path: Bundle folder or ONNX file, in any precision.
-        flavour: tensorrt or tensorrt-rtx.
+        name: tensorrt or tensorrt-rtx.
         settings: Batch sizes, devices, compatibility.
         device: Index of the GPU to build on.
-        progress: Told the phase, and how far it is.
+        progress: Called with the phase of the build, and how far it is.
 
     Raises:
         MissingDependencyError: The library, onnx or cuda-bindings is not installed.
@@ -205,10 +202,10 @@ def build_engine(
         BackendError: An operator that the library does not know, no GPU where one is needed, or a failed build.
     """
     settings = settings or EngineSettings()
-    library = load_flavour(flavour)
+    library = load_library(name)
     settings.check(library)
     source = read_source(path)
-    gpu = gpu_to_build_on(library, settings, device)
+    gpu = gpu_to_build_on(library, device)
     library.messages.clear()
     started = time.perf_counter()
     # A second build by the same builder gives other bytes: each gets its own.
@@ -234,10 +231,10 @@ def build_engine(
     seconds = time.perf_counter() - started
     layers, layers_of = _layers(library, network, plan, gpu)
     del parser  # it owns the weights of the network until here
-    return Engine(
+    return BuiltEngine(
         plan,
         EngineRecord(
-            flavour=library.name,
+            library=library.name,
             version=library.version,
             device=None if gpu is None else gpu.name,
             compute_capability=None if gpu is None else gpu.capability,
@@ -258,25 +255,23 @@ def build_engine(
     )
 
 
-def create_network(library: Flavour, builder: Any) -> Any:
+def create_network(library: Library, builder: Any) -> Any:
     """An empty network that takes its types from the ONNX file."""
     if library.is_rtx or library.major >= 11:
         return builder.create_network(0)  # there is no other kind
     return builder.create_network(1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
-def gpu_to_build_on(library: Flavour, settings: EngineSettings, device: int = 0) -> Gpu | None:
-    """The GPU that a build would use; TensorRT-RTX does without, unless the weights are to stay replaceable.
+def gpu_to_build_on(library: Library, device: int = 0) -> Gpu | None:
+    """The GPU that a build would use; TensorRT-RTX does without one.
 
     Raises:
         BackendError: One is needed, and is not there.
     """
-    if library.is_rtx and not settings.refit:
-        return find_gpu(device, needed=False)
-    return find_gpu(device, needed=True)
+    return find_gpu(device, needed=not library.is_rtx)
 
 
-def _parse(library: Flavour, builder: Any, source: Source) -> tuple[Any, Any]:
+def _parse(library: Library, builder: Any, source: OnnxSource) -> tuple[Any, Any]:
     network = create_network(library, builder)
     parser = library.trt.OnnxParser(network, library.log)
     if not parser.parse(source.content):
@@ -296,7 +291,7 @@ def _parser_error(error: Any) -> str:
     return f"{' '.join(error.desc().split()).rstrip('.')} at node {node} ({error.node_operator() or 'no operator'})"
 
 
-def _dynamic_batch(network: Any, source: Source) -> bool:
+def _dynamic_batch(network: Any, source: OnnxSource) -> bool:
     """Whether the batch is free; every other dimension has to be fixed."""
     shapes = {}
     for index in range(network.num_inputs):
@@ -312,15 +307,13 @@ def _dynamic_batch(network: Any, source: Source) -> bool:
 
 
 def _configure(
-    library: Flavour, builder: Any, network: Any, settings: EngineSettings, profiles: tuple[Any, ...]
+    library: Library, builder: Any, network: Any, settings: EngineSettings, profiles: tuple[Any, ...]
 ) -> Any:
     trt = library.trt
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector knows names only
     if not settings.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if settings.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.hardware != "none":
@@ -344,7 +337,7 @@ def _configure(
     return config
 
 
-def _layers(library: Flavour, network: Any, plan: bytes, gpu: Gpu | None) -> tuple[list[dict[str, Any]], str]:
+def _layers(library: Library, network: Any, plan: bytes, gpu: Gpu | None) -> tuple[list[dict[str, Any]], str]:
     if gpu is not None:
         engine = library.trt.Runtime(library.log).deserialize_cuda_engine(plan)
         if engine is not None:
@@ -360,7 +353,7 @@ class _TimingCache:
         self._file = file
 
     @classmethod
-    def attach(cls, library: Flavour, config: Any, settings: EngineSettings) -> _TimingCache:
+    def attach(cls, library: Library, config: Any, settings: EngineSettings) -> _TimingCache:
         if settings.timing_cache is None:
             return cls(None)
         file = Path(settings.timing_cache)

@@ -1,4 +1,4 @@
-"""Engines that were built on the way to running an ONNX file, kept for the next time."""
+"""Engines on disk: those built on the way to running an ONNX file, and those that are exported."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkd_deploy.backends.files import ONNX_NAME, model_path, reseal
-from rkd_deploy.backends.tensorrt.build import Progress, build_engine, read_source
+from rkd_deploy.backends.files import ONNX_NAME, model_path, update_checksums
+from rkd_deploy.backends.protocol import Progress
+from rkd_deploy.backends.tensorrt.build import build_engine, read_source
 from rkd_deploy.backends.tensorrt.cuda import Gpu
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine, record_path, write_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Flavour
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library
 from rkd_deploy.errors import ModelFileError, StorageError
 from rkd_deploy.storage import new_folder
 
@@ -22,8 +23,8 @@ VARIABLE = "RKD_DEPLOY_CACHE"
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An engine from the cache."""
+class CachedEngine:
+    """An engine of the cache, found there or built just now."""
 
     file: Path
     plan: bytes
@@ -33,7 +34,7 @@ class Kept:
 
 
 def cache_folder() -> Path:
-    """Where engines are kept: RKD_DEPLOY_CACHE, else the user's cache folder. Removing it costs new builds only."""
+    """Folder of the cached engines: RKD_DEPLOY_CACHE, else the user's cache. Removing it costs new builds only."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen) / "engines"
@@ -42,22 +43,22 @@ def cache_folder() -> Path:
 
 def cached_engine(
     path: str | os.PathLike[str],
-    library: Flavour,
+    library: Library,
     gpu: Gpu,
     settings: EngineSettings,
     progress: Progress | None = None,
-) -> Kept:
-    """The engine of an ONNX file for this GPU: kept from an earlier time, or built now and kept.
+) -> CachedEngine:
+    """The engine of an ONNX file for this GPU: from the cache, or built now and put there.
 
     Args:
         path: Bundle folder or ONNX file.
-        library: Which builds it.
-        gpu: For which.
-        settings: How; an engine that was kept for other profiles is another engine.
-        progress: Told how far the build is.
+        library: What builds it.
+        gpu: The GPU it is for.
+        settings: How; an engine for other profiles is another engine.
+        progress: Called with the phase of the build, and how far it is.
 
     Raises:
-        StorageError: The engine could not be kept.
+        StorageError: The engine could not be written to the cache.
     """
     source = read_source(path)
     chosen = settings.to_dict()
@@ -74,23 +75,23 @@ def cached_engine(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / f"{library.name}-{digest[:24]}"
-    kept = _read(folder)
-    if kept is not None:
-        return kept
+    cached = _read(folder)
+    if cached is not None:
+        return cached
     engine = build_engine(path, library.name, settings, device=gpu.index, progress=progress)
     try:
         with new_folder(folder) as temporary:
             write_engine(temporary / ENGINE_NAME, engine.plan, engine.record)
     except StorageError:
-        kept = _read(folder)
-        if kept is None:
+        cached = _read(folder)
+        if cached is None:
             raise
-        return kept  # another process built the same one meanwhile: it is as good
-    return Kept(folder / ENGINE_NAME, engine.plan, engine.record, True)
+        return cached  # another process built the same one meanwhile: it is as good
+    return CachedEngine(folder / ENGINE_NAME, engine.plan, engine.record, True)
 
 
-def _read(folder: Path) -> Kept | None:
-    """What is kept there; a damaged engine is thrown away, because it can be built again."""
+def _read(folder: Path) -> CachedEngine | None:
+    """The engine in a folder of the cache; a damaged one is thrown away, because it can be built again."""
     file = folder / ENGINE_NAME
     if not folder.exists():
         return None
@@ -101,7 +102,7 @@ def _read(folder: Path) -> Kept | None:
     if record is None:
         shutil.rmtree(folder)
         return None
-    return Kept(file, plan, record, False)
+    return CachedEngine(file, plan, record, False)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ExportedEngine:
 
 def export_engine(
     path: str | os.PathLike[str],
-    flavour: str = "tensorrt",
+    library: str = "tensorrt",
     settings: EngineSettings | None = None,
     *,
     output: Path | None = None,
@@ -128,30 +129,30 @@ def export_engine(
 
     Args:
         path: Bundle folder or ONNX file; its precision is the engine's.
-        flavour: tensorrt or tensorrt-rtx.
+        library: tensorrt or tensorrt-rtx.
         settings: Batch sizes, devices, compatibility.
-        output: The engine's file. Default: model.FLAVOUR.engine beside the ONNX file. An engine of ours that is
+        output: The engine's file. Default: model.LIBRARY.engine beside the ONNX file. An engine of ours that is
             there already is replaced.
         device: Index of the GPU to build on.
-        progress: Told the phase, and how far it is.
+        progress: Called with the phase of the build, and how far it is.
 
     Raises:
         StorageError: Something that is no engine of ours is there, or it could not be written.
-        RkdError: As `rkd_deploy.backends.tensorrt.build.build_engine` raises.
+        RkdError: As `build_engine` raises it.
     """
     model = model_path(path)
-    file = output or engine_path(model, flavour)
+    file = output or engine_path(model, library)
     if file.exists() and not record_path(file).is_file():
         raise StorageError(
             f"{file} exists already and is no engine that rkd-deploy wrote ({record_path(file).name} is not beside "
             "it). Name another file with --output, or remove it first."
         )
-    engine = build_engine(path, flavour, settings, device=device, progress=progress)
+    engine = build_engine(path, library, settings, device=device, progress=progress)
     names = (file.name, record_path(file).name)
     in_bundle = model.name == ONNX_NAME and file.parent.resolve() == model.parent.resolve()
     if in_bundle and file.exists():
-        reseal(model.parent, without=names)  # first: no engine ever lies beside the sum of another
+        update_checksums(model.parent, without=names)  # first: no engine ever lies beside the sum of another
     write_engine(file, engine.plan, engine.record)
     if in_bundle:
-        reseal(model.parent, adding=names)
+        update_checksums(model.parent, adding=names)
     return ExportedEngine(file, engine.record)

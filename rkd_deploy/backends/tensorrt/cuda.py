@@ -1,4 +1,4 @@
-"""The little of the CUDA runtime that an engine needs, without torch: memory, a stream, copies, graphs.
+"""The part of the CUDA runtime that an engine needs, without torch: memory, a stream, copies, graphs.
 
 Through cuda-bindings (NVIDIA's own), whose functions give a tuple of the error and the results.
 Reference: CUDA Runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api
@@ -50,7 +50,7 @@ def call(function: str, *arguments: Any) -> Any:
     """Call a function of the CUDA runtime; give its one result, a tuple of several, or None.
 
     Raises:
-        BackendError: It failed; the message holds the function and CUDA's own words.
+        BackendError: It failed; the message holds the function and CUDA's reason.
     """
     cudart = runtime()
     status, *results = getattr(cudart, function)(*arguments)
@@ -96,7 +96,7 @@ def find_gpu(index: int, *, needed: bool = True) -> Gpu | None:
 
 
 class Stream:
-    """A stream of one's own: the default one waits for every other, and cannot be captured."""
+    """A CUDA stream beside the default one, which waits for every other and cannot be captured."""
 
     def __init__(self) -> None:
         self.handle = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
@@ -109,7 +109,7 @@ class Stream:
         call("cudaStreamSynchronize", self.handle)
 
     def close(self) -> None:
-        """Give it back."""
+        """Give the stream back."""
         call("cudaStreamDestroy", self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
@@ -142,11 +142,11 @@ class Graph:
         self._handle = handle
 
     def launch(self, stream: Stream) -> None:
-        """Enqueue it."""
+        """Enqueue the captured run."""
         call("cudaGraphLaunch", self._handle, stream.handle)
 
     def close(self) -> None:
-        """Give it back."""
+        """Give the graph back."""
         call("cudaGraphExecDestroy", self._handle)
 
 
@@ -177,7 +177,7 @@ class Buffer:
         call("cudaMemcpyAsync", self._pinned, self.device, self.bytes, kind, stream.handle)
 
     def close(self) -> None:
-        """Give both back; `host` must not be used afterwards."""
+        """Give the memory on device and host back; `host` must not be used afterwards."""
         device, pinned, self.device, self._pinned = self.device, self._pinned, 0, 0
         if device:
             call("cudaFree", device)

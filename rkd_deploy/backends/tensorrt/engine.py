@@ -1,4 +1,4 @@
-"""A loaded engine, and one captured run of it: what `trt` puts together into a backend."""
+"""A loaded engine, and runs of it: one execution context with the memory of one input shape."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from rkd_deploy.backends.files import broken_model
-from rkd_deploy.backends.protocol import Array, InputSpec, logits_first
+from rkd_deploy.backends.protocol import Array, InputSpec, check_rows, logits_first
 from rkd_deploy.backends.tensorrt.cuda import Buffer, Gpu, Graph, Stream
 from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_profiler
 from rkd_deploy.backends.tensorrt.record import EngineRecord
-from rkd_deploy.backends.tensorrt.settings import Flavour, Profile, profile_for
+from rkd_deploy.backends.tensorrt.settings import Library, Profile, profile_for
 from rkd_deploy.errors import BackendError, UsageError
 
 _DTYPES = {
@@ -32,14 +32,14 @@ _DTYPES = {
 class LoadedEngine:
     """A deserialised engine and what it takes and gives."""
 
-    library: Flavour
+    library: Library
     input: InputSpec
     outputs: dict[str, np.dtype[Any]]
-    """Type of each, in the engine's order."""
+    """Name and type of each output, in the engine's order."""
     output_names: tuple[str, ...]
-    """The logits first."""
+    """Names of the outputs, the logits first."""
     profiles: tuple[Profile, ...]
-    """Empty where the batch is fixed."""
+    """Batch sizes that the engine takes; empty where the batch is fixed."""
     _engine: Any
     _runtime: Any
 
@@ -89,15 +89,15 @@ class LoadedEngine:
         return context
 
     def layers(self) -> list[dict[str, Any]]:
-        """As the engine inspector tells them."""
+        """Facts of each layer, from the engine inspector."""
         return engine_layers(self._engine, self.library.trt)
 
     def close(self) -> None:
-        """Give it back; every context has to be gone by then."""
+        """Give the engine back; every context has to be gone by then."""
         self._engine = self._runtime = None
 
 
-def load_engine(plan: bytes, record: EngineRecord | None, library: Flavour, gpu: Gpu, file: Path) -> LoadedEngine:
+def load_engine(plan: bytes, record: EngineRecord | None, library: Library, gpu: Gpu, file: Path) -> LoadedEngine:
     """Deserialise an engine for the current device.
 
     Raises:
@@ -122,7 +122,7 @@ def load_engine(plan: bytes, record: EngineRecord | None, library: Flavour, gpu:
     return _describe(engine, runtime, library, file)
 
 
-def _describe(engine: Any, runtime: Any, library: Flavour, file: Path) -> LoadedEngine:
+def _describe(engine: Any, runtime: Any, library: Library, file: Path) -> LoadedEngine:
     trt = library.trt
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -136,7 +136,7 @@ def _describe(engine: Any, runtime: Any, library: Flavour, file: Path) -> Loaded
     profiles: tuple[Profile, ...] = ()
     if shape[0] == -1:
         shapes = (engine.get_tensor_profile_shape(inputs[0], i) for i in range(engine.num_optimization_profiles))
-        profiles = tuple(Profile(*(int(each[0]) for each in triple)) for triple in shapes)
+        profiles = tuple(Profile(*(int(shape[0]) for shape in triple)) for triple in shapes)
     sizes = {size for profile in profiles for size in (profile.least, profile.most)}
     batch = shape[0] if not profiles else sizes.pop() if len(sizes) == 1 else None
     spec = InputSpec(inputs[0], (batch, *shape[1:]), _dtype(engine, inputs[0], file))
@@ -145,17 +145,17 @@ def _describe(engine: Any, runtime: Any, library: Flavour, file: Path) -> Loaded
 
 
 def _dtype(engine: Any, name: str, file: Path) -> np.dtype[Any]:
-    found = engine.get_tensor_dtype(name).name
-    if found not in _DTYPES:
+    kind = engine.get_tensor_dtype(name).name
+    if kind not in _DTYPES:
         raise BackendError(
-            f"Tensor {name!r} of {file} is of type {found.lower()}, which NumPy has not. "
+            f"Tensor {name!r} of {file} is of type {kind.lower()}, which NumPy has not. "
             "Export the model with inputs and outputs in float32: only what lies between may be narrower."
         )
-    return np.dtype(_DTYPES[found])
+    return np.dtype(_DTYPES[kind])
 
 
-class Run:
-    """One execution context with the memory of one input shape, captured as a graph where that is asked for."""
+class EngineRun:
+    """An execution context with the memory of one input shape, captured as a graph where that is wanted."""
 
     def __init__(self, engine: LoadedEngine, stream: Stream, *, transfers: bool, capture: bool) -> None:
         self._engine, self._stream, self._transfers, self._capture = engine, stream, transfers, capture
@@ -176,9 +176,9 @@ class Run:
         return self._buffers[self._engine.input.name].host
 
     @property
-    def outputs_host(self) -> dict[str, Array]:
-        """Pinned memory that the outputs are downloaded to, the logits first."""
-        return {name: self._buffers[name].host for name in self._engine.output_names}
+    def logits_host(self) -> Array:
+        """Pinned memory that the logits are downloaded to."""
+        return self._buffers[self._engine.output_names[0]].host
 
     def fit(self, shape: tuple[int, ...], x: Array | None = None) -> None:
         """Make ready for an input shape; nothing where it is the last one's.
@@ -193,7 +193,7 @@ class Run:
         """
         if shape == self._shape:
             return
-        self._release()
+        self.release()
         self._choose_profile(shape[0])
         if not self._context.set_input_shape(self._engine.input.name, shape):
             raise self._failed("refuses the shape")
@@ -208,7 +208,7 @@ class Run:
             if self._capture and self._capturable():
                 self._graph = self._stream.capture(self._enqueue)
         except BaseException:
-            self._release()
+            self.release()
             raise
         self._shape = shape
 
@@ -220,7 +220,7 @@ class Run:
             self._enqueue()
 
     def layer_times(self, count: int) -> list[list[tuple[str, float]]]:
-        """Name and milliseconds of each layer in each of so many runs, made ready by `fit` and without a graph.
+        """Name and milliseconds of each layer in each of `count` runs, made ready by `fit` and without a graph.
 
         Raises:
             BackendError: A run failed.
@@ -237,7 +237,7 @@ class Run:
 
     def close(self) -> None:
         """Give the graph, the memory and the context back."""
-        self._release()
+        self.release()
         self._context = None
 
     def _choose_profile(self, batch: int) -> None:
@@ -252,10 +252,12 @@ class Run:
         spec = self._engine.input
         self._buffers[spec.name] = Buffer(shape, spec.dtype)
         for name, dtype in self._engine.outputs.items():
-            found = tuple(int(size) for size in self._context.get_tensor_shape(name))
-            if -1 in found:
-                raise BackendError(f"The size of output {name!r} depends on the data ({list(found)}); logits do not.")
-            self._buffers[name] = Buffer(found, dtype)
+            output = tuple(int(size) for size in self._context.get_tensor_shape(name))
+            if -1 in output:
+                raise BackendError(f"The size of output {name!r} depends on the data ({list(output)}); logits do not.")
+            if name == self._engine.output_names[0]:
+                check_rows(output, shape[0])
+            self._buffers[name] = Buffer(output, dtype)
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.device):
                 raise self._failed(f"refuses the memory of {name!r}")
@@ -274,7 +276,8 @@ class Run:
             return True
         return bool(self._context.is_stream_capturable(int(self._stream)))
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give the graph and the memory back; the next `fit` makes both anew."""
         self._shape = None
         graph, self._graph = self._graph, None
         buffers, self._buffers = self._buffers, {}

@@ -1,4 +1,4 @@
-"""Tables of layers: of a parsed network on any machine, of a finished engine where a GPU can load it."""
+"""Layers of an engine: of the parsed network on any machine, of the finished engine on a GPU, and their times."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Layer = dict[str, Any]
+LayerFacts = dict[str, Any]
 
 
-def network_layers(network: Any) -> list[Layer]:
+def network_layers(network: Any) -> list[LayerFacts]:
     """The layers that the parser made of the ONNX nodes, before any fusion.
 
     Args:
         network: An INetworkDefinition.
 
     Returns:
-        Of each: name, type, and type and shape of its first output (-1: the batch).
+        For each layer its name, type, and type and shape of its first output (-1: the batch).
     """
     return [_described(network.get_layer(index)) for index in range(network.num_layers)]
 
 
-def engine_layers(engine: Any, trt: Any) -> list[Layer]:
-    """The layers that run, after fusion, as the engine inspector tells.
+def engine_layers(engine: Any, trt: Any) -> list[LayerFacts]:
+    """The layers that run, after fusion, as the engine inspector lists them.
 
     Args:
         engine: An ICudaEngine, built with detailed profiling verbosity.
@@ -49,7 +49,7 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _described(layer: Any) -> Layer:
+def _described(layer: Any) -> LayerFacts:
     output = layer.get_output(0)
     return {
         "name": layer.name,
@@ -59,7 +59,7 @@ def _described(layer: Any) -> Layer:
     }
 
 
-def _inspected(layer: Any) -> Layer:
+def _inspected(layer: Any) -> LayerFacts:
     if isinstance(layer, str):  # of an engine that was built with less verbosity: names only
         return {"name": layer, "type": ""}
     output = next(iter(layer.get("Outputs") or [{}]))
@@ -77,10 +77,10 @@ def _shape(shape: Any) -> str:
 
 
 def layer_profiler(trt: Any) -> Any:
-    """An IProfiler that keeps what it is told in `times`: name and milliseconds of each layer, in the order they run.
+    """An IProfiler that collects `times`: name and milliseconds of each layer, in the order they run.
 
-    Attached to an execution context, it makes each run wait for its end and tell its layers then; a captured graph
-    would tell nothing.
+    Attached to an execution context, it makes each run wait for its end and report its layers then; a captured
+    graph reports nothing.
     """
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]

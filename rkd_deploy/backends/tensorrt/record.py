@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.backends.tensorrt.settings import Flavour
+from rkd_deploy.backends.tensorrt.settings import Library
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.storage import write_bytes, write_json
 
@@ -24,7 +24,8 @@ SCHEMA = 1
 class EngineRecord:
     """What is known of an engine."""
 
-    flavour: str
+    library: str
+    """tensorrt or tensorrt-rtx; "flavour" in the file."""
     version: str
     """Of the library that built it."""
     device: str | None
@@ -53,7 +54,8 @@ class EngineRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_json` gives the equal record back."""
-        return {"schema": SCHEMA, **asdict(self)}
+        content = asdict(self)
+        return {"schema": SCHEMA, "flavour": content.pop("library"), **content}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineRecord:
@@ -68,7 +70,7 @@ class EngineRecord:
         """
         try:
             content = json.loads(text)
-            schema = content.pop("schema")
+            schema, content["library"] = content.pop("schema"), content.pop("flavour")
             if schema != SCHEMA:
                 raise ModelFileError(
                     f"{where} is written in engine schema {schema}; this version reads schema {SCHEMA}. "
@@ -85,27 +87,27 @@ class EngineRecord:
                 "rkd-deploy export --format tensorrt."
             ) from error
 
-    def check_fits(self, flavour: Flavour, device: str, capability: str) -> None:
+    def check_fits(self, library: Library, device: str, capability: str) -> None:
         """Refuse to run this engine where it was not built for.
 
         Args:
-            flavour: The library that would run it.
+            library: The library that would run it.
             device: Name of the GPU.
             capability: Its compute capability, e.g. "8.6".
 
         Raises:
             BackendError: Another library, version or GPU; both are named.
         """
-        again = f"Build it again here with: rkd-deploy export {self.onnx_name} --format {flavour.name}"
-        if self.flavour != flavour.name:
-            raise BackendError(f"The engine is {self.flavour}'s and cannot run on {flavour.name}. {again}")
-        same_major = self.version.split(".")[0] == flavour.version.split(".")[0]
-        if self.version != flavour.version and not (self.settings.get("version_compatible") and same_major):
+        again = f"Build it again here with: rkd-deploy export {self.onnx_name} --format {library.name}"
+        if self.library != library.name:
+            raise BackendError(f"The engine is {self.library}'s and cannot run on {library.name}. {again}")
+        same_major = self.version.split(".")[0] == library.version.split(".")[0]
+        if self.version != library.version and not (self.settings.get("version_compatible") and same_major):
             raise BackendError(
-                f"The engine was built by {self.flavour} {self.version}; {flavour.version} is installed here, and an "
+                f"The engine was built by {self.library} {self.version}; {library.version} is installed here, and an "
                 f"engine runs only in the version that built it, unless it is built version compatible. {again}"
             )
-        reason = self._foreign_rtx(capability) if flavour.is_rtx else self._foreign(device, capability)
+        reason = self._foreign_rtx(capability) if library.is_rtx else self._foreign(device, capability)
         if reason:
             raise BackendError(f"The engine was built for {reason}; here is {device} ({capability}). {again}")
 
@@ -123,9 +125,9 @@ class EngineRecord:
         return None if same else f"{self.device} ({self.compute_capability})"
 
 
-def engine_path(model: Path, flavour: str) -> Path:
+def engine_path(model: Path, library: str) -> Path:
     """Where the engine of an ONNX file lies: model.onnx -> model.tensorrt.engine, beside it."""
-    return model.with_name(f"{model.stem}.{flavour}.engine")
+    return model.with_name(f"{model.stem}.{library}.engine")
 
 
 def record_path(engine: Path) -> Path:

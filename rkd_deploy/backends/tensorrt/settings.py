@@ -1,4 +1,4 @@
-"""What an engine is built for: batch sizes, devices, compatibility; and which library can do what of it."""
+"""Settings of an engine's build, and which of the two libraries can do what of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rkd_deploy.errors import BackendError, UsageError, install_line, require, u
 from rkd_deploy.fields import check_fields, option
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Flavour to import name."""
+"""Name of each library to its import name."""
 
 OLDEST_TENSORRT = 10
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """One of the two libraries, imported."""
+class Library:
+    """TensorRT or TensorRT-RTX, imported."""
 
     name: str
     """tensorrt or tensorrt-rtx."""
@@ -38,7 +38,7 @@ class Flavour:
 
     @property
     def version(self) -> str:
-        """Of the library, e.g. 11.4.0.106."""
+        """Version of the library, e.g. 11.4.0.106."""
         return str(self.trt.__version__)
 
     @property
@@ -54,8 +54,8 @@ class Flavour:
 
 
 @cache
-def load_flavour(name: str) -> Flavour:
-    """Import one of the two.
+def load_library(name: str) -> Library:
+    """Import TensorRT or TensorRT-RTX.
 
     Args:
         name: tensorrt or tensorrt-rtx.
@@ -65,16 +65,16 @@ def load_flavour(name: str) -> Flavour:
         BackendError: It is older than TensorRT 10.
     """
     if name not in PACKAGES:
-        raise BackendError(unknown_name("engine flavour", name, PACKAGES))
+        raise BackendError(unknown_name("engine library", name, PACKAGES))
     trt = require(PACKAGES[name], name)
     messages: list[str] = []
-    flavour = Flavour(name, trt, _logger(trt, messages), messages)
-    if not flavour.is_rtx and flavour.major < OLDEST_TENSORRT:
+    library = Library(name, trt, _logger(trt, messages), messages)
+    if not library.is_rtx and library.major < OLDEST_TENSORRT:
         raise BackendError(
-            f"TensorRT {flavour.version} is installed; strongly typed networks, which keep the precision that the ONNX "
+            f"TensorRT {library.version} is installed; strongly typed networks, which keep the precision that the ONNX "
             f"file is written in, need TensorRT {OLDEST_TENSORRT} or newer. Update with: {install_line(name)}"
         )
-    return flavour
+    return library
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
@@ -130,11 +130,11 @@ class Profile:
         Raises:
             UsageError: It is neither, or no range.
         """
-        found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
+        if match is None:
             raise UsageError(f"The profile {text!r} must be MIN:OPT:MAX batch sizes, e.g. 1:8:32, or one batch size.")
-        least = int(found[1])
-        return cls(least, int(found[2] or least), int(found[3] or least))
+        least = int(match[1])
+        return cls(least, int(match[2] or least), int(match[3] or least))
 
 
 DEFAULT_PROFILES = (Profile(1, 8, 32),)
@@ -150,7 +150,6 @@ class EngineSettings:
         compute_capabilities: RTX: GPUs to build for, e.g. ("8.6", "12.0"). None: every one that the library names.
         hardware: TensorRT: none (the GPU it is built on), ampere+ or same-capability.
         version_compatible: TensorRT: the engine runs in later versions of the same major version too, slower.
-        refit: Weights can be replaced later without a new build.
         tf32: Let float32 products round to 10 bits of mantissa: faster, and no longer what the file says.
         optimization_level: 0 to 5, how long to look for fast kernels; None: the library's own.
         workspace_bytes: Most device memory for scratch; None: all of it.
@@ -180,7 +179,6 @@ class EngineSettings:
     version_compatible: bool = option(
         "--version-compatible", "TensorRT: runs in later versions too, slower.", default=False
     )
-    refit: bool = option("--refit", "Weights can be replaced without a new build.", default=False)
     tf32: bool = option("--tf32", "Let float32 products round to 10 bits of mantissa.", default=False)
     optimization_level: int | None = option(
         "--optimization", "0 to 5, how long to look for kernels.", default=None, low=0, high=5
@@ -204,19 +202,19 @@ class EngineSettings:
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the timing cache: it changes how long a build takes and not what is asked of it."""
+        """For JSON, without the timing cache: it changes how long a build takes, and nothing else."""
         content = asdict(self)
         del content["timing_cache"]
         return {**content, "profiles": [str(profile) for profile in self.profiles]}
 
-    def check(self, flavour: Flavour) -> None:
+    def check(self, library: Library) -> None:
         """Refuse what this library cannot do.
 
         Raises:
             UsageError: Names the setting, the reason, and what to do instead.
         """
-        if flavour.is_rtx:
-            self._check_rtx(flavour.trt)
+        if library.is_rtx:
+            self._check_rtx(library.trt)
             return
         _refuse(
             self.compute_capabilities is not None,
@@ -224,9 +222,9 @@ class EngineSettings:
             "TensorRT builds for the GPU that it runs on. Use --hardware ampere+ or same-capability, or tensorrt-rtx",
         )
         _refuse(
-            not hasattr(flavour.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
+            not hasattr(library.trt.HardwareCompatibilityLevel, HARDWARE[self.hardware]),
             f"--hardware {self.hardware}",
-            f"TensorRT {flavour.version} does not know this level. Update TensorRT, or use --hardware ampere+",
+            f"TensorRT {library.version} does not know this level. Update TensorRT, or use --hardware ampere+",
         )
 
     def _check_rtx(self, trt: Any) -> None:
@@ -265,6 +263,6 @@ def profile_for(batch: int, profiles: Sequence[Profile]) -> int | None:
     return min(covering, key=lambda index: abs(profiles[index].best - batch), default=None)
 
 
-def _refuse(asked: bool, setting: str, reason: str) -> None:
-    if asked:
+def _refuse(wanted: bool, setting: str, reason: str) -> None:
+    if wanted:
         raise UsageError(f"{setting} cannot be had here: {reason}.")

@@ -27,9 +27,8 @@ as many multiplications more as the weights got zeros. With p_S, p_A the places 
 `wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
 level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`selection.py`).
 
-Batch norm is folded into the convolution before it in every level (w' = w g / sd, b' = beta - mean g / sd, with g and
-beta its affine parameters and sd its standard deviation), by PyTorch's own fuser; where a network cannot be traced by
-it, or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
+Batch norm is folded into the convolution before it in every level (`batch_norm.py`); where a network cannot be traced,
+or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
 ResNet) stays: the other reader of that sum needs it without the norm, and the ReLU after it keeps it from the next
 convolution. It is one operation, per channel.
 
@@ -49,9 +48,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
 from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
@@ -267,9 +266,9 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         branches = _LastMaps([backbone for backbone, _ in model.branches()])
         adapters = [adapter for _, adapter in model.branches()]
     else:
-        return _folded(model.eval())
+        return fold_batch_norms(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
-    return owner(_folded(branches.eval()), adapters, model.head).eval()
+    return owner(fold_batch_norms(branches.eval()), adapters, model.head).eval()
 
 
 def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped: bool) -> nn.Module:
@@ -286,11 +285,4 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
 
 def fuse_branch(backbone: FeatureNetwork, adapter: nn.Conv2d, head: nn.Module) -> nn.Module:
     """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(_folded(_LastMaps([backbone]).eval()), [adapter], head).eval()
-
-
-def _folded(network: nn.Module) -> nn.Module:
-    try:
-        return fold_batch_norm(network)
-    except Exception:  # a symbol in place of a tensor breaks Python code in any way; then nothing is folded here
-        return network
+    return FoldedTail(fold_batch_norms(_LastMaps([backbone]).eval()), [adapter], head).eval()

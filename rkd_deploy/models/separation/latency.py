@@ -39,14 +39,14 @@ class Reading:
     """A candidate and S0, timed in turn in one run.
 
     Attributes:
-        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over pairs of
-            turns of the ratio of their medians; else the ratio of the 10th percentiles, because what else runs on a
-            machine only ever adds to a latency.
+        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over
+            sessions, in which both are loaded afresh, of the ratio of their medians; else the ratio of the 10th
+            percentiles, because what else runs on a machine only ever adds to a latency.
         candidate_ms: Its median latency by batch size.
         s0_ms: That of S0.
         runs: How many calls of each were timed, by batch size.
-        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (infinite where so few
-            turns bound it on no side).
+        intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (that of the
+            median over the sessions).
     """
 
     ratios: dict[int, float]

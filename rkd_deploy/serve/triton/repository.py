@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.backends.tensorrt.build import Source, read_source
+from rkd_deploy.backends.tensorrt.build import OnnxSource, read_source
 from rkd_deploy.errors import StorageError, UsageError
 from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
 from rkd_deploy.serve.triton.settings import Serving
@@ -148,7 +148,7 @@ def export_triton(path: str | os.PathLike[str], repository: Path, serving: Servi
     return Written(repository, name, version, repository / file_name(name), kept)
 
 
-def _check_precision(source: Source, serving: Serving) -> None:
+def _check_precision(source: OnnxSource, serving: Serving) -> None:
     wrong = source.precision == "fp8" or (source.precision == "bf16" and serving.where.kind == "cpu")
     if wrong and serving.backend != "tensorrt":
         raise UsageError(
@@ -205,7 +205,7 @@ def _standing(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
     return tuple(differing) if serving.config == "keep" else ()
 
 
-def _write_version(folder: Path, source: Source, plan: Plan | None, serving: Serving) -> None:
+def _write_version(folder: Path, source: OnnxSource, plan: Plan | None, serving: Serving) -> None:
     if plan is None:
         write_bytes(folder / "model.onnx", source.content)
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from rkd_deploy.backends.tensorrt.build import Source
+from rkd_deploy.backends.tensorrt.build import OnnxSource
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import Profile
 from rkd_deploy.errors import ModelFileError, UsageError
@@ -51,7 +51,7 @@ class Signature:
         return bool(self.labels) and output.name in ("logits", "probabilities") and output.dims == (len(self.labels),)
 
 
-def read_signature(source: Source) -> Signature:
+def read_signature(source: OnnxSource) -> Signature:
     """Read it from an ONNX file.
 
     Raises:
@@ -72,7 +72,7 @@ def read_signature(source: Source) -> Signature:
     )
 
 
-def _tensor(source: Source, value: onnx.ValueInfoProto) -> Tensor:
+def _tensor(source: OnnxSource, value: onnx.ValueInfoProto) -> Tensor:
     tensor = value.type.tensor_type
     shape = [None if dim.HasField("dim_param") else dim.dim_value or None for dim in tensor.shape.dim]
     shown = ", ".join("?" if size is None else str(size) for size in shape)
@@ -136,7 +136,7 @@ class Batching:
     profiles: int = 0
 
 
-def read_plan(source: Source, signature: Signature, serving: Serving) -> Plan:
+def read_plan(source: OnnxSource, signature: Signature, serving: Serving) -> Plan:
     """The engine beside the ONNX file.
 
     Raises:
@@ -189,7 +189,7 @@ def choose_batching(serving: Serving, plan: Plan | None) -> Batching:
     return Batching(most, tuple(sorted(set(preferred))), len(profiles))
 
 
-def _trtexec(source: Source, signature: Signature, serving: Serving, engine: str) -> str:
+def _trtexec(source: OnnxSource, signature: Signature, serving: Serving, engine: str) -> str:
     batching = choose_batching(serving, None)
     shapes = {"min": 1, "opt": batching.preferred[0], "max": batching.most}
     sizes = "x".join(map(str, signature.input.dims))

@@ -12,7 +12,7 @@ from rkd_deploy.backends import RunOn, available, infer_many, load_backend
 from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
@@ -53,7 +53,7 @@ def test_a_new_shape_runs_once_and_is_captured_then_one_launch_is_a_run(gpu, fla
         ]
         backend.infer(zoo.pixels(3, seed=5))
         assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
-        assert backend.cuda_graph
+        assert backend.info.cuda_graph
 
 
 def test_another_shape_is_captured_anew_and_the_old_memory_goes_back(gpu, flavour, model, zoo):
@@ -77,7 +77,7 @@ def test_without_a_graph_every_run_is_enqueued(gpu, flavour, model, zoo):
         x = zoo.pixels(1, seed=1)
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
         assert calls(gpu.device) == ["MemcpyAsync", "execute_async_v3", "MemcpyAsync", "StreamSynchronize"]
-        assert not backend.cuda_graph
+        assert not backend.info.cuda_graph
 
 
 def test_rtx_captures_only_what_it_says_can_be(gpu, model, zoo):
@@ -85,7 +85,7 @@ def test_rtx_captures_only_what_it_says_can_be(gpu, model, zoo):
     with load_backend("tensorrt-rtx", model) as backend:
         x = zoo.pixels(2)
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
-        assert not backend.cuda_graph
+        assert not backend.info.cuda_graph
 
 
 def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, model, zoo):
@@ -101,17 +101,14 @@ def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, 
         assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
         prepared._buffers["logits"].download(backend._stream)
         backend.synchronize()
-        np.testing.assert_array_equal(prepared.outputs_host["logits"], zoo.answer(zoo.pixels(2)))
+        np.testing.assert_array_equal(prepared.logits_host, zoo.answer(zoo.pixels(2)))
 
 
-def test_every_output_is_given_by_name_logits_first(gpu, zoo, tmp_path):
+def test_logits_are_found_by_name(gpu, zoo, tmp_path):
     x = zoo.pixels(2)
     with load_backend("tensorrt", zoo.build(tmp_path / "m.onnx", extra=True)) as backend:
-        assert backend.outputs == ("logits", "sums")
-        outputs = backend.infer_all(x)
+        assert backend.info.outputs == ("logits", "sums")
         np.testing.assert_array_equal(backend.infer(x), zoo.answer(x))
-    np.testing.assert_array_equal(outputs["logits"], zoo.answer(x))
-    np.testing.assert_array_equal(outputs["sums"], x.sum(axis=(1, 2), dtype=np.float32))
 
 
 def test_threads_take_turns(gpu, model, zoo):
@@ -124,7 +121,7 @@ def test_threads_take_turns(gpu, model, zoo):
 def test_profiles_are_chosen_by_the_batch_and_only_changed_when_it_must_be(gpu, flavour, model, zoo):
     settings = EngineSettings(profiles=(Profile(1, 1, 1), Profile(2, 8, 8)))
     with FLAVOURS[flavour](model, settings=settings) as backend:
-        assert backend.max_batch == 8
+        assert backend.info.max_batch == 8
         gpu.device.log.clear()
         for batch in (1, 4, 8, 1):
             x = zoo.pixels(batch)
@@ -139,14 +136,14 @@ def test_profiles_are_chosen_by_the_batch_and_only_changed_when_it_must_be(gpu, 
 def test_many_inputs_run_in_chunks_that_the_engine_takes(gpu, zoo, model, tmp_path):
     x = zoo.pixels(70)
     with load_backend("tensorrt", model) as backend:
-        assert backend.input_shape == (None, 4, 4, 3)
+        assert backend.info.input_shape == (None, 4, 4, 3)
         np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
     for settings, file in (
         (EngineSettings(profiles=(Profile(8, 8, 8),)), model),
         (EngineSettings(), zoo.build(tmp_path / "static.onnx", batch=8)),
     ):
         with TensorRtBackend(file, settings=settings) as backend:
-            assert backend.input_shape[0] == 8
+            assert backend.info.input_shape[0] == 8
             np.testing.assert_array_equal(infer_many(backend, x), zoo.answer(x))
 
 
@@ -154,9 +151,9 @@ def test_an_engine_is_built_once_and_kept_by_file_gpu_version_and_settings(gpu, 
     def built(**options):
         with FLAVOURS[flavour](model, **options) as backend:
             np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
-            assert (backend.build_seconds is not None) == any(entry[0] == "build" for entry in gpu.device.log)
+            assert (backend.info.build_seconds is not None) == any(entry[0] == "build" for entry in gpu.device.log)
             gpu.device.log.clear()
-            return backend.build_seconds is not None
+            return backend.info.build_seconds is not None
 
     assert built()
     assert not built()
@@ -175,7 +172,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(gpu, model, tmp_path, zoo)
     (kept,) = (tmp_path / "cache/engines").glob("*/model.engine")
     kept.write_bytes(kept.read_bytes()[:-1])
     with load_backend("tensorrt", model) as backend:
-        assert backend.build_seconds is not None
+        assert backend.info.build_seconds is not None
         np.testing.assert_array_equal(backend.infer(zoo.pixels(1)), zoo.answer(zoo.pixels(1)))
 
 
@@ -238,10 +235,10 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
     made = export_engine(model, flavour)
     with load_backend(flavour, model.parent) as backend:
-        assert backend.engine_file == made.file
-        assert backend.build_seconds is None
+        assert backend.info.file == made.file
+        assert backend.info.build_seconds is None
         assert backend.precision == "fp32"
-        assert "rkd_deploy.card" in backend.metadata()
+        assert "rkd_deploy.card" in backend.info.metadata
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     zoo.build(model, bias=(1.0, 0.0, 0.0))
     with pytest.raises(ModelFileError, match=r"another model than the model\.onnx beside it"):
@@ -252,7 +249,7 @@ def test_a_foreign_engine_without_a_record_runs_where_the_library_takes_it(gpu, 
     plan = tmp_path / "by_hand.plan"
     plan.write_bytes(export_engine(model, flavour).file.read_bytes())
     with load_backend(flavour, plan) as backend:
-        assert (backend.precision, dict(backend.metadata())) == ("unknown", {})
+        assert (backend.precision, dict(backend.info.metadata)) == ("unknown", {})
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     gpu.device.name = "Another GPU"
     with pytest.raises((BackendError, ModelFileError), match=r"Another GPU \(9\.0\)"):
@@ -289,7 +286,7 @@ def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(
 )
 def test_hardware_compatibility_says_where_else_it_runs(gpu, model, hardware, capability, runs):
     record = export_engine(model, "tensorrt", EngineSettings(hardware=hardware)).record
-    library, name = load_flavour("tensorrt"), ".".join(map(str, capability))
+    library, name = load_library("tensorrt"), ".".join(map(str, capability))
     if runs:
         record.check_fits(library, "Another GPU", name)
     else:
@@ -377,7 +374,7 @@ def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavo
     with pytest.raises(MissingDependencyError, match="cuda-bindings"):
         load_backend(flavour, "model.onnx")
     monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
-    load_flavour.cache_clear()
+    load_library.cache_clear()
     assert f"pip install 'rkd-deploy[{flavour}]'" in found().reason
 
 
@@ -390,4 +387,4 @@ def test_the_record_beside_the_engine_is_json_for_others(gpu, model):
     assert written["layers_of"] == "engine"
     assert written["layers"][0]["name"].startswith("fused Cast+ReduceSum")
     gpu.install("11.5.0")
-    made.record.check_fits(load_flavour("tensorrt"), "Simulated GPU", "9.0")
+    made.record.check_fits(load_library("tensorrt"), "Simulated GPU", "9.0")

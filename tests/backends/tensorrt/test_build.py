@@ -10,7 +10,7 @@ from rkd_deploy.backends.tensorrt.build import build_engine
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_table
 from rkd_deploy.backends.tensorrt.record import EngineRecord, read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_flavour, profile_for
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library, profile_for
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
 
@@ -40,9 +40,9 @@ def test_older_libraries_and_unknown_flavours_are_refused(gpu, model):
 
 def test_settings_become_flags(gpu, model):
     build_engine(model, "tensorrt")
-    build_engine(model, "tensorrt", EngineSettings(tf32=True, refit=True, version_compatible=True))
+    build_engine(model, "tensorrt", EngineSettings(tf32=True, version_compatible=True))
     build_engine(model, "tensorrt", EngineSettings(workspace_bytes=1 << 20))
-    assert logged(gpu, "build") == [((),), (("REFIT", "TF32", "VERSION_COMPATIBLE"),), ((),)]
+    assert logged(gpu, "build") == [((),), (("TF32", "VERSION_COMPATIBLE"),), ((),)]
     assert logged(gpu, "set_memory_pool_limit") == [("WORKSPACE", 1 << 20)]
 
 
@@ -184,7 +184,7 @@ def test_the_inspectors_table_keeps_what_the_library_tells(gpu):
         def create_engine_inspector(self):
             return Inspector()
 
-    layers = engine_layers(Engine(), load_flavour("tensorrt").trt)
+    layers = engine_layers(Engine(), load_library("tensorrt").trt)
     assert layers[0]["TacticName"] == "sm80_xmma_fprop"
     assert layer_table(layers).splitlines() == [
         "layer          type             data type   shape",

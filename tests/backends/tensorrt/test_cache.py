@@ -258,7 +258,6 @@ def test_weights_in_another_file_must_lie_in_the_folder(tmp_path):
         ({"timing_cache": "timings"}, UsageError, "times no kernels"),
         ({"compute_capabilities": ("8.7",)}, UsageError, "Unknown compute capability '8.7'"),
         ({"compute_capabilities": ()}, UsageError, "name at least one"),
-        ({"refit": True}, BackendError, "CUDA device 0 cannot be used here"),
     ],
 )
 def test_what_rtx_cannot_do_is_refused_with_the_reason(files, tmp_path, settings, error, reason):
@@ -370,7 +369,7 @@ def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        (["--refit", "--profile", "4"], UsageError, "has no use for --profile, --refit"),
+        (["--tf32", "--profile", "4"], UsageError, "has no use for --profile, --tf32"),
         (["--format", RTX, "--profile", "8:1:32"], UsageError, "8:1:32 is no range"),
         (["--format", RTX, "--profile", "x"], UsageError, "MIN:OPT:MAX"),
         (
@@ -381,7 +380,6 @@ def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
         (["--format", RTX, "--hardware", "ampere+"], UsageError, "finished on the GPU"),
         (["--format", "tensorrt-rx"], UsageError, "tensorrt-rtx"),
         (["--format", RTX, "--fuse", "sum", "--with-pytorch"], UsageError, "has no use for --fuse, --with-pytorch"),
-        (["--format", RTX, "--refit"], BackendError, "CUDA device 0 cannot be used here"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_exported(files, options, error, said):

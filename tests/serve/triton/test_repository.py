@@ -37,7 +37,7 @@ def with_plan(bundles, tmp_path):
         folder = shutil.copytree(bundles[0], tmp_path / "planned")
         source = read_source(folder)
         record = EngineRecord(
-            flavour="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
+            library="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
             compute_capabilities=(), driver=12080, profiles=profiles, precision="fp32", settings={},
             onnx_name="model.onnx", onnx_sha256=source.sha256, engine_bytes=4, build_seconds=1.0,
             engine_sha256=hashlib.sha256(b"plan").hexdigest(),

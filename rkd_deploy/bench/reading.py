@@ -1,0 +1,105 @@
+"""Reads records, of a bench or a comparison, back into typed values; those of older versions too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rkd_deploy.bench.layers import LayerTimes
+from rkd_deploy.bench.loadgen import ScenarioResult
+from rkd_deploy.bench.machine import MachineState, Provenance
+from rkd_deploy.bench.results import RECORD_SCHEMA, Result, result_of_row
+from rkd_deploy.bench.roofline import Roofline
+from rkd_deploy.decoding import DecodingError, decode, read_json
+from rkd_deploy.errors import ModelFileError
+
+KINDS = ("bench", "compare")
+
+
+@dataclass(frozen=True)
+class MachineStates:
+    """The machine before the first and after the last measurement."""
+
+    before: MachineState
+    after: MachineState
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """What a record holds of a bench; empty where nothing was measured, fields of later versions left out.
+
+    Attributes:
+        results: In the order they were measured.
+        scenarios: What LoadGen reported.
+        roofline: Bounds that were predicted, and the ceilings of the machine they follow from.
+        layers: Time of each layer.
+        provenance: What was run, when and where.
+        settings: How it was measured, by the names of `bench`'s arguments.
+        conditions: The machine before and after.
+        partial: Whether the bench ended before all that was asked for was measured.
+    """
+
+    results: tuple[Result, ...]
+    scenarios: tuple[ScenarioResult, ...] = ()
+    roofline: Roofline = field(default_factory=Roofline)
+    layers: tuple[LayerTimes, ...] = ()
+    provenance: Provenance = field(default_factory=Provenance)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    conditions: MachineStates | None = None
+    partial: bool = False
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON of a record, its kind and schema checked.
+
+    Raises:
+        ModelFileError: The file cannot be read, is no record, or was written by a newer version.
+    """
+    try:
+        content = read_json(path)
+    except DecodingError as error:
+        raise ModelFileError(
+            f"{path} is no record ({error}). rkd-deploy bench writes one: bench.json; and so does compare."
+        ) from error
+    kind, schema = content.get("kind"), content.get("schema")
+    if kind not in KINDS or type(schema) is not int or schema > RECORD_SCHEMA or "results" not in content:
+        raise ModelFileError(
+            f"{path} is a record of kind {kind!r}, schema {schema!r}; a report is made from {' or '.join(KINDS)} of "
+            f"schema {RECORD_SCHEMA} with results. Measure again, or update rkd-deploy."
+        )
+    return content
+
+
+def read_bench(path: Path) -> BenchRecord:
+    """The bench in a record.
+
+    Raises:
+        ModelFileError: As for `read_record`; or the record is damaged.
+    """
+    content = read_record(path)
+    try:
+        return bench_record(content)
+    except DecodingError as error:
+        raise damaged(path, error) from error
+
+
+def bench_record(content: Mapping[str, Any]) -> BenchRecord:
+    """The bench in the JSON of a record.
+
+    Raises:
+        DecodingError: The record is damaged.
+    """
+    rows = decode(tuple[Any, ...], content["results"], "results")
+    known: dict[str, Any] = {"results": [], "scenarios": content.get("loadgen")}
+    for name in ("roofline", "layers", "provenance", "settings", "conditions", "partial"):
+        known[name] = content.get(name)
+    record = decode(BenchRecord, {name: value for name, value in known.items() if value is not None})
+    results = tuple(result_of_row(row, f"results[{place}]") for place, row in enumerate(rows))
+    return BenchRecord(**{**vars(record), "results": results})
+
+
+def damaged(path: Path, error: DecodingError) -> ModelFileError:
+    """The error for a record that is damaged."""
+    return ModelFileError(f"{path} is a damaged record: {error}. Measure again with rkd-deploy bench.")

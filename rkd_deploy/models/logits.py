@@ -1,0 +1,93 @@
+"""Whether what a classifier answers are logits: finite, and no probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rkd_deploy.errors import DivergenceError, UsageError
+from rkd_deploy.models.tracing import in_mode
+
+_PROBABILITIES: Mapping[Any, str] = {
+    torch.ops.aten._softmax.default: "softmax",
+    torch.ops.aten.sigmoid.default: "sigmoid",
+    torch.ops.aten.hardsigmoid.default: "hardsigmoid",
+}
+"""Log-softmax is none of them: the softmax and the order of log-probabilities are those of the logits."""
+
+_UNCHANGED = (
+    "view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand",
+    "clone", "contiguous", "_to_copy", "alias", "detach",
+)  # fmt: skip
+"""Names of operations that keep every value."""
+
+
+class _LastOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which operation every tensor came from, through those that keep the values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, tuple[Tensor, Any]] = {}  # the tensor too: an id is given again when it is freed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            keeps = func.name().split("::")[-1].split(".")[0] in _UNCHANGED
+            self._made[id(result)] = (result, self.of(args[0]) if keeps and args else func)
+        return result
+
+    def of(self, tensor: Any) -> Any:
+        """The operation that computed a tensor's values; None where it came from outside."""
+        return self._made.get(id(tensor), (None, None))[1]
+
+
+def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
+    """Refuse a classifier whose last operation makes probabilities.
+
+    Args:
+        network: Images to its answer.
+        x_NCHW: One image or a few.
+        name: What messages call it.
+
+    Raises:
+        UsageError: It ends in a softmax or a sigmoid.
+    """
+    with torch.no_grad(), in_mode(network, False), _LastOperation() as operations:
+        answer = network(x_NCHW)
+    if (kind := _PROBABILITIES.get(operations.of(answer))) is not None:
+        raise UsageError(_refusal(name, f"its last operation is a {kind}"))
+
+
+def check_logits(answer_NK: Tensor, name: str) -> None:
+    """Refuse answers that are not finite, and rows of probabilities.
+
+    Args:
+        answer_NK: What the network gave for N images.
+        name: What messages call it.
+
+    Raises:
+        DivergenceError: A number is NaN or infinite.
+        UsageError: No number is negative, and every row sums to 1.
+    """
+    finite_N = answer_NK.isfinite().all(1)
+    if not bool(finite_N.all()):
+        raise DivergenceError(
+            f"{name} gives logits that are not finite, for {int((~finite_N).sum())} of the {len(answer_NK)} images "
+            "looked at last. Either training diverged (lower train.lr), or a layer is undefined for what it is given: "
+            "the sum of the maps of S and A may be negative where T's own map never is, and T's head may take a "
+            'root of it. Then use method.head = "trained".'
+        )
+    # A network that has learnt nothing may answer with zeros, whose sum is 0, or with anything else but this.
+    if bool((answer_NK >= 0).all()) and bool(((answer_NK.sum(1) - 1).abs() < 1e-3).all()) and answer_NK.shape[1] > 1:
+        raise UsageError(_refusal(name, "every row of what it gives is without negative numbers and sums to 1"))
+
+
+def _refusal(name: str, reason: str) -> str:
+    return (
+        f"{name} gives probabilities in place of logits: {reason}. Everything here takes the softmax of logits, and "
+        "would take it twice. Leave the last softmax or sigmoid out of the network: classes keep their order."
+    )
