@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, view_teacher
-from rkd_deploy.train.methods.residual import Distance, added, alike_each, explained, over_stages
+from rkd_deploy.train.methods.residual import Distance, explained_variance, match_sizes, staged_distance, sum_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,42 +74,42 @@ class EndToEnd(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L, in the order of its terms."""
         w, model = self.weights, self.model
-        seen = view_teacher(self.teacher, x_NCHW)
+        teacher_view = view_teacher(self.teacher, x_NCHW)
         shared = model.shared(x_NCHW)
         maps = model.stage_maps(0, x_NCHW, shared)
         s = model.compared_maps(0, maps)
-        f_T, sized_s = alike_each(model.targets(seen.maps), s)
+        f_T, resized_s = match_sizes(model.targets(teacher_view.maps), s)
         z_S = model.head(pool(s[-1]))
-        error, last = over_stages(self.distance, w.stage, f_T, sized_s, f_T)
+        error, last = staged_distance(self.distance, w.stage, f_T, resized_s, f_T)
         total, parts = w.feature * error, {"student": last.detach()}
 
         k = len(model.assistants)
         for i in range(1, k + 1):
-            r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
+            r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
             f_A = model.compared_maps(i, model.stage_maps(i, x_NCHW, shared))
-            _, sized_f_A = alike_each(r, f_A)
-            known = [one.detach() for one in r] if self.detach else r
-            error, last = over_stages(self.distance, w.stage, known, sized_f_A, f_T)
+            _, resized_f_A = match_sizes(r, f_A)
+            target = [residual.detach() for residual in r] if self.detach else r
+            error, last = staged_distance(self.distance, w.stage, target, resized_f_A, f_T)
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
             parts["assistant" if i == 1 else f"assistant_{i}"] = last.detach()
-            s, sized_s = added(s, f_A), added(sized_s, sized_f_A)
-        parts["explained"] = explained(f_T[-1], sized_s[-1])
+            s, resized_s = sum_maps(s, f_A), sum_maps(resized_s, resized_f_A)
+        parts["explained"] = explained_variance(f_T[-1], resized_s[-1])
 
         z = model.head(pool(s[-1])) if k else z_S
-        task, of_sum = self._task(seen, View(maps, z), y_N)
+        task, of_sum = self._task(teacher_view, View(maps, z), y_N)
         total, parts = total + task, parts | of_sum
         if k and w.student:
-            task, of_student = self._task(seen, View(maps, z_S), y_N)
+            task, of_student = self._task(teacher_view, View(maps, z_S), y_N)
             total = total + w.student * task
             parts |= {f"{name}_student": value for name, value in of_student.items()}
         return Losses(total, parts, z.detach())
 
-    def _task(self, seen: View, network: View, y_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _task(self, teacher_view: View, network: View, y_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_y of some logits, and its terms for the log."""
         ce = cross_entropy(network.logits_NK, y_N)
         total, parts = self.weights.ce * ce, {"ce": ce.detach()}
         if self.base is not None:
-            weighted, parts["base"] = self.base(seen, network, y_N)
+            weighted, parts["base"] = self.base(teacher_view, network, y_N)
             total = total + weighted
         return total, parts
 
