@@ -44,6 +44,7 @@ TINY = (
     "data.crop_padding=1",
     "teacher.name=resnet8",
     "student.name=resnet8",
+    "student.control=false",
     "train.epochs=2",
     "train.batch_size=16",
     "train.lr=0.05",
