@@ -90,7 +90,9 @@ def train(
     from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
+    from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -106,7 +108,7 @@ def train(
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                print_json(series.to_dict())
+                print_json(series.to_dict() | verdict_json(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -121,9 +123,9 @@ def train(
     print_parts(run.metrics, run.facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        print_json(
-            {"run": str(run.folder), **run.metrics.to_json(), "separation": run.facts.to_json().get("separation")}
-        )
+        verdict = verdict_json(of_metrics(run.metrics, PARTS))
+        separation = run.facts.to_json().get("separation")
+        print_json({"run": str(run.folder), **run.metrics.to_json(), "separation": separation, **verdict})
 
 
 def compare(

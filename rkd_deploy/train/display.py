@@ -16,6 +16,7 @@ from rkd_deploy.train.facts import PhaseMetrics, RunFacts, RunMetrics
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS
 from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.verdict import of_metrics, of_series
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,6 +114,8 @@ def print_series(series: Series, console: Console) -> None:
         cells = [row["mean"], row["std"], *row["test_top1"]]
         table.add_row(PARTS[part], *(f"{value:.2f}" for value in cells))
     console.print(table)
+    if (verdict := of_series(series.parts, PARTS)) is not None:
+        console.print(verdict.sentence())
 
 
 def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
@@ -148,6 +151,8 @@ def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
     console.print(table)
     if facts.skipped:
         console.print(f"{facts.skipped:,} broken images were left out; facts.json names the first of them.")
+    if (verdict := of_metrics(metrics, PARTS)) is not None:
+        console.print(verdict.sentence())
     if (account := facts.separation) is None:  # a baseline has none
         return
     console.print(f"Budget: S + A cost {account.cost:,} of S0's {account.budget:,} {account.unit}.")

@@ -74,6 +74,7 @@ class RunFacts:
         given_widths: Widths of S0 (`Staged.widths`), where it is narrowed or S and A are cut from it.
         student_widths: Widths of S.
         assistant_widths: Widths of each A.
+        shared_stages: How many stages of S0 S and A share, where their layout is a trunk.
         separation: The account of the budget, where S and A are trained.
         given: The weights files that the recipe named for T and S0 (``"teacher"``, ``"s0"``).
     """
@@ -95,6 +96,7 @@ class RunFacts:
     given_widths: tuple[int, ...] | None = None
     student_widths: tuple[int, ...] | None = None
     assistant_widths: tuple[int, ...] | None = None
+    shared_stages: int | None = None
     separation: SeparationFacts | None = None
     given: Mapping[str, NamedFile] = field(default_factory=dict)
 
@@ -159,11 +161,25 @@ class PhaseMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Numbers of test images that only one of two networks classifies right.
+
+    Attributes:
+        gained: Right by S + A alone.
+        lost: Right by the control alone.
+    """
+
+    gained: int
+    lost: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunMetrics:
     """Results of a finished run; metrics.json.
 
     Attributes:
         parts: Results of every network, by its part (`networks.PARTS`).
+        pairs: S + A against each control, image by image; empty where there is no S + A, and in older runs.
         phases: Every phase that was trained, by name.
         training_seconds: Time of all epochs.
         evaluation_seconds: Time of the evaluation at the end.
@@ -173,6 +189,7 @@ class RunMetrics:
     """
 
     parts: Mapping[str, PartMetrics]
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
     phases: Mapping[str, PhaseMetrics]
     training_seconds: float
     evaluation_seconds: float
@@ -187,6 +204,9 @@ class RunMetrics:
             _drop_none(part)
         for phase in content["phases"].values():
             _drop_none(phase, but="val_top1_last")
+        for key in ("pairs", "test_sha256", "files"):
+            if not content[key]:
+                del content[key]
         return content
 
 

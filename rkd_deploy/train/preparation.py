@@ -175,7 +175,7 @@ def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
         )
     if teacher.fc is None:
         what, instead = (
-            (f'method.head = "{recipe.method.head}"', 'Set method.head = "trained".')
+            (f'method.head = "{recipe.method.classifier}"', 'Set method.head = "trained".')
             if recipe.method.residual
             else ('method.name = "simkd"', "Choose another method, or another teacher.")
         )
@@ -195,6 +195,7 @@ def _separated(recipe: Recipe, facts: RunFacts, originals: Originals, stopwatch:
         input_size=facts.image_size,
         budget=recipe.student.budget,
         layout=recipe.student.layout,
+        shared_stages=recipe.student.shared_stages,
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
@@ -211,6 +212,7 @@ def _separated(recipe: Recipe, facts: RunFacts, originals: Originals, stopwatch:
         given_widths=separation.s0_widths,
         student_widths=separation.student.widths,
         assistant_widths=separation.assistant.widths,
+        shared_stages=separation.shared_stages or None,
         separation=SeparationFacts(
             unit=separation.unit,
             level=separation.level,
