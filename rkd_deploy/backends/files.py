@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.storage import write_text
+from rkd_deploy.storage import sha256_of, write_text
 
 ONNX_NAME = "model.onnx"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -189,8 +189,7 @@ def _text(file: Path) -> str:
 
 def _sha256_of(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(file)
     except OSError as error:
         raise _unreadable(file, error) from error
 

@@ -202,11 +202,13 @@ def _check_same_test(runs: Sequence[Run]) -> None:
             ("number of test images", first.facts.images.test, run.facts.images.test),
             ("image size", first.facts.image_size, run.facts.image_size),
             ("classes", first.facts.classes, run.facts.classes),
+            ("SHA-256 of images and labels", first.metrics.test_sha256, run.metrics.test_sha256),
         ):
-            if ours != theirs:
+            if ours != theirs and "" not in (ours, theirs):  # older runs have no hash
                 raise UsageError(
                     f"{first.folder} and {run.folder} were tested on different images: {what} "
-                    f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data and the same data.test_limit."
+                    f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data, data.test_limit and "
+                    "data.split_seed."
                 )
 
 

@@ -184,8 +184,8 @@ class RunMetrics:
         training_seconds: Time of all epochs.
         evaluation_seconds: Time of the evaluation at the end.
         peak_memory_mb: Largest memory of the device, or of the process on a CPU, in 10^6 bytes.
-        test_sha256: Hash of the test images and labels as they were judged (`evaluation.digest`); empty in older runs.
-        files: SHA-256 of every other file that the run is read from, by its path in the folder; empty in older runs.
+        test_sha256: Hash of the images that were judged (`evaluation.SplitHash`); empty in older runs.
+        files: SHA-256 of facts.json and of every weights file, by path in the folder; empty in older runs.
     """
 
     parts: Mapping[str, PartMetrics]
@@ -204,9 +204,8 @@ class RunMetrics:
             _drop_none(part)
         for phase in content["phases"].values():
             _drop_none(phase, but="val_top1_last")
-        for key in ("pairs", "test_sha256", "files"):
-            if not content[key]:
-                del content[key]
+        if not self.pairs:
+            del content["pairs"]
         return content
 
 

@@ -33,12 +33,12 @@ from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
-from rkd_deploy.train.evaluation import batches, predictions
+from rkd_deploy.train.evaluation import SplitHash, batches, predictions
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Originals
 from rkd_deploy.train.phases import Plan, Planner
-from rkd_deploy.train.preparation import data_of, gather_facts
+from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.verdict import CONTROLS, pairs_of
@@ -77,6 +77,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
+        group.on_main(lambda: check_named_files(recipe))
         images = _load_images(recipe, group)
         display = display or Silent()
         originals = _originals(recipe, images)
@@ -214,10 +215,8 @@ class _Trainer:
             return None
         return self._top1(module, self.val)
 
-    def _top1(
-        self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None, name: str | None = None
-    ) -> float:
-        return top1(predictions(module, split, self.normalise, step, name).numpy(), split.labels_N.cpu().numpy())
+    def _top1(self, module: nn.Module, split: AnySplit, name: str | None = None) -> float:
+        return top1(predictions(module, split, self.normalise, name=name).numpy(), split.labels_N.cpu().numpy())
 
     def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
@@ -253,7 +252,12 @@ class _Trainer:
         began, names = time.perf_counter(), networks.parts_of(self.recipe)
         display.phase("test", 1, len(names) * batches(self.test), 0)
         right: dict[str, npt.NDArray[np.bool_]] = {}
-        parts = {part: self._tested(run, part, display, right) for part in names}
+        judged = SplitHash(self.test.image_size)
+        parts = {}
+        for part in names:
+            # All parts are judged on the same images, which are decoded anew for each: hashed along with the first.
+            add = judged.add if part == names[0] else lambda images_NCHW: None
+            parts[part] = self._tested(run, part, display, right, add)
         phases = _phases(run)
         pairs = {}
         if (fused := right.get("fused")) is not None:
@@ -265,12 +269,25 @@ class _Trainer:
             training_seconds=sum(phase.seconds for phase in phases.values()),
             evaluation_seconds=time.perf_counter() - began,
             peak_memory_mb=_peak_memory_mb(self.device),
+            test_sha256=judged.finish(self.test.labels_N),
+            files=run.sealed_files(),
         )
 
-    def _tested(self, run: Run, part: str, display: Display, right: dict[str, npt.NDArray[np.bool_]]) -> PartMetrics:
+    def _tested(
+        self,
+        run: Run,
+        part: str,
+        display: Display,
+        right: dict[str, npt.NDArray[np.bool_]],
+        add: Callable[[torch.Tensor], None],
+    ) -> PartMetrics:
+        def step(images_NCHW: torch.Tensor) -> None:
+            add(images_NCHW)
+            display.step()
+
         module = networks.load_part(run, part).to(self.device)
         cost = count(module, self.facts.image_size)
-        predicted = predictions(module, self.test, self.normalise, display.step, networks.PARTS[part]).numpy()
+        predicted = predictions(module, self.test, self.normalise, step, networks.PARTS[part]).numpy()
         labels = self.test.labels_N.cpu().numpy()
         right[part] = predicted == labels
         metrics = PartMetrics(

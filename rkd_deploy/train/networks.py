@@ -314,6 +314,7 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
             f"{run.folder} has no weights of phase {phase!r}: the run is not finished. Go on with: "
             f"rkd-deploy train {run.folder} --resume"
         )
+    run.check_file(path)
     state, _ = load_tensors(path)
     load_weights(module, with_norms(state, module), str(path), phase)
     return module.eval()

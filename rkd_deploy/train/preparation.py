@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rkd_deploy.backends import RunOn
@@ -22,11 +20,11 @@ from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.separate import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
-from rkd_deploy.storage import read_bytes
+from rkd_deploy.storage import sha256_of
 from rkd_deploy.train.facts import NamedFile, RunFacts, SeparationFacts, SplitSizes, WeightsFacts
 from rkd_deploy.train.networks import Originals, linear_head, needs_teacher_head
 from rkd_deploy.train.runs import Run
-from rkd_deploy.train.weights import load_foreign
+from rkd_deploy.train.weights import check_readable, load_foreign, weights_path
 
 
 def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
@@ -51,7 +49,7 @@ def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
 
 def _teacher_normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     teacher = recipe.teacher
-    header = WeightsFacts() if teacher.checkpoint is None else load_foreign(Path(teacher.checkpoint))[1]
+    header = WeightsFacts() if teacher.checkpoint is None else load_foreign(weights_path(teacher.checkpoint))[1]
     mean, std = teacher.mean or header.mean, teacher.std or header.std
     if mean is None or std is None:
         raise RecipeError(
@@ -108,14 +106,23 @@ def gather_facts(
     return facts
 
 
+def check_named_files(recipe: Recipe) -> None:
+    """Refuse a recipe whose files are not there, before anything is computed: also those that its method never reads.
+
+    Raises:
+        CheckpointError: teacher.checkpoint or student.checkpoint is no file that can be read.
+    """
+    for table in ("teacher", "student"):
+        checkpoint = getattr(recipe, table).checkpoint
+        if checkpoint is not None:
+            check_readable(weights_path(checkpoint), f"{table}.checkpoint")
+
+
 def _named_files(recipe: Recipe) -> dict[str, NamedFile]:
     """Where named weights came from; the run keeps copies, and goes by these from then on."""
     named = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
-    files = {name: Path(checkpoint) for name, checkpoint in named.items() if checkpoint is not None}
-    return {
-        name: NamedFile(file=path.name, sha256=hashlib.sha256(read_bytes(path)).hexdigest())
-        for name, path in files.items()
-    }
+    paths = {name: weights_path(checkpoint) for name, checkpoint in named.items() if checkpoint is not None}
+    return {name: NamedFile(file=path.name, sha256=sha256_of(path)) for name, path in paths.items()}
 
 
 def _stage_channels(recipe: Recipe, images: ImageSet, T: FeatureNetwork, S0: FeatureNetwork) -> list[int]:

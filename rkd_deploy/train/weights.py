@@ -23,7 +23,7 @@ from rkd_deploy.errors import CheckpointError, DataError, RecipeError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.external import External
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.storage import open_regular, write_bytes
 from rkd_deploy.train.facts import RunFacts, WeightsFacts
 
 _FACTS = "rkd_deploy"
@@ -58,14 +58,41 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
+def weights_path(checkpoint: str) -> Path:
+    """The path of a weights file that a recipe names; ``~`` is the home folder."""
+    return Path(checkpoint).expanduser()
+
+
+def check_readable(path: Path, key: str = "") -> None:
+    """Refuse a weights file that is not there or cannot be read.
+
+    Args:
+        path: The file.
+        key: The recipe's key that names it, for the message.
+
+    Raises:
+        CheckpointError: There is no such file, or it is a folder, a pipe, a pointer of Git LFS, or not readable.
+    """
+    where = f" ({key})" if key else ""
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"There is no checkpoint at {path}{where}. Name a .safetensors, .pth or .pt file."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}{where} cannot be read as a checkpoint: {error.strerror}. Name a .safetensors, .pth or .pt file."
+        ) from error
+
+
 def load_foreign(path: Path) -> tuple[dict[str, Tensor], WeightsFacts]:
     """State dict of any checkpoint, unwrapped and without the prefixes of wrapped training, and its facts.
 
     Raises:
         CheckpointError: Missing, damaged, or holding more than weights.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}. Name a .safetensors, .pth or .pt file.")
+    check_readable(path)
     if path.suffix == ".safetensors":
         content, header = load_tensors(path)
     else:
@@ -179,7 +206,7 @@ def load_weights_from(module: nn.Module, table: str, checkpoint: str, recipe: Re
         RecipeError: Another normalisation than that of the data.
     """
     name = getattr(recipe, table).name
-    state, header = load_foreign(Path(checkpoint))
+    state, header = load_foreign(weights_path(checkpoint))
     load_weights(module.network if isinstance(module, External) else module, state, checkpoint, f"{table} {name}")
     if header.classes is not None and header.classes != facts.classes:
         theirs, ours = header.classes, facts.classes

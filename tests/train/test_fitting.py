@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rkd_deploy.data import splits
 from rkd_deploy.data.sources import ImageSet, Split, load_images
 from rkd_deploy.errors import CheckpointError, DivergenceError, StorageError, UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import evaluation, fitting
+from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS, load_part, seeded
@@ -346,7 +347,7 @@ class Told(Silent):
 def test_the_evaluation_at_the_end_moves_a_bar_to_its_end(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "BATCH", 8)  # of 20 images: 3 batches for each of two parts
+    monkeypatch.setattr(splits, "EVALUATED_AT_ONCE", 8)  # of 20 images: 3 batches for each of two parts
     display = Told()
     run = fit(tiny_recipe(*QUICK, "method.name=kd"), root=tmp_path, display=display)
     assert display.seen[-1] == ("test", 1, 6, 6)

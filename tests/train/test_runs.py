@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rkd_deploy.errors import ModelFileError, StorageError, UsageError
+from rkd_deploy.errors import CheckpointError, ModelFileError, StorageError, UsageError
 from rkd_deploy.recipe import Recipe, TrainRecipe, read_recipe
+from rkd_deploy.train.networks import load_part
 from rkd_deploy.train.runs import Run, RunLog, create_run, newest_run, open_run, read_log
 
 
@@ -177,3 +178,17 @@ def test_facts_and_metrics_of_an_older_run_are_read(tiny_run: Run, tmp_path: Pat
     old = Run(tmp_path / "old")
     assert old.facts.separation is None
     assert old.metrics.parts["fused"].test_top1 == tiny_run.metrics.parts["fused"].test_top1
+
+
+def test_a_file_that_changed_since_the_run_ended_is_refused(tiny_run: Run, tmp_path: Path) -> None:
+    """One bit of the weights, or a class of another name: the accuracy in metrics.json is no longer that of the run."""
+    for name in ("weights/teacher.safetensors", "weights/assistant.safetensors", "facts.json"):
+        shutil.copytree(tiny_run.folder, tmp_path / name / "run")
+        run = Run(tmp_path / name / "run")
+        for part in ("teacher", "fused"):
+            load_part(run, part)
+        content = bytearray((run.folder / name).read_bytes())
+        content[-20] ^= 1
+        (run.folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{name} is not the file that this run ended with"):
+            load_part(Run(run.folder), "teacher" if "teacher" in name else "fused")
