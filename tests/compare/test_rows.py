@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from preparing import reseal
 
 from rkd_deploy.compare import compare
 from rkd_deploy.errors import ModelFileError, UsageError
@@ -109,6 +110,7 @@ def test_runs_tested_on_other_images_are_refused(finished, copied):
     facts = json.loads((other.folder / "facts.json").read_text())
     facts["images"]["test"] = 49
     (other.folder / "facts.json").write_text(json.dumps(facts))
+    reseal(other.folder)
     with pytest.raises(UsageError, match=r"number of test images 50 and 49.*data\.test_limit"):
         compare([finished["seed0"], other])
 

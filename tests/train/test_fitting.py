@@ -219,10 +219,10 @@ def test_the_test_images_are_read_once_for_each_part_at_the_end(
     reads: list[tuple[bool, int]] = []
     predictions = fitting.predictions
 
-    def noting(module: nn.Module, split: Split, *rest: Any) -> Tensor:
+    def noting(module: nn.Module, split: Split, *rest: Any, **named: Any) -> Tensor:
         is_test = torch.equal(split.images_NCHW, test.images_NCHW) if len(split) == len(test) else False
         reads.append((is_test, len(list(tmp_path.glob("*/weights/*.safetensors")))))
-        return predictions(module, split, *rest)
+        return predictions(module, split, *rest, **named)
 
     monkeypatch.setattr(fitting, "predictions", noting)
     fit(recipe, root=tmp_path)

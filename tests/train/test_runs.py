@@ -155,7 +155,6 @@ def test_a_full_disk_is_an_error_of_storage() -> None:
 @pytest.mark.parametrize("name", ["facts", "metrics"])
 def test_a_file_without_what_it_must_have_is_one_error(tmp_path: Path, name: str, content: str) -> None:
     run = create_run(tmp_path, Recipe(name="a"))
-    (run.folder / "metrics.json").write_text(content)
     (run.folder / f"{name}.json").write_text(content)
     with pytest.raises(ModelFileError, match=rf"{name}\.json cannot be read \("):
         getattr(run, name)
