@@ -15,6 +15,7 @@ from rkd_deploy.commands import bench, export, train, use
 from rkd_deploy.commands.options import emit
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
+from rkd_deploy.text import visible
 
 app = typer.Typer(
     name="rkd-deploy",
@@ -62,7 +63,7 @@ def main() -> None:
             raise
         code = error.exit_code if isinstance(error, RkdError) else 130
         message = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", ())])
-        print(f"Error: {message}", file=sys.stderr)
+        print(f"Error: {visible(message)}", file=sys.stderr)
         if "--json" in sys.argv:
             emit({"error": message, "exit_code": code})
         sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from rkd_deploy import cli
+from rkd_deploy.commands.options import output_folder
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.train.runs import Run
 
@@ -129,11 +131,30 @@ def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, exported):
     (one,) = faster.json["ratios"]
     assert one["count"] == 8
     assert one["low"] <= one["ratio"] <= one["high"]
-    slow = rkd("bench-compare", *pair, *options, "--tolerance", -1)
+    slow = rkd("bench-compare", *pair, *options)
     assert slow.code == 3
     assert "times its latency" in slow.err
     mixed = rkd("bench-compare", pair[0], "bench.json")
     assert mixed.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("tolerance", v) for v in ("nan", "-1", "inf", "-5")] + [("seconds", "nan")]
+)
+def test_no_value_of_an_option_switches_the_gate_off(rkd, exported, option, value):
+    refused = rkd("bench-compare", exported / "bundle", exported / "bundle-teacher", f"--{option}={value}")
+    assert refused.code == 2
+    assert f"--{option} {float(value)} must be between 0 and " in refused.err
+
+
+def test_two_benches_in_one_second_have_a_folder_each(tmp_path):
+    with ExitStack() as stack:
+        folders = [stack.enter_context(output_folder(None, tmp_path / "runs", "bench")) for _ in range(20)]
+        assert len(set(folders)) == 20
+        (folders[3] / "bench.json").write_text("{}")
+    assert list((tmp_path / "runs").iterdir()) == [folders[3]]  # nothing is left of what wrote nothing
+    with output_folder(tmp_path / "mine", tmp_path / "runs", "bench") as folder:
+        assert folder == tmp_path / "mine"
 
 
 def test_predict_names_the_class_of_an_image_file(rkd, exported, tmp_path):
