@@ -164,6 +164,7 @@ def bench(
     if roofline:
         need("export", "onnx")
     chosen_folder = report_folder(report, output)
+    from rkd_deploy.backends import check_backend
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
@@ -201,6 +202,8 @@ def bench(
     if asked:
         bound = SERVER_LATENCY_MS if target_latency is None else target_latency
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
+    for place in settings.run_on:
+        check_backend(place.backend)  # before a bundle is looked for: without its library there is nothing to do
     chosen = models or [newest_bundle(root)]
     check_models(chosen, settings.run_on)
     console = console_for(as_json)
