@@ -87,6 +87,11 @@ def normalise(batch_NHWC: Pixels, preprocess: Preprocess) -> npt.NDArray[np.floa
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
+def as_input(batch_NHWC: Pixels, preprocess: Preprocess) -> Pixels | npt.NDArray[np.float32]:
+    """Pixels as a model takes them: as they are where its graph normalises by itself, else normalised here."""
+    return batch_NHWC if preprocess.embedded else normalise(batch_NHWC, preprocess)
+
+
 def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixels:
     shape = (preprocess.height, preprocess.width, len(preprocess.mean))
     if array.dtype != _UINT8:

@@ -87,10 +87,12 @@ def train(
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
-    from rkd_deploy.train.distributed import speaks
+    from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
+    from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.verdict import of_metrics, of_series, told
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -102,11 +104,11 @@ def train(
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
         with Progress() as progress:
             series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
-        if speaks():
+        if is_main_process():
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                print_json(series.to_dict())
+                print_json(series.to_dict() | told(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -115,14 +117,15 @@ def train(
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
-    if not speaks():  # torchrun's other processes
+    if not is_main_process():  # torchrun's other processes
         return
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        verdict = told(of_metrics(metrics, PARTS))
+        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
 
 
 def compare(
