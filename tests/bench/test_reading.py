@@ -103,8 +103,8 @@ def test_no_file_a_folder_and_a_pipe_are_refused(tmp_path):
         ({"rows": []}, "rows is empty"),
         ({"rows": {}}, "rows is {} where a list"),
         ({"rows": [{"name": "S"}]}, r"rows\[0\]\.part is missing"),
-        ({"data": None}, "data is null where str"),
-        ({"missing": [3]}, r"missing\[0\] is 3 where str"),
+        ({"data": None}, "data is null where a string"),
+        ({"missing": [3]}, r"missing\[0\] is 3 where a string"),
     ],
 )
 def test_a_damaged_comparison_is_the_same_kind_of_error(tmp_path, change, words):
