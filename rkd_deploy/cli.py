@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rkd_deploy.commands import bench, export, train, use
-from rkd_deploy.commands.options import emit
+from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
 from rkd_deploy.text import visible
@@ -65,7 +65,7 @@ def main() -> None:
         message = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", ())])
         print(f"Error: {visible(message)}", file=sys.stderr)
         if "--json" in sys.argv:
-            emit({"error": message, "exit_code": code})
+            print_json({"error": message, "exit_code": code})
         sys.exit(code)
 
 

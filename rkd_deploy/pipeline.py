@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rkd_deploy.backends import describe_model
+from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import write_record
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images
-from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.data.splits import evaluation_batch
+from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.measuring import Target
@@ -31,7 +34,6 @@ from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
-from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
@@ -54,7 +56,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         """Images uint8 [n, H, W, C] and labels [n]."""
         labels_N, done = self.split.labels_N.numpy(), 0
-        for images_NCHW in self.split.chunks(min(CHUNK, batch_of(self.split.image_size))):
+        if not len(labels_N):  # nothing was held out: no batch, where the split would give one without images
+            return
+        for images_NCHW in self.split.chunks(min(CHUNK, evaluation_batch(self.split.image_size))):
             yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
             done += len(images_NCHW)
 
@@ -76,7 +80,7 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         calibration = from_folder(options.calibration, preprocess, options.count, options.seed)
     elif options.precision in QUANTISED:
         taken_N = draw(len(images.train), options.count, options.seed, train)
-        pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(_places(taken_N)))])
+        pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(taken_N))])
         calibration = Calibration(pixels_NHWC, train, options.seed)
     if len(images.val):
         pool, left_N, source = images.val, np.arange(len(images.val)), f"{images.name} validation images"
@@ -84,14 +88,8 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         pool, left_N = images.train, np.setdiff1d(np.arange(len(images.train)), taken_N)
         source = f"{train} not calibrated on"
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
-    held_out = Batches(pool.take(_places(chosen_N)))
+    held_out = Batches(pool.take(chosen_N))
     return Lowering(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
-
-
-def _places(index_N: npt.NDArray[np.int64]) -> Any:
-    import torch
-
-    return torch.from_numpy(index_N)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -122,6 +120,7 @@ def export_run(
     folder: Path | None = None,
     target: Target | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
     precision: PrecisionOptions | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
@@ -143,6 +142,7 @@ def export_run(
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
         target: What level auto measures on.
         progress: Told how far that is.
+        note: Called with the name of each stage as it begins.
         precision: Lower than float32: calibrated on a folder or on training images, judged on validation images or,
             where the run has none, on other training images; test images are only reported on.
 
@@ -153,11 +153,15 @@ def export_run(
     """
     if precision is not None:
         precision.check_installed()
-    part = part or parts_of(run.recipe)[0]
+    part, note = part or parts_of(run.recipe)[0], note or (lambda stage: None)
+    note(f"rebuilding {PARTS.get(part, part)} with its weights")
     model = load_part(run, part)
     card = _card(run, part, embedded)
     chosen = folder or _free_folder(run, part)
     images, exits = functools.cache(lambda: _images(run)), None
+    if test_images:
+        note("reading the run's images")
+        images()
     if early_exit or exit_threshold is not None:
         seen = Batches(images().test) if test_images else ()
         exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
@@ -173,9 +177,34 @@ def export_run(
         early_exit=exits,
         target=target,
         progress=progress,
+        note=note,
         lowering=draw_lowering(images(), precision, card.preprocess) if precision and precision.lowered else None,
     )
     return Exported(chosen, proof)
+
+
+def standing_bundle(run: Run) -> Path | None:
+    """The newest bundle in a run's folder that `export_run` would make again by default; None where there is none.
+
+    It is in float32, of the default part and level, takes uint8 images, gives logits alone, was made from the weights
+    that the run has now, and its files are as they were written. Graphs for early exit beside it do no harm.
+    """
+    part = parts_of(run.recipe)[0]
+    card, level = _card(run, part, embedded=True), _level(run, part)
+    names = {"part", "labels", "preprocess", "precision", "outputs"}
+    wanted = {name: getattr(card, name) for name in names} | {
+        "fusion": level if part in ("fused", "student") else "none"
+    }
+    for folder in sorted(run.folder.glob("bundle*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        try:
+            check_files(folder, complete=True)
+            standing = describe_model(folder)
+        except RkdError:  # whatever is wrong with it, another is made
+            continue
+        of_weights = standing.source.get("weights_sha256") == card.source["weights_sha256"]
+        if of_weights and all(getattr(standing, name) == value for name, value in wanted.items()):
+            return folder
+    return None
 
 
 @dataclass(frozen=True)
@@ -205,12 +234,13 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
     note("Training T, S0, S and A on handwritten digits")
     run = fit(recipe, root=root, display=display)
     bundles = {}
-    for part in reversed(PARTS):  # S + A last: it is the newest bundle then, the one that bench takes by itself
+    parts = parts_of(recipe)[::-1]
+    for part in parts:  # S + A last: it is the newest bundle then, the one that bench takes by itself
         note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
     settings = BenchSettings(batches=(1,), min_seconds=min_seconds)
-    results = bench([bundles[part] for part in reversed(PARTS)], settings)
+    results = bench([bundles[part] for part in parts], settings)
     record = write_record(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
     return Quickstart(run, bundles, results, write_tables(read_bench(record), run.folder))
 

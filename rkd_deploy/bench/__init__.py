@@ -1,4 +1,8 @@
-"""Benches: how fast a model is (`timing`), whether it is right (`parity`, `accuracy`), and the report of both."""
+"""Measures models against one another, by turns: latency, throughput, memory, accuracy.
+
+`timing` takes the samples, `loading` what is timed, `accuracy` and `parity` say whether it is right, `records` writes
+everything down. Nothing here draws or prints: `report` does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from rkd_deploy.bench.machine import Pace, cores
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import BenchSettings, PathLike, check_models
 from rkd_deploy.bench.statistics import Timing
-from rkd_deploy.bench.timing import MeasurementInterrupted, Progress, Subject, measure_subjects
+from rkd_deploy.bench.timing import MeasurementInterrupted, Progress, Workload, measure_workloads
 
 __all__ = ["BenchSettings", "Result", "RunOn", "Timing", "bench", "random_input"]
 
@@ -32,7 +36,7 @@ def bench(
     Args:
         models: Bundle folders, ONNX files or engines, with or without a card.
         settings: Where, at which batch sizes, for how long. Default: those of `BenchSettings`.
-        progress: Called with what is being measured, and the share of it that is dmodel.
+        progress: Called with what is being measured, and the share of it that is done.
         on_result: Called with each result as soon as it is there; after Ctrl-C with those of the unfinished
             measurement, too.
 
@@ -43,7 +47,7 @@ def bench(
         UsageError: Nothing to measure, or a model does not take such a batch.
         ModelFileError: A model or card is missing or corrupt.
         BackendError: A backend cannot run here, or not on the device asked for, or memory ran out.
-        DataError: `settings.data` holds no images of the model's classes, or a broken model.
+        DataError: `settings.data` holds no images of the model's classes, or a broken one.
         KeyboardInterrupt: Ctrl-C.
     """
     settings = settings or BenchSettings()
@@ -92,15 +96,15 @@ class _Schedule:
     ) -> Iterator[Result]:
         """Measure models by turns, and give a result for each; then pass on the Ctrl-C that came meanwhile."""
         settings = self.settings
-        workloads: dict[str, Subject] = {}
+        workloads: dict[str, Workload] = {}
         for model in loaded:
             x = random_input(model.backend, model.card, batch, settings.seed, settings.shape)
-            workloads |= {_name(model.key, mode): Subject(model.backends, x, mode) for mode in self.modes}
+            workloads |= {_name(model.key, mode): Workload(model.backends, x, mode) for mode in self.modes}
         machine.reset_peak()
         stopped: KeyboardInterrupt | None = None
         pace = _pace(run_on, loaded[0].backend.device)
         try:
-            timings = measure_subjects(
+            timings = measure_workloads(
                 workloads,
                 min_seconds=settings.min_seconds,
                 min_runs=settings.min_runs,

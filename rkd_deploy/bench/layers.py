@@ -1,6 +1,6 @@
-"""Where the time of a call goes, layer by layer, as the runtime itself tells it.
+"""Times each layer of a call, by the runtime's own profile.
 
-The model is loaded once more with its runtime's profiling on, after the timed runs and apart from them: profiling costs
+The model is loaded once more for it (`Backend.layer_runs`), after the timed runs and apart from them: profiling costs
 time in every layer, so these figures divide a call and do not add up to its latency exactly.
 
     onnxruntime               kernel times of its profile file, CPU only: on CUDA they would be those of the launches
@@ -29,24 +29,24 @@ _WARMUP, _RUNS = 5, 30
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerMedian:
     """One operator that runs, after the runtime's fusions."""
 
     name: str
     op: str
-    """Its type, as the runtime calls it."""
+    """Type of the operator, as the runtime calls it."""
     ms: float
-    """Median over the runs of the time in it."""
+    """Median over the runs of the time in the operator."""
     precision: str | None = None
-    """Type it works on, as the runtime says, which need not be the file's: most CPUs run float16 files in float32."""
+    """Type that the operator works on, which need not be the file's: most CPUs run float16 files in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTimes(Case):
-    """Of one model at one batch size."""
+    """Times of the layers of one model at one batch size."""
 
     runs: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerMedian, ...]
     """In the order they run."""
 
     def to_record(self) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def layer_times(
 
     Args:
         models: As for `bench`.
-        run_on: Where; its streams are of no effect here.
+        run_on: Where; a single stream is profiled, whatever it says.
         batch: Images in one call.
-        batches: Those of the bench, so that the engine is the one that it measured; None: the usual ones.
-        shape: Of one input, for models that leave it open and have no card.
-        seed: Of the inputs.
-        progress: Told which model is looked at.
+        batches: Batch sizes of the bench, so that the engine is the one that was measured; None: the usual ones.
+        shape: Shape of one input, for models that leave it open and have no card.
+        seed: Seed of the inputs.
+        progress: Called with the model that is profiled, and the share of them that is done.
 
     Raises:
         UsageError: A model does not take such a batch.
@@ -81,7 +81,7 @@ def layer_times(
         BackendError: The backend cannot run here.
     """
     alone = replace(run_on, streams=1)
-    found = []
+    profiles = []
     for number, path in enumerate(models):
         with load_model(path, alone, batches, progress) as loaded:
             card, file = read_card(path, loaded.info.metadata), model_path(path)
@@ -91,7 +91,7 @@ def layer_times(
             x = random_input(loaded, card, batch, seed, shape)
             runs = loaded.layer_runs(x, _WARMUP + _RUNS)[_WARMUP:]
         if runs:
-            found.append(
+            profiles.append(
                 LayerTimes(
                     model=name,
                     file_bytes=file.stat().st_size,
@@ -103,10 +103,10 @@ def layer_times(
                     layers=_medians(runs),
                 )
             )
-    return found
+    return profiles
 
 
-def _medians(runs: Sequence[LayerRun]) -> tuple[Layer, ...]:
+def _medians(runs: Sequence[LayerRun]) -> tuple[LayerMedian, ...]:
     times: dict[tuple[str, str, str | None], list[float]] = {}
     for run in runs:
         totals: dict[tuple[str, str, str | None], float] = {}
@@ -116,5 +116,5 @@ def _medians(runs: Sequence[LayerRun]) -> tuple[Layer, ...]:
         for key, ms in totals.items():
             times.setdefault(key, []).append(ms)
     return tuple(
-        Layer(name, op, statistics.median(values), precision) for (name, op, precision), values in times.items()
+        LayerMedian(name, op, statistics.median(values), precision) for (name, op, precision), values in times.items()
     )

@@ -1,4 +1,4 @@
-"""From the models and settings that a bench is given to loaded models and the batches they are timed on."""
+"""Loads the models of a bench, and makes the batches that they are timed on."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def load_model(
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model to measure, loaded once for each stream."""
+    """A model to measure, loaded once for each stream; what loading it took."""
 
     key: str
-    """Its name, made unique."""
+    """Name of the model, made unique by its number."""
     name: str
     file: Path
-    """What the backend runs."""
+    """The file that the backend runs: ONNX file, exported program or engine."""
     sha256: str
     backends: tuple[Backend, ...]
     card: ModelCard | None
@@ -55,7 +55,7 @@ class Loaded:
 
     @property
     def backend(self) -> Backend:
-        """The first stream's."""
+        """The backend of the first stream."""
         return self.backends[0]
 
 
@@ -72,8 +72,8 @@ def load_all(
         models: As for `bench`.
         run_on: Where, and how many streams.
         stack: Closes them.
-        batches: What they will be run at; None: the usual ones, or whatever an engine takes.
-        progress: Told how far the build of an engine is.
+        batches: Batch sizes they will be run at; None: the usual ones, or whatever an engine takes.
+        progress: Called with the phase of an engine's build, and the share of it that is done.
 
     Raises:
         RkdError: As `RunOn.load` raises it; the card is corrupt.
@@ -148,14 +148,14 @@ def _check_batch(backend: Backend, batch: int) -> None:
 def random_input(
     backend: Backend, card: ModelCard | None, batch: int, seed: int, shape: Sequence[int] | None = None
 ) -> Array:
-    """A batch of noise that the model takes: any byte, or standard normal numbers.
+    """A batch of noise that a model takes: any byte, or standard normal numbers.
 
     Args:
         backend: The model.
         card: Gives the image size where the model leaves it open.
         batch: Number of inputs.
-        seed: Of the noise.
-        shape: Of one input without the batch; needed where the model leaves it open and there is no card.
+        seed: Seed of the noise.
+        shape: Shape of one input without the batch; needed where the model leaves it open and there is no card.
 
     Raises:
         UsageError: The model has another fixed batch or shape, or leaves its image size open and has no card.
@@ -202,7 +202,7 @@ def device_in_use(run_on: RunOn) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model at one batch size, where and how it ran."""
+    """A model at a batch size, where and how it ran."""
 
     model: str
     file_bytes: int
@@ -213,6 +213,6 @@ class Case:
     batch: int
 
     @classmethod
-    def of(cls, one: Any) -> Case:
-        """The case of anything that has these facts: two things of one case are of the same measurement."""
-        return Case(**{field.name: getattr(one, field.name) for field in fields(Case)})
+    def of(cls, result: Any) -> Case:
+        """The case of anything that has these facts: two things of one case belong to the same measurement."""
+        return Case(**{field.name: getattr(result, field.name) for field in fields(Case)})

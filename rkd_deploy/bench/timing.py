@@ -1,4 +1,4 @@
-"""How long one call takes: wall time, every sample kept.
+"""Times calls of loaded models: wall time, by turns, with every sample.
 
 One sample is one call: `Backend.infer`, host to host, or one device-resident run and the wait for its end. The first
 call is timed apart, because it pays for allocation and kernel choice; warm-up lasts for a time and a count, whichever
@@ -17,7 +17,7 @@ from itertools import chain
 
 import numpy as np
 
-from rkd_deploy.backends.protocol import Array, Backend
+from rkd_deploy.backends.protocol import Array, Backend, Progress
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.fields import check_number
 
@@ -25,11 +25,11 @@ __all__ = [
     "Clock",
     "MeasurementInterrupted",
     "Progress",
-    "Subject",
     "Timing",
+    "Workload",
     "measure",
     "measure_interleaved",
-    "measure_subjects",
+    "measure_workloads",
 ]
 
 Clock = Callable[[], int]
@@ -43,7 +43,7 @@ ROUND_NS = 100_000_000
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What is timed under one name.
 
     Attributes:
@@ -58,11 +58,11 @@ class Subject:
 
 
 class Runner:
-    """One subject under measurement: its callers, and the samples so far."""
+    """One workload under measurement: its streams, and the samples so far."""
 
-    def __init__(self, name: str, subject: Subject, min_ns: int, min_runs: int, clock: Clock) -> None:
+    def __init__(self, name: str, workload: Workload, min_ns: int, min_runs: int, clock: Clock) -> None:
         self.name = name
-        self._subject = subject
+        self._workload = workload
         self._min_ns, self._min_runs = min_ns, min_runs
         self._samples: list[int] = []
         self._rounds: list[int] = []
@@ -70,18 +70,18 @@ class Runner:
         self._total = 0
         self._warmups = 0
         self._warmup_total = 0
-        threads = len(subject.backends) > 1
-        self._callers = [Caller(_call(backend, subject), clock, threads) for backend in subject.backends]
-        for caller in self._callers:  # one after the other: together they would wait for one another
-            caller.start(0, 1)()
+        threads = len(workload.backends) > 1
+        self._streams = [Stream(_call(backend, workload), clock, threads) for backend in workload.backends]
+        for stream in self._streams:  # one after the other: together they would wait for one another
+            stream.start(0, 1)()
         self._first = self._take()[0]
 
     def warm_up(self, min_ns: int, min_runs: int) -> None:
         """Call without counting, until both limits are reached."""
         self._together(min_ns, min_runs)
-        found = self._take()
-        self._warmups += len(found)
-        self._warmup_total += sum(found)
+        samples = self._take()
+        self._warmups += len(samples)
+        self._warmup_total += sum(samples)
 
     def run_round(self, pace_ms: float | None = None) -> None:
         """One turn: `ROUND_NS`, or less where that reaches both limits.
@@ -89,17 +89,17 @@ class Runner:
         Args:
             pace_ms: The machine's pace just before.
         """
-        streams = len(self._callers)
+        streams = len(self._streams)
         try:
             self._together(
                 self._min_ns - self._total // streams, -(-(self._min_runs - len(self._samples)) // streams), ROUND_NS
             )
         finally:  # what an interrupted turn has measured counts as well
-            found = self._take()
-            self._samples += found
-            self._total += sum(found)
-            if found:
-                self._rounds.append(len(found))
+            samples = self._take()
+            self._samples += samples
+            self._total += sum(samples)
+            if samples:
+                self._rounds.append(len(samples))
                 self._paces_ms += [] if pace_ms is None else [pace_ms]
 
     @property
@@ -110,45 +110,45 @@ class Runner:
     @property
     def done(self) -> float:
         """Share of the measurement that is done; 1 when both limits are reached."""
-        time_share = self._total / len(self._callers) / self._min_ns if self._min_ns else 1.0
+        time_share = self._total / len(self._streams) / self._min_ns if self._min_ns else 1.0
         return min(1.0, time_share, len(self._samples) / self._min_runs)
 
     def timing(self) -> Timing:
         """The samples so far."""
         return Timing(
             samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
-            batch=len(self._subject.x),
-            transfers=self._subject.transfers,
+            batch=len(self._workload.x),
+            transfers=self._workload.transfers,
             first_run_ms=self._first / 1e6,
             warmup_runs=self._warmups,
             warmup_seconds=self._warmup_total / 1e9,
             rounds=tuple(self._rounds),
-            streams=len(self._callers),
+            streams=len(self._streams),
             paces_ms=tuple(self._paces_ms),
             complete=self.done >= 1,
         )
 
     def close(self) -> None:
-        """End the callers' threads."""
-        for caller in self._callers:
-            caller.close()
+        """End the threads of the streams."""
+        for stream in self._streams:
+            stream.close()
 
     def _together(self, min_ns: int, min_runs: int, most_ns: int = sys.maxsize) -> None:
-        for wait in [caller.start(min_ns, min_runs, most_ns) for caller in self._callers]:
+        for wait in [stream.start(min_ns, min_runs, most_ns) for stream in self._streams]:
             wait()
 
     def _take(self) -> list[int]:
-        return list(chain.from_iterable(caller.take() for caller in self._callers))
+        return list(chain.from_iterable(stream.take() for stream in self._streams))
 
 
-class Caller:
-    """One stream: calls one loaded model again and again, on a thread of its own where there are several."""
+class Stream:
+    """A caller: runs one loaded model again and again, in a thread of its own where there are several."""
 
-    def __init__(self, call: Callable[[], object], clock: Clock, own_thread: bool) -> None:
+    def __init__(self, call: Callable[[], object], clock: Clock, in_thread: bool) -> None:
         self._call, self._clock = call, clock
         self._samples: list[int] = []
         # The same thread throughout: backends keep what they bind for each thread.
-        self._thread = ThreadPoolExecutor(1) if own_thread else None
+        self._thread = ThreadPoolExecutor(1) if in_thread else None
 
     def start(self, min_ns: int, min_runs: int, most_ns: int = sys.maxsize) -> Callable[[], None]:
         """Call until both limits are reached, or the time is over; what is returned waits for that."""
@@ -157,9 +157,9 @@ class Caller:
         return self._thread.submit(self._run, min_ns, min_runs, most_ns).result
 
     def take(self) -> list[int]:
-        """The samples since the last time this was asked."""
-        taken, self._samples = self._samples, []
-        return taken
+        """The samples since the last call."""
+        samples, self._samples = self._samples, []
+        return samples
 
     def close(self) -> None:
         """End its thread, after the turn it is in."""
@@ -178,8 +178,8 @@ class Caller:
             runs += 1
 
 
-def _call(backend: Backend, subject: Subject) -> Callable[[], object]:
-    return partial(backend.infer, subject.x) if subject.transfers else _resident(backend, subject.x)
+def _call(backend: Backend, workload: Workload) -> Callable[[], object]:
+    return partial(backend.infer, workload.x) if workload.transfers else _resident(backend, workload.x)
 
 
 def _resident(backend: Backend, x: Array) -> Callable[[], None]:
@@ -193,15 +193,11 @@ def _resident(backend: Backend, x: Array) -> Callable[[], None]:
     return run
 
 
-Progress = Callable[[str, float], None]
-"""Called with a model's name and the share of its measurement that is done, 0 to 1."""
-
-
 class MeasurementInterrupted(KeyboardInterrupt):
     """Ctrl-C in the middle of a measurement, with the samples so far.
 
     Attributes:
-        timings: Of the subjects that have samples, by name; `complete` says which had reached their limits.
+        timings: Samples of the workloads that have any, by name; `complete` says which had reached their limits.
     """
 
     def __init__(self, timings: dict[str, Timing]) -> None:
@@ -232,7 +228,7 @@ def measure(
         warmup_runs: Number of untimed calls before, at least.
         transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
         clock: Nanoseconds.
-        progress: Told how far the measurement is.
+        progress: Called with the model's name, and the share of its measurement that is done.
 
     Raises:
         UsageError: A limit is negative, or `x` does not fit the model.
@@ -261,7 +257,7 @@ def measure_interleaved(
     clock: Clock = time.perf_counter_ns,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
-    """Time several models by turns, one caller each: see `measure_subjects`.
+    """Time several models by turns, one stream each, as `measure_workloads` does.
 
     Args:
         models: Backend and batch by name; the rest as for `measure`, and each limit holds for each model.
@@ -271,14 +267,14 @@ def measure_interleaved(
         warmup_runs: Number of untimed calls before, at least.
         transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
         clock: Nanoseconds.
-        progress: Told how far each measurement is.
+        progress: Called with each name, and the share of its measurement that is done.
 
     Raises:
         UsageError: A limit is negative, or an input does not fit its model.
         BackendError: A run failed.
     """
-    return measure_subjects(
-        {name: Subject((backend,), x, transfers) for name, (backend, x) in models.items()},
+    return measure_workloads(
+        {name: Workload((backend,), x, transfers) for name, (backend, x) in models.items()},
         min_seconds=min_seconds,
         min_runs=min_runs,
         warmup_seconds=warmup_seconds,
@@ -288,8 +284,8 @@ def measure_interleaved(
     )
 
 
-def measure_subjects(
-    subjects: Mapping[str, Subject],
+def measure_workloads(
+    workloads: Mapping[str, Workload],
     *,
     min_seconds: float = 2.0,
     min_runs: int = 100,
@@ -299,20 +295,20 @@ def measure_subjects(
     pace: Callable[[], float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
-    """Time several subjects by turns of 0.1 s, so that the drift of a shared machine hits all alike.
+    """Time several workloads by turns of 0.1 s, so that the drift of a shared machine hits all alike.
 
     The order turns round after each round, and the first call after a change of model, or after the pace was taken, is
     not counted: it finds the caches full of something else.
 
     Args:
-        subjects: By name; each limit holds for each of them.
+        workloads: By name; each limit holds for each of them.
         min_seconds: Time in timed calls of each stream, at least.
         min_runs: Number of timed calls of all streams, at least.
         warmup_seconds: Time in untimed calls before, at least.
         warmup_runs: Number of untimed calls before, at least.
         clock: Nanoseconds.
-        pace: Asked before each turn how fast the machine itself is, in ms: a `pace.Pace`.
-        progress: Told how far each measurement is.
+        pace: Called before each turn; gives how fast the machine itself is, in ms: a `machine.Pace`.
+        progress: Called with each name, and the share of its measurement that is done.
 
     Raises:
         UsageError: A limit is negative, or an input does not fit its model.
@@ -323,8 +319,8 @@ def measure_subjects(
     runners: list[Runner] = []
     min_ns = int(min_seconds * 1e9)
     try:
-        for name, subject in subjects.items():
-            runners.append(Runner(name, subject, min_ns, min_runs, clock))
+        for name, workload in workloads.items():
+            runners.append(Runner(name, workload, min_ns, min_runs, clock))
         for runner in runners:
             runner.warm_up(int(warmup_seconds * 1e9), warmup_runs)
         pending = runners

@@ -16,15 +16,15 @@ from rkd_deploy.commands.options import (
     Json,
     Root,
     Threads,
+    as_dict,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
     newest_bundle,
     output_folder,
-    plain,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
@@ -43,7 +43,7 @@ def report(
 
     Self-contained HTML and Markdown; several benches, of several machines say, side by side.
     """
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
     from rkd_deploy.bench.reading import read_bench, read_record
     from rkd_deploy.commands.options import status
     from rkd_deploy.report.tables import print_line
@@ -52,7 +52,7 @@ def report(
     folder = output or records[0].parent
     kinds = [read_record(path)["kind"] for path in records]
     if kinds == ["compare"]:
-        need("train", "torch", "safetensors")
+        require_all("train", "torch", "safetensors")
         from rkd_deploy.compare import read_comparison, write_comparison_report
 
         comparison = read_comparison(records[0])
@@ -69,7 +69,7 @@ def report(
         )
     print_line(f"Report {pages.page}", console_for(as_json))
     if as_json:
-        emit({"report": str(pages.page), "markdown": str(pages.markdown)})
+        print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
 
 
 def report_folder(report: Path | None, output: Path | None) -> Path | None:
@@ -80,7 +80,7 @@ def report_folder(report: Path | None, output: Path | None) -> Path | None:
         raise UsageError(
             f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
         )
-    need("train", "matplotlib")
+    require_all("train", "matplotlib")
     return report
 
 
@@ -162,7 +162,7 @@ def bench(
     if resident and end_to_end:
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     if roofline:
-        need("export", "onnx")
+        require_all("export", "onnx")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import check_backend
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
@@ -179,8 +179,8 @@ def bench(
         run_on=combinations(
             backends or ["onnxruntime"],
             device=device,
-            threads=None if threads is None else whole("--threads", threads),
-            streams=whole("--streams", streams),
+            threads=None if threads is None else parse_ints("--threads", threads),
+            streams=parse_ints("--streams", streams),
             memory_limit=None if memory_limit is None else memory_limit << 20,
             cuda_graph=cuda_graph,
         ),
@@ -189,7 +189,7 @@ def bench(
         min_runs=min_runs,
         warmup_seconds=warmup,
         transfers=False if resident else True if end_to_end else None,
-        shape=None if shape is None else tuple(whole("--shape", shape)),
+        shape=None if shape is None else tuple(parse_ints("--shape", shape)),
         data=data,
     )
     asked = scenarios or []
@@ -202,8 +202,8 @@ def bench(
     if asked:
         bound = SERVER_LATENCY_MS if target_latency is None else target_latency
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
-    for place in settings.run_on:
-        check_backend(place.backend)  # before a bundle is looked for: without its library there is nothing to do
+    for place in settings.run_on:  # before a bundle is sought: it may be needless to make one
+        check_backend(place.backend)
     chosen = models or [newest_bundle(root)]
     check_models(chosen, settings.run_on)
     console = console_for(as_json)
@@ -234,9 +234,11 @@ def bench(
                 written["report"] = str(write_bench_report([record], folder).page)
             print_line(f"Report {written['report']}", console)
     if as_json:
-        scenarios_json = [plain(scenario) for scenario in record.scenarios]
+        scenarios_json = [as_dict(scenario) for scenario in record.scenarios]
         predicted = analysis.to_record().get("roofline")
-        emit({**written, "results": brief(record.results), "loadgen": scenarios_json, "roofline": predicted})
+        print_json(
+            {**written, "results": without_samples(record.results), "loadgen": scenarios_json, "roofline": predicted}
+        )
 
 
 def bench_compare(
@@ -292,7 +294,7 @@ def bench_compare(
         print_line(f"Measured under different conditions: {line}", console, style="yellow")
     slower = [one for one in found if one.low > 1 + tolerance]
     if as_json and not slower:
-        emit({"ratios": [one.to_dict() for one in found], "differing": differing})
+        print_json({"ratios": [one.to_dict() for one in found], "differing": differing})
     if slower:
         worst = max(slower, key=lambda one: one.low)
         raise GateError(

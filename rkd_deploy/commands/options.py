@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, and how they speak."""
+"""Options and output that the commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rkd_deploy.bench.results import Result
-    from rkd_deploy.bench.timing import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
@@ -43,21 +42,37 @@ def newest_bundle(root: Path) -> Path:
     return newest_bundle(root)
 
 
-def need(extra: str, *modules: str) -> None:
-    """Say at once, with the install line, what a command lacks."""
+def require_all(extra: str, *modules: str) -> None:
+    """Check that the libraries a command needs are installed, before it starts to work.
+
+    Args:
+        extra: The extra of this package that brings them.
+        modules: Their import names.
+
+    Raises:
+        MissingDependencyError: With the install line.
+    """
     for module in modules:
         if find_spec(module) is None:
             require(module, extra)
 
 
-def choose(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of the choices of an option."""
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Check the value of an option against its choices.
+
+    Raises:
+        UsageError: With the choices, and the nearest of them.
+    """
     if value not in choices:
         raise UsageError(unknown_name(f"--{option}", value, choices))
 
 
-def whole(option: str, text: str) -> list[int]:
-    """The whole numbers of a text such as 0,1,2."""
+def parse_ints(option: str, text: str) -> list[int]:
+    """Whole numbers of an option, from text such as 0,1,2.
+
+    Raises:
+        UsageError: With an example.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -102,7 +117,11 @@ def _claim(root: Path, name: str) -> Path:
 
 
 def batch_sizes(text: str) -> list[int]:
-    """The batch sizes of a text such as 1,8,32."""
+    """Batch sizes, from text such as 1,8,32.
+
+    Raises:
+        UsageError: Not whole numbers from 1.
+    """
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -112,23 +131,26 @@ def batch_sizes(text: str) -> list[int]:
     return sizes
 
 
-def emit(content: Any) -> None:
+def print_json(content: Any) -> None:
     """Print the JSON object of --json, the last line of standard output."""
     print(json.dumps(content, allow_nan=False), flush=True)
 
 
-def brief(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Results as a record has them, without their samples, which fill pages."""
+def without_samples(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Results as a record has them, without their samples, which would fill pages."""
 
-    def cut(fields: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in fields.items() if key != "samples_ms"}
-        return {key: cut(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    def pruned(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: pruned(value) if isinstance(value, dict) else value
+            for key, value in fields.items()
+            if key != "samples_ms"
+        }
 
-    return [cut(result.to_row()) for result in results]
+    return [pruned(result.to_row()) for result in results]
 
 
-def plain(item: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it."""
+def as_dict(item: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary for JSON."""
     from dataclasses import asdict
 
     return asdict(item)
@@ -157,11 +179,11 @@ _NARROWEST, _USUAL_WIDTH = 20, 80
 
 
 _COLUMN = 28
-"""Room for a key; a longer one pushes its value aside."""
+"""Width of the column of keys, in characters; a longer key pushes its value aside."""
 
 
 def fact_lines(content: Mapping[str, Any]) -> list[str]:
-    """Every fact that is there, as ``key  value``.
+    """Facts as lines of ``key  value``.
 
     Args:
         content: What JSON can hold. Tables in tables get dotted keys, a list of tables a line for each; what is None
@@ -194,15 +216,22 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+class StatusLine(Protocol):
+    """Shows what is at work now."""
+
+    def __call__(self, name: str, share: float | None = None) -> None:
+        """The stage or the model, and how much of it is done, from 0 to 1, where that is known."""
+
+
 @contextmanager
-def status(text: str) -> Iterator[Progress]:
-    """A line on standard error that moves while the block runs; in anything but a terminal it says nothing.
+def status(text: str) -> Iterator[StatusLine]:
+    """Shows a moving line on standard error while the block runs; prints nothing where that is no terminal.
 
     Args:
         text: What is being done.
 
     Yields:
-        To be told which model is measured, and how far.
+        A function to call with the stage or the model that is at work, and its share that is done, where known.
     """
     from rich.console import Console
     from rich.text import Text
@@ -210,7 +239,7 @@ def status(text: str) -> Iterator[Progress]:
     console = Console(stderr=True)
     with console.status(Text(visible(text))) as line:
 
-        def update(name: str, share: float) -> None:
-            line.update(Text(visible(f"{text}: {name}, {share:.0%}")))
+        def update(name: str, share: float | None = None) -> None:
+            line.update(Text(visible(f"{text}: {name}" + ("" if share is None else f", {share:.0%}"))))
 
         yield update

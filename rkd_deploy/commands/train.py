@@ -16,20 +16,20 @@ from rkd_deploy.commands.options import (
     Root,
     Threads,
     batch_sizes,
-    brief,
     console_for,
-    emit,
-    need,
     output_folder,
-    whole,
+    parse_ints,
+    print_json,
+    require_all,
+    without_samples,
 )
 from rkd_deploy.errors import UsageError
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     """Train, export and bench the embedded example."""
-    need("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
-    need("export", "onnx", "onnxscript")
+    require_all("train", "torch", "torchvision", "safetensors", "sklearn", "matplotlib")
+    require_all("export", "onnx", "onnxscript")
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.report.tables import print_line
@@ -49,12 +49,12 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
         print_line(f"{name:<8} {path}", console)
     if as_json:
         bundles = {part: str(folder) for part, folder in made.bundles.items()}
-        emit(
+        print_json(
             {
                 "run": str(made.run.folder),
                 "bundles": bundles,
                 "plot": str(made.tables.plot),
-                "results": brief(made.results),
+                "results": without_samples(made.results),
             }
         )
 
@@ -84,14 +84,16 @@ def train(
 
     Without one: the embedded example.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
-    from rkd_deploy.train.distributed import speaks
+    from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
+    from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.verdict import of_metrics, of_series, told
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -102,12 +104,12 @@ def train(
     if seeds is not None:
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
         with Progress() as progress:
-            series = fit_series(chosen, whole("--seeds", seeds), root=root, display=progress, resumed=resume)
-        if speaks():
+            series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
+        if is_main_process():
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                emit(series.to_dict())
+                print_json(series.to_dict() | told(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -116,14 +118,15 @@ def train(
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
-    if not speaks():  # torchrun's other processes
+    if not is_main_process():  # torchrun's other processes
         return
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        emit({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        verdict = told(of_metrics(metrics, PARTS))
+        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
 
 
 def compare(
@@ -150,7 +153,7 @@ def compare(
 
     T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
     """
-    need("train", "torch", "safetensors")
+    require_all("train", "torch", "safetensors")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
@@ -169,7 +172,7 @@ def compare(
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
     settings: dict[str, Any] = {}
     if latency:
-        need("export", "onnx", "onnxscript")
+        require_all("export", "onnx", "onnxscript")
         check_backend(backend)
         settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
         settings["min_seconds"] = min_seconds
@@ -195,4 +198,4 @@ def compare(
             print_line(f"Report  {made['report']}", console)
     if as_json:
         shown = to_record(found, settings)
-        emit({**shown, "results": brief(found.results), **made})
+        print_json({**shown, "results": without_samples(found.results), **made})

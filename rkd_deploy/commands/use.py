@@ -17,10 +17,10 @@ from rkd_deploy.commands.options import (
     Newest,
     Root,
     Threads,
-    emit,
+    as_dict,
     fact_lines,
     newest_bundle,
-    plain,
+    print_json,
 )
 from rkd_deploy.text import visible
 
@@ -52,7 +52,7 @@ def predict(
     if exits:
         typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
     if as_json:
-        emit({"predictions": found, **({"exits": exits} if exits else {})})
+        print_json({"predictions": found, **({"exits": exits} if exits else {})})
 
 
 def verify(
@@ -92,7 +92,7 @@ def verify(
             gate(verdict.parity, f"{chosen} on {verdict.backend}", describe_model(chosen).precision)
     if as_json:
         found = [{"backend": one.backend, "parity": one.parity and one.parity.to_dict()} for one in verdicts]
-        emit({"bundle": str(chosen), "backends": found})
+        print_json({"bundle": str(chosen), "backends": found})
 
 
 def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None:
@@ -108,7 +108,7 @@ def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None
         return
     card = json.loads(describe_model(model or newest_bundle(root)).to_json())
     if as_json:
-        emit(card)
+        print_json(card)
         return
     labels, checksums, versions = card.pop("labels"), card.pop("checksums"), card.pop("versions")
     facts = {
@@ -128,7 +128,7 @@ def _show_engine(file: Path, as_json: bool) -> None:
     assert record is not None
     content = record.to_dict()
     if as_json:
-        emit(content)
+        print_json(content)
         return
     layers = content.pop("layers")
     del content["metadata"]  # the model's card, which is shown of the model
@@ -147,4 +147,4 @@ def backends(as_json: Json = False) -> None:
         modes = f"; also as {', '.join(status.modes)}" if status.modes else ""
         typer.echo(f"{status.name + version:<24} {state}{modes}", err=as_json)
     if as_json:
-        emit({"backends": [plain(status) for status in found]})
+        print_json({"backends": [as_dict(status) for status in found]})

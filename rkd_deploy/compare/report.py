@@ -20,6 +20,7 @@ from rkd_deploy.report.tables import Column, milliseconds, print_line
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
 from rkd_deploy.text import markdown, visible
+from rkd_deploy.train.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,8 @@ SCHEMA = 1
 NOTE = (
     "Top-1 is of the last epoch, on the test images, which nothing was chosen on. +- is the standard deviation over "
     "seeds where there are several, else (in brackets) the standard error that so many test images leave. Against S0: "
-    "points above one network of the same cost in the same run. Against S: what A adds."
+    "points above one network of the same cost in the same run. Against S0, same losses: what A adds to the objective. "
+    "Against S: what A adds to its own S."
 )
 
 
@@ -132,6 +134,7 @@ COLUMNS: tuple[Column[NetworkRow], ...] = (
     Column("Top-1, %", lambda r: f"{r.top1:.2f}"),
     Column("+-, points", _spread),
     Column("Against S0, points", lambda r: _points(r.over_s0)),
+    Column("Against S0, same losses, points", lambda r: _points(r.over_control)),
     Column("Against S, points", lambda r: _points(r.over_student)),
     Column("Held out, last, %", lambda r: None if r.val_last is None else f"{r.val_last:.2f}", detail=True),
     Column("Held out, best, %", lambda r: None if r.val_best is None else f"{r.val_best:.2f}", detail=True),
@@ -162,6 +165,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """The table, what it means, and what is missing in it."""
     print_line(f"{comparison.data}, {comparison.test_images:,} test images", console)
     tables.print_table(COLUMNS, comparison.rows, console)
+    for verdict in comparison.verdicts:
+        print_line(verdict.sentence(), console)
     print_line(NOTE, console, style="dim")
     for sentence in comparison.missing:
         print_line(f"Missing: {sentence}", console, style="yellow")
@@ -171,7 +176,8 @@ def comparison_markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
     missing = "".join(f"\nMissing: {markdown(sentence)}\n" for sentence in comparison.missing)
     head = f"{markdown(comparison.data)}, {comparison.test_images:,} test images.\n\n"
-    return head + tables.markdown_table(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
+    verdicts = "".join(f"\n{markdown(verdict.sentence())}\n" for verdict in comparison.verdicts)
+    return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +195,7 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "rows": [asdict(row) for row in comparison.rows],
         "results": [result.to_row() for result in comparison.results],
         **comparison.study,
+        "verdicts": [{**asdict(one), "outcome": one.outcome} for one in comparison.verdicts],
         "missing": list(comparison.missing),
         "settings": dict(settings),
     }
@@ -238,7 +245,7 @@ def recorded_comparison(content: Mapping[str, Any]) -> RecordedComparison:
     Raises:
         DecodingError: The record is damaged.
     """
-    names = ("data", "test_images", "rows", "missing")
+    names = ("data", "test_images", "rows", "missing", "verdicts")
     stored = decode(_Stored, {name: content[name] for name in names if name in content})
     if not stored.rows:
         raise DecodingError("rows is empty")
@@ -254,6 +261,7 @@ class _Stored:
     test_images: int
     rows: tuple[NetworkRow, ...]
     missing: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages:
@@ -278,4 +286,5 @@ def _section(comparison: Comparison) -> Section:
     words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
     picture = Picture("Accuracy, cost, latency", words, comparison_figure(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
-    return Section("Networks", [NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
+    said = [verdict.sentence() for verdict in comparison.verdicts]
+    return Section("Networks", [*said, NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])

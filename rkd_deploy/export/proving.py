@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.backends import infer_many, load_backend
+from rkd_deploy.backends import RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
@@ -30,7 +30,8 @@ from rkd_deploy.bench.parity import Parity, compare, gate
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
-from rkd_deploy.export.precision.gate import Judgement, as_input
+from rkd_deploy.export.precision.gate import Judgement
+from rkd_deploy.images import as_input
 from rkd_deploy.models.logits import check_logits
 
 TOLERANCE = 1e-4
@@ -58,6 +59,7 @@ class Proof:
         onnx_top1: The exported float32 graph's.
         judgement: Of the file of lower precision, on held-out images; None for float32.
         lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
+        kept: Layers that it has in float32.
     """
 
     parity: Parity
@@ -67,6 +69,7 @@ class Proof:
     onnx_top1: float | None
     judgement: Judgement | None = None
     lowered_top1: float | None = None
+    kept: tuple[str, ...] = ()
 
 
 def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
@@ -86,9 +89,9 @@ def prove(
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
     labels, expected, found, first = [], [], [], None
-    with load_backend("onnxruntime", file) as candidate:
+    with RunOn().load(file) as candidate:
         for images_NHWC, labels_n in batches:
-            x = as_input(images_NHWC, card)
+            x = as_input(images_NHWC, card.preprocess)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
             check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
@@ -114,23 +117,47 @@ def prove(
     return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
 
 
+STATED_WITHIN = 0.5
+"""Points by which an accuracy may differ from what training stated: its device rounds otherwise than the CPU here."""
+
+
+def check_stated_accuracy(proof: Proof, card: ModelCard) -> None:
+    """Hold the accuracy of the network against what its card states, if both are of as many images.
+
+    Raises:
+        GateError: They differ: these are not the weights, or not the images, that were judged when it was trained.
+    """
+    stated, images = card.metrics.get("accuracy"), card.metrics.get("images")
+    if stated is None or proof.torch_top1 is None or images != proof.images:
+        return
+    allowed = math.ceil(STATED_WITHIN * proof.images / 100)
+    if abs(round((proof.torch_top1 - stated) * proof.images / 100)) > allowed:
+        raise GateError(
+            f"{card.name} was tested at {stated:.2f} % of {images} images when it was trained, and is right on "
+            f"{proof.torch_top1:.2f} % of as many now; {allowed} images more or fewer are allowed. Its weights or the "
+            "images were changed since: restore them, or train again."
+        )
+
+
 def prove_lowered(
     proof: Proof,
     golden: Golden,
     judgement: Judgement,
+    kept: tuple[str, ...],
     file: Path,
     card: ModelCard,
     batches: Batches,
     prover: str,
 ) -> tuple[Proof, Golden]:
     """The proof and the golden data of a file of lower precision, from those of the float32 file."""
-    with load_backend(prover, file) as candidate:
+    with RunOn(prover).load(file) as candidate:
         found, labels = [], []
         for images_NHWC, labels_n in batches:
-            found.append(infer_many(candidate, as_input(images_NHWC, card)))
+            found.append(infer_many(candidate, as_input(images_NHWC, card.preprocess)))
             labels.append(labels_n)
     found_NK = np.concatenate(found)
-    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    accuracy = _top1(found_NK, np.concatenate(labels))
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=accuracy, kept=kept)
     own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
     return proof, {**golden, **own, "fp32_logits": golden["logits"]}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.bench.layers import Layer
+from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.bench.results import Figures, Result
 from rkd_deploy.report.style import INK, LINE, QUIET, WIDTH, drawing, frame, log_scale, new_figure, short
 from rkd_deploy.text import visible
@@ -106,7 +106,7 @@ def throughputs(results: Mapping[str, Sequence[Result]], colours: Mapping[str, s
 
 
 @drawing()
-def layer_bars(layers: Sequence[Layer], colour: str, count: int = 14) -> Any:
+def layer_bars(layers: Sequence[LayerMedian], colour: str, count: int = 14) -> Any:
     """The layers that take longest, and all others together."""
     ordered = sorted(layers, key=lambda layer: -layer.ms)
     top, rest = ordered[:count], ordered[count:]

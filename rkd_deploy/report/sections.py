@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rkd_deploy.bench.ceilings import Ceilings
-from rkd_deploy.bench.layers import Layer, LayerTimes
+from rkd_deploy.bench.layers import LayerMedian, LayerTimes
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import Figures, Result
 from rkd_deploy.bench.roofline import Achieved, Roofline, achieved
@@ -256,7 +256,7 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
         yield Section("Layer by layer", text, [*pictures, *tables])
 
 
-_LAYER_COLUMNS: tuple[Column[tuple[Layer, float]], ...] = (
+_LAYER_COLUMNS: tuple[Column[tuple[LayerMedian, float]], ...] = (
     Column("Layer", lambda row: row[0].name, numeric=False),
     Column("Type", lambda row: row[0].op, numeric=False),
     Column("In", lambda row: row[0].precision, numeric=False),

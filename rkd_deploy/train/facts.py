@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.backends import RunOn
-from rkd_deploy.data.files import SHOWN
+from rkd_deploy.data.files import LISTED
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.export.fusion import fuse
@@ -83,7 +83,7 @@ def gather_facts(recipe: Recipe, images: ImageSet, note: Callable[[str], None] |
     }
     if images.sources:
         facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
-        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
+        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:LISTED])}
     teacher = created(recipe.teacher, facts)
     facts["channels"] = teacher.channels
     given = teacher if recipe.student.fraction is not None else created(recipe.student, facts)
@@ -159,7 +159,7 @@ def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
         )
     if teacher.fc is None:
         what, instead = (
-            (f'method.head = "{recipe.method.head}"', 'Set method.head = "trained".')
+            (f'method.head = "{recipe.method.classifier}"', 'Set method.head = "trained".')
             if recipe.method.residual
             else ('method.name = "simkd"', "Choose another method, or another teacher.")
         )
@@ -184,6 +184,7 @@ def _separation_facts(
         input_size=images.image_size,
         budget=recipe.student.budget,
         layout=recipe.student.layout,
+        shared_stages=recipe.student.shared_stages,
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
@@ -199,6 +200,7 @@ def _separation_facts(
         "given_widths": list(separation.s0_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
+        **({"shared_stages": separation.shared_stages} if separation.shared_stages else {}),
         "separation": {
             "unit": separation.unit,
             "level": separation.level,

@@ -11,7 +11,7 @@ from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.onnxrt_session import read_profile
 from rkd_deploy.backends.protocol import LayerTime
 from rkd_deploy.backends.pytorch import PyTorchBackend
-from rkd_deploy.bench.layers import Layer, _medians, layer_times
+from rkd_deploy.bench.layers import LayerMedian, _medians, layer_times
 
 
 def kernel(name, index, us, op="Conv"):
@@ -29,7 +29,7 @@ def test_a_profile_is_cut_into_runs_and_its_medians_taken():
     assert runs[0] == [a, LayerTime("Relu 1", "Relu", 0.02, "float32"), a]
     assert len(runs) == 3
     # Two nodes of one name and type are one line of the table: their time in a run is that of both.
-    assert _medians(runs) == (Layer("a", "Conv", 0.04, "float32"), Layer("Relu 1", "Relu", 0.04, "float32"))
+    assert _medians(runs) == (LayerMedian("a", "Conv", 0.04, "float32"), LayerMedian("Relu 1", "Relu", 0.04, "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,10 @@ def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu,
     (times,) = layer_times([model], run_on, batch=4, batches=[4, 16])
     assert (times.device, times.batch, times.runs) == ("cuda:0", 4, 30)
     assert times.layers == (
-        Layer("fused Cast+ReduceSum+Mul+Add", "x", 1.0, None),  # the simulated device takes 0.25 ms for each input
-        Layer("Cast", "cast", 2.0, "FP32"),
+        LayerMedian(
+            "fused Cast+ReduceSum+Mul+Add", "x", 1.0, None
+        ),  # the simulated device takes 0.25 ms for each input
+        LayerMedian("Cast", "cast", 2.0, "FP32"),
     )
     asked = [entry[0] if isinstance(entry, tuple) else entry for entry in gpu.device.log]
     assert "build" not in asked  # the engine is the one from the cache

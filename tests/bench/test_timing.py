@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.timing import MeasurementInterrupted, Subject, measure, measure_interleaved, measure_subjects
+from rkd_deploy.bench.timing import MeasurementInterrupted, Workload, measure, measure_interleaved, measure_workloads
 from rkd_deploy.errors import UsageError
 
 X = np.zeros((4, 1), np.float32)
@@ -156,8 +156,8 @@ def test_impossible_limits_are_refused(limits):
 def test_both_ways_of_one_model_are_measured_in_turns():
     clock, log = Clock(), []
     backend = Scripted(clock, cycle([10]), log)
-    found = measure_subjects(
-        {"host": Subject((backend,), X), "device": Subject((backend,), X, transfers=False)},
+    found = measure_workloads(
+        {"host": Workload((backend,), X), "device": Workload((backend,), X, transfers=False)},
         min_seconds=0.2,
         min_runs=1,
         warmup_seconds=0,
@@ -188,7 +188,7 @@ def test_streams_call_at_once_each_on_its_own_model_and_thread():
     barrier = threading.Barrier(3)
     backends = [Meeting(barrier) for _ in range(3)]
     limits = {"min_seconds": 0, "min_runs": 9, "warmup_seconds": 0, "warmup_runs": 2}
-    found = measure_subjects({"m": Subject(backends, X)}, **limits)["m"]
+    found = measure_workloads({"m": Workload(backends, X)}, **limits)["m"]
     assert [len(backend.threads) for backend in backends] == [1, 1, 1]
     assert len(set.union(*(backend.threads for backend in backends))) == 3
     assert (found.streams, len(found.samples_ms), found.warmup_runs) == (3, 9, 6)
@@ -202,7 +202,7 @@ def test_a_stream_that_fails_ends_the_measurement():
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        measure_subjects({"m": Subject([Failing(None), Failing(None)], X)}, min_seconds=0, min_runs=1)
+        measure_workloads({"m": Workload([Failing(None), Failing(None)], X)}, min_seconds=0, min_runs=1)
 
 
 def test_an_interrupt_gives_the_samples_so_far():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkd_deploy.bench.layers import Layer
+from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.report import plots
 from rkd_deploy.report.accuracy_latency import pareto_front
 from rkd_deploy.report.style import THEME, series_colours, short
@@ -53,7 +53,7 @@ def test_throughput_is_that_of_the_results():
 
 
 def test_the_bars_of_layers_add_up_to_all_of_them():
-    layers = [Layer(f"l{number}", "Conv", number + 1.0) for number in range(30)]
+    layers = [LayerMedian(f"l{number}", "Conv", number + 1.0) for number in range(30)]
     (axes,) = plots.layer_bars(layers, RED, count=10).axes
     lengths = [bar.get_width() for bar in axes.patches]
     assert lengths[:10] == [30.0 - place for place in range(10)]

@@ -22,7 +22,7 @@ from rkd_deploy.recipe.method import BASE_LOSSES
 from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods import base_loss
-from rkd_deploy.train.methods.baseline import Taught
+from rkd_deploy.train.methods.baseline import Distilled
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, mse
 from rkd_deploy.train.networks import build_residual, load_part
@@ -37,7 +37,7 @@ PAIRS = (
 )
 # A run of a few steps at a size that networks for photos bear.
 FEW = ("data.image_size=32", "data.train_limit=20", "data.test_limit=10", "train.batch_size=10", "train.epochs=1")
-WEIGHTS = Weights(feature=1.0, assistant=1.0, ce=1.0, kl=1.0, temperature=4.0, step_decay=1.0)
+WEIGHTS = Weights(feature=1.0, assistant=1.0, ce=1.0, student=1.0, step_decay=1.0)
 
 
 def made(name: str) -> FeatureNetwork:
@@ -79,15 +79,15 @@ def test_unequal_maps_are_compared_at_the_smaller_size():
     for teacher, student in (("timm:test_resnet", "resnet8"), ("resnet8", "timm:test_resnet")):
         T, S = made(teacher).eval(), made(student).without_head().eval()
         model = ResidualStudent(S, [made(student).without_head()], T.channels, K).eval()
-        nn.init.normal_(model.assistant_adapters[0].weight)
+        nn.init.normal_(model.assistant_adapters[0].norm.weight)
         with torch.no_grad():
             f_T, s, a = T.features(x_NCHW)[-1], model.student_map(x_NCHW), model.assistant_map(x_NCHW)
             size = min(f_T.shape[-1], s.shape[-1])
             f_T, s, a = (one.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5)) for one in (f_T, s, a))
-            assert StudentStep(T, model, 1.0).eval()(x_NCHW, y_N).total.item() == pytest.approx(
+            assert StudentStep(T, model, 1.0, distance=mse).eval()(x_NCHW, y_N).total.item() == pytest.approx(
                 (f_T - s).square().mean().item(), rel=1e-4
             )
-            for method in (AssistantStep(T, model, 1.0),):
+            for method in (AssistantStep(T, model, 1.0, distance=mse),):
                 assert method.eval()(x_NCHW, y_N).total.item() == pytest.approx(
                     (f_T - s - a).square().mean().item(), rel=1e-4
                 )
@@ -104,7 +104,7 @@ def test_unequal_maps_are_compared_at_the_smaller_size():
 def test_every_base_loss_between_networks_of_unlike_stages(teacher, student, loss):
     T, S0 = made(teacher), made(student)
     recipe = MethodRecipe(name=loss, **({"hint_stage": 1} if loss == "fitnet" else {}))
-    values = losses_of_steps(Taught(T, S0, base_loss(recipe, T, S0, (SIZE, SIZE)), 1.0))
+    values = losses_of_steps(Distilled(T, S0, base_loss(recipe, T, S0, (SIZE, SIZE)), 1.0))
     assert all(torch.tensor(values).isfinite()), values
     assert min(values[1:]) < values[0], values
 
