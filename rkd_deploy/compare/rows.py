@@ -218,7 +218,7 @@ def _judged_on(run: Run) -> dict[str, Any]:
         "number of test images": facts["images"]["test"],
         "image size": facts["image_size"],
         "classes": facts["classes"],
-        "images and labels, SHA-256": metrics.get("test_sha256"),
+        "images and labels, SHA-256": metrics.get("test_sha256") or None,
     }
 
 

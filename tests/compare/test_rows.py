@@ -144,8 +144,8 @@ def test_given_weights_count_by_their_content_and_not_by_their_paths(finished, c
     weights = finished["seed0"].weights("teacher")
     runs = [with_given(copied(name), tmp_path, weights) for name in ("seed0", "seed1")]
     rows = compare_runs(runs).rows
-    assert [row.part for row in rows] == ["teacher", "s0", "student", "fused"]
-    assert [len(row.runs) for row in rows] == [1, 2, 2, 2]
+    assert [row.part for row in rows] == ["teacher", "s0", "control", "student", "fused"]
+    assert [len(row.runs) for row in rows] == [1, 2, 2, 2, 2]
 
 
 def test_the_same_path_with_other_weights_is_another_network(finished, copied, tmp_path):
