@@ -156,6 +156,11 @@ def as_dict(item: Any) -> dict[str, Any]:
     return asdict(item)
 
 
+LEAST_WIDTH = 80
+"""Columns that tables are laid out for at least: a narrower terminal wraps their lines, where cells squeezed into it
+could not be read, and COLUMNS=0 would print nothing."""
+
+
 def console_for(as_json: bool) -> Console:
     """Where text for people goes: standard output, or standard error beside JSON.
 
@@ -169,13 +174,8 @@ def console_for(as_json: bool) -> Console:
             super().print(*plain_objects, **{"markup": False, **how})
 
     console = PlainConsole(stderr=as_json, highlight=False, soft_wrap=True)
-    if console.width < _NARROWEST:
-        console = PlainConsole(stderr=as_json, highlight=False, soft_wrap=True, width=_USUAL_WIDTH)
+    console.width = max(console.width, LEAST_WIDTH)
     return console
-
-
-_NARROWEST, _USUAL_WIDTH = 20, 80
-"""Columns below which a terminal cannot mean it (COLUMNS=0, a broken pipe's size), and what is taken instead."""
 
 
 _COLUMN = 28
@@ -237,6 +237,7 @@ def status(text: str) -> Iterator[StatusLine]:
     from rich.text import Text
 
     console = Console(stderr=True)
+    console.width = max(console.width, LEAST_WIDTH)
     with console.status(Text(visible(text))) as line:
 
         def update(name: str, share: float | None = None) -> None:

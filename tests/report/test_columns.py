@@ -133,12 +133,6 @@ def test_a_terminal_that_no_table_fits_gets_a_line_for_each_cell(width):
     assert "3.00" in text
 
 
-@pytest.mark.parametrize(("columns", "width"), [("0", 80), ("1", 80), ("10", 80), ("40", 40), ("132", 132)])
-def test_a_width_that_nobody_means_is_taken_for_80_columns(monkeypatch, columns, width):
-    monkeypatch.setenv("COLUMNS", columns)
-    assert console_for(False).width == width
-
-
 def test_the_terminal_table_says_once_what_is_equal_in_all_rows():
     text = shown([result("[one]"), result("two", p50=3.0)], 160)
     assert text.count("threads 1") == 1
