@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import shlex
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -116,6 +117,11 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingDependencyError(
             f"{module} is needed here and is not installed. Install it with: {install_line(extra)}"
         ) from error
+
+
+def command_line(*words: object) -> str:
+    """An rkd-deploy command to paste into a shell, each word quoted where it has to be."""
+    return shlex.join(["rkd-deploy", *map(str, words)])
 
 
 def install_line(extra: str) -> str:

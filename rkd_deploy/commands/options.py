@@ -117,11 +117,18 @@ def as_dict(item: Any) -> dict[str, Any]:
     return asdict(item)
 
 
+LEAST_WIDTH = 80
+"""Columns that tables are laid out for at least: a narrower terminal wraps their lines, where cells squeezed into it
+could not be read, and COLUMNS=0 would print nothing."""
+
+
 def console_for(as_json: bool) -> Console:
     """The console for people's text: standard output, or standard error when --json has standard output."""
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console.width = max(console.width, LEAST_WIDTH)
+    return console
 
 
 _COLUMN = 28
@@ -182,6 +189,7 @@ def status(text: str) -> Iterator[StatusLine]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    console.width = max(console.width, LEAST_WIDTH)
     with console.status(text) as line:
 
         def update(name: str, share: float | None = None) -> None:

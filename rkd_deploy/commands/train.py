@@ -23,7 +23,7 @@ from rkd_deploy.commands.options import (
     require_all,
     without_samples,
 )
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, command_line
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
@@ -122,7 +122,7 @@ def train(
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
     print_parts(metrics, facts, console)
-    console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
+    console.print(f"Run {run.folder}. Next: {command_line('export', run.folder)}", markup=False)
     if as_json:
         verdict = told(of_metrics(metrics, PARTS))
         print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
