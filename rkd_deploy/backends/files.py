@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
-from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 from rkd_deploy.storage import open_regular, read_text, write_text
 
 ONNX_NAME = "model.onnx"
@@ -30,11 +30,15 @@ def model_path(path: str | os.PathLike[str]) -> Path:
     """The ONNX file meant by a bundle folder or by a file's own name.
 
     Raises:
-        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty.
+        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty or none.
+        UsageError: It is no path.
     """
-    given = Path(path)
-    file = given / ONNX_NAME if given.is_dir() else given
     try:
+        given = Path(path)
+    except TypeError as error:
+        raise UsageError(f"A model was given as {type(path).__name__}; it must be a path.") from error
+    try:
+        file = given / ONNX_NAME if given.is_dir() else given
         if not os.path.lexists(file):
             reason = f"the folder {given} holds no {ONNX_NAME}" if given.is_dir() else f"there is no file {file}"
             raise ModelFileError(
