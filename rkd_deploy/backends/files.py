@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
-from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.storage import sha256_of, write_text
+from rkd_deploy.decoding import parse_object
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
+from rkd_deploy.storage import open_regular, read_text, sha256_of, write_text
 
 ONNX_NAME = "model.onnx"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -29,17 +30,22 @@ def model_path(path: str | os.PathLike[str]) -> Path:
     """The ONNX file meant by a bundle folder or by a file's own name.
 
     Raises:
-        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty.
+        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty or none.
+        UsageError: It is no path.
     """
-    given = Path(path)
-    file = given / ONNX_NAME if given.is_dir() else given
     try:
-        if not file.is_file():
+        given = Path(path)
+    except TypeError as error:
+        raise UsageError(f"A model was given as {type(path).__name__}; it must be a path.") from error
+    try:
+        file = given / ONNX_NAME if given.is_dir() else given
+        if not os.path.lexists(file):
             reason = f"the folder {given} holds no {ONNX_NAME}" if given.is_dir() else f"there is no file {file}"
             raise ModelFileError(
                 f"No model to load: {reason}. Name a bundle folder or an .onnx file; rkd-deploy export writes both."
             )
-        size = file.stat().st_size
+        with open_regular(file) as stream:  # a pipe or a pointer of Git LFS is said here, before a runtime guesses
+            size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise ModelFileError(
             f"{file} cannot be read: {error.strerror}. Name another file or mend its permissions."
@@ -72,14 +78,9 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
     if METADATA_KEY in metadata:
         return ModelCard.from_json(metadata[METADATA_KEY], str(file))
     beside = file.with_suffix(".json")
-    try:
-        text = beside.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(beside):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelFileError(
-            f"{beside} cannot be read as a model card: {error}. Export the model again with rkd-deploy export."
-        ) from error
+    text = _text(beside)
     return ModelCard.from_json(text, str(beside))
 
 
@@ -118,7 +119,11 @@ def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Itera
         StorageError: model.json could not be written; it is as it was.
     """
     beside = folder / CARD_NAME
-    if not beside.is_file() or not (content := json.loads(_text(beside))).get("checksums"):
+    if not beside.is_file():
+        return
+    ModelCard.from_json(text := _text(beside), str(beside))
+    content = parse_object(text)  # with what a later version may have added to the card
+    if not content.get("checksums"):
         return
     sums = {name: found for name, found in content["checksums"].items() if name not in {*without, CARD_NAME}}
     sums |= {name: _sha256_of(folder / name) for name in adding}
@@ -178,7 +183,7 @@ def _damaged(folder: Path, changed: list[str], missing: list[str]) -> ModelFileE
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except OSError as error:
         raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rkd_deploy.decoding import DecodingError, decode, read_json
-from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError
+from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import sha256_of, storage_error, write_text
 from rkd_deploy.train.facts import RunFacts, RunMetrics
@@ -175,7 +175,8 @@ class Run:
         try:
             return decode(kind, read_json(path))
         except DecodingError as error:
-            hint = "" if self.finished else f" The run is not finished: rkd-deploy train {self.folder} --resume"
+            go_on = command_line("train", self.folder, "--resume")
+            hint = "" if self.finished else f" The run is not finished: {go_on}"
             raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
 
 
@@ -226,7 +227,7 @@ def newest_run(root: Path, *, finished: bool) -> Run:
         hint = "Make one with: rkd-deploy train"
         if finished and unfinished:
             newest = max(unfinished, key=_begun)
-            hint = f"{newest.folder} was begun: finish it with rkd-deploy train {newest.folder} --resume"
+            hint = f"{newest.folder} was begun: finish it with {command_line('train', newest.folder, '--resume')}"
         raise ModelFileError(f"There is no {kind} in {root}/. {hint}")
     return max(chosen, key=_begun)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rkd_deploy.compare import compare
+from rkd_deploy.compare import compare_runs
 from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent, print_series
@@ -42,8 +42,8 @@ def test_seeds_make_one_run_each_and_one_summary(tmp_path: Path, tiny_recipe: Ma
     assert len({run.metrics.test_sha256 for run in series.runs}) == 1  # every seed is judged on the same images
     other = fit(tiny_recipe(*QUICK, "data.split_seed=1"), root=tmp_path / "other")
     assert other.metrics.test_sha256 not in ("", series.runs[0].metrics.test_sha256)
-    with pytest.raises(UsageError, match=r"different images: SHA-256 of images and labels .*data\.split_seed"):
-        compare([series.runs[0], other])
+    with pytest.raises(UsageError, match=r"different images: images and labels, SHA-256 .*data\.split_seed"):
+        compare_runs([series.runs[0], other])
     assert series.path == tmp_path / "series-tiny-001.json"
 
 

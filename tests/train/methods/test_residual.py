@@ -144,12 +144,12 @@ def test_what_is_learnt_is_signed(T: CifarResNet, model: ResidualStudent, batch:
     assert (r > 0).any()
     optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], lr=0.2)
     losses = []
-    for _ in range(30):
+    for _ in range(150):
         losses.append(step(x, y).total)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert ((model.assistant_map(x) < 0) & (r < 0)).any()
 
 
