@@ -43,6 +43,7 @@ from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.images import normalise
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
@@ -166,12 +167,18 @@ class ExitLogits:
             self.z_kNK, self.labels_N = list(np.concatenate(z_parts, axis=1)), np.concatenate(labels)
         self.images = len(self.labels_N)
 
-    def row(self, threshold: float, macs: Sequence[int]) -> ExitRow:
-        """What a threshold saves and costs, where branch i takes macs[i] MACs."""
+    def row(self, threshold: float, macs: Sequence[int], whole: int) -> ExitRow:
+        """What a threshold saves and costs.
+
+        Args:
+            threshold: Confidence at which an image leaves.
+            macs: MACs of each graph.
+            whole: MACs of the fused graph: behind a trunk less than of all graphs, each of which runs the trunk again.
+        """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
-        return ExitRow(threshold, tuple(shares), mean, 1 - mean / sum(macs), self._top1(threshold))
+        return ExitRow(threshold, tuple(shares), mean, 1 - mean / whole, self._top1(threshold))
 
     def lowest_without_loss(self) -> float:
         """The lowest threshold, to 0.01, at which no fewer images are right than with all assistants."""
@@ -294,24 +301,32 @@ class ExitGraphs:
         held_out = self._logits(request.held_out)
         given = request.threshold
         threshold = held_out.lowest_without_loss() if given is None else given
-        test, macs = self._logits(request.test), self._macs
+        test, macs, whole = self._logits(request.test), self._macs, self._fused_macs()
         of_test = (THRESHOLDS[0], threshold, THRESHOLDS[-1])
         return ExitReport(
             files=tuple(self._files),
             macs=tuple(macs),
             threshold=threshold,
             chosen_on=f"{held_out.images} held-out images" if given is None else "given",
-            held_out=tuple(held_out.row(value, macs) for value in THRESHOLDS) if held_out.images else (),
-            test=tuple(test.row(value, macs) for value in of_test) if test.images else (),
+            held_out=tuple(held_out.row(value, macs, whole) for value in THRESHOLDS) if held_out.images else (),
+            test=tuple(test.row(value, macs, whole) for value in of_test) if test.images else (),
             conversion=self._conversion,
         )
 
-    def _branch(self, backbone: FeatureNetwork, adapter: nn.Conv2d, number: int) -> Exportable:
+    def _fused_macs(self) -> int:
+        """MACs of the fused graph, which runs a trunk once, where each of these graphs runs it again."""
+        whole = sum(self._macs)
+        if (trunk := self._model.trunk) is not None:
+            preprocess = self._card.preprocess
+            whole -= (len(self._macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
+        return whole
+
+    def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
         """A branch as it runs: its adapter and the head are one matrix."""
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:
             nn.init.zeros_(head.bias)  # z_0 has b already
-        network = fuse_branch(backbone, adapter, head)
+        network = fuse_branch(backbone, adapter, head, self._model.trunk)
         self._macs.append(count(network, (preprocess.height, preprocess.width)).macs)
         graph = ExportGraph(network, preprocess).eval()
         return Exportable(graph, to_onnx(graph, preprocess))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.backends import infer_many, load_backend
+from rkd_deploy.backends import RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
@@ -31,7 +31,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.convert import PrecisionRecord
-from rkd_deploy.export.precision.gate import as_input
+from rkd_deploy.images import as_input
 from rkd_deploy.models.logits import check_logits
 
 TOLERANCE = 1e-4
@@ -87,9 +87,9 @@ def prove(
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
     labels, expected, exported, first = [], [], [], None
-    with load_backend("onnxruntime", file) as candidate:
+    with RunOn().load(file) as candidate:
         for images_NHWC, labels_n in batches:
-            x = as_input(images_NHWC, card)
+            x = as_input(images_NHWC, card.preprocess)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
             check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
@@ -146,10 +146,10 @@ def prove_converted(
     batches: Batches,
 ) -> tuple[Proof, Golden]:
     """Extend the proof and the golden data of a float32 file to the file of lower precision that was made of it."""
-    with load_backend(conversion.job.options.prover, file) as candidate:
+    with RunOn(conversion.job.options.prover).load(file) as candidate:
         answers, labels = [], []
         for images_NHWC, labels_n in batches:
-            answers.append(infer_many(candidate, as_input(images_NHWC, card)))
+            answers.append(infer_many(candidate, as_input(images_NHWC, card.preprocess)))
             labels.append(labels_n)
     logits_NK = np.concatenate(answers)
     accuracy = _top1(logits_NK, np.concatenate(labels))

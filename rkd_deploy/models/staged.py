@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -68,10 +69,12 @@ class Staged(FeatureNetwork):
             channels of the stem and of every stage; where channels are tied to each other they are the free numbers
             behind them, and the family's docstring says which.
         multiple_of: Every width is a multiple of this, e.g. because convolutions are grouped.
+        fixed: Why some layers keep their channels at any widths, a reason each; empty where all can be narrowed.
     """
 
     widths: Widths
     multiple_of: ClassVar[int] = 1
+    fixed: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
 
@@ -150,3 +153,15 @@ def he_initialised(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """The network in one mode for a while; afterwards every module is in its own again."""
+    modes = {module: module.training for module in network.modules()}
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
