@@ -104,7 +104,7 @@ def test_16_bits_for_the_network_and_float32_around_it(trained, precision, kind,
 
 
 def test_fp16_refuses_a_weight_that_it_cannot_hold(trained):
-    graph = trained.graph.lowered(torch.float32)  # a copy
+    graph = trained.graph.in_dtype(torch.float32)  # a copy
     weight = next(tensor for name, tensor in graph.network.state_dict().items() if name.endswith("conv1.weight"))
     weight.view(-1)[0] = 1e5
     with pytest.raises(UsageError, match=r"ends at 65504, and conv1\.weight holds 100000.+bf16"):
