@@ -34,7 +34,7 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.methods.base import WeightedLoss
-from rkd_deploy.train.methods.baseline import Taught
+from rkd_deploy.train.methods.baseline import Distilled
 from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
@@ -87,7 +87,7 @@ class Ours:
         self.loader = DeviceLoader(
             split, normalise, batch_size=BATCH, augmentations=("crop", "flip"), crop_padding=4, seed=0
         )
-        method = Taught(T, S, WeightedLoss(KD(TAU, False), KD_WEIGHT, 0), CE)
+        method = Distilled(T, S, WeightedLoss(KD(TAU, False), KD_WEIGHT, 0), CE)
         self.stepper = Stepper(method, TrainRecipe(lr=LR, cuda_graphs=device.type == "cuda"))
 
     def epoch(self, number: int) -> float:

@@ -6,15 +6,18 @@ Letters: N batch, C channels, H height, W width.
 from __future__ import annotations
 
 import os
-import struct
 import sys
-from typing import IO, TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError, unknown_name
+from rkd_deploy.image_folders import FORMATS, FORMATS_IN_WORDS
+from rkd_deploy.storage import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -22,9 +25,15 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = "str | os.PathLike[str] | Pixels | PilImage"
 
-_WAY_OUT = "Give a JPEG, PNG, BMP or WebP file with 8 bits per channel that an image viewer opens."
+FILE_LIMIT = 2**30
+"""Bytes of the largest image file that is opened."""
+
+_WAY_OUT = f"Give a {FORMATS_IN_WORDS} file with 8 bits per channel that an image viewer opens."
 _UINT8 = np.dtype(np.uint8)
 _DEEP_MODES = ("I", "F")
+_ENLARGED = 2**25
+"""Pixels up to which a whole image is enlarged before it is cropped, however small it was; 100 MB."""
+_BITS_PER_SAMPLE = 258  # TIFF's tag
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
@@ -58,7 +67,9 @@ def to_array(image: ImageLike, preprocess: Preprocess) -> Pixels:
         )
     try:
         return fitted(_upright(image, preprocess.channels), preprocess)
-    except _decoding_errors() as error:
+    except DataError:
+        raise
+    except Exception as error:  # it is decoded only now
         raise DataError(f"The PIL image given cannot be read: {_reason(error)}. {_WAY_OUT}") from error
 
 
@@ -119,11 +130,14 @@ def decoded(source: str | os.PathLike[str] | IO[bytes], name: str, channels: int
     from PIL import Image
 
     try:
-        with Image.open(source) as image:
-            return _upright(image, channels)
+        with ExitStack() as opened:
+            if isinstance(source, str | os.PathLike):
+                source = opened.enter_context(open_regular(source, limit=FILE_LIMIT))
+            # Without a list Pillow tries all formats it knows, and starts Ghostscript for an EPS, whatever its suffix.
+            return _upright(opened.enter_context(Image.open(source, formats=tuple(FORMATS))), channels)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    except _decoding_errors() as error:
+    except Exception as error:  # what Pillow's decoders raise on broken files is of any type
         raise DataError(f"{name} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
 
 
@@ -136,15 +150,32 @@ def _upright(image: PilImage, channels: int) -> PilImage:
             f"The image has {image.width} x {image.height} pixels, more than the {limit:,} that are decoded "
             "(a decompression bomb would fill the memory). Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS."
         )
-    if image.mode.split(";")[0] in _DEEP_MODES:
+    if (depth := _bits_per_channel(image)) > 8:
         raise DataError(
-            f"The image has mode {image.mode!r}, more than 8 bits per channel, and pixels must be uint8. "
-            "Convert it first, for example with: convert IN -depth 8 OUT.png"
+            f"The image has mode {image.mode!r} and {depth} bits, more than 8 bits per channel, and pixels must be "
+            "uint8. Convert it first, for example with: convert IN -depth 8 OUT.png"
         )
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # PIL warns where a palette's transparency is dropped in one step
     return upright.convert("L" if channels == 1 else "RGB")
+
+
+def _bits_per_channel(image: PilImage) -> int:
+    """Bits of a channel in the file: Pillow gives colours of 16 bits the mode of those of 8, and misreads some."""
+    if image.mode.split(";")[0] in _DEEP_MODES:
+        return 32 if image.mode in _DEEP_MODES else 16
+    bits = [8]
+    if image.format == "TIFF":
+        tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+        bits += tags.get(_BITS_PER_SAMPLE, (8,))
+    for tile in getattr(image, "tile", []):  # how the decoder is to read the file; gone once it has
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if image.format == "PNG" and ";16" in str(arguments[0]):
+            bits.append(16)
+        if image.format == "PPM" and len(arguments) > 1 and isinstance(arguments[1], int):
+            bits.append(arguments[1].bit_length())  # of the largest value
+    return max(bits)
 
 
 def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
@@ -154,12 +185,18 @@ def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
     if preprocess.interpolation not in _INTERPOLATIONS:
         raise UsageError(unknown_name("interpolation", preprocess.interpolation, _INTERPOLATIONS))
     size = _resized(colour.size, preprocess)
-    if size != colour.size:
-        colour = colour.resize(size, Image.Resampling[preprocess.interpolation.upper()])
-    left = round((colour.width - preprocess.width) / 2)
-    top = round((colour.height - preprocess.height) / 2)
+    resampling = Image.Resampling[preprocess.interpolation.upper()]
+    left = round((size[0] - preprocess.width) / 2)
+    top = round((size[1] - preprocess.height) / 2)
     box = (left, top, left + preprocess.width, top + preprocess.height)
-    pixels = np.asarray(colour.crop(box))
+    if size[0] * size[1] > max(_ENLARGED, colour.width * colour.height):
+        # A strip of 60,000 x 1 pixels would become one of 13 million x 224: only what is in the crop is enlarged.
+        across, down = colour.width / size[0], colour.height / size[1]
+        source = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        cropped = colour.resize((preprocess.width, preprocess.height), resampling, box=source)
+    else:
+        cropped = (colour.resize(size, resampling) if size != colour.size else colour).crop(box)
+    pixels = np.asarray(cropped)
     return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
 
 
@@ -171,14 +208,6 @@ def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     if width * high <= height * wide:
         return wide, max(high, int(wide * height / width))
     return max(wide, int(high * width / height)), high
-
-
-def _decoding_errors() -> tuple[type[BaseException], ...]:
-    # What PIL's decoders raise on broken files, beside its own errors (which are OSError).
-    from PIL import Image
-
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    return (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error, *bombs)
 
 
 def _reason(error: BaseException) -> str:

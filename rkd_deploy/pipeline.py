@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rkd_deploy.backends import describe_model
+from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import write_record
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images
-from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.measuring import Target
@@ -122,6 +124,7 @@ def export_run(
     folder: Path | None = None,
     target: Target | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
     precision: PrecisionOptions | None = None,
 ) -> Exported:
     """Export one network of a finished run and prove it on the run's test images.
@@ -143,6 +146,7 @@ def export_run(
         folder: The bundle's. Default: the next free `bundle...` in the run folder.
         target: What level auto measures on.
         progress: Told how far that is.
+        note: Called with the name of each stage as it begins.
         precision: Lower than float32: calibrated on a folder or on training images, judged on validation images or,
             where the run has none, on other training images; test images are only reported on.
 
@@ -153,11 +157,15 @@ def export_run(
     """
     if precision is not None:
         precision.check_installed()
-    part = part or parts_of(run.recipe)[0]
+    part, note = part or parts_of(run.recipe)[0], note or (lambda stage: None)
+    note(f"rebuilding {PARTS.get(part, part)} with its weights")
     model = load_part(run, part)
     card = _card(run, part, embedded)
     chosen = folder or _free_folder(run, part)
     images, exits = functools.cache(lambda: _images(run)), None
+    if test_images:
+        note("reading the run's images")
+        images()
     if early_exit or exit_threshold is not None:
         seen = Batches(images().test) if test_images else ()
         exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
@@ -173,9 +181,34 @@ def export_run(
         early_exit=exits,
         target=target,
         progress=progress,
+        note=note,
         lowering=draw_lowering(images(), precision, card.preprocess) if precision and precision.lowered else None,
     )
     return Exported(chosen, proof)
+
+
+def standing_bundle(run: Run) -> Path | None:
+    """The newest bundle in a run's folder that `export_run` would make again by default; None where there is none.
+
+    It is in float32, of the default part and level, takes uint8 images, gives logits alone, was made from the weights
+    that the run has now, and its files are as they were written. Graphs for early exit beside it do no harm.
+    """
+    part = parts_of(run.recipe)[0]
+    card, level = _card(run, part, embedded=True), _level(run, part)
+    names = {"part", "labels", "preprocess", "precision", "outputs"}
+    wanted = {name: getattr(card, name) for name in names} | {
+        "fusion": level if part in ("fused", "student") else "none"
+    }
+    for folder in sorted(run.folder.glob("bundle*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        try:
+            check_files(folder, complete=True)
+            standing = describe_model(folder)
+        except RkdError:  # whatever is wrong with it, another is made
+            continue
+        of_weights = standing.source.get("weights_sha256") == card.source["weights_sha256"]
+        if of_weights and all(getattr(standing, name) == value for name, value in wanted.items()):
+            return folder
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 import io
+import os
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rkd_deploy import images
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError
 from rkd_deploy.images import normalise, to_array
@@ -115,8 +120,14 @@ def test_broken_files_name_the_path_the_reason_and_the_way_out(tmp_path):
 def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no\.png cannot be read as an image: No such file"):
         to_array(tmp_path / "no.png", rule())
-    with pytest.raises(DataError, match="directory"):
+    with pytest.raises(DataError, match="it is a folder, and must be a regular file"):
         to_array(str(tmp_path), rule())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="it is a named pipe, and must be a regular file"):
+        to_array(tmp_path / "pipe.jpg", rule())
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="it is a device, and must be a regular file"):
+        to_array(tmp_path / "endless.jpg", rule())
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
@@ -143,6 +154,81 @@ def test_16_bit_and_float_images_are_refused(tmp_path):
     for name in ("deep.png", "deep.tif"):
         with pytest.raises(DataError, match=f"{name}: .*more than 8 bits"):
             to_array(tmp_path / name, rule())
+
+
+def png16(channels: int) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write: 2 grey, 3 RGB or 4 RGBA channels."""
+    kind, rows = {2: 4, 3: 2, 4: 6}[channels], b"".join(b"\0" + bytes(8 * 2 * channels) for _ in range(8))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff16() -> bytes:
+    """A TIFF of 16 bits a channel in colour: a header, its pixels, and nine tags (number, type, count, value)."""
+    pixels = bytes(8 * 8 * 3 * 2)
+    bits = 8 + len(pixels)
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, bits), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(pixels))]
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", bits + 6) + pixels + struct.pack("<3H", 16, 16, 16) + table
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grey_alpha.png", png16(2)),
+        ("rgb.png", png16(3)),
+        ("rgba.png", png16(4)),
+        ("rgb.tiff", tiff16()),
+        ("rgb.ppm", b"P6 8 8 65535\n" + bytes(8 * 8 * 3 * 2)),
+        ("plain.ppm", b"P3 1 1 1023\n 1 2 3\n"),
+    ],
+)
+def test_16_bit_colours_are_refused_by_the_file_although_pillow_calls_them_rgb(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with Image.open(tmp_path / name) as opened:
+        assert opened.mode in ("LA", "RGB", "RGBA")
+        with pytest.raises(DataError, match="more than 8 bits per channel"):
+            to_array(opened, rule())
+    with pytest.raises(DataError, match=f"{name}: .*(16|10) bits, more than 8 bits per channel"):
+        to_array(tmp_path / name, rule())
+
+
+def test_only_formats_that_the_message_names_are_tried(tmp_path, monkeypatch):
+    """An EPS called .jpg would start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was started"))
+    (tmp_path / "x.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match=r"its content is in no image format.*JPEG, PNG, BMP, WebP, TIFF, GIF or PPM"):
+        to_array(tmp_path / "x.jpg", rule())
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_strip_is_cropped_before_it_is_enlarged(size):
+    """60,000 x 1 pixels would become 13 million x 224: 9 GB."""
+    strip = np.repeat(np.arange(60_000) // 235, 3).astype(np.uint8).reshape(*size, 3)
+    tracemalloc.start()
+    found = to_array(Image.fromarray(strip), rule(224, 224))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == (224, 224, 3)
+    assert np.abs(found.astype(int) - strip.reshape(-1, 3)[30_000].astype(int)).max() <= 1  # its centre, one pixel
+    assert peak < 2**20
+
+
+def test_cropping_first_gives_what_enlarging_first_gives(monkeypatch):
+    strip = Image.fromarray(noise(3, 100, 3))
+    enlarged_first = to_array(strip, rule(30, 20))
+    monkeypatch.setattr(images, "_ENLARGED", 0)
+    cropped_first = to_array(strip, rule(30, 20))
+    assert np.abs(enlarged_first.astype(int) - cropped_first).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8,), (1, 8, 8, 3), (8, 8, 2), (0, 8, 3)])

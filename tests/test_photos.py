@@ -90,7 +90,7 @@ def test_the_exported_file_answers_a_photo_as_evaluation_did(photos: Path) -> No
     model, normalise = load_part(run, "s0"), Normaliser(facts["mean"], facts["std"], torch.device("cpu"))
     with torch.inference_mode():
         evaluated = model(normalise(torch.cat(list(test.chunks(4))))).numpy()
-    paths = [test.pictures.name(position) for position in range(len(test))]
+    paths = [test.source.name(position) for position in range(len(test))]
     with rkd_deploy.load(made.folder) as classifier:
         assert classifier.card.preprocess.crop_fraction == 0.8
         assert classifier.card.metrics["split"] == "imagefolder test: folder val"

@@ -5,6 +5,7 @@ Letters: N images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from rkd_deploy.backends import Array, Backend, infer_many
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below, subfolders
 from rkd_deploy.serve.classifier import Classifier
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _AT_ONCE = 64
 
 
@@ -70,7 +71,12 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
     index = {label: number for number, label in enumerate(names)}
     if len(index) < len(names):
         raise DataError("The model's card gives two classes the same label: folder names cannot tell them apart.")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    classes = subfolders(folder) if folder.is_dir() else []
+    if splits := [path.name for paths in splits_below(folder).values() for path in paths] if classes else []:
+        raise DataError(
+            f"{folder} was given for the model's accuracy, and holds splits: {', '.join(splits)}. Name one of them, "
+            f"e.g. {folder / splits[-1]}."
+        )
     foreign = [path.name for path in classes if path.name not in index]
     if foreign or not classes:
         found = f"the folders {', '.join(foreign[:5])} are none of its {len(names)} classes" if foreign else "no folder"
@@ -78,9 +84,15 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
             f"{folder} was given for the model's accuracy: {found}. It must hold one folder for each class, named by "
             f"the card's labels ({', '.join(names[:5])}, ..: rkd-deploy info MODEL shows them)."
         )
-    files = [(file, index[path.name]) for path in classes for file in sorted(path.rglob("*")) if _is_image(file)]
+    visited: dict[tuple[int, int], str] = {}
+    below = {path.name: images_below(path, visited) for path in classes}
+    files = [(Path(file), index[name]) for name, images in below.items() for file in images.paths]
     if not files:
-        raise DataError(f"{folder} holds no image: files that end in {', '.join(IMAGE_SUFFIXES)} are looked for.")
+        left_out = left_out_in_words(sum((images.left_out for images in below.values()), Counter[str]()))
+        raise DataError(
+            f"{folder} holds no image{f', only {left_out}' if left_out else ''}: files that end in "
+            f"{', '.join(SUFFIXES)} are looked for."
+        )
     return [file for file, _ in files], np.array([number for _, number in files], np.int64)
 
 
@@ -114,7 +126,3 @@ def folder_top1(
         if progress is not None:
             progress("accuracy", min(1.0, (start + _AT_ONCE) / len(files)))
     return 100 * right / len(files), len(files)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()

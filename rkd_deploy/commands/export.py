@@ -208,34 +208,47 @@ def export(
     one_of("format", output_format, FORMATS)
     one_of("input", layout, ("uint8", "float32"))
     of_model = output_format != "onnx" and run is not None and _is_model(run)
-    check_options(output_format, changed_options(context), of_model=of_model)
+    changed = changed_options(context)
+    check_options(output_format, changed, of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
     if output_format == "triton":
         require_all("export", "onnx")
         serving = triton.make(threads=threads)
+
+    def _add(model: Path) -> dict[str, Any]:
+        """What the format asks for beside the ONNX file; what is known of it, for --json."""
+        if serving is not None:
+            return write_repository(model, repository, serving, as_json)
+        return add_engine(model, output_format, settings, output if of_model else None, as_json)
+
     if of_model:
         assert run is not None
-        if serving is None:
-            written = add_engine(run, output_format, settings, output, as_json)
-        else:
-            written = write_repository(run, repository, serving, as_json)
+        added = _add(run)
         if as_json:
-            print_json(written)
+            print_json(added)
+        return
+    require_all("export", "torch", "safetensors", "onnx", "onnxscript")
+    from rkd_deploy.commands.options import status
+    from rkd_deploy.pipeline import export_run, standing_bundle
+    from rkd_deploy.train.runs import newest_run, open_run
+
+    source = newest_run(root, finished=True) if run is None else open_run(run)
+    of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
+    usual = output is None and not of_bundle
+    lower = precision.make()
+    measuring_threads = None if serving is not None and level != "auto" else threads
+    target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
+    if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:
+        console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
+        added = _add(standing)
+        if as_json:
+            print_json({"bundle": str(standing), "reused": True} | added)
         return
     if serving is not None and serving.backend == "tensorrt":
         raise UsageError(
             "--triton-backend tensorrt serves the plan in a bundle, and a bundle exported just now has none. Build it "
             "first, with --format tensorrt, where the server's TensorRT and GPU are; then give that bundle here."
         )
-    require_all("export", "torch", "safetensors", "onnx", "onnxscript")
-    from rkd_deploy.commands.options import status
-    from rkd_deploy.pipeline import export_run
-    from rkd_deploy.train.runs import newest_run, open_run
-
-    lower = precision.make()
-    measuring_threads = None if serving is not None and level != "auto" else threads
-    target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
-    source = newest_run(root, finished=True) if run is None else open_run(run)
     with status(f"Exporting {part or 'the network'} of {source.folder}") as update:
         exported = export_run(
             source,
@@ -251,12 +264,11 @@ def export(
             folder=output,
             target=target,
             progress=update,
+            note=update,
             precision=lower,
         )
     _print_proof(exported, lower.precision, as_json)
-    added = add_engine(exported.folder, output_format, settings, None, as_json)
-    if serving is not None:
-        added = write_repository(exported.folder, repository, serving, as_json)
+    added = _add(exported.folder)
     if as_json:
         print_json(_facts(exported, lower.precision) | added)
 
@@ -276,6 +288,7 @@ def _print_proof(made: Exported, precision: str, as_json: bool) -> None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
     if proof.judgement is not None:
         console.print(f"{precision}: {proof.judgement.in_words()}.")
+        console.print(f"Left in float32: {', '.join(proof.kept) or 'no layer'}.")
         if proof.lowered_top1 is not None:
             console.print(f"Top-1 of the {precision} file on the test images: {proof.lowered_top1:.2f} %.")
     exits = describe_model(made.folder).early_exit
@@ -289,7 +302,11 @@ def _facts(made: Exported, precision: str) -> dict[str, Any]:
     from rkd_deploy.backends import describe_model
 
     proof = made.proof
-    lowered = {} if proof.judgement is None else {"precision": precision, "gate": proof.judgement.to_dict()}
+    lowered = (
+        {}
+        if proof.judgement is None
+        else {"precision": precision, "gate": proof.judgement.to_dict(), "kept": list(proof.kept)}
+    )
     return {
         "bundle": str(made.folder),
         "parity": proof.parity.to_dict(),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rkd_deploy.bench.results import Result
-    from rkd_deploy.bench.timing import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of standard output.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs.", show_default=True)]
@@ -163,22 +162,29 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+class StatusLine(Protocol):
+    """Shows what is at work now."""
+
+    def __call__(self, name: str, share: float | None = None) -> None:
+        """The stage or the model, and how much of it is done, from 0 to 1, where that is known."""
+
+
 @contextmanager
-def status(text: str) -> Iterator[Progress]:
+def status(text: str) -> Iterator[StatusLine]:
     """Shows a moving line on standard error while the block runs; prints nothing where that is no terminal.
 
     Args:
         text: What is being done.
 
     Yields:
-        A function to call with the name of what is measured and the share of it that is done, 0 to 1.
+        A function to call with the stage or the model that is at work, and its share that is done, where known.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status(text) as line:
 
-        def update(name: str, share: float) -> None:
-            line.update(f"{text}: {name}, {share:.0%}")
+        def update(name: str, share: float | None = None) -> None:
+            line.update(f"{text}: {name}" + ("" if share is None else f", {share:.0%}"))
 
         yield update

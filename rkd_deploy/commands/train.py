@@ -87,7 +87,7 @@ def train(
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
-    from rkd_deploy.train.distributed import speaks
+    from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.runs import newest_run, open_run
@@ -102,7 +102,7 @@ def train(
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
         with Progress() as progress:
             series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
-        if speaks():
+        if is_main_process():
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
@@ -115,7 +115,7 @@ def train(
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
-    if not speaks():  # torchrun's other processes
+    if not is_main_process():  # torchrun's other processes
         return
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)

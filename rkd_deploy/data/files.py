@@ -1,7 +1,7 @@
-"""Image files that are read one by one: where they lie, in which order, and which of them are broken.
+"""Image files on disk: where they lie, what their labels are, and which of them are broken.
 
 The decoder is that of deployed models (`rkd_deploy.images`): upright by EXIF, RGB, transparency dropped, 8 bits
-per channel or refused.
+per channel or refused. What an image file, a class folder and a split are is said in `rkd_deploy.image_folders`.
 """
 
 from __future__ import annotations
@@ -11,41 +11,44 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from rkd_deploy.errors import DataError
-from rkd_deploy.images import decoded
-from rkd_deploy.storage import storage_error, write_text
+from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below, subfolders
+from rkd_deploy.images import FILE_LIMIT, decoded
+from rkd_deploy.storage import open_regular, read_text, storage_error, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHOWN = 20
+LISTED = 20
 """Broken files that a message lists; it says how many more there are."""
 
-_EVERY_S, _AT_ONCE = 10.0, 512
+_PROGRESS_S, _CHUNK = 10.0, 512
+_DECODER = 2
+"""Raised where the decoder refuses or takes what it did not before: what is remembered of files is asked anew then."""
 _Result = TypeVar("_Result")
 
 
-class Pictures(Protocol):
-    """Image files by position."""
+class ImageSource(Protocol):
+    """Images on disk by position, still encoded."""
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """The file, for messages."""
+        """The file of an image, for messages."""
 
     def open(self, position: int) -> IO[bytes]:
-        """Its bytes."""
+        """The bytes of an image file."""
 
     def shuffled(self, index_N: Tensor, generator: torch.Generator) -> Tensor:
         """A random order of these positions that is good to read in: a permutation of 0 .. N - 1."""
@@ -55,8 +58,8 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
-    """One file for each image."""
+class ImageFiles:
+    """An image source with one file for each image."""
 
     paths: Sequence[str]
 
@@ -64,31 +67,44 @@ class Files:
         return len(self.paths)
 
     def name(self, position: int) -> str:
-        """Its path."""
+        """The path of an image."""
         return self.paths[position]
 
     def open(self, position: int) -> IO[bytes]:
-        """The file."""
-        return open(self.paths[position], "rb")
+        """The file of an image."""
+        return open_regular(self.paths[position], limit=FILE_LIMIT)
 
     def shuffled(self, index_N: Tensor, generator: torch.Generator) -> Tensor:
-        """Any order is as good as another."""
+        """A uniformly random order: any is as good to read in as another."""
         return torch.randperm(len(index_N), generator=generator)
 
     def stamps(self) -> Iterator[tuple[str, int, int]]:
-        """Of every file."""
-        return stamps(self.paths)
+        """Name, size and time of change of every image file."""
+        return file_stamps(self.paths)
 
 
-def stamps(paths: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of files."""
+def file_stamps(paths: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Path, size in bytes and time of change in ns of files; -1 of one that cannot be looked at."""
     for path in paths:
-        facts = os.stat(path)
-        yield path, facts.st_size, facts.st_mtime_ns
+        try:
+            status = os.stat(path)
+        except OSError:  # a link to nothing, for example: an image that is broken like any other
+            yield path, -1, -1
+        else:
+            yield path, status.st_size, status.st_mtime_ns
 
 
-def remembered_at(memory: Path, kind: str, facts: Iterable[object]) -> Path:
-    """Where something found out about files is kept; another place once one of these facts changes."""
+def cache_path(memory: Path, kind: str, facts: Iterable[object]) -> Path:
+    """Where something that was learnt of files is kept: another place once one of these facts changes.
+
+    Args:
+        memory: Folder of the cache.
+        kind: What was learnt, the beginning of the file's name.
+        facts: What it depends on.
+
+    Raises:
+        StorageError: The folder cannot be made.
+    """
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(repr(fact).encode())
@@ -100,76 +116,92 @@ def remembered_at(memory: Path, kind: str, facts: Iterable[object]) -> Path:
     return folder / f"{kind}-{digest.hexdigest()[:32]}"
 
 
-def read(pictures: Pictures, position: int) -> Image:
+def read_image(source: ImageSource, position: int) -> Image:
     """One image, upright, RGB.
 
     Raises:
         DataError: It is broken or gone.
     """
-    name = pictures.name(position)
+    name = source.name(position)
     try:
-        with pictures.open(position) as stream:
+        with source.open(position) as stream:
             return decoded(stream, name)
     except OSError as error:
-        raise DataError(f"{name} cannot be opened: {error.strerror or error}. Was it removed?") from error
+        raise DataError(f"{name} cannot be opened: {error.strerror or error}. Was it moved or removed?") from error
 
 
-def for_each(work: Callable[[int], _Result], positions: Sequence[int], threads: int, verb: str) -> Iterator[_Result]:
+def map_in_threads(
+    work: Callable[[int], _Result], positions: Sequence[int], threads: int, verb: str
+) -> Iterator[_Result]:
     """Results of `work` in order, by threads: decoders let go of Python's lock. A terminal is told how far it is."""
-    said = time.monotonic()
+    last_print = time.monotonic()
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for first in range(0, len(positions), _AT_ONCE):  # map takes all it is given at once, however many that are
-            yield from pool.map(work, positions[first : first + _AT_ONCE])
-            if sys.stderr.isatty() and time.monotonic() - said > _EVERY_S:
-                said = time.monotonic()
-                print(f"{verb} {first + _AT_ONCE:,} of {len(positions):,} images", file=sys.stderr)
+        for first in range(0, len(positions), _CHUNK):  # map() would queue all positions at once, and never be stopped
+            yield from pool.map(work, positions[first : first + _CHUNK])
+            if sys.stderr.isatty() and time.monotonic() - last_print > _PROGRESS_S:
+                last_print = time.monotonic()
+                print(f"{verb} {first + _CHUNK:,} of {len(positions):,} images", file=sys.stderr)
 
 
-def find_broken(pictures: Pictures, positions: Sequence[int], threads: int, memory: Path) -> dict[int, str]:
+def find_broken(source: ImageSource, positions: Sequence[int], threads: int, memory: Path) -> dict[int, str]:
     """Decode images once to learn which cannot be: {position: what is wrong}.
 
     Args:
-        pictures: The files.
+        source: The images.
         positions: Those to look at.
         threads: That decode at once.
-        memory: Folder where the answer is kept: it is asked for again with every run, and takes minutes on large sets.
+        memory: Folder where the answer is kept: every run asks for it again, and it takes minutes on large sets.
     """
-    path = _broken_at(pictures, positions, memory)
-    if path.exists():
-        return {int(position): reason for position, reason in json.loads(path.read_text(encoding="utf-8")).items()}
+    path = _broken_path(source, positions, memory)
+    if (known := _known_broken(path)) is not None:
+        return known
 
     def reason(position: int) -> str | None:
         try:
-            read(pictures, position)
+            read_image(source, position)
         except DataError as error:
             return str(error)
         return None
 
-    reasons = for_each(reason, positions, threads, "Checked")
-    broken = {position: found for position, found in zip(positions, reasons, strict=True) if found is not None}
-    remember_broken(pictures, positions, broken, memory)
+    reasons = map_in_threads(reason, positions, threads, "Checked")
+    broken = {position: reason for position, reason in zip(positions, reasons, strict=True) if reason is not None}
+    remember_broken(source, positions, broken, memory)
     return broken
 
 
-def remember_broken(pictures: Pictures, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
+def remember_broken(source: ImageSource, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
     """Keep the answer of `find_broken`, where decoding has given it."""
-    write_text(_broken_at(pictures, positions, memory), json.dumps(broken))
+    write_json(_broken_path(source, positions, memory), {str(position): reason for position, reason in broken.items()})
 
 
-def _broken_at(pictures: Pictures, positions: Sequence[int], memory: Path) -> Path:
-    return remembered_at(memory, "broken", chain(pictures.stamps(), positions))
+def _known_broken(path: Path) -> dict[int, str] | None:
+    """The answer that is kept; None where there is none, or a file that is not of ours."""
+    try:
+        content = json.loads(read_text(path))
+        return {int(position): str(reason) for position, reason in content.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
-def judge(broken: Sequence[str], total: int, policy: str) -> None:
+def _broken_path(source: ImageSource, positions: Sequence[int], memory: Path) -> Path:
+    return cache_path(memory, "broken", chain([_DECODER], source.stamps(), positions))
+
+
+def refuse_broken(broken: Sequence[str], total: int, policy: str) -> None:
     """Stop at broken images, unless they are to be skipped.
+
+    Args:
+        broken: What is wrong with each.
+        total: Number of images, broken ones included.
+        policy: ``"skip"`` or ``"stop"``.
 
     Raises:
         DataError: Lists the first of them, and says how many there are.
     """
     if not broken or policy == "skip":
         return
-    more = f"\n  ... and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
-    listed = "".join(f"\n  {line}" for line in broken[:SHOWN])
+    more = f"\n  ... and {len(broken) - LISTED:,} more" if len(broken) > LISTED else ""
+    listed = "".join(f"\n  {line}" for line in broken[:LISTED])
     raise DataError(
         f"{len(broken):,} of {total:,} images cannot be read:{listed}{more}\n"
         "Mend or remove them, or leave them out with: --set data.broken=skip"
@@ -177,112 +209,145 @@ def judge(broken: Sequence[str], total: int, policy: str) -> None:
 
 
 TEST_FOLDERS = ("test", "val", "valid")
-"""Where the test split may be. Beside a test folder, val or valid are what is held out."""
+"""Splits that may be the test split, the first that is there. Beside a test folder, val or valid are held out."""
 
-_WORDS = ("words.txt", "LOC_synset_mapping.txt")
+_WORDS_FILES = ("words.txt", "LOC_synset_mapping.txt")
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Pictures and their labels, int64 [N]."""
+class LabelledImages:
+    """Images on disk and their labels, int64 [N]."""
 
-    pictures: Pictures
+    source: ImageSource
     labels_N: Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What is found on disk.
+class SplitsOnDisk:
+    """A data set as it lies on disk, before anything is drawn.
 
     Attributes:
         classes: Names, in the order of labels.
         splits: train, and test and val where they have folders of their own.
-        sources: The same, as words: where each comes from.
+        origins: Where each split comes from, in words; the same keys.
+        left_out: Number of files that are no images, by suffix, and of folders that are no splits.
     """
 
     classes: tuple[str, ...]
-    splits: Mapping[str, Labelled]
-    sources: Mapping[str, str]
+    splits: Mapping[str, LabelledImages]
+    origins: Mapping[str, str]
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
-def split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path, holds_data: Callable[[Path], bool] | None = None) -> dict[str, Path]:
     """The folder of each split: train, test, and val where there are both; a root without splits is train.
 
+    Args:
+        root: The folder of a data set.
+        holds_data: As for `image_folders.splits_below`.
+
     Raises:
-        DataError: There is no such root, or train stands alone or is missing.
+        DataError: There is no such root, train stands alone or is missing, or a split has two folders.
     """
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. Name the one that holds the images: --set data.root=FOLDER")
-    evaluated = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-    if not (root / "train").is_dir():
+    splits = {}
+    for name, folders in splits_below(root, holds_data).items():
+        if len(folders) > 1:
+            raise DataError(
+                f"{root} holds {' and '.join(f'{folder.name}/' for folder in folders)}, and each may be the {name} "
+                "split. Keep one of them there."
+            )
+        splits[name] = folders[0]
+    evaluated = [splits[name] for name in TEST_FOLDERS if name in splits]
+    if "train" not in splits:
         if evaluated:
             raise DataError(f"{root} holds {evaluated[0].name}/ and no train/. Put the training images into train/.")
         return {"train": root}
     if not evaluated:
         raise DataError(
-            f"{root} holds train/ and none of {', '.join(f'{name}/' for name in TEST_FOLDERS)}. Add one, or take "
-            f"{root / 'train'} as data.root: a share of it becomes the test split then (data.test_fraction)."
+            f"{root} holds {splits['train'].name}/ and none of {', '.join(f'{name}/' for name in TEST_FOLDERS)}. Add "
+            f"one, or take {splits['train']} as data.root: a share of it becomes the test split then "
+            "(data.test_fraction)."
         )
-    folders = {"train": root / "train", "test": evaluated[0]}
-    return folders | {"val": evaluated[1]} if evaluated[0].name == "test" and len(evaluated) > 1 else folders
+    chosen = {"train": splits["train"], "test": evaluated[0]}
+    return chosen | {"val": evaluated[1]} if "test" in splits and len(evaluated) > 1 else chosen
 
 
-def scan_folder(root: Path) -> Layout:
-    """Find the images of a folder.
+def scan_folder(root: Path) -> SplitsOnDisk:
+    """Find the images of a folder of class folders, or of splits of such.
 
     Raises:
-        DataError: No such folder, no or one class, a class without images, a class that train lacks.
+        DataError: No such folder, no or one class, a class without images, a class that train lacks, a folder that
+            cannot be read or is read twice by a link.
     """
     folders = split_folders(root)
-    classes = _class_names(folders["train"])
+    classes = [folder.name for folder in subfolders(folders["train"])]
     if len(classes) < 2:
-        found = f"only {classes[0]}/" if classes else "no folders"
-        raise DataError(f"{folders['train']} holds {found}; there must be one folder for each of at least two classes.")
-    splits = {name: _scan_split(name, folder, classes) for name, folder in folders.items()}
-    return Layout(tuple(classes), splits, {name: f"folder {folder.name}" for name, folder in folders.items()})
+        holds = f"only {classes[0]}/" if classes else "no folders"
+        raise DataError(f"{folders['train']} holds {holds}; there must be one folder for each of at least two classes.")
+    left_out: Counter[str] = Counter()
+    if folders["train"] != root:
+        left_out.update(f"{folder.name}/" for folder in subfolders(root) if folder not in folders.values())
+    splits = {name: _scan_split(name, folder, classes, left_out) for name, folder in folders.items()}
+    return SplitsOnDisk(
+        tuple(classes), splits, {name: f"folder {folder.name}" for name, folder in folders.items()}, left_out
+    )
 
 
-def scan_imagenet(root: Path) -> Layout:
+def scan_imagenet(root: Path) -> SplitsOnDisk:
     """ImageNet's layout: ROOT/train/WNID and ROOT/val/WNID; class names from a words file, if there is one."""
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
         raise DataError(
             f"{root} does not hold train/ and val/ with a folder for each WNID, as ImageNet does. Name the folder "
             'that does with --set data.root=FOLDER, or take data.name = "imagefolder".'
         )
-    layout = scan_folder(root)
-    words = next((root / name for name in _WORDS if (root / name).is_file()), None)
-    return layout if words is None else Layout(_named(layout.classes, words), layout.splits, layout.sources)
+    on_disk = scan_folder(root)
+    words = next((root / name for name in _WORDS_FILES if (root / name).is_file()), None)
+    return on_disk if words is None else replace(on_disk, classes=_class_words(on_disk.classes, words))
 
 
-def _class_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _scan_split(name: str, folder: Path, classes: list[str]) -> Labelled:
-    found = _class_names(folder)
-    if unknown := sorted(set(found) - set(classes)):
+def _scan_split(name: str, folder: Path, classes: list[str], left_out: Counter[str]) -> LabelledImages:
+    names = {path.name for path in subfolders(folder)}
+    if unknown := sorted(names - set(classes)):
         raise DataError(
             f"{folder} has {len(unknown)} classes that train lacks ({', '.join(unknown[:5])}): nothing could learn "
             "them. Remove them, or add training images."
         )
-    label_of = {one: label for label, one in enumerate(classes) if one in set(found)}
-    samples = make_dataset(str(folder), label_of, IMG_EXTENSIONS, allow_empty=True) if label_of else []
-    counts = torch.bincount(torch.tensor([label for _, label in samples]).long(), minlength=len(classes))
-    if empty := [one for one, label in label_of.items() if not counts[label]]:
+    if not names:
+        raise DataError(f"{folder} holds no class folders, so there is nothing for {name}. Remove it, or fill it.")
+    visited: dict[tuple[int, int], str] = {}
+    below = {label: images_below(folder / one, visited) for label, one in enumerate(classes) if one in names}
+    split_left_out = sum((images.left_out for images in below.values()), Counter[str]())
+    if empty := [classes[label] for label, images in below.items() if not images.paths]:
+        instead = f" What they hold instead: {left_out_in_words(split_left_out)}." if split_left_out else ""
         raise DataError(
             f"{len(empty)} class folders of {folder} hold no images ({', '.join(empty[:5])}). Images end in "
-            f"{', '.join(IMG_EXTENSIONS)}. Remove the empty folders, or fill them."
+            f"{', '.join(SUFFIXES)}.{instead} Remove the empty folders, or fill them."
         )
-    if not samples:
-        raise DataError(f"{folder} holds no class folders, so there is nothing for {name}. Remove it, or fill it.")
-    return Labelled(Files([path for path, _ in samples]), torch.tensor([label for _, label in samples]))
+    left_out.update(split_left_out)
+    paths = [path for images in below.values() for path in images.paths]
+    labels = [label for label, images in below.items() for _ in images.paths]
+    return LabelledImages(ImageFiles(paths), torch.tensor(labels))
 
 
-def _named(wnids: tuple[str, ...], words: Path) -> tuple[str, ...]:
+def _class_words(wnids: tuple[str, ...], file: Path) -> tuple[str, ...]:
     """The first word for each WNID, followed by the WNID where two have the same (there are two cranes)."""
-    lines = (line.split(maxsplit=1) for line in words.read_text(encoding="utf-8").splitlines() if line.strip())
-    said = {parts[0]: parts[1].strip() for parts in lines if len(parts) == 2}
-    if missing := [wnid for wnid in wnids if wnid not in said]:
-        raise DataError(f"{words} has no words for {len(missing)} of {len(wnids)} classes ({', '.join(missing[:5])}).")
-    short = [said[wnid].split(",")[0] for wnid in wnids]
-    return tuple(one if short.count(one) == 1 else f"{one} ({wnid})" for one, wnid in zip(short, wnids, strict=True))
+    try:
+        lines = [line.split(maxsplit=1) for line in read_text(file).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable_list(file, error) from error
+    words_of = {parts[0]: parts[1].strip() for parts in lines if len(parts) == 2}
+    if missing := [wnid for wnid in wnids if wnid not in words_of]:
+        raise DataError(f"{file} has no words for {len(missing)} of {len(wnids)} classes ({', '.join(missing[:5])}).")
+    first_words = [words_of[wnid].split(",")[0] for wnid in wnids]
+    return tuple(
+        word if first_words.count(word) == 1 else f"{word} ({wnid})"
+        for word, wnid in zip(first_words, wnids, strict=True)
+    )
+
+
+def unreadable_list(file: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    """The error for a list of class names that cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    return DataError(f"{file} cannot be read as a list of classes: {reason}. Mend or remove it.")

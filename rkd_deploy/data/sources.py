@@ -1,8 +1,9 @@
-"""Sets of image files as a recipe asks for them: splits by seed, decoded or streamed, broken files, statistics."""
+"""Data sets as a recipe asks for them: found or downloaded, split by seed, decoded or streamed, normalised."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,20 @@ import torch
 from torch import Tensor
 
 from rkd_deploy.card import Preprocess
-from rkd_deploy.data.files import Labelled, Layout, find_broken, judge, remember_broken, scan_folder, scan_imagenet
+from rkd_deploy.data.files import (
+    LabelledImages,
+    SplitsOnDisk,
+    find_broken,
+    refuse_broken,
+    remember_broken,
+    scan_folder,
+    scan_imagenet,
+)
 from rkd_deploy.data.shards import scan_shards
 from rkd_deploy.data.splits import AnySplit, FileSplit, ImageSet, Split, on_device
-from rkd_deploy.data.subsets import held_out, limited, statistics, test_share
+from rkd_deploy.data.subsets import channel_statistics, hold_out, limit, split_off_test
 from rkd_deploy.errors import DataError, RecipeError, require
+from rkd_deploy.image_folders import left_out_in_words
 from rkd_deploy.recipe import DataRecipe
 
 __all__ = ["AnySplit", "FileSplit", "ImageSet", "Split", "load_images", "on_device"]
@@ -23,8 +33,12 @@ __all__ = ["AnySplit", "FileSplit", "ImageSet", "Split", "load_images", "on_devi
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that published ImageNet weights are trained with."""
 
+DEFAULT_ROOT = Path(".data")
+"""Folder that CIFAR is downloaded into, and that what is learnt of files is kept in."""
+
 _SIDE, _TEST_FRACTION = 224, 0.2
-_Chosen = dict[str, tuple[Labelled, Tensor]]
+_Drawn = dict[str, tuple[LabelledImages, Tensor]]
+"""Of each split the images on disk, and the positions of those that belong to it, int64 [N]."""
 
 
 def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
@@ -39,17 +53,16 @@ def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
         DataError: Images missing, or broken and not to be skipped, or fewer than asked for.
         RecipeError: A key that these files have no use for.
     """
-    layout, damaged = _scan(recipe, memory)
-    chosen, sources = _draw(recipe, layout, seed)
+    on_disk, broken = _scan(recipe, memory)
+    drawn, sources = _draw(recipe, on_disk, seed)
     workers = min(8, os.cpu_count() or 1) if recipe.workers is None else recipe.workers
     preprocess = _preprocess(recipe)
     splits: dict[str, AnySplit] = {}
-    broken = damaged
-    total = sum(len(index_N) for _, index_N in chosen.values()) + len(damaged)
+    total = sum(len(index_N) for _, index_N in drawn.values()) + len(broken)
     decode = _in_memory(recipe, total)
-    for name, (labelled, index_N) in chosen.items():
+    for name, (labelled, index_N) in drawn.items():
         files = FileSplit(
-            pictures=labelled.pictures,
+            source=labelled.source,
             index_N=index_N,
             labels_N=labelled.labels_N[index_N],
             preprocess=preprocess,
@@ -57,22 +70,25 @@ def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
         )
         splits[name], reasons = _decoded(files, workers, memory) if decode else _checked(files, workers, memory)
         broken = broken + list(reasons.values())
-    judge(broken, total, recipe.broken)
-    _check_classes(splits["train"], layout.classes)
+    refuse_broken(broken, total, recipe.broken)
+    _check_enough(splits, on_disk, broken)
     mean, std = _normalisation(recipe, splits["train"], seed)
+    sources["reading"] = "decoded once into memory" if decode else "streamed"
+    if on_disk.left_out:
+        sources["left out"] = left_out_in_words(on_disk.left_out)
     return ImageSet(
         name=recipe.name,
-        classes=layout.classes,
+        classes=on_disk.classes,
         mean=mean,
         std=std,
         crop_fraction=preprocess.crop_fraction,
-        sources=sources | {"reading": "decoded once into memory" if decode else "streamed"},
+        sources=sources,
         skipped=tuple(broken),
         **splits,
     )
 
 
-def _scan(recipe: DataRecipe, memory: Path) -> tuple[Layout, list[str]]:
+def _scan(recipe: DataRecipe, memory: Path) -> tuple[SplitsOnDisk, list[str]]:
     assert recipe.root is not None
     if recipe.name == "webdataset":
         return scan_shards(recipe.root, recipe.test_root, memory)
@@ -80,35 +96,35 @@ def _scan(recipe: DataRecipe, memory: Path) -> tuple[Layout, list[str]]:
     return scan(Path(recipe.root)), []
 
 
-def _draw(recipe: DataRecipe, layout: Layout, seed: int) -> tuple[_Chosen, dict[str, str]]:
+def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn, dict[str, str]]:
     """Which images each split has, and in words where they come from."""
-    train, classes = layout.splits["train"], len(layout.classes)
-    sources = {"train": layout.sources["train"]}
-    if "test" in layout.splits:
+    train, classes = on_disk.splits["train"], len(on_disk.classes)
+    sources = {"train": on_disk.origins["train"]}
+    if "test" in on_disk.splits:
         for key in ("test_fraction", "split_seed"):
             if (value := getattr(recipe, key)) is not None:
                 raise RecipeError(
-                    f"data.{key} = {value} has no effect: the test split is {layout.sources['test']} of "
+                    f"data.{key} = {value} has no effect: the test split is {on_disk.origins['test']} of "
                     f"{recipe.root}. Leave it out."
                 )
-        train_N, (test, test_N) = torch.arange(len(train.labels_N)), (layout.splits["test"], None)
-        sources["test"] = layout.sources["test"]
+        train_N, (test, test_N) = torch.arange(len(train.labels_N)), (on_disk.splits["test"], None)
+        sources["test"] = on_disk.origins["test"]
     else:
         fraction, split_seed = recipe.test_fraction or _TEST_FRACTION, recipe.split_seed or 0
-        (train_N, test_N), test = test_share(train.labels_N, fraction, split_seed), train
+        (train_N, test_N), test = split_off_test(train.labels_N, fraction, split_seed), train
         sources["test"] = f"{fraction:g} of every class, drawn with data.split_seed = {split_seed}"
     if test_N is None:
         test_N = torch.arange(len(test.labels_N))
-    train_N = train_N[limited(train.labels_N[train_N], recipe.train_limit, classes, "data.train_limit", seed)]
-    test_N = test_N[limited(test.labels_N[test_N], recipe.test_limit, classes, "data.test_limit", seed)]
-    if "val" in layout.splits:  # given: nothing is held out of train
-        val, sources["val"] = layout.splits["val"], layout.sources["val"]
-        chosen = {"train": (train, train_N), "val": (val, torch.arange(len(val.labels_N)))}
+    train_N = train_N[limit(train.labels_N[train_N], recipe.train_limit, classes, "data.train_limit", seed)]
+    test_N = test_N[limit(test.labels_N[test_N], recipe.test_limit, classes, "data.test_limit", seed)]
+    if "val" in on_disk.splits:  # given: nothing is held out of train
+        val, sources["val"] = on_disk.splits["val"], on_disk.origins["val"]
+        drawn = {"train": (train, train_N), "val": (val, torch.arange(len(val.labels_N)))}
     else:
-        kept_N, out_N = held_out(len(train_N), recipe.val_fraction, seed)
+        rest_N, out_N = hold_out(len(train_N), recipe.val_fraction, seed)
         sources["val"] = f"{recipe.val_fraction:g} of train, held out with train.seed = {seed}"
-        chosen = {"train": (train, train_N[kept_N]), "val": (train, train_N[out_N])}
-    return chosen | {"test": (test, test_N)}, sources
+        drawn = {"train": (train, train_N[rest_N]), "val": (train, train_N[out_N])}
+    return drawn | {"test": (test, test_N)}, sources
 
 
 def _preprocess(recipe: DataRecipe) -> Preprocess:
@@ -126,35 +142,42 @@ def _in_memory(recipe: DataRecipe, images: int) -> bool:
 def _decoded(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
     """The split in memory without its broken images, and what is wrong with them."""
     whole, broken = split.in_memory(threads)
-    remember_broken(split.pictures, split.index_N.tolist(), broken, memory)
+    remember_broken(split.source, split.index_N.tolist(), broken, memory)
     return whole, broken
 
 
 def _checked(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
     """The split without its broken images, and what is wrong with them."""
     positions = split.index_N.tolist()
-    broken = find_broken(split.pictures, positions, threads, memory)
+    broken = find_broken(split.source, positions, threads, memory)
     whole_N = torch.tensor([position not in broken for position in positions]).nonzero().flatten()
     return split.take(whole_N) if broken else split, broken
 
 
-def _check_classes(train: AnySplit, classes: tuple[str, ...]) -> None:
+def _check_enough(splits: Mapping[str, AnySplit], on_disk: SplitsOnDisk, broken: Sequence[str]) -> None:
+    """Refuse a set that is too small before anything is trained on it."""
+    train, classes = splits["train"], on_disk.classes
     have_K = train.labels_N.bincount(minlength=len(classes))
     if missing := [name for name, count in zip(classes, have_K.tolist(), strict=True) if not count]:
         raise DataError(
             f"No training image is left of {len(missing)} of {len(classes)} classes ({', '.join(missing[:5])}), once "
             "broken, tested and held-out ones are taken away. Add images of them, or lower data.val_fraction."
         )
+    if not len(splits["test"]):
+        on_train = len(on_disk.splits["train"].labels_N)
+        raise DataError(
+            f"No image is left to test on: {on_train} images of {len(classes)} classes"
+            f"{f', {len(broken)} broken ones' if broken else ''}, and a class with one image keeps it for training. "
+            "Add images, so that a class has at least two, or a test/ folder."
+        )
 
 
 def _normalisation(recipe: DataRecipe, train: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if recipe.mean and recipe.std:
         return recipe.mean, recipe.std
-    mean, std = IMAGENET if recipe.name == "imagenet" else statistics(train, seed)
+    mean, std = IMAGENET if recipe.name == "imagenet" else channel_statistics(train, seed)
     return recipe.mean or mean, recipe.std or std
 
-
-DEFAULT_ROOT = Path(".data")
 
 # Of the training images, in units of [0, 1]; of digits at 16 pixels (at 8 their deviation is 0.375, at 12 0.321).
 _NORMALISATION = {
@@ -179,9 +202,9 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
         return load_files(recipe, seed, DEFAULT_ROOT)
     train, test, classes = _digits(recipe.image_size or 16) if recipe.name == "digits" else _cifar(recipe)
     mean, std = _NORMALISATION[recipe.name]
-    train = train.take(limited(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
-    test = test.take(limited(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", seed))
-    train_N, val_N = held_out(len(train), recipe.val_fraction, seed)
+    train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
+    test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", seed))
+    train_N, val_N = hold_out(len(train), recipe.val_fraction, seed)
     return ImageSet(
         name=recipe.name,
         classes=classes,

@@ -1,4 +1,4 @@
-"""Images with labels: in memory as one tensor, or in files that are read when they are wanted.
+"""Splits of labelled images: in memory as one tensor, or in files that are read when they are wanted.
 
 Both give uint8 images of the size that networks see, by the rule that deployed models follow (`card.Preprocess`).
 Letters: N images, C = 3 channels (RGB), H height, W width.
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rkd_deploy.card import Preprocess
-from rkd_deploy.data.files import Pictures, for_each, read
+from rkd_deploy.data.files import ImageSource, map_in_threads, read_image
 from rkd_deploy.errors import DataError
 from rkd_deploy.images import Pixels, fitted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images uint8 [N, 3, H, W] and labels int64 [N]."""
+    """A split in memory: images uint8 [N, 3, H, W] and labels int64 [N]."""
 
     images_NCHW: Tensor
     labels_N: Tensor
@@ -38,7 +38,7 @@ class Split:
         return height, width
 
     def take(self, index_N: Tensor) -> Split:
-        """The images at these positions."""
+        """The split of the images at these positions."""
         return Split(images_NCHW=self.images_NCHW[index_N], labels_N=self.labels_N[index_N])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -48,17 +48,17 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class FileSplit:
-    """Images in files, never all in memory.
+    """A split in files, never all in memory.
 
     Attributes:
-        pictures: Where they are.
-        index_N: Which of them, int64 [N].
-        labels_N: int64 [N].
+        source: The encoded images.
+        index_N: Positions in the source of the images of this split, int64 [N].
+        labels_N: The label of each, int64 [N].
         preprocess: How an image comes to the size that networks see.
         workers: Processes that read; 0: none.
     """
 
-    pictures: Pictures
+    source: ImageSource
     index_N: Tensor
     labels_N: Tensor
     preprocess: Preprocess
@@ -73,7 +73,7 @@ class FileSplit:
         return self.preprocess.height, self.preprocess.width
 
     def take(self, index_N: Tensor) -> FileSplit:
-        """The images at these positions."""
+        """The split of the images at these positions."""
         return replace(self, index_N=self.index_N[index_N], labels_N=self.labels_N[index_N])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -89,11 +89,11 @@ class FileSplit:
 
     def fitted(self, position: int) -> Tensor:
         """One image as deployed models would see it, uint8 [3, H, W]."""
-        picture = read(self.pictures, int(self.index_N[position]))
-        return as_tensor(fitted(picture, self.preprocess))
+        image = read_image(self.source, int(self.index_N[position]))
+        return as_tensor(fitted(image, self.preprocess))
 
     def in_memory(self, threads: int) -> tuple[Split, dict[int, str]]:
-        """All of them decoded, and of each picture that cannot be what is wrong; those are left out."""
+        """The split decoded, without the images that cannot be, and what is wrong with each of those, by position."""
         height, width = self.image_size
         images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
 
@@ -104,7 +104,7 @@ class FileSplit:
                 return str(error)
             return None
 
-        reasons = list(for_each(fill, range(len(self)), threads, "Decoded"))
+        reasons = list(map_in_threads(fill, range(len(self)), threads, "Decoded"))
         split = Split(images_NCHW=images_NCHW, labels_N=self.labels_N)
         broken = {int(self.index_N[place]): reason for place, reason in enumerate(reasons) if reason is not None}
         whole_N = torch.tensor([reason is None for reason in reasons]).nonzero().flatten()
@@ -123,9 +123,9 @@ class ImageSet:
         classes: Label names, in the order of the labels.
         mean: Per channel, in units of [0, 1].
         std: Per channel, in units of [0, 1].
-        train: What is learnt from.
-        val: Held out of the training images by seed; empty when the recipe says so.
-        test: For the one evaluation at the end.
+        train: The images that are learnt from.
+        val: Those held out of the training images by seed; empty when the recipe says so.
+        test: Those of the one evaluation at the end.
         crop_fraction: As in `card.Preprocess`: how a photo comes to the size of these images.
         sources: Where each split comes from, and how it is read, in words; for sets of files.
         skipped: Broken files that were left out, and what is wrong with each.

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from rkd_deploy.data.augment import Mixing
 from rkd_deploy.data.batches import Batching, Normaliser, Share, generator_of_batch, generator_of_epoch, seeded_image
-from rkd_deploy.data.files import read
+from rkd_deploy.data.files import read_image
 from rkd_deploy.data.splits import FileSplit, as_tensor, collate, unwrap
 from rkd_deploy.errors import DataError
 from rkd_deploy.images import fitted
@@ -79,7 +79,7 @@ class StreamLoader:
         Raises:
             DataError: An image cannot be read; it could when the run began.
         """
-        order_N = self._split.pictures.shuffled(self._split.index_N, generator_of_epoch(self._seed, number))
+        order_N = self._split.source.shuffled(self._split.index_N, generator_of_epoch(self._seed, number))
         chosen = [order_N[self._batching.places(batch)] for batch in range(first_batch, len(self))]
         self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in chosen]
         for batch, (index_N, images) in enumerate(zip(chosen, self._loader, strict=True), first_batch):
@@ -131,11 +131,11 @@ class _Augmentation:
 
     def __call__(self, position: int) -> Tensor:
         split = self._split
-        picture = read(split.pictures, int(split.index_N[position]))
+        photo = read_image(split.source, int(split.index_N[position]))
         if self._window is not None:
-            image = v2.functional.pil_to_tensor(self._window(picture))
+            image = v2.functional.pil_to_tensor(self._window(photo))
         else:
-            image = as_tensor(fitted(picture, split.preprocess))
+            image = as_tensor(fitted(photo, split.preprocess))
         for step in self._steps:
             image = step(image)
         assert isinstance(image, torch.Tensor)

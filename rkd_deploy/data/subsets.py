@@ -1,4 +1,4 @@
-"""Which images are left out, held out and tested on, by seed; and what the mean and deviation of the rest are.
+"""Subsets of images drawn by seed, and the mean and deviation of what is trained on.
 
 Every purpose has a generator of its own: how many training images are used does not change which test images are.
 """
@@ -17,52 +17,69 @@ SAMPLE = 2000
 """Images that mean and standard deviation are measured over, where there are more: enough for the third decimal."""
 
 
-def generator_of(seed: int, purpose: str) -> torch.Generator:
+def purpose_generator(seed: int, purpose: str) -> torch.Generator:
     """Random numbers that depend on nothing but the seed and the purpose."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
 
 
-def limited(labels_N: Tensor, limit: int | None, classes: int, key: str, seed: int) -> Tensor:
-    """Positions of `limit` images, rising: the same number of every class, and what is over to the first classes.
+def limit(labels_N: Tensor, size: int | None, classes: int, key: str, seed: int) -> Tensor:
+    """A subset of images with as even a share of every class as they allow; one more of the first where it is uneven.
 
     A class that has fewer gives all it has, and the others more.
+
+    Args:
+        labels_N: The label of each image, int64 [N].
+        size: Images of the subset; None: all.
+        classes: K.
+        key: The recipe's key, for the message; draws of two keys are independent.
+        seed: Draws the images of each class.
+
+    Returns:
+        Positions, rising, int64 [size].
 
     Raises:
         DataError: Fewer than one of each class are asked for, or more than there are.
     """
     count = len(labels_N)
-    if limit is None or limit == count:
+    if size is None or size == count:
         return torch.arange(count)
-    if not classes <= limit < count:
-        raise DataError(f"{key} = {limit} must be between {classes} (one of each class) and {count} (all).")
+    if not classes <= size < count:
+        raise DataError(f"{key} = {size} must be between {classes} (one of each class) and {count} (all).")
     have_K = labels_N.bincount(minlength=classes)
-    taken_L = have_K.minimum(torch.arange(int(have_K.max()) + 1)[:, None]).sum(1)  # by the most of each class
-    level = int((taken_L <= limit).nonzero().max())
+    # Water filling: the highest level L such that min(have_k, L) images of each class fit, then one more of the first.
+    taken_L = have_K.minimum(torch.arange(int(have_K.max()) + 1)[:, None]).sum(1)
+    level = int((taken_L <= size).nonzero().max())
     richer_K = have_K > level
-    share_K = have_K.clamp(max=level) + (richer_K & (richer_K.cumsum(0) <= limit - taken_L[level]))
-    return _of_each_class(labels_N, share_K, generator_of(seed, key))
+    take_K = have_K.clamp(max=level) + (richer_K & (richer_K.cumsum(0) <= size - taken_L[level]))
+    return _draw_per_class(labels_N, take_K, purpose_generator(seed, key))
 
 
-def test_share(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_off_test(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions of training and of test images: this fraction of every class, at least one of two and more."""
     have_K = labels_N.bincount()
-    share_K = (fraction * have_K).round().long().clamp(min=1).minimum((have_K - 1).clamp(min=0))
-    test_N = _of_each_class(labels_N, share_K, generator_of(seed, "test"))
+    take_K = (fraction * have_K).round().long().clamp(min=1).minimum((have_K - 1).clamp(min=0))
+    test_N = _draw_per_class(labels_N, take_K, purpose_generator(seed, "test"))
     is_test_N = torch.zeros(len(labels_N), dtype=torch.bool).index_fill(0, test_N, True)
     return (~is_test_N).nonzero().flatten(), test_N
 
 
-def held_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions that are trained on, and those held out, each rising."""
+def hold_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of the images that are trained on, and of those held out for validation, each rising."""
     order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     number = round(fraction * count)
     return order_N[number:].sort().values, order_N[:number].sort().values
 
 
-def statistics(split: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation over pixels in units of [0, 1], to four decimals."""
+def channel_statistics(split: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and standard deviation of a split over pixels in units of [0, 1], to four decimals.
+
+    Args:
+        split: The images; of more than `SAMPLE` so many are looked at.
+        seed: Draws those.
+    """
     if len(split) > SAMPLE:
-        split = split.take(torch.randperm(len(split), generator=generator_of(seed, "statistics"))[:SAMPLE])
+        split = split.take(torch.randperm(len(split), generator=purpose_generator(seed, "statistics"))[:SAMPLE])
+    # Of histograms of the 256 values: exact, and no split has to be in memory at once.
     counts_CV = torch.zeros(3, 256, dtype=torch.int64)
     for images_NCHW in split.chunks(64):
         for channel in range(3):
@@ -74,9 +91,10 @@ def statistics(split: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[flo
     return tuple(round(value, 4) for value in mean_C.tolist()), tuple(round(value, 4) for value in std_C.tolist())
 
 
-def _of_each_class(labels_N: Tensor, share_K: Tensor, generator: torch.Generator) -> Tensor:
-    chosen = []
-    for label, share in enumerate(share_K.tolist()):
+def _draw_per_class(labels_N: Tensor, take_K: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions of so many images of each class, rising."""
+    drawn = []
+    for label, take in enumerate(take_K.tolist()):
         index_N = (labels_N == label).nonzero().flatten()
-        chosen.append(index_N[torch.randperm(len(index_N), generator=generator)[:share]])
-    return torch.cat(chosen).sort().values
+        drawn.append(index_N[torch.randperm(len(index_N), generator=generator)[:take]])
+    return torch.cat(drawn).sort().values

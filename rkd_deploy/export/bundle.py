@@ -22,7 +22,7 @@ import gc
 import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from rkd_deploy.export.proving import (
     Batches,
     Proof,
     account,
+    check_stated_accuracy,
     npz,
     prove,
     prove_lowered,
@@ -105,6 +106,7 @@ def export_bundle(
     early_exit: EarlyExit | None = None,
     target: Target | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
     lowering: Lowering | None = None,
 ) -> Proof:
     """Fuse, export, prove, and only then let the folder appear.
@@ -124,18 +126,21 @@ def export_bundle(
         target: What level `auto` measures on, files of lower precision included. Default: batch 1 on the CPU with ONNX
             Runtime, or on what `lowering` is for.
         progress: Told how far that is.
+        note: Called with the name of each stage as it begins.
         lowering: Lower the precision of the proven float32 graph, and judge what comes out of that on held-out images.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
         DivergenceError: All weights are finite, and the network's logits are not.
         ExportError: ONNX has no operator for something in the network; the message names it and its module.
-        GateError: The exported graph does not do what the model does, or a lower precision loses more than its limits
-            allow; then FOLDER.report.json says what was tried. Nothing else is left behind.
+        GateError: The exported graph does not do what the model does, the model has another accuracy than its card
+            states, or a lower precision loses more than its limits allow; then FOLDER.report.json says what was tried.
+            Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
         UsageError: The network gives probabilities; unknown level or outputs, a target without level `auto` or not that
             of `lowering`; early exit of a network that has no branches.
     """
+    note = note or (lambda stage: None)
     check_number("--tolerance", tolerance, 0)
     if with_pytorch and lowering is not None:
         raise UsageError(
@@ -151,6 +156,7 @@ def export_bundle(
     preprocess = card.preprocess
     branches = None if early_exit is None else check(model, early_exit)
     with new_folder(folder) as temporary:
+        note("fusing and converting to ONNX")
         choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
         card = dataclasses.replace(
             card,
@@ -168,23 +174,30 @@ def export_bundle(
         give_back()
         reference = reference_of(model, card)
         images = batches or [random_batch(card)]
+        note("proving against PyTorch")
         proof, golden = prove(reference, file, card, images, tolerance)
+        check_stated_accuracy(proof, card)
         card = dataclasses.replace(card, parity=account(proof))
+        if branches is not None:
+            note("converting each branch, for early exit")
         exits = None if branches is None else Exits(temporary, branches, card, images, tolerance)
         if lowering is not None:
+            note(f"converting to {lowering.options.precision} and judging on held-out images")
             inputs, prover = _calibration_inputs(lowering, card), lowering.options.prover
             held_out = HeldOut(reference, lowering.held_out, card)
             assert graph is not None
             lowered = lower(graph, onnx.load(file), preprocess, inputs, held_out, lowering.options)
             insist(lowered, lowering, card, folder)
             _write(lowered.proto, file)
-            proof, golden = prove_lowered(proof, golden, lowered.judgement, file, card, images, prover)
+            proof, golden = prove_lowered(proof, golden, lowered.judgement, lowered.kept, file, card, images, prover)
             told = {**lowered.account(lowering), "test_top1": proof.lowered_top1}
             card = dataclasses.replace(card, precision=lowering.options.precision, lowering=told)
             if exits is not None:
                 insist(exits.lower(lowering, inputs), lowering, card, folder)
         if exits is not None and early_exit is not None:
+            note("measuring what early exit saves")
             card = dataclasses.replace(card, early_exit=exits.report(early_exit))
+        note("writing and verifying the bundle")
         append_card(file, card)
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")

@@ -58,6 +58,7 @@ class Proof:
         onnx_top1: The exported float32 graph's.
         judgement: Of the file of lower precision, on held-out images; None for float32.
         lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
+        kept: Layers that it has in float32.
     """
 
     parity: Parity
@@ -67,6 +68,7 @@ class Proof:
     onnx_top1: float | None
     judgement: Judgement | None = None
     lowered_top1: float | None = None
+    kept: tuple[str, ...] = ()
 
 
 def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
@@ -114,10 +116,33 @@ def prove(
     return proof, {"inputs": first, "logits": expected_NK[: len(first)], "tolerance": np.float64(tolerance)}
 
 
+STATED_WITHIN = 0.5
+"""Points by which an accuracy may differ from what training stated: its device rounds otherwise than the CPU here."""
+
+
+def check_stated_accuracy(proof: Proof, card: ModelCard) -> None:
+    """Hold the accuracy of the network against what its card states, if both are of as many images.
+
+    Raises:
+        GateError: They differ: these are not the weights, or not the images, that were judged when it was trained.
+    """
+    stated, images = card.metrics.get("accuracy"), card.metrics.get("images")
+    if stated is None or proof.torch_top1 is None or images != proof.images:
+        return
+    allowed = math.ceil(STATED_WITHIN * proof.images / 100)
+    if abs(round((proof.torch_top1 - stated) * proof.images / 100)) > allowed:
+        raise GateError(
+            f"{card.name} was tested at {stated:.2f} % of {images} images when it was trained, and is right on "
+            f"{proof.torch_top1:.2f} % of as many now; {allowed} images more or fewer are allowed. Its weights or the "
+            "images were changed since: restore them, or train again."
+        )
+
+
 def prove_lowered(
     proof: Proof,
     golden: Golden,
     judgement: Judgement,
+    kept: tuple[str, ...],
     file: Path,
     card: ModelCard,
     batches: Batches,
@@ -130,7 +155,8 @@ def prove_lowered(
             found.append(infer_many(candidate, as_input(images_NHWC, card)))
             labels.append(labels_n)
     found_NK = np.concatenate(found)
-    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=_top1(found_NK, np.concatenate(labels)))
+    accuracy = _top1(found_NK, np.concatenate(labels))
+    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=accuracy, kept=kept)
     own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
     return proof, {**golden, **own, "fp32_logits": golden["logits"]}
 

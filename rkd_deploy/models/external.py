@@ -326,12 +326,16 @@ def _shaken(network: nn.Module) -> nn.Module:
 
 
 def _copy_of_used(network: nn.Module, used: set[str]) -> nn.Module:
-    """A copy with identities for layers that hold weights and are not used; what they stand in keeps its attributes."""
+    """A copy with identities for layers that hold weights and are not used; what they stand in keeps its attributes.
+
+    A layer may have children that hold none, as timm's norms have an activation. What runs after the last stage runs on
+    other channels then, so no layer that counts them may be left there.
+    """
     unused = {}
     for path, module in network.named_modules():
         within_used = any(path == name or path.startswith(f"{name}.") for name in used)
         holds_used = any(name.startswith(f"{path}.") for name in used)
-        layer = path and not list(module.children()) and list(module.parameters())
+        layer = path and list(module.parameters(recurse=False))
         if layer and not within_used and not holds_used:
             unused[id(module)] = nn.Identity()
     return copy.deepcopy(network, unused)

@@ -68,10 +68,12 @@ class Staged(FeatureNetwork):
             channels of the stem and of every stage; where channels are tied to each other they are the free numbers
             behind them, and the family's docstring says which.
         multiple_of: Every width is a multiple of this, e.g. because convolutions are grouped.
+        fixed: Why some layers keep their channels at any widths, a reason each; empty where all can be narrowed.
     """
 
     widths: Widths
     multiple_of: ClassVar[int] = 1
+    fixed: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
 

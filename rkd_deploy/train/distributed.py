@@ -1,8 +1,8 @@
-"""Several processes that train one network: who they are, and how they agree.
+"""The processes that train one network together, and how they agree.
 
 torchrun starts R processes ("ranks") and tells each its number in the environment. All of them run the same code on
 their share of every batch. Only the first one touches the run folder and shows progress; what it reads, decides or
-fails at reaches the others through `Group.first`, so that all of them go the same way or stop together.
+fails at reaches the others through `Group.on_main`, so that all of them go the same way or stop together.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Group:
     size: int = 1
     local_rank: int = 0
 
-    def first(self, call: Callable[[], _T]) -> _T:
-        """What the call gives on rank 0, on every rank; an error that it raises there is raised on every rank."""
+    def on_main(self, call: Callable[[], _T]) -> _T:
+        """Call on rank 0 alone; every rank gets the result, or raises the `RkdError` that was raised there."""
         if self.size == 1:
             return call()
         outcome: list[Any] = [None, None]
@@ -87,14 +87,14 @@ def restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
 
 
-def speaks() -> bool:
-    """Whether this process is the one that people and files hear of; known before the processes have joined."""
+def is_main_process() -> bool:
+    """Whether this process writes files and speaks to people (rank 0); known before the process group exists."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
-    """The group that torchrun started this process in, or this process alone; left when the block ends."""
+def process_group() -> Iterator[Group]:
+    """The process group that torchrun started this process in, or `ALONE`; destroyed when the outermost block ends."""
     size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1:
         yield ALONE
@@ -129,29 +129,32 @@ def _store() -> Store:
     return PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
 
 
-class Votes:
-    """Lets every rank ask for something after each step, and all of them hear of it after the same step.
+class StopVote:
+    """Lets every rank vote after each step to go on, save or stop; all ranks learn the outcome after the same step.
 
-    A vote is collected while the next step is computed, so no rank waits: what was asked for in one step is answered
-    after the next. One process alone hears itself at once.
+    Votes are exchanged while the next step is computed, so that no rank waits: a wish of one step is answered after the
+    next. A single process is answered at once.
+
+    Args:
+        group: The processes that vote.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._pending: tuple[Any, Tensor] | None = None
 
-    def cast(self, vote: int) -> int:
-        """Hand in a vote; gives the highest of any rank in the step before."""
+    def vote(self, wish: int) -> int:
+        """Hand in this rank's wish; returns the highest wish of any rank in the step before."""
         if self._group.size == 1:
-            return vote
+            return wish
         before = self._collect()
-        counted = torch.tensor([vote])
+        counted = torch.tensor([wish])
         self._pending = (dist.all_reduce(counted, dist.ReduceOp.MAX, async_op=True), counted)
         return before
 
-    def settle(self, vote: int) -> int:
-        """The same between epochs, where there is time to wait: gives the highest of this step and the one before."""
-        return vote if self._group.size == 1 else max(self.cast(vote), self._collect())
+    def finish(self, wish: int) -> int:
+        """Vote at the end of an epoch and wait: the highest wish of this step and the one before."""
+        return wish if self._group.size == 1 else max(self.vote(wish), self._collect())
 
     def _collect(self) -> int:
         if self._pending is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.backends import RunOn
-from rkd_deploy.data.files import SHOWN
+from rkd_deploy.data.files import LISTED
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.export.fusion import fuse
@@ -83,7 +83,7 @@ def gather_facts(recipe: Recipe, images: ImageSet, note: Callable[[str], None] |
     }
     if images.sources:
         facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
-        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:SHOWN])}
+        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:LISTED])}
     teacher = created(recipe.teacher, facts)
     facts["channels"] = teacher.channels
     given = teacher if recipe.student.fraction is not None else created(recipe.student, facts)

@@ -31,7 +31,7 @@ from rkd_deploy.signals import StopRequest
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
-from rkd_deploy.train.distributed import Group, joined, restarted
+from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import batches, predictions
 from rkd_deploy.train.facts import data_of, gather_facts
 from rkd_deploy.train.loop import Display, train_phase
@@ -39,10 +39,10 @@ from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.weights import (
-    load_given_weights,
     load_published_weights,
     load_tensors,
     load_weights,
+    load_weights_from,
     refuse_guessing,
     save_tensors,
     teacher_warning,
@@ -67,39 +67,39 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         RkdError: What is wrong with the recipe, the data or a checkpoint; found before a run folder is made, where
             that can be.
     """
-    with joined() as group:
+    with process_group() as group:
         if group.any(restarted()) and (
-            begun := group.first(lambda: [run for run in runs_of(root, recipe) if not run.finished])
+            begun := group.on_main(lambda: [run for run in runs_of(root, recipe) if not run.finished])
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
         images = _load_images(recipe, group)
         display = display or Silent()
-        facts = group.first(lambda: gather_facts(recipe, images, display.note))
+        facts = group.on_main(lambda: gather_facts(recipe, images, display.note))
         # Loads the given weights, so that bad ones leave no run behind.
         trainer = _Trainer(recipe, facts, images, device, group)
-        run = group.first(lambda: create_run(root, recipe))
-        group.first(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
+        run = group.on_main(lambda: create_run(root, recipe))
+        group.on_main(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
         return trainer.run(run, display)
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
     """Go on with an unfinished run where its checkpoint stands; a finished one is given back as it is."""
-    with joined() as group:
-        if group.first(lambda: run.finished):
+    with process_group() as group:
+        if group.on_main(lambda: run.finished):
             return run
         recipe = run.recipe
         images = _load_images(recipe, group, run)
         display = display or Silent()
-        facts = group.first(lambda: _facts(run, images, display))
+        facts = group.on_main(lambda: _facts(run, images, display))
         trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
         return trainer.run(run, display)
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
-    data = group.first(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    data = group.on_main(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
     if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
-        group.first(lambda: bool(load_images(data, recipe.train.seed)))
+        group.on_main(lambda: bool(load_images(data, recipe.train.seed)))
     return load_images(data, recipe.train.seed)
 
 
@@ -149,22 +149,22 @@ class _Trainer:
         """Every phase that is not done yet, then the evaluation."""
         display = with_tensorboard(display, run, self.recipe.train) if self.group.rank == 0 else Silent()
         for name, module in self.ready.items():
-            self.group.first(partial(self._keep_given, run, name, module))
+            self.group.on_main(partial(self._keep_given, run, name, module))
         with StopRequest() as stop:
             for plan in self.planner.plans(set(self.ready)):
                 self._phase(plan, run, display, stop)
-        self.group.first(lambda: self._finish(run, display))
+        self.group.on_main(lambda: self._finish(run, display))
         return run
 
     def _phase(self, plan: Plan, run: Run, display: Display, stop: StopRequest) -> None:
-        if not self.group.first(lambda: run.weights(plan.name).exists()):
+        if not self.group.on_main(lambda: run.weights(plan.name).exists()):
             torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
             phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
             how = self.recipe.train if plan.lr is None else replace(self.recipe.train, lr=plan.lr)
             average = train_phase(phase, self._loader(plan.name), how, run, display, stop, self.group)
-            self.group.first(lambda: self._keep_phase(run, plan, average, display))
+            self.group.on_main(lambda: self._keep_phase(run, plan, average, display))
         # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
-        state, _ = self.group.first(lambda: load_tensors(run.weights(plan.name)))
+        state, _ = self.group.on_main(lambda: load_tensors(run.weights(plan.name)))
         load_weights(plan.product, state, str(run.weights(plan.name)), plan.name)
 
     def _loader(self, phase: str) -> Loader:
@@ -180,11 +180,11 @@ class _Trainer:
 
     def _load_given_weights(self) -> None:
         recipe = self.recipe
-        if recipe.student.checkpoint is not None and self.nets.given is None:
+        if recipe.student.checkpoint is not None and self.nets.s0 is None:
             raise RecipeError("student.checkpoint is set and student.baseline is false: set one of them otherwise.")
         for table, part, module in (
             ("teacher", "teacher", self.nets.teacher),
-            ("student", "s0", self.nets.given),
+            ("student", "s0", self.nets.s0),
         ):
             settings = getattr(recipe, table)
             if module is not None and settings.pretrained:
@@ -195,7 +195,7 @@ class _Trainer:
             checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
-            known = load_given_weights(module, table, checkpoint, recipe, self.facts)
+            known = load_weights_from(module, table, checkpoint, recipe, self.facts)
             self.ready[part] = module
             self._check_sanity(module, table, checkpoint, known)
 
@@ -356,15 +356,15 @@ def fit_series(
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds {list(seeds)}: a standard deviation needs two or more, each once, e.g. --seeds 0,1,2.")
     recipes = [dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed)) for seed in seeds]
-    with joined() as group:
+    with process_group() as group:
         runs = []
         for one in recipes:
-            found = group.first(lambda one=one: runs_of(root, one)) if resumed else []  # type: ignore[misc]
+            found = group.on_main(lambda one=one: runs_of(root, one)) if resumed else []  # type: ignore[misc]
             try:
                 runs.append(resume(found[-1], display=display) if found else fit(one, root=root, display=display))
             except InterruptedTraining as error:
                 raise InterruptedTraining(f"{error} (or the whole series: the same command with --resume)") from error
-        return group.first(lambda: _summed_up(tuple(seeds), tuple(runs), root))
+        return group.on_main(lambda: _summed_up(tuple(seeds), tuple(runs), root))
 
 
 def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:

@@ -16,7 +16,7 @@ from rkd_deploy.errors import DivergenceError, InterruptedTraining
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
-from rkd_deploy.train.distributed import ALONE, Group, Votes
+from rkd_deploy.train.distributed import ALONE, Group, StopVote
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.state import EpochSums, Phase
 from rkd_deploy.train.stepping import Average, Stepper, learning_rate
@@ -89,7 +89,7 @@ class _PhaseRun:
         self.display, self.stop, self.group = display, stop, group
         self.average = None if recipe.ema_decay is None else Average(phase.product, recipe.ema_decay)
         self.stepper = Stepper(phase.method, recipe, group)
-        self.votes = Votes(group)
+        self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 
     def train(self) -> dict[str, Tensor] | None:
@@ -111,7 +111,7 @@ class _PhaseRun:
             if self.average is not None:
                 self.average.update()
             self.display.step()
-            if batch + 1 < steps and (asked := self.votes.cast(self._wish())) != _GO_ON:
+            if batch + 1 < steps and (asked := self.stop_vote.vote(self._wish())) != _GO_ON:
                 self._check_finite(sums.over(self.group), epoch)
                 self._save((epoch, batch + 1), sums)
                 if asked == _STOP:
@@ -119,12 +119,12 @@ class _PhaseRun:
         seconds, images = time.perf_counter() - began, (sums.images - seen_before) * self.group.size
         row = self._check_finite(sums.over(self.group), epoch)
         row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rate}
-        row |= self.group.first(self._validate)
+        row |= self.group.on_main(self._validate)
         row |= {"seconds": seconds, "images_per_s": images / seconds}
-        self.group.first(lambda: self.run.log.append("epoch", **row))
+        self.group.on_main(lambda: self.run.log.append("epoch", **row))
         self.display.epoch(row)
         self._save((epoch + 1, 0), EpochSums())
-        if self.votes.settle(self._wish()) == _STOP:
+        if self.stop_vote.finish(self._wish()) == _STOP:
             raise self._interrupted()
 
     def _validate(self) -> dict[str, float | None]:
@@ -161,7 +161,7 @@ class _PhaseRun:
 
     def _save(self, place: tuple[int, int], sums: EpochSums) -> None:
         whole = sums.over(self.group)
-        self.group.first(
+        self.group.on_main(
             lambda: state.save(self.phase, self.stepper.optimizer, self.average, self.run, place, whole),
         )
         self.saved_at = time.monotonic()

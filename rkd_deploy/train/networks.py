@@ -33,12 +33,12 @@ class Networks:
 
     Attributes:
         teacher: T.
-        given: S0; with a projector and T's head where SimKD trains it.
+        s0: S0; with a projector and T's head where SimKD trains it.
         model: S, its assistants and head.
     """
 
     teacher: FeatureNetwork | None
-    given: FeatureNetwork | None
+    s0: FeatureNetwork | None
     model: ResidualStudent | ProgressiveStudent | None
 
 
@@ -120,7 +120,7 @@ def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
         return created(recipe.teacher, facts)
 
 
-def build_given(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
+def build_s0(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
     """S0 with fresh weights; as SimKD ships it, where that is the method."""
     with seeded(recipe.train.seed, "init/s0"):
         given = _original(recipe, facts)
@@ -154,7 +154,7 @@ def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.devic
     parts = parts_of(recipe)
     return Networks(
         teacher=build_teacher(recipe, facts).to(device) if "teacher" in parts else None,
-        given=build_given(recipe, facts).to(device) if "s0" in parts else None,
+        s0=build_s0(recipe, facts).to(device) if "s0" in parts else None,
         model=build_residual(recipe, facts).to(device) if "fused" in parts else None,
     )
 
@@ -181,7 +181,7 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
         )
     facts = run.read_json("facts.json")
     if part in ("teacher", "s0"):
-        module = build_teacher(recipe, facts) if part == "teacher" else build_given(recipe, facts)
+        module = build_teacher(recipe, facts) if part == "teacher" else build_s0(recipe, facts)
         return _restored(run, _weights_name(part, other), module)
     model = _restored(run, _weights_name(phase_of(recipe, part), other), build_residual(recipe, facts))
     assert isinstance(model, ResidualStudent | ProgressiveStudent)

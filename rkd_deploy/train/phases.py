@@ -28,7 +28,7 @@ from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.base import Method, WeightedLoss
-from rkd_deploy.train.methods.baseline import CrossEntropy, Taught
+from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.progressive import ProgressiveStep
 from rkd_deploy.train.methods.residual import DISTANCES, AssistantStep, HeadStep, StudentStep
@@ -67,8 +67,8 @@ class Planner:
         if nets.teacher is not None and "teacher" not in ready:
             method = functools.partial(CrossEntropy, nets.teacher)
             yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
-        if nets.given is not None and "s0" not in ready:
-            yield Plan("s0", nets.given, epochs, functools.partial(self._s0, nets.given))
+        if nets.s0 is not None and "s0" not in ready:
+            yield Plan("s0", nets.s0, epochs, functools.partial(self._s0, nets.s0))
         if nets.model is not None:
             first, *others = self._residual(nets.model)
             yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
@@ -78,7 +78,7 @@ class Planner:
         """What trains S and A first, once they have what they inherit: their source may be trained in this run."""
         # Between the stages of scheme progressive lie fresh adapters, behind which trained weights are worth nothing.
         if self.recipe.student.inherits and isinstance(model, ResidualStudent):
-            source = self._teacher() if self.recipe.student.fraction is not None else self.nets.given
+            source = self._teacher() if self.recipe.student.fraction is not None else self.nets.s0
             assert isinstance(source, FeatureNetwork)
             inherit_weights([branch for branch, _ in model.branches()], source, tuple(self.facts["image_size"]))
         return method()
@@ -92,8 +92,8 @@ class Planner:
         with networks.seeded(self.recipe.train.seed, "check"):
             if self.nets.model is not None:
                 self._base_of(self.nets.model)
-            elif self.recipe.method.loss != "none" and self.nets.given is not None:
-                base_loss(self.recipe.method, self._teacher(), self.nets.given, self.facts["image_size"])
+            elif self.recipe.method.loss != "none" and self.nets.s0 is not None:
+                base_loss(self.recipe.method, self._teacher(), self.nets.s0, self.facts["image_size"])
 
     def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[Plan]:
         recipe, epochs = self.recipe, self.recipe.train.epochs
@@ -139,7 +139,7 @@ class Planner:
         ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
         if method.residual:  # the control: its head is its own, whatever the loss does with one when it is alone
             ce_weight = base.loss.ce_weight or 1.0
-        return Taught(self._teacher(), given, base, ce_weight)
+        return Distilled(self._teacher(), given, base, ce_weight)
 
     def _student(self, model: ResidualStudent) -> Method:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.

@@ -130,7 +130,7 @@ def restore(
     phase: Phase, optimizer: torch.optim.Optimizer, average: Average | None, run: Run, group: Group
 ) -> tuple[int, int, EpochSums]:
     """Take up the checkpoint of this phase, if there is one: epoch, batch and sums to go on from."""
-    tensors, facts = group.first(lambda: _read(phase.name, run))
+    tensors, facts = group.on_main(lambda: _read(phase.name, run))
     if facts is None:
         _draw_apart(phase, group, (0, 0))
         return 0, 0, EpochSums()

@@ -145,9 +145,7 @@ def _first(keys: list[str]) -> str:
     return f" (first: {', '.join(keys[:3])})" if keys else ""
 
 
-def load_given_weights(
-    module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]
-) -> bool:
+def load_weights_from(module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
     """Load the checkpoint that a recipe names for T or S0.
 
     Args:

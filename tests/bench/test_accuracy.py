@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.accuracy import predictions, top1
+from rkd_deploy.bench.accuracy import labelled_images, predictions, top1
+from rkd_deploy.data.files import scan_folder
 from rkd_deploy.errors import DataError
 
 
@@ -26,3 +27,24 @@ def test_top1_is_in_percent():
 def test_top1_needs_a_label_for_each(predicted, labels):
     with pytest.raises(DataError, match="one label for each"):
         top1(predicted, labels)
+
+
+def test_a_folders_images_are_those_of_training(tmp_path):
+    """Hidden files, companions of a Mac and other kinds of file are no images; a split is named and not guessed."""
+    for split in ("Training", "Testing"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for name in ("1.tiff", "2.gif", "._1.jpg", "3.avif", "4.txt"):
+                (folder / name).write_bytes(b"")
+    (tmp_path / "Testing" / "__MACOSX" / "ant").mkdir(parents=True)
+    files, labels_N = labelled_images(tmp_path / "Testing", ["bee", "ant"])
+    trained = scan_folder(tmp_path).splits["test"]
+    assert [str(file) for file in files] == [trained.source.name(n) for n in range(4)]
+    assert labels_N.tolist() == [1, 1, 0, 0]
+    with pytest.raises(DataError, match=r"holds splits: Testing, Training\. Name one of them"):
+        labelled_images(tmp_path, ["bee", "ant"])
+    for file in files:
+        file.unlink()
+    with pytest.raises(DataError, match=r"holds no image, only 2 \.avif, 2 \.txt: files that end in \.jpg"):
+        labelled_images(tmp_path / "Testing", ["bee", "ant"])

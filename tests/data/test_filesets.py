@@ -10,7 +10,7 @@ from PIL import Image
 
 from rkd_deploy.data import subsets
 from rkd_deploy.data.sources import FileSplit, ImageSet, Split, load_images
-from rkd_deploy.data.subsets import statistics
+from rkd_deploy.data.subsets import channel_statistics
 from rkd_deploy.errors import DataError, RecipeError
 from rkd_deploy.recipe import DataRecipe
 
@@ -22,7 +22,7 @@ def load(root: Path, seed: int = 0, name: str = "imagefolder", **how: Any) -> Im
 
 def files(split: Any) -> set[str]:
     assert isinstance(split, FileSplit)
-    return {split.pictures.name(int(position)) for position in split.index_N}
+    return {split.source.name(int(position)) for position in split.index_N}
 
 
 def test_the_folders_play_the_splits_and_the_rest_is_held_out_by_seed(photos: Path) -> None:
@@ -97,9 +97,9 @@ def test_normalisation_is_measured_over_the_training_images(photos: Path) -> Non
 
 def test_large_sets_are_measured_over_a_sample_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(images_NCHW=torch.randint(0, 256, (60, 3, 4, 4), dtype=torch.uint8), labels_N=torch.arange(60))
-    whole = statistics(split, 0)
+    whole = channel_statistics(split, 0)
     monkeypatch.setattr(subsets, "SAMPLE", 20)
-    samples = [statistics(split, seed) for seed in (0, 0, 1)]
+    samples = [channel_statistics(split, seed) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
     assert whole not in samples
     assert samples[0][0] == pytest.approx(whole[0], abs=0.06)
@@ -107,7 +107,7 @@ def test_large_sets_are_measured_over_a_sample_by_seed(monkeypatch: pytest.Monke
 
 def test_one_flat_colour_has_a_deviation_that_can_be_divided_by() -> None:
     flat = Split(images_NCHW=torch.full((3, 3, 2, 2), 51, dtype=torch.uint8), labels_N=torch.arange(3))
-    mean, std = statistics(flat, 0)
+    mean, std = channel_statistics(flat, 0)
     assert mean == (0.2,) * 3
     assert min(std) > 0
 
@@ -130,3 +130,26 @@ def test_imagenet_has_its_own_normalisation_and_crop(photos: Path) -> None:
 def test_the_sums_of_the_splits_are_what_is_on_disk(photos: Path) -> None:
     images = load(photos, val_fraction=0.5)
     assert len(files(images.train) | files(images.val) | files(images.test)) == 24
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_a_set_without_an_image_to_test_on_is_refused_before_training(flat: Path, cache: str) -> None:
+    for folder in flat.iterdir():
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(DataError, match=r"No image is left to test on: 3 images of 3 classes, and a class with one"):
+        load(flat, cache=cache)
+
+
+def test_test_images_that_are_all_broken_are_none(photos: Path) -> None:
+    for path in (photos / "val").rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"No image is left to test on: 18 images of 3 classes, 6 broken ones"):
+        load(photos, broken="skip")
+
+
+def test_what_was_left_out_is_among_the_sources(photos: Path) -> None:
+    assert "left out" not in load(photos).sources
+    for number, name in enumerate(("a.avif", "b.avif", "notes.txt")):
+        (photos / ("val" if number else "train") / "n01440764" / name).write_bytes(b"")
+    assert load(photos).sources["left out"] == "2 .avif, 1 .txt"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from rkd_deploy.data.files import Files, scan_folder, scan_imagenet
+from rkd_deploy.data.files import ImageFiles, scan_folder, scan_imagenet
 from rkd_deploy.errors import DataError
 
 
@@ -31,10 +31,10 @@ def test_files_labels_and_classes_are_those_of_torchvision(photos: Path) -> None
     for name, folder in (("train", "train"), ("test", "val")):
         theirs = ImageFolder(str(photos / folder))
         found = layout.splits[name]
-        assert isinstance(found.pictures, Files)
-        assert list(zip(found.pictures.paths, found.labels_N.tolist(), strict=True)) == theirs.samples
+        assert isinstance(found.source, ImageFiles)
+        assert list(zip(found.source.paths, found.labels_N.tolist(), strict=True)) == theirs.samples
         assert list(layout.classes) == theirs.classes
-    assert layout.sources == {"train": "folder train", "test": "folder val"}
+    assert layout.origins == {"train": "folder train", "test": "folder val"}
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "test"])
@@ -42,7 +42,7 @@ def test_what_stands_beside_train_is_the_test_split(root: Path, name: str) -> No
     if name != "val":
         (root / "val").rename(root / name)
     layout = scan_folder(root)
-    assert layout.sources == {"train": "folder train", "test": f"folder {name}"}
+    assert layout.origins == {"train": "folder train", "test": f"folder {name}"}
     assert layout.splits["test"].labels_N.tolist() == [0, 1]
 
 
@@ -51,7 +51,7 @@ def test_with_test_and_val_each_is_what_it_is_called(root: Path) -> None:
     (root / "test" / "cat" / "1.jpg").unlink()
     (root / "test" / "cat").rmdir()
     layout = scan_folder(root)
-    assert layout.sources == {"train": "folder train", "test": "folder test", "val": "folder val"}
+    assert layout.origins == {"train": "folder train", "test": "folder test", "val": "folder val"}
     assert {name: len(split.labels_N) for name, split in layout.splits.items()} == {"train": 4, "test": 1, "val": 2}
 
 
@@ -91,10 +91,10 @@ def test_a_class_that_train_lacks_is_named(root: Path) -> None:
 
 
 def test_train_alone_and_its_absence_are_refused(root: Path) -> None:
-    (root / "train").rename(root / "training")
+    (root / "train").rename(root / "learning")
     with pytest.raises(DataError, match=r"holds val/ and no train/"):
         scan_folder(root)
-    (root / "training").rename(root / "train")
+    (root / "learning").rename(root / "train")
     shutil.rmtree(root / "val")
     with pytest.raises(DataError, match=r"holds train/ and none of test/, val/, valid/.*data\.test_fraction"):
         scan_folder(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from rkd_deploy.data import files
-from rkd_deploy.data.files import Files, find_broken, for_each, judge, read
+from rkd_deploy.data.files import ImageFiles, find_broken, map_in_threads, read_image, refuse_broken
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import DataError
 from rkd_deploy.recipe import DataRecipe
@@ -35,10 +36,20 @@ def deep(path: Path, photo: Path) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path, format="PNG")
 
 
+def dangling(path: Path, photo: Path) -> None:
+    path.symlink_to("absent.jpg")
+
+
+def pipe(path: Path, photo: Path) -> None:
+    os.mkfifo(path)
+
+
 BROKEN: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "truncated.jpg": (truncated, "cannot be read as an image: .*truncated"),
     "empty.jpg": (empty, "cannot be read as an image"),
     "text.jpg": (text, "its content is in no image format"),
+    "dangling.jpg": (dangling, "cannot be opened: it is a link to absent.jpg, which is not there"),
+    "pipe.jpg": (pipe, "cannot be opened: it is a named pipe"),
     "deep.png": (deep, "more than 8 bits per channel"),
 }
 
@@ -58,7 +69,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path: Path, photo: Path, 
     make, reason = BROKEN[name]
     make(tmp_path / name, photo)
     with pytest.raises(DataError, match=rf"{name}.*{reason}"):
-        read(Files([str(tmp_path / name)]), 0)
+        read_image(ImageFiles([str(tmp_path / name)]), 0)
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
@@ -70,15 +81,15 @@ def test_all_broken_files_are_listed_at_once_and_skipped_only_when_asked(
     with pytest.raises(DataError) as caught:
         load_images(set_of(photos, cache=cache), 0)
     message = str(caught.value)
-    assert message.startswith("4 of 28 images cannot be read:")
+    assert message.startswith("6 of 30 images cannot be read:")
     assert all(str(photo.parent / name) in message for name in BROKEN)
     assert message.endswith("--set data.broken=skip")
     images = load_images(set_of(photos, cache=cache, broken="skip"), 0)
-    assert (len(images.train), len(images.test), len(images.skipped)) == (18, 6, 4)
-    assert sum(name in line for line in images.skipped for name in BROKEN) == 4
+    assert (len(images.train), len(images.test), len(images.skipped)) == (18, 6, 6)
+    assert sum(name in line for line in images.skipped for name in BROKEN) == 6
     assert images.train.labels_N.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    monkeypatch.setattr(files, "SHOWN", 3)
-    with pytest.raises(DataError, match=r"\.\.\. and 1 more"):
+    monkeypatch.setattr(files, "LISTED", 3)
+    with pytest.raises(DataError, match=r"\.\.\. and 3 more"):
         load_images(set_of(photos, cache=cache), 0)
 
 
@@ -92,7 +103,7 @@ def test_odd_files_are_what_a_viewer_shows(tmp_path: Path, photo: Path) -> None:
     rgb.convert("RGBA").quantize(64).save(tmp_path / "palette.png", transparency=0)
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
     rgb.save(tmp_path / "turned.png", exif=exif)
-    found = {path.stem: read(Files([str(path)]), 0) for path in tmp_path.glob("*.*g")}
+    found = {path.stem: read_image(ImageFiles([str(path)]), 0) for path in tmp_path.glob("*.*g")}
     assert {name: image.mode for name, image in found.items()} == dict.fromkeys(found, "RGB")
     assert np.array_equal(found["grey"], rgb.convert("L").convert("RGB"))
     assert np.array_equal(found["turned"], rgb.transpose(Image.Transpose.ROTATE_270))
@@ -106,7 +117,7 @@ def test_what_was_found_is_remembered_until_a_file_changes(tmp_path: Path, photo
     bad, good = tmp_path / "bad.jpg", tmp_path / "good.jpg"
     truncated(bad, photo)
     good.write_bytes(photo.read_bytes())
-    files = Files([str(good), str(bad)])
+    files = ImageFiles([str(good), str(bad)])
     first = find_broken(files, [0, 1], 1, tmp_path)
     assert list(first) == [1]
     kept = next((tmp_path / "remembered").iterdir())
@@ -120,12 +131,12 @@ def test_what_was_found_is_remembered_until_a_file_changes(tmp_path: Path, photo
 
 
 def test_nothing_broken_is_no_error() -> None:
-    judge([], 10, "stop")
-    judge(["a.jpg is broken"], 10, "skip")
+    refuse_broken([], 10, "stop")
+    refuse_broken(["a.jpg is broken"], 10, "skip")
 
 
 def test_results_come_in_order_beyond_what_is_done_at_once() -> None:
-    assert list(for_each(lambda n: n * n, range(1300), 3, "Squared")) == [n * n for n in range(1300)]
+    assert list(map_in_threads(lambda n: n * n, range(1300), 3, "Squared")) == [n * n for n in range(1300)]
 
 
 def test_a_class_that_loses_all_its_images_is_named(photos: Path, photo: Path) -> None:

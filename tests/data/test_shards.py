@@ -43,10 +43,10 @@ def test_samples_are_those_that_the_library_streams(photos: Path, write_shards: 
     assert len(found.labels_N) == len(theirs) == 18
     assert broken == []
     for position, sample in enumerate(theirs):
-        with found.pictures.open(position) as stream:
+        with found.source.open(position) as stream:
             assert stream.read() == sample["jpg"]
         assert found.labels_N[position] == int(sample["cls"])
-        assert found.pictures.name(position) == f"{sample['__url__']}:{sample['__key__']}.jpg"
+        assert found.source.name(position) == f"{sample['__url__']}:{sample['__key__']}.jpg"
     assert layout.classes == ("0", "1", "2")
 
 
@@ -159,3 +159,40 @@ def test_labels_beyond_the_names_are_refused(photos: Path, write_shards: Write) 
     (folder / "classes.txt").write_text("tench\nspringer\n")
     with pytest.raises(DataError, match=r"The train shards have a label 2, and there are 2 classes, from 0"):
         load(folder)
+
+
+def test_shards_without_one_usable_sample_list_what_they_have(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    add(tmp_path / "s" / "0.tar", a__avif=b"x", a__cls=b"1", b__avif=b"x", b__cls=b"0", c__jpg=b"x")
+    for broken in ("stop", "skip"):
+        with pytest.raises(DataError) as caught:
+            load(tmp_path / "s", broken=broken)
+        assert "None of the 3 samples in the 1 train shards" in str(caught.value)
+        assert "has no image, only avif, cls" in str(caught.value)
+        assert "1 has no .cls, so no label" in str(caught.value)
+
+
+def test_labels_that_no_set_has_are_broken_samples(photos: Path, write_shards: Write) -> None:
+    folder = write_shards(samples(photos))
+    add(folder / "part-900.tar", a__jpg=b"x", a__cls=b"9" * 30, b__jpg=b"x", b__cls=b"1000000")
+    skipped = load(folder, broken="skip").skipped
+    assert len(skipped) == 2
+    assert all("which is no class number" in line for line in skipped)
+
+
+def test_companions_of_a_mac_in_shards_are_no_samples(photos: Path, write_shards: Write) -> None:
+    folder = write_shards(samples(photos))
+    with tarfile.open(folder / "part-900.tar", "w") as archive:
+        for name in ("._a.jpg", "._a.cls", "__MACOSX/a.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    (folder / "._part-000.tar").write_bytes(b"\0\5\x16\7")
+    assert load(folder).skipped == ()
+
+
+def test_an_index_that_is_damaged_is_made_again(photos: Path, write_shards: Write) -> None:
+    folder = write_shards(samples(photos))
+    first = load(folder)
+    (index,) = Path(".data/remembered").glob("shards-*.npz")
+    for content in (b"", index.read_bytes()[:300]):
+        index.write_bytes(content)
+        assert load(folder).train.labels_N.tolist() == first.train.labels_N.tolist()

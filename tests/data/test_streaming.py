@@ -75,10 +75,10 @@ def test_images_are_what_torchvisions_pipeline_makes_of_the_file_by_the_same_see
     pipeline = v2.Compose(
         [v2.RandomResizedCrop(24, antialias=True), v2.PILToTensor(), v2.RandomHorizontalFlip(), v2.RandAugment(3, 7)]
     )
-    order = split.pictures.shuffled(split.index_N, torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
+    order = split.source.shuffled(split.index_N, torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
     wanted = []
     for position in order[:4]:
-        with seeded_image(5, 2, position), Image.open(split.pictures.name(int(split.index_N[position]))) as image:
+        with seeded_image(5, 2, position), Image.open(split.source.name(int(split.index_N[position]))) as image:
             wanted.append(pipeline(image.convert("RGB")))
     x, y = next(made.epoch(2))
     torch.testing.assert_close(x, torch.stack(wanted).float(), rtol=1e-6, atol=1e-4)
@@ -97,7 +97,7 @@ def test_without_augmentation_streamed_and_cached_sets_train_on_the_same_pixels(
 
 def test_an_image_that_goes_away_is_named(photos: Path) -> None:
     made, images = loaded(photos, workers=2)
-    gone = Path(images.train.pictures.name(0))  # type: ignore[union-attr]
+    gone = Path(images.train.source.name(0))  # type: ignore[union-attr]
     gone.unlink()
     with pytest.raises(DataError) as caught:
         list(made.epoch(0))
@@ -117,7 +117,7 @@ def test_chunks_are_all_images_in_order_as_torchvision_resizes_and_crops_them(ph
     rule = v2.Compose([v2.Resize(32), v2.CenterCrop(28), v2.PILToTensor()])
     wanted = []
     for position in range(7):
-        with Image.open(test.pictures.name(position)) as image:
+        with Image.open(test.source.name(position)) as image:
             wanted.append(rule(image.convert("RGB")))
     assert torch.equal(torch.cat(chunks), torch.stack(wanted))
     cached = load_images(recipe(photos, image_size=28, crop_fraction=0.875, cache="memory"), 0).test

@@ -170,3 +170,12 @@ def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, tiny_
     }
     assert next(iter(card["lowering"]["harms"])) == "layer2.0.conv2"
     assert "layer2.0.conv2" in rkd("info", runs / "bundle-teacher").out
+
+
+def test_weights_that_were_zeroed_do_not_pass_for_those_that_were_tested(rkd, runs, tmp_path):
+    """The file reads well, and parity holds, since PyTorch is given the same zeros."""
+    weights = runs / "weights/assistant.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20_000:] = bytes(20_000)
+    weights.write_bytes(content)
+    refused(rkd, tmp_path, 3, ["was tested at", "Its weights or the images were changed"], "export", str(runs))

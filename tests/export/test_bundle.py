@@ -118,3 +118,26 @@ def test_float32_bundles_prove_themselves_too(model, card, tmp_path):
     proof = export_bundle(model, card, tmp_path / "bundle", batches=batches(model, card))
     assert proof.onnx_top1 == 90.0
     assert np.load(tmp_path / "bundle/golden.npz")["inputs"].shape == (8, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("stated", "passes"), [(90.0, True), (92.5, True), (95.0, False), (45.0, False)])
+def test_an_accuracy_that_the_card_states_is_held_against_the_images(model, card, tmp_path, stated, passes):
+    """The network is right on 36 of 40: 0.5 points of 40 images are one, rounded up."""
+    claiming = replace(card, metrics={"accuracy": stated, "images": 40})
+    if passes:
+        export_bundle(model, claiming, tmp_path / "bundle", batches=batches(model, card))
+        return
+    with pytest.raises(GateError, match=rf"tested at {stated:.2f} % of 40 images .* right on 90\.00 %.*1 images more"):
+        export_bundle(model, claiming, tmp_path / "bundle", batches=batches(model, card))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accuracy_on_other_images_is_not_compared(model, card, tmp_path):
+    claiming = replace(card, metrics={"accuracy": 12.0, "images": 41})
+    export_bundle(model, claiming, tmp_path / "bundle", batches=batches(model, card))
+
+
+def test_each_stage_is_named_as_it_begins(model, card, tmp_path):
+    stages = []
+    export_bundle(model, card, tmp_path / "bundle", note=stages.append)
+    assert [stage.split()[0] for stage in stages] == ["fusing", "proving", "writing"]

@@ -34,7 +34,7 @@ from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
-from rkd_deploy.train.distributed import ALONE, Group, Votes, joined, restarted
+from rkd_deploy.train.distributed import ALONE, Group, StopVote, process_group, restarted
 from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import mse
@@ -74,7 +74,7 @@ def together(work: Callable[[Group], Any], folder: Path, seconds: float = 60) ->
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         try:
-            with joined() as group:
+            with process_group() as group:
                 outcome = ("value", work(group))
         except RkdError as error:
             outcome = (type(error).__name__, str(error))
@@ -228,7 +228,7 @@ def test_a_rank_that_fails_does_not_leave_the_other_waiting(tmp_path: Path) -> N
         pass
 
     def work(group: Group) -> None:
-        run = group.first(lambda: create_run(tmp_path, Recipe(name="a")))
+        run = group.on_main(lambda: create_run(tmp_path, Recipe(name="a")))
         if group.rank == 1:
             raise Broken
         train(run, group, torch.float32)
@@ -246,21 +246,21 @@ def test_what_the_first_one_finds_reaches_all(tmp_path: Path) -> None:
             assert group.rank == 0
             raise StorageError("disk full")
 
-        group.first(write)
+        group.on_main(write)
 
     assert together(fails, tmp_path) == [("StorageError", "disk full")] * 2
-    assert together(lambda group: group.first(lambda: {"rank": group.rank}), tmp_path) == [("value", {"rank": 0})] * 2
+    assert together(lambda group: group.on_main(lambda: {"rank": group.rank}), tmp_path) == [("value", {"rank": 0})] * 2
 
 
 def test_votes_are_heard_by_all_after_the_same_step(tmp_path: Path) -> None:
     def work(group: Group) -> list[int]:
-        votes = Votes(group)
-        heard = [votes.cast(vote) for vote in ([0, 2, 0, 0], [1, 0, 0, 0])[group.rank]]
-        return [*heard, votes.settle((0, 2)[group.rank]), votes.settle(0)]
+        stop_vote = StopVote(group)
+        heard = [stop_vote.vote(wish) for wish in ([0, 2, 0, 0], [1, 0, 0, 0])[group.rank]]
+        return [*heard, stop_vote.finish((0, 2)[group.rank]), stop_vote.finish(0)]
 
     assert together(work, tmp_path) == [("value", [0, 1, 2, 0, 2, 0])] * 2
-    alone = Votes(ALONE)
-    assert [alone.cast(2), alone.cast(0), alone.settle(1)] == [2, 0, 1]
+    alone = StopVote(ALONE)
+    assert [alone.vote(2), alone.vote(0), alone.finish(1)] == [2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, tiny_recipe: Callab
         process.kill()
     assert process.returncode == 0, err
     results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert len(results) == 1  # rank 0 alone speaks
+    assert len(results) == 1  # rank 0 alone is_main_process
     (folder,) = (tmp_path / "runs").iterdir()
     run = Run(folder)
     assert run.finished

@@ -22,7 +22,7 @@ from rkd_deploy.recipe.method import BASE_LOSSES
 from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods import base_loss
-from rkd_deploy.train.methods.baseline import Taught
+from rkd_deploy.train.methods.baseline import Distilled
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, mse
 from rkd_deploy.train.networks import build_residual, load_part
@@ -104,7 +104,7 @@ def test_unequal_maps_are_compared_at_the_smaller_size():
 def test_every_base_loss_between_networks_of_unlike_stages(teacher, student, loss):
     T, S0 = made(teacher), made(student)
     recipe = MethodRecipe(name=loss, **({"hint_stage": 1} if loss == "fitnet" else {}))
-    values = losses_of_steps(Taught(T, S0, base_loss(recipe, T, S0, (SIZE, SIZE)), 1.0))
+    values = losses_of_steps(Distilled(T, S0, base_loss(recipe, T, S0, (SIZE, SIZE)), 1.0))
     assert all(torch.tensor(values).isfinite()), values
     assert min(values[1:]) < values[0], values
 

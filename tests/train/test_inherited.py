@@ -21,7 +21,7 @@ from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.networks import build_given, build_teacher, load_part
+from rkd_deploy.train.networks import build_s0, build_teacher, load_part
 from rkd_deploy.train.runs import Run, newest_run
 from rkd_deploy.train.weights import load_tensors
 
@@ -132,7 +132,7 @@ def test_a_fraction_of_the_teacher_is_used_and_not_exceeded(
     keys = (f"student.fraction={fraction}", f"student.budget={unit}", "student.name=teacher", "method.name=kd")
     recipe = tiny_recipe(f"teacher.name={name}", *keys, "data.image_size=32", "student.round_to=4")
     facts = gather_facts(recipe, load_images(recipe.data, 0))
-    costs: list[Any] = [count(build(recipe, facts), 32) for build in (build_given, build_teacher)]
+    costs: list[Any] = [count(build(recipe, facts), 32) for build in (build_s0, build_teacher)]
     given, teacher = (cost.macs if unit == "macs" else cost.parameters for cost in costs)
     assert given / teacher <= fraction
     if fraction > 0.65 and (name, unit) == ("tv:mobilenet_v3_small", "params"):  # 0.61 of T's lie before its own head

@@ -8,7 +8,7 @@ from rkd_deploy.data.sources import load_images
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import facts as run_facts
 from rkd_deploy.train.facts import gather_facts
-from rkd_deploy.train.networks import build_given, build_residual, build_teacher, derived_seed, seeded
+from rkd_deploy.train.networks import build_residual, build_s0, build_teacher, derived_seed, seeded
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -76,5 +76,5 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
     assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)
     assert model.head.weight.shape == (10, 256)
     assert build_teacher(recipe, facts).channels == 256
-    assert build_given(recipe, facts).widths == (16, 16, 32, 64)
+    assert build_s0(recipe, facts).widths == (16, 16, 32, 64)
     assert torch.equal(model.head.weight, build_residual(recipe, facts).head.weight)

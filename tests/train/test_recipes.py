@@ -98,7 +98,7 @@ def two_steps_of_every_phase(recipe: Recipe, images: ImageSet) -> list[str]:
     assert facts["separation"]["cost"] <= facts["separation"]["budget"]
     device = torch.device("cpu")
     nets = networks.build_networks(recipe, facts, device)
-    for net in (nets.teacher, nets.given, nets.model):
+    for net in (nets.teacher, nets.s0, nets.model):
         assert net is not None
         for layer in net.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):

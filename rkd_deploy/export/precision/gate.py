@@ -36,10 +36,13 @@ class Judgement:
         reference_top1: Accuracy of the float32 PyTorch model in %; None where labels are not known.
         top1: Accuracy of the file.
         drop: The difference in points.
+        drop_interval: Its 95 % interval over images like these, in points.
         max_abs_diff: Largest difference of a logit.
-        min_agreement: Limit.
-        max_drop: Limit.
-        passed: Both limits hold, rounded up to whole images, and every logit is finite.
+        min_agreement: Limit, in %, as asked for.
+        max_drop: Limit, in points, as asked for.
+        effective_agreement: The same limit in whole images, which it is held to, in %.
+        effective_drop: The same limit in whole images, which it is held to, in points.
+        passed: Both effective limits hold, and every logit is finite.
     """
 
     images: int
@@ -47,18 +50,24 @@ class Judgement:
     reference_top1: float | None
     top1: float | None
     drop: float | None
+    drop_interval: tuple[float, float] | None
     max_abs_diff: float
     min_agreement: float
     max_drop: float
+    effective_agreement: float
+    effective_drop: float
     passed: bool
 
     def in_words(self) -> str:
-        """One line, limits included."""
-        words = (
-            f"{self.agreement:.2f} % of {self.images} held-out images keep their class (limit {self.min_agreement:g})"
-        )
-        if self.drop is not None:
-            words += f", top-1 {self.reference_top1:.2f} -> {self.top1:.2f} % (limit {self.max_drop:g} points)"
+        """One line, with the limits as they were held to and the interval of the drop."""
+        agreement = _limit(self.min_agreement, self.effective_agreement, "", self.images)
+        words = f"{self.agreement:.2f} % of {self.images} held-out images keep their class (limit {agreement})"
+        if self.drop is not None and self.drop_interval is not None:
+            low, high = self.drop_interval
+            words += (
+                f", top-1 {self.reference_top1:.2f} -> {self.top1:.2f} %: {self.drop:.2f} points lost, 95 % interval "
+                f"{low:.2f} to {high:.2f} (limit {_limit(self.max_drop, self.effective_drop, ' points', self.images)})"
+            )
         return words
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,19 +116,47 @@ class HeldOut:
         before = top1(self.logits_NK.argmax(1), self.labels_N) if known else None
         after = top1(logits_NK.argmax(1), self.labels_N) if known else None
         drop = None if before is None or after is None else before - after
+        count = len(same_N)
+        differing, lost = _allowed(100 - gates.agreement, count), _allowed(gates.drop, count)
+        right_N = logits_NK.argmax(1) == self.labels_N
+        was_right_N = self.logits_NK.argmax(1) == self.labels_N
         return Judgement(
-            images=len(same_N),
+            images=count,
             agreement=agreement,
             reference_top1=before,
             top1=after,
             drop=drop,
+            drop_interval=_drop_interval(was_right_N, right_N) if known else None,
             max_abs_diff=float(difference.max()) if finite else np.inf,
             min_agreement=gates.agreement,
             max_drop=gates.drop,
+            effective_agreement=100 - 100 * differing / count,
+            effective_drop=100 * lost / count,
             passed=finite
-            and _images(100 - agreement, len(same_N)) <= _allowed(100 - gates.agreement, len(same_N))
-            and (drop is None or _images(drop, len(same_N)) <= _allowed(gates.drop, len(same_N))),
+            and _images(100 - agreement, count) <= differing
+            and (drop is None or _images(drop, count) <= lost),
         )
+
+
+def _limit(asked: float, effective: float, unit: str, images: int) -> str:
+    """A limit as asked for, and what it comes to in whole images where that is another number."""
+    words = f"{asked:g}{unit}"
+    return words if math.isclose(asked, effective) else f"{words}, in whole images of {images} {effective:.2f}"
+
+
+def _drop_interval(was_right_N: npt.NDArray[np.bool_], is_right_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """95 % interval of a drop of accuracy, in points, between two classifiers of the same images.
+
+    Wald's interval for matched proportions with half an image added to each of the four cells, which keeps its coverage
+    where few images change (Agresti and Min, Statistics in Medicine 24, 2005, "Simple improved confidence intervals for
+    comparing matched proportions").
+    """
+    lost = float((was_right_N & ~is_right_N).sum()) + 0.5
+    gained = float((~was_right_N & is_right_N).sum()) + 0.5
+    count = len(was_right_N) + 2
+    drop = (lost - gained) / count
+    half = 1.959964 * math.sqrt((lost + gained) / count - drop**2) / math.sqrt(count)
+    return 100 * (drop - half), 100 * (drop + half)
 
 
 def _images(share: float, count: int) -> int:

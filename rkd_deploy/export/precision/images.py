@@ -6,8 +6,7 @@ Letters: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy.typing as npt
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
+from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words
 from rkd_deploy.images import to_array
 
 COUNT = 256
 """Images to calibrate on, unless another number is asked for."""
 LEAST = 16
 """Fewer say too little about the ranges that other images reach."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -70,7 +69,7 @@ def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, 
     """Draw images from a folder and the folders in it, cropped to the model's size as `load` does.
 
     Args:
-        folder: Holds JPEG, PNG, BMP or WebP files; labels do not matter.
+        folder: Holds images (see `rkd_deploy.image_folders`); labels do not matter.
         preprocess: The model's rule.
         count: How many. Default: `COUNT`, or all where there are fewer.
         seed: Draws them.
@@ -78,30 +77,16 @@ def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, 
     Raises:
         DataError: The folder is missing, cannot be read, or has too few images; an image is broken.
     """
-    try:
-        if not folder.is_dir():
-            raise _no_images(folder, "is no folder")
-        names = sorted(_images_in(folder))
-    except OSError as error:
-        raise DataError(
-            f"The calibration folder {folder} cannot be read: {error.strerror} ({error.filename}). Mend its "
-            "permissions, or name another with --calibration FOLDER."
-        ) from error
+    if not folder.is_dir():
+        raise _no_images(folder, "is no folder")
+    below = images_below(folder)
+    left_out = f" (left out: {left_out_in_words(below.left_out)})" if below.left_out else ""
+    names = sorted(Path(path).relative_to(folder).as_posix() for path in below.paths)
     if not names:
-        raise _no_images(folder, "holds no image")
+        raise _no_images(folder, f"holds no image{left_out}")
     chosen = draw(len(names), count, seed, f"the folder {folder}")
     pixels = np.stack([to_array(folder / names[index], preprocess) for index in chosen])
-    return Calibration(pixels, f"folder {folder.resolve().name}", seed)
-
-
-def _images_in(folder: Path) -> Iterator[str]:
-    def stop(error: OSError) -> None:
-        raise error  # a folder that is passed over in silence would be one whose images nobody misses
-
-    for parent, _, names in os.walk(folder, onerror=stop):
-        for name in names:
-            if name.lower().endswith(SUFFIXES):
-                yield (Path(parent) / name).relative_to(folder).as_posix()
+    return Calibration(pixels, f"folder {folder.resolve().name}{left_out}", seed)
 
 
 def _no_images(folder: Path, reason: str) -> DataError:

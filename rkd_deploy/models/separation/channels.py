@@ -15,8 +15,8 @@ import copy
 import itertools
 import math
 import types
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
+from rkd_deploy.models.staged import Widths
 
 Indices = npt.NDArray[np.int64]
 STAYS = -1
@@ -79,14 +80,16 @@ class Channels:
         output: The unit of each channel that comes out, or `STAYS`.
         spaces: Each unit is in one of them; in the order of the layers.
         widths: Channels of each width before anything is removed.
+        fixed: Why the channels of some layers cannot be removed, a reason each; empty where all can.
     """
 
     axes: dict[tuple[str, int], Indices]
     output: Indices
     spaces: tuple[Space, ...]
-    widths: tuple[int, ...]
+    widths: Widths
+    fixed: tuple[str, ...] = ()
 
-    def steps(self, round_to: int) -> tuple[int, ...]:
+    def steps(self, round_to: int) -> Widths:
         """Each width is a multiple of this many channels."""
         return tuple(
             math.lcm(*(space.step(round_to) for space in self.spaces if space.width == index))
@@ -133,47 +136,120 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """Torch-Pruning's graph, put right where it fails on ShuffleNet's split, join and shuffle of channels.
+    """Torch-Pruning's graph with exact channel counts, and with a search that visits every channel once.
 
-    It takes every reshape for a flattening that multiplies the channels, and then divides by zero. In a feature
-    extractor nothing is flattened but 1x1 maps, which keeps the channels: every reshape is taken for an element-wise
-    operation. Through a shuffle the number of channels thus stays right, and not their order.
+    The base guesses how many channels an operation gives from the layers around it, and guesses wrong beside slices,
+    unequal splits and shuffles. PyTorch's autograd graph knows: every node has the shape of what it gave.
     """
 
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         for node in nodes.values():
             if node.type == tp.ops.OPTYPE.RESHAPE:
+                # The base takes every reshape for a flattening that multiplies the channels, and divides by zero at
+                # ShuffleNet's. A feature extractor flattens nothing but 1x1 maps, which keeps the channels, so every
+                # reshape passes for element-wise: through a shuffle their number stays right, and not their order.
                 node.type = tp.ops.OPTYPE.ELEMENTWISE
-            elif node.type == tp.ops.OPTYPE.SPLIT and hasattr(node.grad_fn, "_saved_split_size"):
+            elif node.type == tp.ops.OPTYPE.SPLIT:
                 self._describe_split(node)
         return nodes
 
+    def get_out_channels(self, module_or_node: Any) -> Any:
+        """Channels of what a layer or operation gives; those of a split's several parts are in its offsets."""
+        known = super().get_out_channels(module_or_node)
+        if known is not None or not isinstance(module_or_node, tp.dependency.Node):
+            return known
+        return _channels_of(module_or_node.grad_fn)
+
     def get_in_channels(self, module_or_node: Any) -> Any:
-        """The channels of a split too: the base guesses them, and leaves joins out where it has guessed wrong."""
-        if getattr(module_or_node, "type", None) == tp.ops.OPTYPE.SPLIT and module_or_node.module.offsets:
+        """Channels of what a layer or operation takes; a join takes as many as it gives."""
+        node_type = getattr(module_or_node, "type", None)
+        if node_type == tp.ops.OPTYPE.SPLIT and module_or_node.module.offsets:
             return module_or_node.module.offsets[-1]
+        if node_type == tp.ops.OPTYPE.CONCAT:
+            return _channels_of(module_or_node.grad_fn)
         return super().get_in_channels(module_or_node)
 
+    def get_pruning_group(self, module: Any, pruning_fn: Any, idxs: Sequence[int]) -> Any:
+        """The channels of one layer, and where else they are; `coupled` are those that meet in one place.
+
+        The base searches by whole sets of channels. Where paths overlap in part (a shortcut added to the first channels
+        of a wider map, block after block) there are 2^blocks such sets, and it hangs. This search goes on with the
+        channels alone that a layer has not been reached with before: each is visited once.
+        """
+        node = self.module2node[module]
+        if isinstance(module, nn.Conv2d) and module.groups == module.out_channels > 1:
+            pruning_fn = tp.function.prune_depthwise_conv_out_channels
+        start = [tp._helpers._HybridIndex(idx=index, root_idx=index) for index in idxs]
+        reached: dict[tuple[int, Any], tuple[Any, dict[Any, None]]] = {}
+
+        def unvisited(dep: Any, indices: Sequence[Any]) -> list[Any]:
+            _, visited = reached.setdefault((id(dep.target), dep.handler), (dep, {}))
+            new = [index for index in dict.fromkeys(indices) if index not in visited]
+            visited.update(dict.fromkeys(new))
+            return new
+
+        first = tp.dependency.Dependency(pruning_fn, pruning_fn, source=node, target=node)
+        open_ends = [(first, unvisited(first, start))]
+        while open_ends:
+            arrived, indices = open_ends.pop()
+            for dep in arrived.target.dependencies:
+                if dep.is_triggered_by(arrived.handler):
+                    mapped: Any = indices
+                    for mapping in dep.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    if mapped and (new := unvisited(dep, mapped)):
+                        open_ends.append((dep, new))
+        group = tp.dependency.Group()
+        group._DG, group.coupled = self, set()
+        for dep, visited in reached.values():
+            root_of: dict[int, int] = {}
+            for index in visited:
+                root = root_of.setdefault(index.idx, index.root_idx)
+                if root != index.root_idx:  # two channels of the first layer meet here: Ghost modules have such halves
+                    group.coupled.add((root, index.root_idx))
+            item = tp._helpers.GroupItem(dep=dep, idxs=list(root_of))
+            item.root_idxs = list(root_of.values())
+            group._group.append(item)
+        return group
+
     def _describe_split(self, node: Any) -> None:
-        """Tell the sizes and the order of the parts: torch.chunk's are neither found nor put in order by the base."""
-        sizes, size = node.grad_fn._saved_self_sym_sizes, node.grad_fn._saved_split_size
-        dim = int(np.array(node.grad_fn._saved_dim, dtype=np.uint64).astype(np.int64)) % len(sizes)
-        parts = [min(size, sizes[dim] - start) for start in range(0, sizes[dim], size)]
+        """Put a split's parts in order, with their sizes, as the base does not do."""
+        grad_fn = node.grad_fn
+        sizes = grad_fn._saved_self_sym_sizes
+        dim = int(np.array(grad_fn._saved_dim, dtype=np.uint64).astype(np.int64)) % len(sizes)
+        if hasattr(grad_fn, "_saved_split_sizes"):
+            parts = list(grad_fn._saved_split_sizes)
+        else:
+            size = grad_fn._saved_split_size
+            parts = [min(size, sizes[dim] - start) for start in range(0, sizes[dim], size)]
         readers = {
             number: reader
             for reader in node.outputs
             for function, number in reader.grad_fn.next_functions
-            if function is node.grad_fn
+            if function is grad_fn
         }
         if dim == 1 and (len(node.outputs) != len(parts) or len(readers) != len(parts)):
             raise UsageError(
                 f"S0 cannot be narrowed: it splits {sizes[dim]} channels into {len(parts)} parts (operator "
-                f"{node.grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
+                f"{grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
                 "only parts that are read by one layer each can be followed. Give another S0."
             )
         node.outputs = [readers[number] for number in sorted(readers)] if dim == 1 else node.outputs
         node.grad_fn = types.SimpleNamespace(_saved_dim=dim, _saved_split_sizes=parts)
+
+
+def _cuts_channels(operation: Any) -> bool:
+    """Whether a slice leaves channels out. One that takes all of them goes on doing so when there are fewer."""
+    grad_fn = operation.grad_fn
+    sizes = grad_fn._saved_self_sym_sizes
+    return operation.dim == 1 and not (grad_fn._saved_start == 0 and grad_fn._saved_end >= sizes[1])
+
+
+def _channels_of(grad_fn: Any) -> int | None:
+    """Channels of what a node of the autograd graph gave; None where that is not one map or vector."""
+    shapes = [entry.shape for entry in getattr(grad_fn, "_input_metadata", ())]
+    return int(shapes[0][1]) if len(shapes) == 1 and len(shapes[0]) in (2, 4) else None
 
 
 class _Forest:
@@ -215,7 +291,7 @@ class _Coupling:
         self._units, self._spaces, self._widths = _Forest(), _Forest(), _Forest()
         self._home: list[int] = []  # of each channel, the number of its group of Torch-Pruning's
         self._score: list[float] = []
-        self._stuck: set[int] = set()  # groups of which nothing can be removed
+        self._fixed: dict[int, str] = {}  # groups of which nothing can be removed, and why
 
     def add(self, group: Any, importance: Tensor | None) -> None:
         """A group of Torch-Pruning's: the channels of one layer, and where else they are."""
@@ -224,10 +300,14 @@ class _Coupling:
             forest.grow(more)
         self._home += [number] * count
         self._score += [0.0] * count if importance is None else importance.tolist()
+        for pair in group.coupled:
+            self._together([first + index for index in pair])
         for item in group:
             layer = item.dep.target.module
-            if isinstance(layer, tp.ops._SliceOp) and layer.dim == 1:
-                self._stuck.add(number)  # its bounds are written in the network's code
+            if isinstance(layer, tp.ops._SliceOp) and _cuts_channels(layer):
+                start, size = layer.grad_fn._saved_start, layer.grad_fn._saved_self_sym_sizes[1]
+                part = f"channels {start} to {min(layer.grad_fn._saved_end, size)} of {size}"
+                self._fix([number], f"{self._reader(item.dep.target)} is a slice, {part}")
             for side, size in self._sides(layer, item.dep.handler):
                 owner = self._owner.setdefault((layer, side), np.full(size, STAYS, dtype=np.int64))
                 indices, roots = np.array(item.idxs), first + np.array(item.root_idxs)
@@ -243,7 +323,8 @@ class _Coupling:
                 continue
             sides = [self._owner[layer, side] for side in ("in", "out") if (layer, side) in self._owner]
             if len(sides) < 2 or any((side == STAYS).any() for side in sides):
-                self._stuck.update(self._homes(np.concatenate([*sides, [STAYS]])))
+                reason = f"{self._names[layer]} is a grouped convolution of channels of which some cannot be removed"
+                self._fix(self._homes(np.concatenate([*sides, [STAYS]])), reason)
                 continue
             for block in np.concatenate([side.reshape(layer.groups, -1) for side in sides], axis=1):
                 self._together(block)
@@ -255,7 +336,8 @@ class _Coupling:
                 continue
             parts = [owner[start:end] for start, end in itertools.pairwise(self._offsets(layer))]
             if len({len(part) for part in parts}) > 1 or (owner == STAYS).any():
-                self._stuck.update(self._homes(owner))
+                sizes, reader = [len(part) for part in parts], self._reader(self._graph.module2node[layer])
+                self._fix(self._homes(owner), f"{reader} is split off, in parts of {sizes} channels")
                 continue
             for column in np.stack(parts, axis=1):
                 if len(homes := self._homes(column)) == 1:
@@ -269,10 +351,10 @@ class _Coupling:
         per_layer, first = self._footprints(units, spaces)
         for home in range(len(self._spaces)):
             self._widths.join((home, self._spaces.root(home)))
-        stuck = {self._widths.root(home) for home in self._stuck}
+        fixed = {self._widths.root(home) for home in self._fixed}
         widths = self._widths.roots()
         order = [
-            space for _, space in sorted((first[space][0], space) for space in first if widths[space] not in stuck)
+            space for _, space in sorted((first[space][0], space) for space in first if widths[space] not in fixed)
         ]
         numbers = {width: index for index, width in enumerate(dict.fromkeys(widths[space] for space in order))}
         score, members = np.array(self._score), {}
@@ -295,6 +377,7 @@ class _Coupling:
             movable[output[output != STAYS]],
             tuple(members.values()),
             tuple(full[index] for index in range(len(full))),
+            tuple(dict.fromkeys(self._fixed.values())),
         )
 
     def _footprints(
@@ -308,7 +391,8 @@ class _Coupling:
             for space in np.unique(spaces[channels]).tolist():
                 _, counts = np.unique(units[channels[spaces[channels] == space]], return_counts=True)
                 if len(counts) != len(np.unique(units[spaces == space])) or len(set(counts)) > 1:
-                    self._stuck.add(space)  # how many channels the layer has would depend on which units are kept
+                    # How many channels the layer has would depend on which units are kept.
+                    self._fix([space], f"{self._names.get(layer, 'a join')} holds an uneven part of coupled channels")
                 if side in ("split", "output"):
                     continue
                 per_layer[space].add((int(counts[0]), layer.num_groups if isinstance(layer, nn.GroupNorm) else 1))
@@ -367,6 +451,21 @@ class _Coupling:
     def _together(self, channels: Iterable[int]) -> None:
         self._units.join(channels := list(map(int, channels)))
         self._spaces.join({self._home[channel] for channel in channels})
+
+    def _fix(self, homes: Iterable[int], reason: str) -> None:
+        for home in homes:
+            self._fixed.setdefault(home, reason)
+
+    def _reader(self, node: Any) -> str:
+        """What an operation without a name of its own gives, named after the first layer that reads it."""
+        queue, visited = deque([node]), {node}
+        while queue:
+            node = queue.popleft()
+            if name := self._names.get(node.module):
+                return f"the input of {name}"
+            queue += [reader for reader in node.outputs if reader not in visited]
+            visited.update(node.outputs)
+        return "the output"
 
     def _homes(self, owner: Indices) -> set[int]:
         return {self._home[channel] for channel in owner.tolist() if channel != STAYS}

@@ -321,7 +321,7 @@ class Pruned(Staged):
     def __init__(self, origin: External, pruner: Pruner, widths: Sequence[int], num_classes: int | None) -> None:
         super().__init__()
         self.widths: Widths = tuple(widths)
-        self.pruner = pruner
+        self.pruner, self.fixed = pruner, pruner.channels.fixed
         self._origin = (origin,)  # in a tuple: a module would be registered as a part of this one
         self.backbone = origin if self.widths == pruner.widths else origin.rewrapped(pruner.narrowed(widths))
         if self.backbone.channels != self.channels_at(widths):

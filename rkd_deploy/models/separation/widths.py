@@ -13,6 +13,7 @@ grow any further, and none exceeds S0's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,7 @@ class CostModel:
 
     Attributes:
         head: F(h).
+        fixed: Why some layers cost as much at any widths (`Staged.fixed`).
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class CostModel:
         stage_channels: Sequence[int] | None = None,
     ) -> None:
         self._network, self._size, self._unit, self._channels = network, size, unit, channels
-        self._stage_channels = stage_channels
+        self._stage_channels, self.fixed = stage_channels, network.fixed
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         with torch.no_grad():
             shadow = copy.deepcopy(network).to("meta").eval()
@@ -267,14 +269,26 @@ class WidthBudget:
 
     def _too_small(self, limit: int, part: str) -> BudgetError:
         branch, k = self.costs.branch(self.narrowest), self.assistants
+        student = branch + self.costs.head
+        # The least share that leaves room for the narrowest of both, where there is any.
+        least = math.ceil(100 * k * branch / limit) / 100
+        share = f"set student.assistant_share = {least:.2f}" if k * branch + student <= limit else ""
+        if not share or self.share >= least:
+            share = "change student.assistant_share"
         return BudgetError(
             f"The budget is too small for {part}: S0 costs {limit:,}, of which assistant_share = {self.share} "
             f"gives {'the assistant' if k == 1 else f'each of {k} assistants'} {int(self.share * limit / k):,}; "
             f"at the narrowest widths {_few(self.narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an "
-            f"assistant costs {branch:,} and a student with the head {branch + self.costs.head:,}. "
-            f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, change student.assistant_share, "
-            "or give a larger S0."
+            f"assistant costs {branch:,} and a student with the head {student:,}.{_why_fixed(self.costs.fixed)} "
+            f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, {share}, or give a larger S0."
         )
+
+
+def _why_fixed(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f", and {len(reasons) - 3} more like these" if len(reasons) > 3 else ""
+    return f" Layers whose sizes stand in the network's code keep them: {'; '.join(reasons[:3])}{more}."
 
 
 def _few(numbers: Widths) -> str:

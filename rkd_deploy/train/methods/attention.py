@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from rkd_deploy.train.methods.base import BaseLoss, View, alike, paired, promoted
+from rkd_deploy.train.methods.base import BaseLoss, View, match_size, pair_stages, promoted
 
 
 def attention(f_NCHW: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def attention(f_NCHW: Tensor) -> Tensor:
 
 def attention_loss(maps_T: Sequence[Tensor], maps_S: Sequence[Tensor]) -> Tensor:
     """L of stage maps, paired from the deepest."""
-    pairs = [alike(f_T, f_S) for f_T, f_S in paired(maps_T, maps_S)]
+    pairs = [match_size(f_T, f_S) for f_T, f_S in pair_stages(maps_T, maps_S)]
     losses = [mse_loss(attention(f_S), attention(f_T)) for f_T, f_S in pairs]
     return sum(losses[1:], losses[0])
 

@@ -1,7 +1,8 @@
-"""What every borrowed loss has in common: it sees two networks and the labels, and gives a number.
+"""What all training methods share: the interface of a method, and of a loss borrowed from another paper.
 
-The same loss serves twice: for S within residual distillation ("residual + X") and for a whole network alone, as the
-baseline X. So it knows neither; it gets a view of each.
+A borrowed loss X sees two networks and the labels, and gives a number. It serves twice: for S within residual
+distillation ("residual + X") and for a whole network alone, as the baseline X. So it knows neither network, and gets a
+`View` of each.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from rkd_deploy.models.staged import FeatureNetwork
 
 
 class View(NamedTuple):
-    """What a loss sees of a network.
+    """The maps and logits of a network for one batch: all that a borrowed loss sees of it.
 
     Attributes:
         maps: The map after each stage, [N, C_i, H_i, W_i], deepest last.
-        logits_NK: z.
+        logits_NK: The logits z.
     """
 
     maps: tuple[Tensor, ...]
@@ -30,13 +31,13 @@ class View(NamedTuple):
 
 
 class BaseLoss(nn.Module, ABC):
-    """X(T, S, y). Adapters that it trains along are its own parameters: they are not shipped.
+    """A loss X(T, S, y) of another paper. Adapters that it trains are its own parameters and are not shipped.
 
     Attributes:
-        weight: Its factor in the published protocol.
-        ce_weight: The factor of cross-entropy beside it there.
-        warmup_epochs: Its factor rises linearly over so many epochs there; 0: it is whole from the start.
-        by_stage: It is a sum of one term for each stage, which reads that stage's map alone.
+        weight: Factor of X in the published protocol.
+        ce_weight: Factor of cross-entropy beside X in the published protocol.
+        warmup_epochs: Epochs over which the published protocol raises the factor linearly; 0: full from the start.
+        by_stage: Whether X is a sum of one term for each stage, which reads that stage's map alone.
     """
 
     weight: ClassVar[float]
@@ -46,11 +47,17 @@ class BaseLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """A scalar. The teacher's view carries no gradient; y may be soft targets [N, K]."""
+        """The loss of a batch, a scalar.
+
+        Args:
+            teacher: View of T, without gradients.
+            student: View of the network that is trained.
+            y_N: Labels [N], or probabilities [N, K].
+        """
 
 
 class WeightedLoss(nn.Module):
-    """b(e) X with b(e) = b min(1, e / warmup_epochs) in epoch e = 1, 2, ...
+    """A borrowed loss times its weight: b(e) X with b(e) = b min(1, e / warmup_epochs) in epoch e = 1, 2, ...
 
     Args:
         loss: X.
@@ -66,7 +73,7 @@ class WeightedLoss(nn.Module):
         self.weight = self.full_weight
 
     def start_epoch(self, epoch: int) -> None:
-        """Set b to that of an epoch, counted from 1."""
+        """Set the weight b(e) of an epoch e, counted from 1."""
         self.weight = self.full_weight * (min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0)
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,39 +85,39 @@ class WeightedLoss(nn.Module):
 
 @torch.no_grad()
 def view_teacher(teacher: FeatureNetwork, x_NCHW: Tensor) -> View:
-    """T's view, without a graph behind it."""
+    """The maps and logits of T for a batch [N, 3, H, W], without gradients."""
     return View(*teacher.maps_and_logits(x_NCHW))
 
 
 def promoted(x: Tensor) -> Tensor:
-    """In float32 at least: under autocast maps and logits come as bfloat16, too coarse for their small differences."""
+    """The tensor in float32 at least: bfloat16 of autocast is too coarse for small differences of maps and logits."""
     return x if x.dtype.itemsize >= 4 else x.float()
 
 
-def paired(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Stage maps of T and S that belong together: counted from the deepest, where T has more stages or fewer."""
+def pair_stages(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of stage maps (T, S), counted from the deepest; the first stages of the network with more are left out."""
     count = min(len(teacher), len(student))
     return list(zip(teacher[-count:], student[-count:], strict=True))
 
 
-def alike(one_NCHW: Tensor, other_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps at the same height and width: the larger one is average-pooled."""
-    height, width = (min(sizes) for sizes in zip(one_NCHW.shape[-2:], other_NCHW.shape[-2:], strict=True))
-    return sized(one_NCHW, height, width), sized(other_NCHW, height, width)
+def match_size(a_NCHW: Tensor, b_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and the smaller width of the two, by average pooling."""
+    height, width = (min(sizes) for sizes in zip(a_NCHW.shape[-2:], b_NCHW.shape[-2:], strict=True))
+    return resized(a_NCHW, height, width), resized(b_NCHW, height, width)
 
 
-def sized(map_NCHW: Tensor, height: int, width: int) -> Tensor:
-    """The map average-pooled to a height and width, where it has another one."""
+def resized(map_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """A map average-pooled to a height and width in pixels; returned as it is where it has that size."""
     return map_NCHW if map_NCHW.shape[-2:] == (height, width) else adaptive_avg_pool2d(map_NCHW, (height, width))
 
 
 class Losses(NamedTuple):
-    """What one forward pass gives.
+    """The loss of one batch, its parts for the log, and the logits for the training accuracy.
 
     Attributes:
         total: Scalar; backward() is called on this one.
-        parts: Scalars that explain it, detached, for the log only.
-        logits_NK: For the training accuracy, detached; None while the network has no logits yet.
+        parts: Scalars that explain `total`, detached, for the log only.
+        logits_NK: Logits, detached; None while the network has none yet.
     """
 
     total: Tensor
@@ -119,7 +126,7 @@ class Losses(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """Owns what is trained and what is frozen; knows nothing of the loop.
+    """A training method: owns what is trained and what is frozen, and knows nothing of the loop.
 
     Frozen networks are handed over through `freeze`: their parameters get no gradient, and they stay in eval mode
     (batch norm uses and keeps its running statistics) whatever mode the method is set to.
@@ -131,21 +138,21 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """Loss of one batch: normalised images [N, C, H, W] and labels [N], or targets [N, K] where they are soft."""
+        """The losses of one batch of normalised images [N, C, H, W] and labels [N], or probabilities [N, K]."""
 
     @abstractmethod
     def deployable(self) -> nn.Module | None:
-        """The network this method trains, as it would be shipped: images to logits. None while it gives no logits."""
+        """The network that is trained as it would be shipped, images to logits; None while it has no logits."""
 
     def auxiliary(self) -> nn.Module | None:
-        """What is trained along and not shipped: checkpoints hold it, weights do not."""
+        """The module that is trained along and not shipped: checkpoints hold it, weights files do not."""
         return None
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before epoch 1, 2, ..., also when training is resumed in it."""
+        """Prepare for an epoch, counted from 1; called before each, also when training is resumed within one."""
 
     def freeze(self, *modules: nn.Module) -> None:
-        """Keep these out of training."""
+        """Keep modules out of training: no gradients, and eval mode for good."""
         for module in modules:
             module.requires_grad_(False).eval()
             self._frozen.append(module)

@@ -15,8 +15,8 @@ from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, vi
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 
 
-class Taught(Method):
-    """Trains all of a network but a reused head, and the adapters of the loss with it.
+class Distilled(Method):
+    """Trains a whole network by cross-entropy and a borrowed loss; a head reused from T stays frozen.
 
     Args:
         teacher: T, frozen.

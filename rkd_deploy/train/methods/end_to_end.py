@@ -24,7 +24,7 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, view_teacher
 from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import Distance, added, alike_each, explained, over_stages
+from rkd_deploy.train.methods.residual import Distance, explained_variance, match_sizes, staged_distance, sum_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +72,32 @@ class EndToEnd(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L, in the order of its terms."""
         w, model = self.weights, self.model
-        seen = view_teacher(self.teacher, x_NCHW)
+        teacher_view = view_teacher(self.teacher, x_NCHW)
         maps = model.student.features(x_NCHW)
         s = model.compared_maps(0, maps)
-        f_T, sized_s = alike_each(model.targets(seen.maps), s)
+        f_T, resized_s = match_sizes(model.targets(teacher_view.maps), s)
         parts: dict[str, Tensor] = {}
 
-        error, last = over_stages(self.distance, w.stage, f_T, sized_s)
+        error, last = staged_distance(self.distance, w.stage, f_T, resized_s)
         total, parts["student"] = w.feature * error, last.detach()
         if self.base is not None:
-            weighted, parts["base"] = self.base(seen, View(maps, model.head(pool(s[-1]))), y_N)
+            weighted, parts["base"] = self.base(teacher_view, View(maps, model.head(pool(s[-1]))), y_N)
             total = total + weighted
 
         k = len(model.assistants)
         for i, (assistant, _) in enumerate(model.branches()[1:], 1):
-            r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
+            r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
             f_A = model.compared_maps(i, assistant.features(x_NCHW))
-            _, sized_f_A = alike_each(r, f_A)
-            known = [one.detach() for one in r] if self.detach else r
-            error, last = over_stages(self.distance, w.stage, known, sized_f_A)
+            _, resized_f_A = match_sizes(r, f_A)
+            target = [residual.detach() for residual in r] if self.detach else r
+            error, last = staged_distance(self.distance, w.stage, target, resized_f_A)
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
             parts["assistant" if i == 1 else f"assistant_{i}"] = last.detach()
-            s, sized_s = added(s, f_A), added(sized_s, sized_f_A)
-        parts["explained"] = explained(f_T[-1], sized_s[-1])
+            s, resized_s = sum_maps(s, f_A), sum_maps(resized_s, resized_f_A)
+        parts["explained"] = explained_variance(f_T[-1], resized_s[-1])
 
         z = model.head(pool(s[-1]))
-        ce, kl = cross_entropy(z, y_N), kd_loss(seen.logits_NK, z, w.temperature)
+        ce, kl = cross_entropy(z, y_N), kd_loss(teacher_view.logits_NK, z, w.temperature)
         parts |= {"ce": ce.detach(), "kl": kl.detach()}
         return Losses(total + w.ce * ce + w.kl * kl, parts, z.detach())
 

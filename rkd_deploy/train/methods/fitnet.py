@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.train.methods.base import BaseLoss, View, alike
+from rkd_deploy.train.methods.base import BaseLoss, View, match_size
 
 
 class FitNet(BaseLoss):
@@ -46,5 +46,5 @@ class FitNet(BaseLoss):
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
         """MSE(f_T, R f_S)."""
-        f_T, f_S = alike(teacher.maps[self.index], student.maps[self.index])
+        f_T, f_S = match_size(teacher.maps[self.index], student.maps[self.index])
         return mse_loss(self.regressor(f_S), f_T)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, alike, view_teacher
-from rkd_deploy.train.methods.residual import Distance, explained
+from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, match_size, view_teacher
+from rkd_deploy.train.methods.residual import Distance, explained_variance
 
 
 class ProgressiveStep(Method):
@@ -63,24 +63,24 @@ class ProgressiveStep(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_S^k or L_i^k."""
         rows, step = self.model.rows(), self._learning[0]
-        seen = view_teacher(self.teacher, x_NCHW)
+        teacher_view = view_teacher(self.teacher, x_NCHW)
         with torch.no_grad():
             s_before = self.model.summed_map(x_NCHW, self.stage - 1)
             done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
         f = step.map(s_before)
         m = step.adapter(f)
         s = sum(done, torch.zeros_like(m))
-        f_T, sized_s = alike(seen.maps[self.stage - 1 - len(rows)], s)
-        _, sized_m = alike(f_T, m)
-        error = self.distance(f_T - sized_s, sized_m)
+        f_T, resized_s = match_size(teacher_view.maps[self.stage - 1 - len(rows)], s)
+        _, resized_m = match_size(f_T, m)
+        error = self.distance(f_T - resized_s, resized_m)
         parts = {
             "assistant" if self.branch else "student": error.detach(),
-            "explained": explained(f_T, sized_s + sized_m),
+            "explained": explained_variance(f_T, resized_s + resized_m),
         }
         z = self.model.head(pool(s + m)) if self.last else None
         total = self.weight * error
         if self.base is not None:
-            weighted, parts["base"] = self.base(*self._views(seen, f, z), y_N)
+            weighted, parts["base"] = self.base(*self._views(teacher_view, f, z), y_N)
             total = total + weighted
         return Losses(total, parts, None if z is None else z.detach())
 
@@ -99,7 +99,7 @@ class ProgressiveStep(Method):
         if self.base is not None:
             self.base.start_epoch(epoch)
 
-    def _views(self, seen: View, f_NCHW: Tensor, z_NK: Tensor | None) -> tuple[View, View]:
+    def _views(self, teacher_view: View, f_NCHW: Tensor, z_NK: Tensor | None) -> tuple[View, View]:
         """T and S as X sees them: this stage's map alone, and the logits where there are any."""
-        f_T = seen.maps[self.stage - 1 - len(self.model.steps)]
-        return View((f_T,), seen.logits_NK), View((f_NCHW,), seen.logits_NK if z_NK is None else z_NK)
+        f_T = teacher_view.maps[self.stage - 1 - len(self.model.steps)]
+        return View((f_T,), teacher_view.logits_NK), View((f_NCHW,), teacher_view.logits_NK if z_NK is None else z_NK)

@@ -8,7 +8,7 @@
 With `method.stages` the residual is taken at stages j before the last too, where adapters R to T's channels exist for
 training only; D then stands for D(..) + v sum_j D(f_T^j - .., R_b^j f_b^j), each stage with a sum of its own.
 
-f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`distance.py`), w its weight, X a borrowed
+f are the last stage maps, P the 1x1 adapters to T's channels, D a distance (`DISTANCES`), w its weight, X a borrowed
 loss ("residual + X"), which sees S's own stage maps and S's logits under T's head. T is frozen throughout and in eval
 mode. Maps of T and of the sum that differ in height or width are compared at the smaller of both sizes, the larger map
 average-pooled to it (SimKD's rule); the sum itself keeps S's size. k = 1 is the paper's single assistant A. Only the
@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, mse_loss, smooth_l1_loss
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, alike, promoted, view_teacher
+from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, match_size, promoted, view_teacher
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,28 +70,35 @@ DISTANCES: dict[str, Distance] = {
 
 
 @torch.no_grad()
-def explained(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
-    """Share of the target's mean square that the sum explains: 0 for a silent map, 1 for a perfect one."""
+def explained_variance(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
+    """Share of the target's mean square that a map explains: 0 for a map of zeros, 1 for the target itself."""
     return 1 - mse_loss(sum_NCHW, target_NCHW) / target_NCHW.square().mean()
 
 
-def over_stages(
+def staged_distance(
     distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """D + v sum_j D_j over the stages before the last, and D at the last alone."""
-    *early, last = [distance(target, one) for target, one in zip(targets, maps, strict=True)]
+    """The distance over all stages, D + v sum_j D_j with j before the last, and D at the last stage alone.
+
+    Args:
+        distance: D.
+        stage_weight: v.
+        targets: A map for each stage, the last one last.
+        maps: What is compared with the targets, of the same shapes.
+    """
+    *early, last = [distance(target, m) for target, m in zip(targets, maps, strict=True)]
     return (last + stage_weight * torch.stack(early).sum() if early else last), last
 
 
-def alike_each(ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Maps of T and of S at each stage, both at the smaller height and width of the two."""
-    pairs = [alike(one, other) for one, other in zip(ones, others, strict=True)]
-    return [one for one, _ in pairs], [other for _, other in pairs]
+def match_sizes(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps of two networks stage by stage, each pair at the smaller height and width of the two."""
+    pairs = [match_size(map_a, map_b) for map_a, map_b in zip(a, b, strict=True)]
+    return [map_a for map_a, _ in pairs], [map_b for _, map_b in pairs]
 
 
-def added(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """The sum at each stage."""
-    return [one + other for one, other in zip(ones, others, strict=True)]
+def sum_maps(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of the maps of two branches, stage by stage."""
+    return [map_a + map_b for map_a, map_b in zip(a, b, strict=True)]
 
 
 class StudentStep(Method):
@@ -124,16 +131,16 @@ class StudentStep(Method):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_S = w D(f_T, P_S f_S) [+ b X]."""
-        seen = view_teacher(self.teacher, x_NCHW)
+        teacher_view = view_teacher(self.teacher, x_NCHW)
         maps = self.model.student.features(x_NCHW)
-        levels = self.model.compared_maps(0, maps)
-        z_S = self.model.head(pool(levels[-1]))
-        f_T, sized = alike_each(self.model.targets(seen.maps), levels)
-        error, last = over_stages(self.distance, self.stage_weight, f_T, sized)
+        s = self.model.compared_maps(0, maps)
+        z_S = self.model.head(pool(s[-1]))
+        f_T, resized_s = match_sizes(self.model.targets(teacher_view.maps), s)
+        error, last = staged_distance(self.distance, self.stage_weight, f_T, resized_s)
         total = self.weight * error
-        parts = {"student": last.detach(), "explained": explained(f_T[-1], sized[-1])}
+        parts = {"student": last.detach(), "explained": explained_variance(f_T[-1], resized_s[-1])}
         if self.base is not None:
-            weighted, parts["base"] = self.base(seen, View(maps, z_S), y_N)
+            weighted, parts["base"] = self.base(teacher_view, View(maps, z_S), y_N)
             total = total + weighted
         return Losses(total, parts, z_S.detach())
 
@@ -184,14 +191,17 @@ class AssistantStep(Method):
         model, networks = self.model, [network for network, _ in self.model.branches()]
         with torch.no_grad():
             before = [model.compared_maps(b, networks[b].features(x_NCHW)) for b in range(self.number)]
-            s = functools.reduce(added, before)
-            f_T, sized_s = alike_each(model.targets(self.teacher.features(x_NCHW)), s)
-            r = [target - one for target, one in zip(f_T, sized_s, strict=True)]
+            s = functools.reduce(sum_maps, before)
+            f_T, resized_s = match_sizes(model.targets(self.teacher.features(x_NCHW)), s)
+            r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
         f_A = model.compared_maps(self.number, networks[self.number].features(x_NCHW))
-        _, sized_f_A = alike_each(r, f_A)
-        error, last = over_stages(self.distance, self.stage_weight, r, sized_f_A)
+        _, resized_f_A = match_sizes(r, f_A)
+        error, last = staged_distance(self.distance, self.stage_weight, r, resized_f_A)
         with torch.no_grad():
-            parts = {"assistant": last.detach(), "explained": explained(f_T[-1], sized_s[-1] + sized_f_A[-1])}
+            parts = {
+                "assistant": last.detach(),
+                "explained": explained_variance(f_T[-1], resized_s[-1] + resized_f_A[-1]),
+            }
             logits_NK = model.head(pool(s[-1] + f_A[-1]))
         return Losses(self.weight * error, parts, logits_NK)
 

@@ -1,7 +1,7 @@
 """Knowledge review, ReviewKD (Chen, Liu, Zhao, Jia, CVPR 2021, arXiv 2104.09044).
 
 From the deepest level to the shallowest, S's maps f_i are fused with what comes from the level below and each result
-imitates T's map of the same level; the pooled last map, seen as a 1x1 map, is a level of its own, the deepest:
+imitates T's map of the same level; the pooled last map, taken as a 1x1 map, is a level of its own, the deepest:
 
     x_i = a_i * BN(1x1 f_i) + c_i * up(x_{i+1})        (a_i, c_i) = sigmoid(1x1 [BN(1x1 f_i); up(x_{i+1})])
     u_i = BN(3x3 x_i)                                  to T's channels, at T's size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rkd_deploy.models.staged import FeatureNetwork
-from rkd_deploy.train.methods.base import BaseLoss, View, alike
+from rkd_deploy.train.methods.base import BaseLoss, View, match_size
 
 
 def projector(channels: int, out_channels: int, factor: int) -> nn.Sequential:
@@ -85,5 +85,5 @@ class SimKD(BaseLoss):
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
         """MSE(f_T, R f_S)."""
-        f_T, f_S = alike(teacher.maps[-1], student.maps[-1])
+        f_T, f_S = match_size(teacher.maps[-1], student.maps[-1])
         return mse_loss(self.projector(f_S), f_T)

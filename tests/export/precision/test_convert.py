@@ -19,7 +19,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import CheckpointError, DataError, GateError, MissingDependencyError, ModelFileError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.precision.convert import lower, to_half
-from rkd_deploy.export.precision.gate import HeldOut
+from rkd_deploy.export.precision.gate import HeldOut, _drop_interval
 from rkd_deploy.export.precision.int8 import Int8Quantiser
 from rkd_deploy.export.precision.options import Gates
 
@@ -290,3 +290,29 @@ def test_fp8_by_modelopt(trained):
     types = {tensor.data_type for tensor in found.proto.graph.initializer}
     assert onnx.TensorProto.FLOAT8E4M3FN in types
     assert preprocessing(found.proto) == ["Cast", "Transpose", "Mul", "Add"]
+
+
+def test_the_gate_says_its_limit_in_whole_images_and_the_interval_of_the_drop(trained):
+    """0.5 points of 100 images are one image. The interval is (1.5 - 0.5 +- 1.96 sqrt(2 - 1 / 102)) / 102."""
+    reference = PyTorchBackend(trained.graph, input_shape=(None, 8, 8, 3), input_dtype="uint8")
+    x = trained.held_out[0][0][:100]
+    labels = trained.logits(x).argmax(1)
+    labels[:55] = (labels[:55] + 1) % 10
+    held_out = HeldOut(reference, [(x, labels)], trained.card)
+    found = held_out.logits_NK.copy()
+    found[99] = -found[99]
+    judgement = held_out.judge(found, Gates(agreement=90.0, drop=0.5))
+    assert (judgement.passed, judgement.effective_agreement, judgement.effective_drop) == (True, 90.0, 1.0)
+    assert judgement.in_words() == (
+        "99.00 % of 100 held-out images keep their class (limit 90), top-1 45.00 -> 44.00 %: 1.00 points lost, 95 % "
+        "interval -1.73 to 3.69 (limit 0.5 points, in whole images of 100 1.00)"
+    )
+
+
+def test_the_interval_of_a_drop_is_that_of_matched_proportions():
+    """Agresti, Categorical Data Analysis, table 10.1: 150 and 86 of 1600 change; Wald's interval is 0.04 +- 0.0187."""
+    before = np.repeat([True, True, False, False], [794, 150, 86, 570])
+    after = np.repeat([True, False, True, False], [794, 150, 86, 570])
+    assert _drop_interval(before, after) == pytest.approx((4 - 1.87, 4 + 1.87), abs=0.03)
+    low, high = _drop_interval(before, before)
+    assert low < 0 < high

@@ -39,6 +39,21 @@ def test_a_run_becomes_a_bundle_and_a_repository_beside_it(tiny_run, tmp_path):
         assert line in config
 
 
+def test_a_bundle_that_stands_in_the_run_is_taken_as_it_is(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    bundle = json.loads(export(run, "--json").stdout.splitlines()[-1])["bundle"]
+    before = {path: path.read_bytes() for path in (run / "bundle").iterdir()}
+    made = json.loads(export(run, "--format", "triton", "--threads", "1", "--json").stdout.splitlines()[-1])
+    assert (made["bundle"], made["reused"], made["triton"]["version"]) == (bundle, True, 1)
+    assert {path: path.read_bytes() for path in (run / "bundle").iterdir()} == before
+    other = json.loads(export(run, "--format", "triton", "--part", "s0", "--json").stdout.splitlines()[-1])
+    assert other["bundle"] == str(run / "bundle-s0")  # another network is another bundle
+    with (run / "bundle/labels.txt").open("a") as labels:
+        labels.write("x")
+    again = json.loads(export(run, "--format", "triton", "--config", "keep", "--json").stdout.splitlines()[-1])
+    assert again["bundle"] == str(run / "bundle-2")  # what was changed is not taken
+
+
 def test_a_bundle_becomes_the_next_version(bundles, tmp_path):
     options = ("--format", "triton", "--repository", tmp_path / "models", "--model-name", "tiny", "--json")
     options += ("--instances", "cpu:2", "--serve-versions", "all", "--storage-uri", "s3://bucket/models")

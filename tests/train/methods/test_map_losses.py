@@ -16,8 +16,8 @@ from rkd_deploy.models.staged import stage_shapes
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.attention import attention, attention_loss
-from rkd_deploy.train.methods.base import View, alike, paired, view_teacher
-from rkd_deploy.train.methods.baseline import Taught
+from rkd_deploy.train.methods.base import View, match_size, pair_stages, view_teacher
+from rkd_deploy.train.methods.baseline import Distilled
 from rkd_deploy.train.methods.fitnet import FitNet
 from rkd_deploy.train.methods.reviewkd import ReviewKD, hierarchical_context_loss
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
@@ -172,8 +172,8 @@ def test_views_and_pairs() -> None:
     assert not any(value.requires_grad for value in (*seen.maps, seen.logits_NK))
     assert stage_shapes(T.float().train(), (8, 12)) == [(4, 8, 12), (6, 4, 6), (8, 2, 3)]
     assert T.training
-    assert paired(seen.maps, seen.maps[1:]) == [(seen.maps[1], seen.maps[1]), (seen.maps[2], seen.maps[2])]
-    one, other = alike(torch.zeros(1, 2, 8, 8), torch.arange(8.0).view(1, 1, 2, 4))
+    assert pair_stages(seen.maps, seen.maps[1:]) == [(seen.maps[1], seen.maps[1]), (seen.maps[2], seen.maps[2])]
+    one, other = match_size(torch.zeros(1, 2, 8, 8), torch.arange(8.0).view(1, 1, 2, 4))
     assert (one.shape, other.shape) == ((1, 2, 2, 4), (1, 1, 2, 4))
 
 
@@ -185,7 +185,7 @@ def test_gradients_reach_the_network_and_the_adapters_and_never_the_teacher(name
     T = CifarResNet(8, (4, 4, 6, 8), CLASSES)
     S0 = CifarResNet(8, (3, 3, 4, 5), CLASSES)
     base = base_loss(MethodRecipe(base=name), T, S0, (8, 8))
-    method = Taught(T, S0, base, ce_weight=0.0).train()
+    method = Distilled(T, S0, base, ce_weight=0.0).train()
     before = copy.deepcopy(T.state_dict())
     losses = method(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]))
     losses.total.backward()
@@ -205,7 +205,7 @@ def test_gradients_reach_the_network_and_the_adapters_and_never_the_teacher(name
 
 def test_taught_adds_cross_entropy_and_the_weighted_loss() -> None:
     T, S0 = (CifarResNet(8, widths, CLASSES) for widths in ((4, 4, 6, 8), (3, 3, 4, 5)))
-    method = Taught(T, S0, base_loss(MethodRecipe(name="at", base_weight=50.0), T, S0, (8, 8)), ce_weight=0.3).eval()
+    method = Distilled(T, S0, base_loss(MethodRecipe(name="at", base_weight=50.0), T, S0, (8, 8)), ce_weight=0.3).eval()
     x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     losses = method(x, y)
     z = S0(x)
@@ -217,6 +217,6 @@ def test_taught_adds_cross_entropy_and_the_weighted_loss() -> None:
 def test_the_reused_head_is_not_trained() -> None:
     T, S0 = (CifarResNet(8, widths, CLASSES) for widths in ((4, 4, 6, 8), (3, 3, 4, 5)))
     reused = ReusedClassifier(S0.rebuilt(S0.widths, None), 8, nn.Linear(8, CLASSES), 2)
-    method = Taught(T, reused, base_loss(MethodRecipe(name="simkd"), T, reused, (8, 8)), ce_weight=1.0).train()
+    method = Distilled(T, reused, base_loss(MethodRecipe(name="simkd"), T, reused, (8, 8)), ce_weight=1.0).train()
     method(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])).total.backward()
     assert {n for n, p in reused.named_parameters() if p.grad is None} == {"fc.weight", "fc.bias"}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
-from rkd_deploy.train.methods.base import Method, alike
-from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, explained, mse
+from rkd_deploy.train.methods.base import Method, match_size
+from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, explained_variance, mse
 
 CHANNELS, CLASSES, WEIGHT = 10, 4, 3.0
 Make = Callable[[CifarResNet, ResidualStudent], Method]
@@ -70,18 +70,18 @@ def test_distance_is_the_mean_over_all_elements() -> None:
 
 def test_the_larger_of_two_maps_is_pooled_to_the_smaller() -> None:
     large, small = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 7, 2, 2)
-    for one, other in (alike(large, small), alike(small, large)[::-1]):
+    for one, other in (match_size(large, small), match_size(small, large)[::-1]):
         assert one.tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
         assert other is small
-    assert alike(large, large)[0] is large
+    assert match_size(large, large)[0] is large
 
 
 def test_explained_is_0_for_silence_and_1_for_the_target() -> None:
     target = torch.randn(2, 3, 4, 4)
-    assert explained(target, torch.zeros_like(target)).item() == pytest.approx(0, abs=1e-6)
-    assert explained(target, target).item() == 1
-    assert explained(target, target / 2).item() == pytest.approx(0.75)
-    assert explained(target, -target).item() == pytest.approx(-3)  # worse than silence
+    assert explained_variance(target, torch.zeros_like(target)).item() == pytest.approx(0, abs=1e-6)
+    assert explained_variance(target, target).item() == 1
+    assert explained_variance(target, target / 2).item() == pytest.approx(0.75)
+    assert explained_variance(target, -target).item() == pytest.approx(-3)  # worse than silence
 
 
 # The losses, against a second implementation
