@@ -99,7 +99,7 @@ def _bundles(folder: Path) -> dict[str, Path]:
     made = {}
     for name, ((student, assistant), levels) in pairs.items():
         model = ResidualStudent(student, [assistant], channels=64, num_classes=100)
-        torch.nn.init.normal_(model.branches()[1][1].weight, std=0.1)
+        torch.nn.init.normal_(model.branches()[1][1].norm.weight, std=0.1)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = (

@@ -137,7 +137,7 @@ def recipes() -> str:
     rows = ["| recipe | T | S0 | base | budget | published | time | result |", "| --- " * 8 + "|"]
     for path in sorted(RECIPES.glob("*.toml")):
         recipe, head = read_recipe(path), comment(path)
-        names = (recipe.teacher.name, recipe.student.name, recipe.method.base)
+        names = (recipe.teacher.name, recipe.student.name, recipe.method.loss)
         facts = (head[key] for key in ("Budget", "Published", "Time", "Result"))
         rows.append(f"| [{path.stem}]({path.name}) | " + " | ".join((*names, *facts)) + " |")
     return "\n".join(rows) + "\n"

@@ -7,22 +7,33 @@ Standard library only: an app reads it without torch, and other languages read t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rkd_deploy.errors import ModelFileError
+from rkd_deploy.decoding import DecodingError, decode, parse_object
+from rkd_deploy.errors import ModelFileError, UsageError, unknown_name
+from rkd_deploy.fields import check_number
 
 SCHEMA = 1
 METADATA_KEY = "rkd_deploy.card"
+INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+"""How an image may be resized, with Hugging Face's (and Pillow's) number of each."""
+
+_LARGEST_SIDE = 2**15
+_LARGEST_DEVIATION = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """From a photo to the network's input.
 
-    An image is converted to RGB, its shorter side resized to `size / crop_fraction`, the centre cropped to
-    `height` x `width`; then x = (pixel / 255 - mean) / std, per channel.
+    An image is converted to RGB (to grey where there is one channel), its shorter side resized to
+    `size / crop_fraction`, the centre cropped to `height` x `width`; then x = (pixel / 255 - mean) / std, per channel.
+
+    Raises:
+        UsageError: A number is out of its range, there are not as many means as standard deviations, or the
+            interpolation is none of `INTERPOLATIONS`.
     """
 
     height: int
@@ -35,6 +46,20 @@ class Preprocess:
     crop_fraction: float = 1.0
     embedded: bool = True
     """True: the graph takes uint8 [N, H, W, C] and normalises itself. False: float32 [N, C, H, W], normalised."""
+
+    def __post_init__(self) -> None:
+        check_number("height =", self.height, 1, _LARGEST_SIDE, whole=True)
+        check_number("width =", self.width, 1, _LARGEST_SIDE, whole=True)
+        check_number("crop_fraction =", self.crop_fraction, 0.01, 1)
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise UsageError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; both must have 3 (RGB), or 1 (grey)."
+            )
+        for mean, std in zip(self.mean, self.std, strict=True):
+            check_number("mean =", mean, -_LARGEST_DEVIATION, _LARGEST_DEVIATION)
+            check_number("std =", std, 1 / _LARGEST_DEVIATION, _LARGEST_DEVIATION)
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
 
     @property
     def channels(self) -> int:
@@ -59,7 +84,7 @@ class Preprocess:
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": min(resized)},
-            "resample": {"nearest": 0, "bilinear": 2, "bicubic": 3}[self.interpolation],
+            "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": True,
             "crop_size": {"height": self.height, "width": self.width},
             "do_rescale": True,
@@ -114,12 +139,12 @@ class ModelCard:
             where: The file it comes from, for messages.
 
         Raises:
-            ModelFileError: No JSON, a newer schema, fields missing or of the wrong type.
+            ModelFileError: No JSON, a newer schema, fields missing, of the wrong type or out of their range.
         """
         try:
-            content = json.loads(text)
-            schema = content.pop("schema")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            content = parse_object(text)
+            schema = content["schema"]
+        except (DecodingError, KeyError) as error:
             raise ModelFileError(
                 f"{where} holds no model card that can be read ({error}). Export it again with rkd-deploy export."
             ) from error
@@ -129,57 +154,11 @@ class ModelCard:
                 "Update with: pip install -U rkd-deploy"
             )
         try:
-            preprocess = Preprocess(**_known(Preprocess, content.pop("preprocess")))
-            content["outputs"]  # an app must not guess which output is which
-            return cls(preprocess=preprocess, **_known(cls, content))
-        except (KeyError, TypeError, AttributeError) as error:
+            if "outputs" not in content:
+                raise DecodingError("outputs is missing")  # an app must not guess which output is which
+            return decode(cls, content)
+        except (DecodingError, UsageError) as error:
             raise ModelFileError(
                 f"The model card in {where} lacks a field or has a wrong one ({error}). "
                 "Export the model again with rkd-deploy export."
             ) from error
-
-
-def _known(owner: type[Any], content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a class, each of its type; lists become tuples.
-
-    Raises:
-        TypeError: One is of another type.
-    """
-    # Fields added within one schema are optional facts: an older reader may leave them out.
-    known = {}
-    for item in fields(owner):
-        if item.name in content:
-            what, fits = _JSON_TYPES[str(item.type)]
-            value = content[item.name]
-            if not fits(value):
-                raise TypeError(f"{item.name} is {json.dumps(value)[:60]}, and must be {what}")
-            known[item.name] = tuple(value) if isinstance(value, list) else value
-    return known
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_count(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_JSON_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "str": ("a string", _is_text),
-    "int": ("a whole number", _is_count),
-    "float": ("a number", _is_number),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "tuple[str, ...]": ("a list of strings", lambda value: isinstance(value, list) and all(map(_is_text, value))),
-    "tuple[float, ...]": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
-    "Mapping[str, Any]": ("an object", lambda value: isinstance(value, dict)),
-    "Mapping[str, str]": (
-        "an object of strings",
-        lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-    ),
-}
-"""By the annotation of a field: what its value in JSON must be, and whether it is."""

@@ -16,6 +16,10 @@ from rkd_deploy.storage import read_text
 
 T = TypeVar("T")
 
+_WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+_DIGITS = 20
+"""Characters of the longest whole number: 64 bits and a sign."""
+
 LARGEST_FILE = 1 << 29
 """Bytes of a JSON file that is read at most: a bench of hours, with every sample, has a tenth of them."""
 
@@ -25,24 +29,49 @@ class DecodingError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, without NaN and infinity, which are no JSON.
+    """The JSON object in a file.
 
     Raises:
-        DecodingError: The file cannot be read, is no regular file or too large, or holds no JSON object.
+        DecodingError: The file cannot be read, is no regular file or too large, or holds no JSON object that
+            `parse_object` takes.
     """
     try:
-        content = json.loads(read_text(path, limit=LARGEST_FILE), parse_constant=_refuse_constant)
-    except DecodingError:
-        raise
+        return parse_object(read_text(path, limit=LARGEST_FILE))
     except OSError as error:
         raise DecodingError(error.strerror or str(error)) from error
-    except ValueError as error:  # no UTF-8, no JSON, or a whole number of thousands of digits
-        raise DecodingError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise DecodingError("it is not UTF-8 text") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Raises:
+        DecodingError: It is no JSON object, is nested too deeply, or has NaN, infinity or a number beyond 64 bits.
+    """
+    try:
+        content = json.loads(text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse_constant)
+    except DecodingError:
+        raise
+    except ValueError as error:
+        raise DecodingError(f"it is no JSON: {error}") from error
     except RecursionError as error:
         raise DecodingError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise DecodingError(f"it holds {_name(content)} where an object is expected")
     return content
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > _DIGITS:  # a product of two such numbers would be no float any more
+        raise DecodingError(f"it has a whole number of {len(text):,} digits")
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise DecodingError(f"it has {text[:20]}, which no number of 64 bits can be")
+    return number
 
 
 def _refuse_constant(name: str) -> float:
@@ -90,7 +119,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = _as_float(value, where)
     if type(value) is not kind:
-        return _refuse("null" if kind is type(None) else kind.__name__, value, where)
+        return _refuse(_WORDS.get(kind, kind.__name__), value, where)
     return value if kind is not float or math.isfinite(value) else _refuse("a finite number", value, where)
 
 

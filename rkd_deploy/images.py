@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.card import Preprocess
-from rkd_deploy.errors import DataError, UsageError, unknown_name
+from rkd_deploy.errors import DataError
 from rkd_deploy.image_folders import FORMATS, FORMATS_IN_WORDS
 from rkd_deploy.storage import open_regular
 
@@ -34,7 +34,6 @@ _DEEP_MODES = ("I", "F")
 _ENLARGED = 2**25
 """Pixels up to which a whole image is enlarged before it is cropped, however small it was; 100 MB."""
 _BITS_PER_SAMPLE = 258  # TIFF's tag
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def to_array(image: ImageLike, preprocess: Preprocess) -> Pixels:
@@ -86,6 +85,11 @@ def normalise(batch_NHWC: Pixels, preprocess: Preprocess) -> npt.NDArray[np.floa
     mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
     scaled = (batch_NHWC.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def as_input(batch_NHWC: Pixels, preprocess: Preprocess) -> Pixels | npt.NDArray[np.float32]:
+    """Pixels as a model takes them: as they are where its graph normalises by itself, else normalised here."""
+    return batch_NHWC if preprocess.embedded else normalise(batch_NHWC, preprocess)
 
 
 def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixels:
@@ -182,8 +186,6 @@ def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
     """An upright image, resized and cropped by the model's rule: uint8 [H, W, C]."""
     from PIL import Image
 
-    if preprocess.interpolation not in _INTERPOLATIONS:
-        raise UsageError(unknown_name("interpolation", preprocess.interpolation, _INTERPOLATIONS))
     size = _resized(colour.size, preprocess)
     resampling = Image.Resampling[preprocess.interpolation.upper()]
     left = round((size[0] - preprocess.width) / 2)

@@ -24,6 +24,7 @@ from rkd_deploy.bench.records import write_record
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images
+from rkd_deploy.data.splits import evaluation_batch
 from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
@@ -33,7 +34,6 @@ from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
-from rkd_deploy.train.evaluation import batch_of
 from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
@@ -56,7 +56,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         """Images uint8 [n, H, W, C] and labels [n]."""
         labels_N, done = self.split.labels_N.numpy(), 0
-        for images_NCHW in self.split.chunks(min(CHUNK, batch_of(self.split.image_size))):
+        if not len(labels_N):  # nothing was held out: no batch, where the split would give one without images
+            return
+        for images_NCHW in self.split.chunks(min(CHUNK, evaluation_batch(self.split.image_size))):
             yield images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels_N[done : done + len(images_NCHW)]
             done += len(images_NCHW)
 
@@ -78,7 +80,7 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         calibration = from_folder(options.calibration, preprocess, options.count, options.seed)
     elif options.precision in QUANTISED:
         taken_N = draw(len(images.train), options.count, options.seed, train)
-        pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(_places(taken_N)))])
+        pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(taken_N))])
         calibration = Calibration(pixels_NHWC, train, options.seed)
     if len(images.val):
         pool, left_N, source = images.val, np.arange(len(images.val)), f"{images.name} validation images"
@@ -86,14 +88,8 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         pool, left_N = images.train, np.setdiff1d(np.arange(len(images.train)), taken_N)
         source = f"{train} not calibrated on"
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
-    held_out = Batches(pool.take(_places(chosen_N)))
+    held_out = Batches(pool.take(chosen_N))
     return Lowering(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
-
-
-def _places(index_N: npt.NDArray[np.int64]) -> Any:
-    import torch
-
-    return torch.from_numpy(index_N)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -238,12 +234,13 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
     note("Training T, S0, S and A on handwritten digits")
     run = fit(recipe, root=root, display=display)
     bundles = {}
-    for part in reversed(PARTS):  # S + A last: it is the newest bundle then, the one that bench takes by itself
+    parts = parts_of(recipe)[::-1]
+    for part in parts:  # S + A last: it is the newest bundle then, the one that bench takes by itself
         note(f"Exporting {PARTS[part]} and proving it on the test images")
         bundles[part] = export_run(run, part=part).folder
     note("Measuring on ONNX Runtime, batch 1, one model after the other in turn")
     settings = BenchSettings(batches=(1,), min_seconds=min_seconds)
-    results = bench([bundles[part] for part in reversed(PARTS)], settings)
+    results = bench([bundles[part] for part in parts], settings)
     record = write_record(results, {"batches": [1], "min_seconds": min_seconds}, run.folder)
     return Quickstart(run, bundles, results, write_tables(read_bench(record), run.folder))
 

@@ -44,6 +44,7 @@ TINY = (
     "data.crop_padding=1",
     "teacher.name=resnet8",
     "student.name=resnet8",
+    "student.control=false",
     "train.epochs=2",
     "train.batch_size=16",
     "train.lr=0.05",
@@ -110,6 +111,21 @@ def absent() -> Callable[[str], NoReturn]:
     return end
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process to ask for it fills, and that all processes of a test run then share."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / f"shared-{name}"
+    with (root / f"shared-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            filling = root / f"shared-{name}.tmp-{os.getpid()}"  # a name of its own: what fails is not taken for whole
+            make(filling)
+            filling.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_data(absent: Callable[[str], NoReturn]) -> Path:
     """The folder of real images and weights (its README says what is in it)."""
@@ -157,11 +173,14 @@ def tiny_recipe() -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., Recipe]) -> Run:
-    """A finished run, its T and S0 well above chance. It is shared: copy its folder before writing into it."""
+    """A finished run, its T and S0 well above chance. All tests share it: copy its folder before writing into it."""
     from rkd_deploy.train.fitting import fit
+    from rkd_deploy.train.runs import newest_run
 
-    recipe = tiny_recipe("data.train_limit=300", "data.test_limit=100", "teacher.epochs=4")
-    return fit(recipe, root=tmp_path_factory.mktemp("runs"))
+    def train(root: Path) -> None:
+        fit(tiny_recipe("data.train_limit=300", "data.test_limit=100", "teacher.epochs=4"), root=root)
+
+    return newest_run(made_once(tmp_path_factory, "runs", train), finished=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import rkd_deploy
 
 REPO = Path(__file__).parents[1]
+PAGE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
 INSIDE_OF_OTHERS = ("pytorch.py", "model.py")  # the backend that is PyTorch; what runs inside Triton
 
 
@@ -71,3 +74,43 @@ def test_root_folders_of_the_stages_are_no_packages():
 def test_the_version_is_the_distributions():
     metadata = importlib.import_module("importlib.metadata")
     assert metadata.version("rkd-deploy") == rkd_deploy.__version__
+
+
+def defined(source):
+    """Names that a module defines at its top level."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def untrue(page):
+    """Links `[`name`](../file)` of a page whose file does not define the name."""
+    links = re.findall(r"\[`(\w+)`\]\(\.\./([^)]+)\)", page)
+    return [(name, file) for name, file in links if name not in defined((REPO / file).read_text(encoding="utf-8"))]
+
+
+def test_where_to_add_names_what_is_there():
+    section = PAGE.split("## Where to add")[1].split("\n## ")[0]
+    assert [title.strip("* ") for title in re.findall(r"^\*\*.*?\*\*", section, re.MULTILINE)] == [
+        "A base loss", "A backend", "A layout", "A precision", "A command",
+    ]  # fmt: skip
+    assert len(re.findall(r"\[`\w+`\]\(", section)) > 12
+    assert untrue(section) == []
+
+
+def test_a_name_that_has_moved_is_noticed():
+    assert untrue("[`fuse`](../rkd_deploy/export/bundle.py), [`fit`](../rkd_deploy/train/fitting.py)") == [
+        ("fuse", "rkd_deploy/export/bundle.py")
+    ]
+
+
+def test_every_file_says_what_it_is_for():
+    for path in (REPO / "rkd_deploy").rglob("*.py"):
+        head = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        assert 10 < len(head) <= 120, path

@@ -34,7 +34,7 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
     run = fit(recipe, root=tmp_path)
     parts = run.read_json("metrics.json")["parts"]
     assert {row["test_images"] for row in parts.values()} == {2000}
-    # 72.63 is the author's number (tests/train/test_evaluation.py: to the image); 2,000 draws vary by 1 point.
+    # 72.63 is the author's number; 2,000 draws vary by 1 point. ResNet-20 to the image: tests/train/test_evaluation.py.
     assert parts["teacher"]["test_top1"] == pytest.approx(72.63, abs=3)
     assert parts["teacher"]["macs"] == 125_753_600
     budget = run.read_json("facts.json")["separation"]

@@ -38,7 +38,7 @@ def exported(exported_once, tmp_path):
 def test_train_export_bench_without_an_argument_take_the_newest(rkd, tmp_path):
     made = rkd("train", "--json", *(word for value in TINY for word in ("--set", value)))
     assert made.code == 0, made.err
-    assert set(made.json["parts"]) == {"teacher", "s0", "student", "fused"}
+    assert set(made.json["parts"]) == {"teacher", "s0", "control", "student", "fused"}
     assert made.json["separation"]["cost"] <= made.json["separation"]["budget"]
     assert "S + A" in made.err  # text for people leaves standard output to the JSON
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from rkd_deploy import images
 from rkd_deploy.card import Preprocess
-from rkd_deploy.errors import DataError, UsageError
+from rkd_deploy.errors import DataError
 from rkd_deploy.images import normalise, to_array
 
 STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
@@ -241,11 +241,6 @@ def test_other_types_are_named():
     for image in (3, [1, 2], None, b"bytes"):
         with pytest.raises(DataError, match=f"given as {type(image).__name__}"):
             to_array(image, rule())
-
-
-def test_an_unknown_interpolation_is_named():
-    with pytest.raises(UsageError, match="Unknown interpolation 'lanczos'"):
-        to_array(noise(9, 9, 3), rule(interpolation="lanczos"))
 
 
 def test_normalise_is_the_cards_formula():

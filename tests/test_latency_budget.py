@@ -9,6 +9,7 @@ import pytest
 
 from rkd_deploy.card import ModelCard
 from rkd_deploy.models import zoo
+from rkd_deploy.models.separation import separate
 from rkd_deploy.models.separation.latency import ROUNDING
 from rkd_deploy.pipeline import Exported, export_run
 from rkd_deploy.recipe import Recipe
@@ -21,9 +22,10 @@ def card_of(exported: Exported) -> ModelCard:
 
 @pytest.mark.slow
 def test_s_and_a_that_were_measured_ship_as_they_were_measured(
-    tmp_path: Path, tiny_recipe: Callable[..., Recipe]
+    tmp_path: Path, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On 8x8 pixels calls are bound by their number: side by side is the way."""
+    monkeypatch.setattr(separate, "MAX_SECONDS", 15.0)  # the search ends with the widest that it has by then
     recipe = tiny_recipe("student.budget=latency", "student.latency_threads=1", "student.latency_batches=[1,4]")
     run = fit(recipe, root=tmp_path)
     latency = run.read_json("facts.json")["separation"]["latency"]["fused"]

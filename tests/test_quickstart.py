@@ -28,7 +28,7 @@ def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout.splitlines()[-1])
     parts = {row["part"]: row for row in made["results"]}
-    assert set(parts) == {"teacher", "s0", "student", "fused"}
+    assert set(parts) == {"teacher", "s0", "control", "student", "fused"}
     assert all(row["accuracy"] > 80 for row in parts.values())  # chance is 10
     assert parts["fused"]["macs"] <= parts["s0"]["macs"]
     fused, s0, teacher = (operators(tmp_path / made["bundles"][part]) for part in ("fused", "s0", "teacher"))

@@ -66,7 +66,3 @@ def test_the_two_commands_are_the_ones_that_ci_runs():
     assert "pip install uv && uv run rkd-deploy quickstart" in README
     assert "uv run pytest" in README
     assert "uv run pytest" in (REPO / ".ci/run").read_text(encoding="utf-8")
-
-
-def test_tables_are_made_from_the_records():
-    subprocess.run([sys.executable, REPO / "benchmarks/tables.py", "--check"], check=True)

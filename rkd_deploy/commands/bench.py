@@ -160,6 +160,7 @@ def bench(
     if roofline:
         require_all("export", "onnx")
     folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    from rkd_deploy.backends import check_backend
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
@@ -196,6 +197,8 @@ def bench(
     if asked:
         bound = SERVER_LATENCY_MS if target_latency is None else target_latency
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
+    for place in settings.run_on:  # before a bundle is sought: it may be needless to make one
+        check_backend(place.backend)
     chosen = models or [newest_bundle(root)]
     check_models(chosen, settings.run_on)
     console = console_for(as_json)

@@ -90,7 +90,9 @@ def train(
     from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit, fit_series
     from rkd_deploy.train.fitting import resume as resume_run
+    from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.verdict import of_metrics, of_series, told
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -106,7 +108,7 @@ def train(
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                print_json(series.to_dict())
+                print_json(series.to_dict() | told(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -122,7 +124,8 @@ def train(
     print_parts(metrics, facts, console)
     console.print(f"Run {run.folder}. Next: rkd-deploy export {run.folder}")
     if as_json:
-        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation")})
+        verdict = told(of_metrics(metrics, PARTS))
+        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
 
 
 def compare(

@@ -19,6 +19,7 @@ from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, 
 from rkd_deploy.report.tables import Column, milliseconds
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
+from rkd_deploy.train.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,8 @@ SCHEMA = 1
 NOTE = (
     "Top-1 is of the last epoch, on the test images, which nothing was chosen on. +- is the standard deviation over "
     "seeds where there are several, else (in brackets) the standard error that so many test images leave. Against S0: "
-    "points above one network of the same cost in the same run. Against S: what A adds."
+    "points above one network of the same cost in the same run. Against S0, same losses: what A adds to the objective. "
+    "Against S: what A adds to its own S."
 )
 
 
@@ -127,6 +129,7 @@ COLUMNS: tuple[Column[Row], ...] = (
     Column("Top-1, %", lambda r: f"{r.top1:.2f}"),
     Column("+-, points", _spread),
     Column("Against S0, points", lambda r: _points(r.over_s0)),
+    Column("Against S0, same losses, points", lambda r: _points(r.over_control)),
     Column("Against S, points", lambda r: _points(r.over_student)),
     Column("Held out, last, %", lambda r: None if r.val_last is None else f"{r.val_last:.2f}", detail=True),
     Column("Held out, best, %", lambda r: None if r.val_best is None else f"{r.val_best:.2f}", detail=True),
@@ -157,6 +160,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """The table, what it means, and what is missing in it."""
     console.print(f"{comparison.data}, {comparison.test_images:,} test images")
     tables.print_table(COLUMNS, comparison.rows, console)
+    for verdict in comparison.verdicts:
+        console.print(verdict.sentence())
     console.print(NOTE, style="dim")
     for sentence in comparison.missing:
         console.print(f"Missing: {sentence}", style="yellow")
@@ -166,7 +171,8 @@ def markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
     missing = "".join(f"\nMissing: {sentence}\n" for sentence in comparison.missing)
     head = f"{comparison.data}, {comparison.test_images:,} test images.\n\n"
-    return head + tables.markdown_table(COLUMNS, comparison.rows) + f"\n{NOTE}\n" + missing
+    verdicts = "".join(f"\n{verdict.sentence()}\n" for verdict in comparison.verdicts)
+    return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +190,7 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "rows": [asdict(row) for row in comparison.rows],
         "results": [result.to_row() for result in comparison.results],
         **comparison.study,
+        "verdicts": [{**asdict(one), "outcome": one.outcome} for one in comparison.verdicts],
         "missing": list(comparison.missing),
         "settings": dict(settings),
     }
@@ -233,7 +240,7 @@ def recorded_comparison(content: Mapping[str, Any]) -> RecordedComparison:
     Raises:
         DecodingError: The record is damaged.
     """
-    names = ("data", "test_images", "rows", "missing")
+    names = ("data", "test_images", "rows", "missing", "verdicts")
     stored = decode(_Stored, {name: content[name] for name in names if name in content})
     if not stored.rows:
         raise DecodingError("rows is empty")
@@ -249,6 +256,7 @@ class _Stored:
     test_images: int
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages:
@@ -273,4 +281,5 @@ def _section(comparison: Comparison) -> Section:
     words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
     picture = Picture("Accuracy, cost, latency", words, draw(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
-    return Section("Networks", [NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
+    said = [verdict.sentence() for verdict in comparison.verdicts]
+    return Section("Networks", [*said, NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])

@@ -24,6 +24,7 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
+from rkd_deploy.train.verdict import CONTROLS, Gain, Verdict, gain_of_pairs, gain_of_samples, gain_of_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Row:
 
     Attributes:
         name: What it is and how it was trained, e.g. ``"S + A, sequential + at"``.
-        part: fused, student, s0 or teacher.
+        part: fused, student, control, s0 or teacher.
         method: How it was trained: a scheme with its base loss, a baseline's loss, or ``"given"``.
         runs: Folders of the runs that hold it.
         top1: Accuracy on the test images in %, of the last epoch; the mean where there are several seeds.
@@ -44,7 +45,9 @@ class Row:
         macs: Multiply-adds of one image.
         parameters: Their number.
         seconds: Training time of its own phases; None where its weights were given.
-        over_s0: Points above the control S0 of the same runs (mean over the seeds), for S alone and S + A.
+        over_s0: Points above the control S0 of the same runs (mean over the seeds), for S alone, S + A and S0 with the
+            same losses.
+        over_control: Points above S0 with the same losses, for S alone and S + A: for S + A what A adds.
         over_student: Points that A adds to S, for S + A.
         p50_ms: Median latency, its 95 % confidence interval and the 90th percentile, once measured (`timed`).
     """
@@ -63,6 +66,7 @@ class Row:
     parameters: int
     seconds: float | None
     over_s0: float | None = None
+    over_control: float | None = None
     over_student: float | None = None
     p50_ms: float | None = None
     p50_low_ms: float | None = None
@@ -82,6 +86,7 @@ class Comparison:
         missing: A sentence for every control that a recipe left out.
         results: Every measurement of the rows' networks, once timed; each has its row's name as its model.
         study: What was found out around it: "roofline" and "layers", as a bench records them.
+        verdicts: For every S + A whether it beats the best control of these rows.
     """
 
     data: str
@@ -91,6 +96,7 @@ class Comparison:
     missing: tuple[str, ...]
     results: tuple[Result, ...] = ()
     study: Mapping[str, Any] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,13 +137,43 @@ def compare(runs: Sequence[Run]) -> Comparison:
     ordered = sorted(groups.values(), key=lambda group: _order(group[0]))
     names = _names([group[0] for group in ordered])
     facts = runs[0].read_json("facts.json")
+    rows = [_row(name, group) for name, group in zip(names, ordered, strict=True)]
     return Comparison(
         data=facts["data"],
         test_images=facts["images"]["test"],
-        rows=tuple(_row(name, group) for name, group in zip(names, ordered, strict=True)),
+        rows=tuple(rows),
         networks=tuple((group[0].run, group[0].part) for group in ordered),
         missing=tuple(_missing(runs)),
+        verdicts=tuple(_verdicts(rows, ordered)),
     )
+
+
+def _verdicts(rows: Sequence[Row], groups: Sequence[Sequence[_Network]]) -> Iterable[Verdict]:
+    controls = [pair for pair in zip(rows, groups, strict=True) if pair[0].part in CONTROLS]
+    for row, group in zip(rows, groups, strict=True):
+        if row.part == "fused" and controls:
+            control, others = max(controls, key=lambda pair: pair[0].top1)
+            yield Verdict(
+                network=row.name,
+                control=control.part,
+                control_name=control.name,
+                gain=_gain(group, others),
+                cost_ratio=row.macs / control.macs,
+            )
+
+
+def _gain(ours: Sequence[_Network], others: Sequence[_Network]) -> Gain:
+    """By seeds that both have, where there are several; else by the test images of one run, or of two."""
+    accuracies = [{one.run.recipe.train.seed: one.facts["test_top1"] for one in group} for group in (ours, others)]
+    seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
+    if len(seeds) > 1:
+        return gain_of_seeds(*([one[seed] for seed in seeds] for one in accuracies))
+    images = ours[0].facts["test_images"]
+    for one in ours:
+        known = one.metrics.get("pairs", {}).get(others[0].part)
+        if known is not None and any(one.run == other.run for other in others):
+            return gain_of_pairs(known["gained"], known["lost"], images)
+    return gain_of_samples(ours[0].facts["test_top1"], others[0].facts["test_top1"], images)
 
 
 def _networks(run: Run) -> Iterable[_Network]:
@@ -202,10 +238,11 @@ def method_of(recipe: Recipe, part: str) -> str:
     if part == "s0":
         if not method.residual:
             return method.name
-        return "cross_entropy" if method.base == "none" else f"cross_entropy + {method.base}"
+        return "cross_entropy" if method.loss == "none" else f"cross_entropy + {method.loss}"
     chain = f", {recipe.student.assistants} assistants" if recipe.student.assistants > 1 else ""
-    head = "" if method.head == "teacher" else f", head {method.head}"
-    return method.scheme + ("" if method.base == "none" else f" + {method.base}") + chain + head
+    head = "" if method.head in (None, "teacher") else f", head {method.head}"
+    trunk = ", trunk" if recipe.student.layout == "trunk" and part != "control" else ""
+    return method.scheme + ("" if method.loss == "none" else f" + {method.loss}") + chain + trunk + head
 
 
 def _order(network: _Network) -> tuple[int, str, int]:
@@ -246,7 +283,8 @@ def _row(name: str, group: Sequence[_Network]) -> Row:
         macs=facts[0]["macs"],
         parameters=facts[0]["parameters"],
         seconds=_mean(sum(phase["seconds"] for phase in own) if own else None for own in phases),
-        over_s0=_mean(_over(network, "s0") for network in group) if part in ("student", "fused") else None,
+        over_s0=_mean(_over(network, "s0") for network in group) if part not in ("teacher", "s0") else None,
+        over_control=_mean(_over(network, "control") for network in group) if part in ("student", "fused") else None,
         over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
     )
 
@@ -256,7 +294,10 @@ def _own_phases(network: _Network) -> list[dict[str, Any]]:
     phases = network.metrics["phases"]
     if network.part in ("teacher", "s0"):
         return [phases[network.part]] if network.part in phases else []
-    own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0")}
+    controls = {name: phase for name, phase in phases.items() if name.startswith("control")}
+    if network.part == "control":
+        return list(controls.values())
+    own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0", *controls)}
     # S is what phases of its own gave (one, or one a stage), where it is not trained along with A.
     students = [phase for name, phase in own.items() if name.endswith("student")]
     return students if network.part == "student" and students else list(own.values())
@@ -278,6 +319,11 @@ def _missing(runs: Sequence[Run]) -> Iterable[str]:
             yield (
                 f"{run.folder} has no S0: its recipe says student.baseline = false, so nothing there tells what S + A "
                 "gain over one network of the same cost."
+            )
+        elif run.recipe.method.residual and not run.recipe.has_control:
+            yield (
+                f"{run.folder} has no S0 with the same losses (student.control = false, or scheme progressive): what A "
+                "adds cannot be told there from what the losses do for any network."
             )
     if not any(run.recipe.method.residual for run in runs):
         yield "None of these runs trains S and A: they are baselines only."

@@ -74,4 +74,15 @@ def timed(
         )
         for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
     )
-    return dataclasses.replace(comparison, rows=rows, results=tuple(results), study=study.to_record())
+    medians = {row.name: row.p50_ms for row in rows}
+    verdicts = tuple(
+        dataclasses.replace(one, time_ratio=_ratio(medians[one.network], medians[one.control_name]))
+        for one in comparison.verdicts
+    )
+    return dataclasses.replace(
+        comparison, rows=rows, results=tuple(results), study=study.to_record(), verdicts=verdicts
+    )
+
+
+def _ratio(ours: float | None, others: float | None) -> float | None:
+    return ours / others if ours is not None and others else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,8 @@ from rkd_deploy.card import Preprocess
 from rkd_deploy.data.files import ImageSource, map_in_threads, read_image
 from rkd_deploy.errors import DataError
 from rkd_deploy.images import Pixels, fitted
+
+EVALUATED_AT_ONCE, _PIXELS_AT_ONCE = 500, 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,9 @@ class Split:
         height, width = self.images_NCHW.shape[-2:]
         return height, width
 
-    def take(self, index_N: Tensor) -> Split:
+    def take(self, positions_N: Tensor | npt.NDArray[np.int64]) -> Split:
         """The split of the images at these positions."""
+        index_N = torch.as_tensor(positions_N)
         return Split(images_NCHW=self.images_NCHW[index_N], labels_N=self.labels_N[index_N])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -72,8 +76,9 @@ class FileSplit:
         """Height and width in pixels."""
         return self.preprocess.height, self.preprocess.width
 
-    def take(self, index_N: Tensor) -> FileSplit:
+    def take(self, positions_N: Tensor | npt.NDArray[np.int64]) -> FileSplit:
         """The split of the images at these positions."""
+        index_N = torch.as_tensor(positions_N)
         return replace(self, index_N=self.index_N[index_N], labels_N=self.labels_N[index_N])
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -192,3 +197,9 @@ def on_device(split: AnySplit, device: torch.device) -> AnySplit:
     if isinstance(split, FileSplit):
         return split
     return replace(split, images_NCHW=split.images_NCHW.to(device), labels_N=split.labels_N.to(device))
+
+
+def evaluation_batch(image_size: tuple[int, int]) -> int:
+    """Images to evaluate at once: 500, and fewer of those above 91 pixels (83 of 224), for the memory's sake."""
+    height, width = image_size
+    return max(1, min(EVALUATED_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))

@@ -41,7 +41,7 @@ from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.measuring import Choice, Target, choose_level
 from rkd_deploy.export.precision.convert import insist, lower, unjudged
-from rkd_deploy.export.precision.gate import HeldOut, as_input
+from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import Lowering
 from rkd_deploy.export.precision.options import AUTO, PrecisionOptions
 from rkd_deploy.export.proving import (
@@ -58,7 +58,7 @@ from rkd_deploy.export.proving import (
     reference_of,
 )
 from rkd_deploy.fields import check_number
-from rkd_deploy.images import normalise
+from rkd_deploy.images import as_input, normalise
 from rkd_deploy.models.logits import check_ends_in_logits
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
@@ -272,7 +272,7 @@ def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
 
 def _calibration_inputs(lowering: Lowering, card: ModelCard) -> Array | None:
     """Images to calibrate on, as the graph takes them."""
-    return None if lowering.calibration is None else as_input(lowering.calibration.images_NHWC, card)
+    return None if lowering.calibration is None else as_input(lowering.calibration.images_NHWC, card.preprocess)
 
 
 def _check_named_layers(asked: PrecisionOptions, level: str) -> None:

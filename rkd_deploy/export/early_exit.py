@@ -41,6 +41,7 @@ from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import Lowering
 from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.images import normalise
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
@@ -100,8 +101,14 @@ class Sums:
             self.z_kNK, self.labels_N = list(np.concatenate(z_parts, axis=1)), np.concatenate(labels)
         self.images = len(self.labels_N)
 
-    def row(self, threshold: float, macs: Sequence[int]) -> dict[str, Any]:
-        """Of one threshold: share of images that leave after each step, mean MACs, and top-1 in %."""
+    def row(self, threshold: float, macs: Sequence[int], whole: int) -> dict[str, Any]:
+        """Of one threshold: share of images that leave after each step, mean MACs, and top-1 in %.
+
+        Args:
+            threshold: Confidence at which an image leaves.
+            macs: Of each graph.
+            whole: Of the fused graph: behind a trunk less than of all graphs, each of which runs the trunk again.
+        """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
@@ -109,7 +116,7 @@ class Sums:
             "threshold": threshold,
             "shares": shares,
             "macs": mean,
-            "saved": 1 - mean / sum(macs),
+            "saved": 1 - mean / whole,
             "top1": self._top1(threshold),
         }
 
@@ -231,20 +238,24 @@ class Exits:
         held_out = self._sums(asked.held_out)
         threshold = held_out.lowest_without_loss() if asked.threshold is None else asked.threshold
         test, macs = self._sums(asked.test), self._macs
+        whole = sum(macs)
+        if (trunk := self._model.trunk) is not None:
+            preprocess = self._card.preprocess
+            whole -= (len(macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
         report: dict[str, Any] = {"files": self._files, "macs": macs, "threshold": threshold}
         report["chosen_on"] = "given" if asked.threshold is not None else f"{held_out.images} held-out images"
         if held_out.images:
-            report["held_out"] = [held_out.row(one, macs) for one in THRESHOLDS]
+            report["held_out"] = [held_out.row(one, macs, whole) for one in THRESHOLDS]
         if test.images:
-            report["test"] = [test.row(one, macs) for one in (THRESHOLDS[0], threshold, THRESHOLDS[-1])]
+            report["test"] = [test.row(one, macs, whole) for one in (THRESHOLDS[0], threshold, THRESHOLDS[-1])]
         return report | ({"lowering": self._lowered} if self._lowered else {})
 
-    def _branch(self, backbone: FeatureNetwork, adapter: nn.Conv2d, number: int) -> Exportable:
+    def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
         """As it runs: adapter and head folded."""
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:
             nn.init.zeros_(head.bias)  # b is S's
-        network = fuse_branch(backbone, adapter, head)
+        network = fuse_branch(backbone, adapter, head, self._model.trunk)
         self._macs.append(count(network, (preprocess.height, preprocess.width)).macs)
         graph = ExportGraph(network, preprocess).eval()
         return Exportable(graph, to_onnx(graph, preprocess))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.backends import infer_many, load_backend
+from rkd_deploy.backends import RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
@@ -30,7 +30,8 @@ from rkd_deploy.bench.parity import Parity, compare, gate
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
-from rkd_deploy.export.precision.gate import Judgement, as_input
+from rkd_deploy.export.precision.gate import Judgement
+from rkd_deploy.images import as_input
 from rkd_deploy.models.logits import check_logits
 
 TOLERANCE = 1e-4
@@ -88,9 +89,9 @@ def prove(
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
     labels, expected, found, first = [], [], [], None
-    with load_backend("onnxruntime", file) as candidate:
+    with RunOn().load(file) as candidate:
         for images_NHWC, labels_n in batches:
-            x = as_input(images_NHWC, card)
+            x = as_input(images_NHWC, card.preprocess)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
             check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
@@ -149,10 +150,10 @@ def prove_lowered(
     prover: str,
 ) -> tuple[Proof, Golden]:
     """The proof and the golden data of a file of lower precision, from those of the float32 file."""
-    with load_backend(prover, file) as candidate:
+    with RunOn(prover).load(file) as candidate:
         found, labels = [], []
         for images_NHWC, labels_n in batches:
-            found.append(infer_many(candidate, as_input(images_NHWC, card)))
+            found.append(infer_many(candidate, as_input(images_NHWC, card.preprocess)))
             labels.append(labels_n)
     found_NK = np.concatenate(found)
     accuracy = _top1(found_NK, np.concatenate(labels))

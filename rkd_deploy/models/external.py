@@ -20,8 +20,8 @@ from torch.nn.functional import interpolate
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.logits import check_ends_in_logits
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
-from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.models.tracing import Holder, Reader, Traced, in_mode
+from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
+from rkd_deploy.models.tracing import Holder, Reader, Traced
 
 
 class Hooked:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkd_deploy.errors import DivergenceError, UsageError
-from rkd_deploy.models.tracing import in_mode
+from rkd_deploy.models.staged import in_mode
 
 _PROBABILITIES: Mapping[Any, str] = {
     torch.ops.aten._softmax.default: "softmax",

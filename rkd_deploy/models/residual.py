@@ -3,8 +3,8 @@
 After "Residual Knowledge Distillation" (Gao, Shen, Li, Loy, arXiv 2002.09168): the student S imitates the teacher's
 feature map, the assistant A learns what S leaves over, and their maps are summed. A chain A_1 .. A_k, each learning
 what the sum before it leaves over, is the same with k > 1 (after ResKD, Li et al., arXiv 2006.04719, which chains whole
-networks). P are 1x1 convolutions to the teacher's channels. They are linear on purpose: the residual is signed, so an
-assistant must not end in a ReLU, and a linear tail folds into one matrix at export (`rkd_deploy.export.fusion`).
+networks). P are adapters to the teacher's channels (`adapters.py`). They are linear on purpose: the residual is signed,
+so an assistant must not end in a ReLU, and a linear tail folds into one matrix at export (`rkd_deploy.export.fusion`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from rkd_deploy.models.adapters import Adapter
+from rkd_deploy.models.stage_run import StageRun, joined
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
@@ -30,11 +33,9 @@ class StageAdapters(nn.Module):
         super().__init__()
         self.stages, self.count = tuple(stages), len(branches[0])
         self.adapters = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(own[j - 1], C_T, 1) for j, C_T in zip(stages, channels, strict=True))
-            for own in branches
+            nn.ModuleList(Adapter(own[j - 1], C_T, silent=branch > 0) for j, C_T in zip(stages, channels, strict=True))
+            for branch, own in enumerate(branches)
         )
-        for parameter in self.adapters[1:].parameters():  # as P_1 .. P_k: silent before they have learnt
-            nn.init.zeros_(parameter)
 
     def forward(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """R_b^j f_b^j at every stage j, from all stage maps of branch b = 0 (S), 1, .."""
@@ -51,10 +52,13 @@ class ResidualStudent(nn.Module):
 
     Args:
         student: S, without a head.
-        assistants: A_1 .. A_k, k >= 1, without a head; their last maps have the size of S's.
+        assistants: A_1 .. A_k without a head; their last maps have the size of S's. None (k = 0): S0 under T's head,
+            the control "S0, same losses".
         channels: C_T, channels of the teacher's last stage map.
         num_classes: K.
         head: h, from pooled maps [N, C_T] to logits. Default: a fresh linear layer.
+        trunk: First stages that S and the assistants share, whose last map they take (`trunk.py`). Default: each takes
+            the images itself.
     """
 
     def __init__(
@@ -64,28 +68,59 @@ class ResidualStudent(nn.Module):
         channels: int,
         num_classes: int,
         head: nn.Module | None = None,
+        trunk: StageRun | None = None,
     ) -> None:
         super().__init__()
-        assert assistants
+        self.trunk = trunk
         self.student = student
         self.assistants = nn.ModuleList(assistants)
-        self.student_adapter = nn.Conv2d(student.channels, channels, 1)
-        self.assistant_adapters = nn.ModuleList(nn.Conv2d(one.channels, channels, 1) for one in assistants)
+        self.student_adapter = Adapter(student.channels, channels)
+        self.assistant_adapters = nn.ModuleList(Adapter(one.channels, channels, silent=True) for one in assistants)
         self.head = nn.Linear(channels, num_classes) if head is None else head
         self.stage_adapters: StageAdapters | None = None
-        # An assistant adds exactly nothing before it has learnt: the sum starts at S.
-        for parameter in self.assistant_adapters.parameters():
-            nn.init.zeros_(parameter)
 
-    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
         """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
-        return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, nn.Conv2d]]", list(pairs))]
+        return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, Adapter]]", list(pairs))]
+
+    def student_network(self) -> FeatureNetwork:
+        """S from the images on, the trunk in front of it where there is one; the layers are the model's."""
+        if self.trunk is None:
+            return self.student
+        assert isinstance(self.student, StageRun)
+        return joined(self.trunk, self.student)
 
     def parts(self, branch: int) -> list[nn.Module]:
-        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters."""
+        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters; the trunk is S's."""
         own = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
-        return [*self.branches()[branch], *own]
+        trunk = [self.trunk] if self.trunk is not None and branch == 0 else []
+        return [*trunk, *self.branches()[branch], *own]
+
+    def shared(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The trunk's stage maps; none where nothing is shared."""
+        return () if self.trunk is None else self.trunk.features(x_NCHW)
+
+    def stage_maps(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All stage maps of a branch.
+
+        Args:
+            branch: b = 0 (S), 1, ..
+            x_NCHW: Images.
+            shared: What `shared` gives for them: all branches of a pass read the same.
+        """
+        return (*shared, *self.branches()[branch][0].features(shared[-1] if shared else x_NCHW))
+
+    @torch.no_grad()
+    def stage_channels(self, image_size: Sequence[int]) -> list[list[int]]:
+        """Channels of every stage map of S, A_1, .., found by running one image of this height and width."""
+        was_training, like = self.training, next(self.parameters())
+        self.eval()
+        x_NCHW = like.new_zeros(1, 3, *image_size)
+        shared = self.shared(x_NCHW)
+        found = [[one.shape[1] for one in self.stage_maps(b, x_NCHW, shared)] for b in range(len(self.branches()))]
+        self.train(was_training)
+        return found
 
     def compared_maps(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
         """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
@@ -104,12 +139,11 @@ class ResidualStudent(nn.Module):
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
         """P_S f_S, [N, C_T, H', W']."""
-        return cast(Tensor, self.student_adapter(self.student.features(x_NCHW)[-1]))
+        return cast(Tensor, self.student_adapter(self.stage_maps(0, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def assistant_map(self, x_NCHW: Tensor, number: int = 1) -> Tensor:
         """P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
-        assistant, adapter = self.branches()[number]
-        return cast(Tensor, adapter(assistant.features(x_NCHW)[-1]))
+        return cast(Tensor, self.branches()[number][1](self.stage_maps(number, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def summed_map(self, x_NCHW: Tensor, assistants: int | None = None) -> Tensor:
         """P_S f_S + P_1 f_1 + .., the approximation of the teacher's map, [N, C_T, H', W'].
@@ -118,9 +152,12 @@ class ResidualStudent(nn.Module):
             x_NCHW: Images.
             assistants: How many of them are summed, from the first. Default: all.
         """
-        total = self.student_map(x_NCHW)
-        for number in range(1, 1 + (len(self.assistants) if assistants is None else assistants)):
-            total = total + self.assistant_map(x_NCHW, number)
+        shared = self.shared(x_NCHW)
+        count = 1 + (len(self.assistants) if assistants is None else assistants)
+        (_, adapter), *others = self.branches()[:count]
+        total = cast(Tensor, adapter(self.stage_maps(0, x_NCHW, shared)[-1]))
+        for number, (_, adapter) in enumerate(others, 1):
+            total = total + adapter(self.stage_maps(number, x_NCHW, shared)[-1])
         return total
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -133,14 +170,16 @@ class StudentAlone(nn.Module):
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
+        self.trunk = model.trunk
         self.student = model.student
         self.student_adapter = model.student_adapter
         self.head = model.head
 
-    def branches(self) -> list[tuple[FeatureNetwork, nn.Conv2d]]:
+    def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
         """(S, P_S)."""
         return [(self.student, self.student_adapter)]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits [N, K]."""
+        x_NCHW = x_NCHW if self.trunk is None else self.trunk.features(x_NCHW)[-1]
         return cast(Tensor, self.head(pool(self.student_adapter(self.student.features(x_NCHW)[-1]))))

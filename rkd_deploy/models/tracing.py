@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.stage_maps import Step
+from rkd_deploy.models.staged import in_mode
 
 ROOT = "network"
 """The attribute that holds the network in whatever a function of a graph is called on."""
@@ -222,18 +222,6 @@ class _Shapes(fx.Interpreter):
         if isinstance(value, Tensor):
             self._found[n] = tuple(value.shape)
         return value
-
-
-@contextmanager
-def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """The network in one mode for a while; afterwards every module is in its own again."""
-    modes = {module: module.training for module in network.modules()}
-    network.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class _Tracer(fx.Tracer):

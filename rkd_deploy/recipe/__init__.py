@@ -73,6 +73,12 @@ class Recipe:
                 'class for each image. Set both to 0, or take another loss, e.g. "kd".'
             )
 
+    @property
+    def has_control(self) -> bool:
+        """Whether S0 is trained by S's losses too."""
+        method, student = self.method, self.student
+        return method.residual and method.scheme != "progressive" and student.baseline and student.control
+
     def _check_progressive(self) -> None:
         """What is built for one pass of S and one of A, and not for stages that exchange their maps."""
         if self.student.budget == "latency":
@@ -80,10 +86,10 @@ class Recipe:
                 'student.budget = "latency" is measured with other schemes. Set student.budget = "macs" or "params", '
                 'or a method.scheme other than "progressive".'
             )
-        if self.student.layout == "side_by_side":
+        if self.student.layout in ("side_by_side", "trunk"):
             raise RecipeError(
-                'student.layout = "side_by_side", and with method.scheme = "progressive" S and A exchange their maps '
-                "at every stage, so that their layers cannot be merged. Leave one of them out."
+                f'student.layout = "{self.student.layout}", and with method.scheme = "progressive" S and A exchange '
+                "their maps at every stage, so that their layers cannot be merged. Leave one of them out."
             )
         if self.student.weights == "inherited":
             raise RecipeError(
@@ -145,6 +151,8 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
+        if (path.parent / "facts.json").is_file():
+            _read_as_then(content)
         _use_own_copies(content, path.parent)
     given = content.pop("method", {})
     for override in overrides:
@@ -174,6 +182,8 @@ def _parse_table(table: str, owner: type[Any], content: Any) -> Any:
     hints = typing.get_type_hints(owner)
     values = {}
     for key, value in content.items():
+        if f"{table}.{key}" in _RETIRED:
+            raise RecipeError(f"{table}.{key} is a key no more: {_RETIRED[f'{table}.{key}']}.")
         if key not in hints:
             raise RecipeError(unknown_name("recipe key", f"{table}.{key}", [f"{table}.{hint}" for hint in hints]))
         values[key] = _convert(f"{table}.{key}", hints[key], value)
@@ -192,6 +202,23 @@ def _convert(key: str, wanted: Any, value: Any) -> Any:
     if type(value) is not wanted:
         raise RecipeError(f"{key} = {value!r} must be of type {wanted.__name__}.")
     return value
+
+
+_RETIRED = {"method.kl_weight": 'KL to T is method.base = "kd" now, and method.base_weight is its factor'}
+"""Keys of earlier recipes, and what says the same today. Run folders of that time are still read, without them."""
+_YOUNGER = {"student": {"control": False}}
+"""Keys that earlier runs lack, where what they did then is not today's default."""
+
+
+def _read_as_then(content: dict[str, Any]) -> None:
+    """A run folder's recipe states every value: a key that is no more has done its work, one it lacks is younger."""
+    for key in _RETIRED:
+        table, name = key.split(".")
+        if isinstance(values := content.get(table), dict):
+            values.pop(name, None)
+    for table, then in _YOUNGER.items():
+        if isinstance(values := content.setdefault(table, {}), dict):
+            content[table] = then | values
 
 
 def _use_own_copies(content: dict[str, Any], folder: Path) -> None:

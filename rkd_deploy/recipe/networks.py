@@ -57,12 +57,18 @@ class StudentRecipe:
     """Where the stages of a tv:, timm: or module:attribute network end, deepest last. Default: found by running it."""
     baseline: bool = True
     """Train (or load) S0 itself as the control: same data and loop, cross-entropy, and S's base loss."""
+    control: bool = True
+    """Train the control "S0, same losses" too, beside that baseline: S0 whole under an adapter and T's head, by all of
+    S's losses, without A. What S + A has over it is what A adds. Not for progressive."""
     budget: str = "macs"
     """What must not exceed S0's: macs, params, or latency, which is measured on this machine before training."""
     layout: str | None = None
     """branches: S and A are two branches. side_by_side: their widths add up to S0's, so that level wide of fusion,
     which export then takes, has S0's own operators and shapes, and its speed on any machine; of S0's MACs they have
-    about half. Default: branches; with budget = "latency" whichever leaves them more."""
+    about half. trunk: they share S0's first stages and part behind them. Default: branches; with budget = "latency"
+    whichever of the first two leaves them more."""
+    shared_stages: int | None = None
+    """Only for layout = "trunk": how many of S0's stages S and A share, from the first. Default: all but the last."""
     backend: str | None = None
     """Only for budget = "latency": what runs the networks, onnxruntime or openvino. Default: onnxruntime."""
     latency_batches: tuple[int, ...] | None = None
@@ -94,10 +100,32 @@ class StudentRecipe:
         self._check_source()
         self._check_latency()
         if self.layout is not None:
-            choice("student.layout", self.layout, ("branches", "side_by_side"))
+            choice("student.layout", self.layout, ("branches", "side_by_side", "trunk"))
+        self._check_trunk()
         in_range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         in_range("student.assistants", self.assistants, 1, 16)
         in_range("student.round_to", self.round_to, 1, 256)
+
+    def _check_trunk(self) -> None:
+        if self.layout != "trunk":
+            if self.shared_stages is not None:
+                raise RecipeError(
+                    f"student.shared_stages = {self.shared_stages} says where S and A part, and student.layout = "
+                    f'{self.layout!r}. Leave it out, or set student.layout = "trunk".'
+                )
+            return
+        if self.shared_stages is not None:
+            in_range("student.shared_stages", self.shared_stages, 1)
+        if self.budget == "latency":
+            raise RecipeError(
+                'student.layout = "trunk" has no search by latency yet, and student.budget = "latency". Set '
+                'student.budget = "macs" or "params".'
+            )
+        if self.inherits:
+            raise RecipeError(
+                'student.layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, '
+                'and on a trunk it has S\'s own. Set student.weights = "fresh".'
+            )
 
     def _check_source(self) -> None:
         is_teacher = self.name == "teacher"

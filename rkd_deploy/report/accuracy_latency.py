@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _LEGEND = {
     "teacher": "teacher",
     "s0": "S0, the given model",
+    "control": "S0, same losses",
     "student": "student alone",
     "fused": "student + assistant",
 }

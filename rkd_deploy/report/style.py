@@ -26,6 +26,7 @@ THEME = {
     "grid": ("#e8e8e8", "#2b2f36"),
     "teacher": ("#555555", "#b8bcc4"),
     "s0": ("#0072b2", "#5bb0ea"),
+    "control": ("#3d5a98", "#8fa8e0"),
     "student": ("#009e73", "#34c79b"),
     "fused": ("#d55e00", "#ff8f45"),
     "other": ("#b8578f", "#e59cc6"),
@@ -34,7 +35,7 @@ THEME = {
     "brown": ("#8c510a", "#d6a26b"),
 }
 INK, QUIET, LINE, GRID, OTHER = (THEME[name][0] for name in ("ink", "quiet", "line", "grid", "other"))
-COLOURS = {part: THEME[part][0] for part in ("teacher", "s0", "student", "fused")}
+COLOURS = {part: THEME[part][0] for part in ("teacher", "s0", "control", "student", "fused")}
 """By part of a run."""
 _SERIES = ("s0", "fused", "student", "other", "violet", "ochre", "brown", "teacher")
 

@@ -15,6 +15,7 @@ from rkd_deploy.storage import storage_error, write_bytes
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS
 from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.verdict import of_metrics, of_series
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,6 +113,8 @@ def print_series(series: Series, console: Console) -> None:
         cells = [row["mean"], row["std"], *row["test_top1"]]
         table.add_row(PARTS[part], *(f"{value:.2f}" for value in cells))
     console.print(table)
+    if (verdict := of_series(series.parts, PARTS)) is not None:
+        console.print(verdict.sentence())
 
 
 def _print_phases(phases: dict[str, Any], console: Console) -> None:
@@ -147,6 +150,8 @@ def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console
     console.print(table)
     if facts.get("skipped"):
         console.print(f"{facts['skipped']:,} broken images were left out; facts.json names the first of them.")
+    if (verdict := of_metrics(metrics, PARTS)) is not None:
+        console.print(verdict.sentence())
     budget = facts.get("separation")  # a baseline has none
     if budget is not None:
         console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")

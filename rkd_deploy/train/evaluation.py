@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.loader import Normaliser
-from rkd_deploy.data.sources import AnySplit
+from rkd_deploy.data.splits import AnySplit, evaluation_batch
 from rkd_deploy.models.logits import check_logits
-
-BATCH, _PIXELS = 500, 2**22
-
-
-def batch_of(image_size: tuple[int, int]) -> int:
-    """Images that are evaluated at once: 500, and fewer of those above 91 pixels (83 of 224), for the memory's sake."""
-    height, width = image_size
-    return max(1, min(BATCH, _PIXELS // (height * width)))
 
 
 @torch.inference_mode()
@@ -45,7 +37,7 @@ def predictions(
     was_training = module.training
     module.eval()
     found = []
-    for images_NCHW in split.chunks(batch_of(split.image_size)):
+    for images_NCHW in split.chunks(evaluation_batch(split.image_size)):
         logits_NK = module(normalise(images_NCHW))
         check_logits(logits_NK, name or f"the network {type(module).__name__}")
         found.append(logits_NK.argmax(1).cpu())
@@ -57,4 +49,4 @@ def predictions(
 
 def batches(split: AnySplit) -> int:
     """How many batches `predictions` makes of these images."""
-    return math.ceil(len(split) / batch_of(split.image_size))
+    return math.ceil(len(split) / evaluation_batch(split.image_size))

@@ -159,7 +159,7 @@ def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
         )
     if teacher.fc is None:
         what, instead = (
-            (f'method.head = "{recipe.method.head}"', 'Set method.head = "trained".')
+            (f'method.head = "{recipe.method.classifier}"', 'Set method.head = "trained".')
             if recipe.method.residual
             else ('method.name = "simkd"', "Choose another method, or another teacher.")
         )
@@ -184,6 +184,7 @@ def _separation_facts(
         input_size=images.image_size,
         budget=recipe.student.budget,
         layout=recipe.student.layout,
+        shared_stages=recipe.student.shared_stages,
         assistant_share=recipe.student.assistant_share,
         assistants=recipe.student.assistants,
         round_to=recipe.student.round_to,
@@ -199,6 +200,7 @@ def _separation_facts(
         "given_widths": list(separation.s0_widths),
         "student_widths": list(separation.student.widths),
         "assistant_widths": list(separation.assistant.widths),
+        **({"shared_stages": separation.shared_stages} if separation.shared_stages else {}),
         "separation": {
             "unit": separation.unit,
             "level": separation.level,

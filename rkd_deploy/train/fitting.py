@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -25,6 +27,7 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
 from rkd_deploy.errors import InterruptedTraining, RecipeError, UsageError
+from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
@@ -38,6 +41,7 @@ from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
 from rkd_deploy.train.state import Phase
+from rkd_deploy.train.verdict import CONTROLS, pairs
 from rkd_deploy.train.weights import (
     load_published_weights,
     load_tensors,
@@ -165,7 +169,7 @@ class _Trainer:
             self.group.on_main(lambda: self._keep_phase(run, plan, average, display))
         # Also after training: statistics of batch norm are those of rank 0 on all of them, and what ships is built on.
         state, _ = self.group.on_main(lambda: load_tensors(run.weights(plan.name)))
-        load_weights(plan.product, state, str(run.weights(plan.name)), plan.name)
+        load_weights(plan.product, with_norms(state, plan.product), str(run.weights(plan.name)), plan.name)
 
     def _loader(self, phase: str) -> Loader:
         return train_loader(
@@ -247,21 +251,29 @@ class _Trainer:
     def _metrics(self, run: Run, display: Display) -> dict[str, Any]:
         began, names = time.perf_counter(), networks.parts_of(self.recipe)
         display.phase("test", 1, len(names) * batches(self.test), 0)
-        parts = {part: self._tested(run, part, display) for part in names}
+        right: dict[str, npt.NDArray[np.bool_]] = {}
+        parts = {part: self._tested(run, part, display, right) for part in names}
         phases = _phases(run)
+        known = {}
+        if (fused := right.get("fused")) is not None:
+            known = {part: pairs(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
         return {
             "parts": parts,
+            **({"pairs": known} if known else {}),
             "phases": phases,
             "training_seconds": sum(phase["seconds"] for phase in phases.values()),
             "evaluation_seconds": time.perf_counter() - began,
             "peak_memory_mb": _peak_memory_mb(self.device),
         }
 
-    def _tested(self, run: Run, part: str, display: Display) -> dict[str, Any]:
+    def _tested(self, run: Run, part: str, display: Display, right: dict[str, npt.NDArray[np.bool_]]) -> dict[str, Any]:
         module = networks.load_part(run, part).to(self.device)
         cost = count(module, tuple(self.facts["image_size"]))
+        predicted = predictions(module, self.test, self.normalise, display.step, networks.PARTS[part]).numpy()
+        labels = self.test.labels_N.cpu().numpy()
+        right[part] = predicted == labels
         found = {
-            "test_top1": self._top1(module, self.test, display.step, networks.PARTS[part]),
+            "test_top1": top1(predicted, labels),
             "test_images": len(self.test),
             "parameters": cost.parameters,
             "macs": cost.macs,

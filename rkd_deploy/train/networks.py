@@ -14,17 +14,20 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, UsageError, unknown_name
 from rkd_deploy.models import zoo
+from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
 from rkd_deploy.models.separation.pruning import narrowable
-from rkd_deploy.models.staged import FeatureNetwork, stage_shapes
+from rkd_deploy.models.staged import FeatureNetwork
+from rkd_deploy.models.trunk import parted
 from rkd_deploy.recipe import Recipe, StudentRecipe, TeacherRecipe
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.weights import load_tensors, load_weights
 
-PARTS = {"fused": "S + A", "student": "S alone", "s0": "S0", "teacher": "T"}
-"""fused: S + A. student: S alone, same head. s0: the control or baseline at S0's full cost. teacher: T."""
+PARTS = {"fused": "S + A", "student": "S alone", "control": "S0, same losses", "s0": "S0", "teacher": "T"}
+"""fused: S + A. student: S alone, same head. control: S0 whole under T's head, by S's losses. s0: the control or
+baseline with its own head, at S0's full cost. teacher: T."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +38,34 @@ class Networks:
         teacher: T.
         s0: S0; with a projector and T's head where SimKD trains it.
         model: S, its assistants and head.
+        control: S0 without assistants under an adapter and T's head.
     """
 
     teacher: FeatureNetwork | None
     s0: FeatureNetwork | None
     model: ResidualStudent | ProgressiveStudent | None
+    control: ResidualStudent | None
 
 
 def parts_of(recipe: Recipe) -> tuple[str, ...]:
     """The parts that a run of this recipe has, what it is run for first."""
     method = recipe.method
     own = ("fused", "student") if method.residual else ()
+    control = ("control",) if recipe.has_control else ()
     given = ("s0",) if recipe.student.baseline else ()
     taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
-    return own + given + (("teacher",) if taught else ())
+    return own + control + given + (("teacher",) if taught else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
     """The phase whose weights hold a part: the last one that trains it."""
     if part in ("teacher", "s0"):
         return part
+    if part == "control":
+        return "control" if recipe.method.end_to_end or recipe.method.classifier == "teacher" else "control_head"
     if recipe.method.scheme == "end_to_end":
         return "end_to_end"
-    return assistant_phase(recipe.student.assistants) if recipe.method.head == "teacher" else "head"
+    return assistant_phase(recipe.student.assistants) if recipe.method.classifier == "teacher" else "head"
 
 
 def other_weights(recipe: Recipe) -> str | None:
@@ -92,7 +100,7 @@ def _original(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
 
 def needs_teacher_head(recipe: Recipe) -> bool:
     """Whether what is trained classifies by T's head, or starts from it."""
-    return recipe.method.head != "trained" if recipe.method.residual else recipe.method.name == "simkd"
+    return recipe.method.classifier != "trained" if recipe.method.residual else recipe.method.name == "simkd"
 
 
 def created(table: TeacherRecipe | StudentRecipe, facts: Mapping[str, Any]) -> FeatureNetwork:
@@ -141,12 +149,30 @@ def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent 
         assistants = [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)]
         if recipe.method.scheme == "progressive":
             return progressive_student(student, assistants, facts["stage_channels"], classes, facts["image_size"])
-        model = ResidualStudent(student, assistants, facts["channels"], classes, _head(recipe, facts))
-        if early := recipe.method.stages[:-1]:
-            own = [[shape[0] for shape in stage_shapes(one, facts["image_size"])] for one in (student, *assistants)]
-            channels = [facts["stage_channels"][j - 1 - len(own[0])] for j in early]
-            model.stage_adapters = StageAdapters(early, own, channels)
+        head, shared = _head(recipe, facts), facts.get("shared_stages")
+        if shared is None:
+            model = ResidualStudent(student, assistants, facts["channels"], classes, head)
+        else:
+            model = parted(student, assistants, shared, facts["channels"], classes, head)
+        _add_stage_adapters(model, recipe, facts)
         return model
+
+
+def build_control(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
+    """S0 as a student without assistants, with fresh weights."""
+    with seeded(recipe.train.seed, "init/control"):
+        given = narrowable(_original(recipe, facts), tuple(facts["image_size"]))
+        student = given.rebuilt(facts["given_widths"], None)
+        model = ResidualStudent(student, (), facts["channels"], len(facts["classes"]), _head(recipe, facts))
+        _add_stage_adapters(model, recipe, facts)
+        return model
+
+
+def _add_stage_adapters(model: ResidualStudent, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    if early := recipe.method.stages[:-1]:
+        own = model.stage_channels(facts["image_size"])
+        channels = [facts["stage_channels"][j - 1 - len(own[0])] for j in early]
+        model.stage_adapters = StageAdapters(early, own, channels)
 
 
 def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.device) -> Networks:
@@ -156,6 +182,7 @@ def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.devic
         teacher=build_teacher(recipe, facts).to(device) if "teacher" in parts else None,
         s0=build_s0(recipe, facts).to(device) if "s0" in parts else None,
         model=build_residual(recipe, facts).to(device) if "fused" in parts else None,
+        control=build_control(recipe, facts).to(device) if "control" in parts else None,
     )
 
 
@@ -183,11 +210,12 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
     if part in ("teacher", "s0"):
         module = build_teacher(recipe, facts) if part == "teacher" else build_s0(recipe, facts)
         return _restored(run, _weights_name(part, other), module)
-    model = _restored(run, _weights_name(phase_of(recipe, part), other), build_residual(recipe, facts))
+    build = build_control if part == "control" else build_residual
+    model = _restored(run, _weights_name(phase_of(recipe, part), other), build(recipe, facts))
     assert isinstance(model, ResidualStudent | ProgressiveStudent)
     if isinstance(model, ResidualStudent):
         model.stage_adapters = None  # learnt along, for training only
-    return model if part == "fused" else student_alone(model).eval()
+    return student_alone(model).eval() if part == "student" else model
 
 
 def student_alone(model: ResidualStudent | ProgressiveStudent) -> nn.Module:
@@ -207,5 +235,5 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
             f"rkd-deploy train {run.folder} --resume"
         )
     state, _ = load_tensors(path)
-    load_weights(module, state, str(path), phase)
+    load_weights(module, with_norms(state, module), str(path), phase)
     return module.eval()

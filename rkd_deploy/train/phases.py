@@ -2,6 +2,7 @@
 
 teacher      T by cross-entropy, where the recipe gives no checkpoint and something imitates T
 s0           S0: the control at the same cost, or the baseline itself
+control      S0 by S's losses, under T's head: it tells what A adds; then control_head, where there is a phase head
 student      scheme sequential: S imitates T's map
 assistant    A_1 learns what S leaves over; then assistant_2, ...
 head         a head of its own, where the recipe asks for one
@@ -69,10 +70,20 @@ class Planner:
             yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
         if nets.s0 is not None and "s0" not in ready:
             yield Plan("s0", nets.s0, epochs, functools.partial(self._s0, nets.s0))
+        if nets.control is not None:
+            yield from self._control(nets.control)
         if nets.model is not None:
             first, *others = self._residual(nets.model)
             yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
             yield from others
+
+    def _control(self, model: ResidualStudent) -> Iterator[Plan]:
+        method, train = self.recipe.method, self.recipe.train
+        learn = functools.partial(self._end_to_end if method.end_to_end else self._student, model)
+        yield Plan("control", model, train.epochs, functools.partial(self._begun, model, learn))
+        if networks.phase_of(self.recipe, "control") == "control_head":
+            head = functools.partial(self._head, model)
+            yield Plan("control_head", model, train.head_epochs or train.epochs, head)
 
     def _begun(self, model: ResidualStudent | ProgressiveStudent, method: Callable[[], Method]) -> Method:
         """What trains S and A first, once they have what they inherit: their source may be trained in this run."""
@@ -93,7 +104,7 @@ class Planner:
             if self.nets.model is not None:
                 self._base_of(self.nets.model)
             elif self.recipe.method.loss != "none" and self.nets.s0 is not None:
-                base_loss(self.recipe.method, self._teacher(), self.nets.s0, self.facts["image_size"])
+                self._borrowed(self.nets.s0)
 
     def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[Plan]:
         recipe, epochs = self.recipe, self.recipe.train.epochs
@@ -104,7 +115,7 @@ class Planner:
             return
         else:
             yield from self._sequential(model)
-        if recipe.method.head != "teacher":
+        if recipe.method.classifier != "teacher":
             yield Plan("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
 
     def _sequential(self, model: ResidualStudent) -> Iterator[Plan]:
@@ -135,7 +146,7 @@ class Planner:
             return CrossEntropy(given)
         if isinstance(given, ReusedClassifier):
             given.fc.load_state_dict(self._teacher_head().state_dict())
-        base = base_loss(method, self._teacher(), given, self.facts["image_size"])
+        base = self._borrowed(given)
         ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
         if method.residual:  # the control: its head is its own, whatever the loss does with one when it is alone
             ce_weight = base.loss.ce_weight or 1.0
@@ -180,16 +191,19 @@ class Planner:
         )
 
     def _head(self, model: ResidualStudent | ProgressiveStudent) -> Method:
-        if self.recipe.method.head == "trained":
+        if self.recipe.method.classifier == "trained":
             self._freshen(model.head)
         return HeadStep(model)
 
     def _end_to_end(self, model: ResidualStudent) -> Method:
-        method = self.recipe.method
-        if method.head == "trained":
+        method, base = self.recipe.method, self._base_of(model)
+        if method.classifier == "trained":
             self._freshen(model.head)
         else:
             model.head.load_state_dict(self._teacher_head().state_dict())
+        ce_weight = method.ce_weight
+        if ce_weight is None:  # the published one, but for losses that leave the classifier to another loss
+            ce_weight = (base.loss.ce_weight if base is not None else 1.0) or 1.0
         return EndToEnd(
             self._teacher(),
             model,
@@ -197,22 +211,25 @@ class Planner:
             Weights(
                 feature=method.feature_weight,
                 assistant=method.assistant_weight,
-                ce=1.0 if method.ce_weight is None else method.ce_weight,
-                kl=method.kl_weight,
-                temperature=method.temperature,
+                ce=ce_weight,
+                student=method.student_weight,
                 step_decay=method.step_decay,
                 stage=method.stage_weight,
             ),
             detach=method.detach,
-            train_head=method.head != "teacher",
-            base=self._base_of(model),
+            train_head=method.classifier != "teacher",
+            base=base,
         )
 
     def _base_of(self, model: ResidualStudent | ProgressiveStudent) -> WeightedLoss | None:
         if self.recipe.method.loss == "none":
             return None
-        student = model.student if isinstance(model, ResidualStudent) else model
-        return base_loss(self.recipe.method, self._teacher(), student, self.facts["image_size"])
+        student = model.student_network() if isinstance(model, ResidualStudent) else model
+        return self._borrowed(student)
+
+    def _borrowed(self, network: nn.Module) -> WeightedLoss:
+        recipe = self.recipe
+        return base_loss(recipe.method, self._teacher(), network, self.facts["image_size"], recipe.train.epochs)
 
     def _freshen(self, head: nn.Module) -> None:
         assert isinstance(head, nn.Linear)

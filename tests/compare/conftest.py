@@ -20,7 +20,7 @@ def finished(tmp_path_factory, tiny_recipe):
         "lone": ("student.baseline=false",),
     }
     return {
-        name: fit(tiny_recipe(f"name={name}", "train.epochs=1", *overrides), root=root)
+        name: fit(tiny_recipe(f"name={name}", "train.epochs=1", "student.control=true", *overrides), root=root)
         for name, overrides in wanted.items()
     }
 

@@ -27,8 +27,10 @@ def test_every_network_has_a_row_and_the_controls_stand_before_what_they_control
         "S0, cross_entropy",
         "S0, cross_entropy + at",
         "S0, kd",
+        "S0, same losses, sequential",
         "S alone, sequential",
         "S + A, sequential",
+        "S0, same losses, sequential + at",
         "S alone, sequential + at",
         "S + A, sequential + at",
     ]
@@ -118,3 +120,19 @@ def test_no_run_and_an_unfinished_run_are_refused(copied):
     (other.folder / "metrics.json").unlink()
     with pytest.raises(ModelFileError, match="--resume"):
         compare([other])
+
+
+def test_s_and_a_are_held_against_the_best_control(finished):
+    made = compare([finished["at"]])
+    (verdict,) = made.verdicts
+    metrics = finished["at"].read_json("metrics.json")
+    best = max(("s0", "control", "student"), key=lambda part: metrics["parts"][part]["test_top1"])
+    top1s = {row.part: row for row in made.rows}
+    assert top1s[verdict.control].top1 == metrics["parts"][best]["test_top1"]
+    pairs = metrics["pairs"][verdict.control]
+    assert verdict.gain.points == pytest.approx(2 * (pairs["gained"] - pairs["lost"]))  # 50 test images
+    assert verdict.gain.seeds == 1
+    assert top1s["fused"].over_control == pytest.approx(top1s["fused"].top1 - top1s["control"].top1)
+    both = compare([finished["seed0"], finished["seed1"]])
+    assert [one.gain.seeds for one in both.verdicts] == [2]
+    assert not compare([finished["kd"]]).verdicts

@@ -81,7 +81,7 @@ def test_one_perturbed_weight_fails_the_gate_and_leaves_nothing(model, card, tmp
     def perturbed(network, chosen):
         fused = fuse(network, chosen)
         with torch.no_grad():
-            next(parameter for parameter in fused.parameters() if parameter.ndim == 4)[0, 0, 0, 0] += 0.01
+            next(parameter for parameter in fused.parameters() if parameter.ndim == 4)[0, 0, 0, 0] += 0.1
         return fused
 
     monkeypatch.setattr(bundle_module, "fuse", perturbed)

@@ -46,9 +46,9 @@ class ClosedForm:
         return total + (0 if classes is None else before * classes + classes)
 
     def adapter(self, unit: str, width: int, channels: int, size: tuple[int, int] = (32, 32)) -> int:
-        """A 1x1 convolution with bias on the last map."""
+        """A 1x1 convolution without bias on the last map, and batch norm."""
         height, width_of_map = self.maps(size)[-1]
-        return width * channels * height * width_of_map if unit == "macs" else width * channels + channels
+        return width * channels * height * width_of_map if unit == "macs" else width * channels + 2 * channels
 
     def network(
         self, unit: str, depth: int, widths: Sequence[int], classes: int | None, size: tuple[int, int] = (32, 32)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from tests.support.adapters import adapted
+from tests.support.adapters import learnt as made_up
 
 CHANNELS, CLASSES = 12, 5
 
@@ -29,9 +31,7 @@ def x_NCHW() -> Tensor:
 
 def learnt(model: ResidualStudent) -> ResidualStudent:
     """The assistant's adapter as it might be after training."""
-    nn.init.normal_(model.assistant_adapters[0].weight)
-    assert model.assistant_adapters[0].bias is not None
-    nn.init.normal_(model.assistant_adapters[0].bias)
+    made_up(model.assistant_adapters[0])
     return model
 
 
@@ -42,9 +42,7 @@ def by_hand(model: ResidualStudent, x_NCHW: Tensor) -> Tensor:
         (model.student, model.student_adapter),
         *zip(model.assistants, model.assistant_adapters, strict=True),
     ):
-        f = branch.features(x_NCHW)[-1]
-        assert adapter.bias is not None
-        total = total + torch.einsum("oc,nchw->nohw", adapter.weight[:, :, 0, 0], f) + adapter.bias[:, None, None]
+        total = total + adapted(adapter, branch.features(x_NCHW)[-1])
     pooled = total.sum((2, 3)) / (total.shape[2] * total.shape[3])
     return torch.einsum("ko,no->nk", model.head.weight, pooled) + model.head.bias
 
@@ -62,7 +60,7 @@ def test_the_sum_is_that_of_the_paper(model: ResidualStudent, x_NCHW: Tensor) ->
 @torch.no_grad()
 def test_the_second_implementation_says_no_to_one_changed_weight(model: ResidualStudent, x_NCHW: Tensor) -> None:
     wanted = by_hand(learnt(model), x_NCHW)
-    model.assistant_adapters[0].weight[3, 2] += 1e-6
+    model.assistant_adapters[0].conv.weight[3] += 1e-6
     assert not torch.allclose(model(x_NCHW), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -88,7 +86,7 @@ def test_the_assistant_can_be_negative_as_the_residual_is(model: ResidualStudent
 def test_a_linear_adapter_can_be_folded_with_pooling(model: ResidualStudent, x_NCHW: Tensor) -> None:
     """The identity that the export rests on: [W P_S | W P_A] [GAP s; GAP a] + W (b_S + b_A) + b."""
     learnt(model)
-    adapters, head = (model.student_adapter, model.assistant_adapters[0]), model.head
+    adapters, head = [P.folded() for P in (model.student_adapter, model.assistant_adapters[0])], model.head
     matrix = torch.cat([head.weight @ adapter.weight[:, :, 0, 0] for adapter in adapters], 1)
     shift = head.weight @ sum(adapter.bias for adapter in adapters) + head.bias
     pooled = torch.cat([branch.features(x_NCHW)[-1].mean((2, 3)) for branch in (model.student, model.assistants[0])], 1)
@@ -107,8 +105,8 @@ def test_the_student_alone_is_the_same_student(model: ResidualStudent) -> None:
 def test_a_chain_is_the_sum_of_its_branches(k: int, x_NCHW: Tensor) -> None:
     chain = [CifarResNet(8, (2, 3, 4, 5), None) for _ in range(k)]
     model = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), chain, CHANNELS, CLASSES).double().eval()
-    for parameter in model.assistant_adapters.parameters():
-        nn.init.normal_(parameter)
+    for adapter in model.assistant_adapters:
+        made_up(adapter)
     torch.testing.assert_close(model(x_NCHW), by_hand(model, x_NCHW), rtol=1e-12, atol=1e-12)
     partial = model.student_map(x_NCHW)
     for i in range(1, k + 1):

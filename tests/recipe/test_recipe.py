@@ -206,3 +206,18 @@ def test_another_method_begins_a_table_of_its_own(tmp_path: Path) -> None:
     assert read_recipe(file, ["method.name=dkd"]).method == MethodRecipe(name="dkd")
     with pytest.raises(RecipeError, match=r"method\.base = \"at\" has no effect"):
         read_recipe(file, ["method.name=kd", "method.base=at"])  # set beside it, it is meant
+
+
+def test_a_key_that_is_no_more_names_its_successor_and_is_left_out_of_earlier_runs(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"method\.kl_weight is a key no more: .*method\.base_weight"):
+        read_recipe(None, ["method.scheme=end_to_end", "method.kl_weight=0.5"])
+    (tmp_path / "recipe.toml").write_text('[method]\nscheme = "end_to_end"\nbase = "none"\nkl_weight = 1.0\n')
+    (tmp_path / "facts.json").write_text("{}")
+    assert read_recipe(tmp_path / "recipe.toml").method.loss == "none"
+
+
+def test_the_end_to_end_scheme_has_defaults_of_its_own() -> None:
+    method = read_recipe(None, ["method.scheme=end_to_end"]).method
+    assert (method.loss, method.classifier) == ("dkd", "finetuned")
+    method = read_recipe(None).method
+    assert (method.loss, method.classifier) == ("none", "teacher")

@@ -21,6 +21,7 @@ from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.serve.early_exit import confidence, exit_steps, load_early_exit
+from tests.support.adapters import learnt
 
 LABELS = ("a", "b", "c", "d")
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -34,8 +35,7 @@ def made(assistants: int) -> ResidualStudent:
     chain = [CifarResNet(8, (4, 4, 6, 5), None) for _ in range(assistants)]
     model = ResidualStudent(CifarResNet(8, (8, 8, 8, 12), None), chain, 10, len(LABELS))
     for adapter in model.assistant_adapters:
-        torch.nn.init.normal_(adapter.weight, std=0.5)
-        torch.nn.init.normal_(adapter.bias, std=0.5)
+        learnt(adapter, std=0.5)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

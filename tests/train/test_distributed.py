@@ -127,7 +127,7 @@ def end_to_end(dtype: torch.dtype) -> EndToEnd:
     parts = [given.rebuilt((8, 8, 8, 8), None) for _ in range(2)]
     model = ResidualStudent(parts[0], [parts[1]], teacher.channels, 4)
     without_batchnorm(model)
-    weights = Weights(feature=1.0, assistant=1.0, ce=1.0, kl=1.0, temperature=4.0, step_decay=0.5)
+    weights = Weights(feature=1.0, assistant=1.0, ce=1.0, student=1.0, step_decay=0.5)
     return EndToEnd(teacher.to(dtype), model.to(dtype), mse, weights, detach=True, train_head=True)
 
 

@@ -9,8 +9,10 @@ from torchvision import transforms
 
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.sources import ImageSet, Split
+from rkd_deploy.data.splits import EVALUATED_AT_ONCE as BATCH
+from rkd_deploy.data.splits import evaluation_batch
 from rkd_deploy.models import zoo
-from rkd_deploy.train.evaluation import BATCH, batch_of, predictions
+from rkd_deploy.train.evaluation import predictions
 from rkd_deploy.train.weights import load_foreign, load_weights
 
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
@@ -70,14 +72,14 @@ def test_predictions_are_those_of_torchvisions_pipeline(shared_data: Path, cifar
 
 
 @pytest.mark.slow
-def test_the_pretrained_resnet56_has_its_published_accuracy(shared_data: Path, cifar100: ImageSet) -> None:
-    """72.63 % of the 10,000 test images: 1.26 million million multiply-adds."""
-    model = pretrained(shared_data, "resnet56").to(memory_format=torch.channels_last)  # twice as fast, same result
+def test_a_pretrained_network_has_its_published_accuracy(shared_data: Path, cifar100: ImageSet) -> None:
+    """68.83 % of the 10,000 test images; tests/test_cifar100.py has ResNet-56 and the numbers of a run."""
+    model = pretrained(shared_data, "resnet20").to(memory_format=torch.channels_last)  # twice as fast, same result
     found = predictions(model, cifar100.test, Normaliser(MEAN, STD, torch.device("cpu")))
     right = int((found == cifar100.test.labels_N).sum())
-    assert right == pytest.approx(7263, abs=2)  # an image whose two largest logits are equal to rounding may turn
+    assert right == pytest.approx(6883, abs=2)  # an image whose two largest logits are equal to rounding may turn
 
 
 def test_large_images_are_evaluated_fewer_at_once() -> None:
     """So that the maps of a batch stay within the memory that small ones take."""
-    assert [batch_of((side, side)) for side in (8, 32, 91, 224, 4096)] == [500, 500, 500, 83, 1]
+    assert [evaluation_batch((side, side)) for side in (8, 32, 91, 224, 4096)] == [500, 500, 500, 83, 1]

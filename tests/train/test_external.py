@@ -37,7 +37,7 @@ PAIRS = (
 )
 # A run of a few steps at a size that networks for photos bear.
 FEW = ("data.image_size=32", "data.train_limit=20", "data.test_limit=10", "train.batch_size=10", "train.epochs=1")
-WEIGHTS = Weights(feature=1.0, assistant=1.0, ce=1.0, kl=1.0, temperature=4.0, step_decay=1.0)
+WEIGHTS = Weights(feature=1.0, assistant=1.0, ce=1.0, student=1.0, step_decay=1.0)
 
 
 def made(name: str) -> FeatureNetwork:
@@ -79,15 +79,15 @@ def test_unequal_maps_are_compared_at_the_smaller_size():
     for teacher, student in (("timm:test_resnet", "resnet8"), ("resnet8", "timm:test_resnet")):
         T, S = made(teacher).eval(), made(student).without_head().eval()
         model = ResidualStudent(S, [made(student).without_head()], T.channels, K).eval()
-        nn.init.normal_(model.assistant_adapters[0].weight)
+        nn.init.normal_(model.assistant_adapters[0].norm.weight)
         with torch.no_grad():
             f_T, s, a = T.features(x_NCHW)[-1], model.student_map(x_NCHW), model.assistant_map(x_NCHW)
             size = min(f_T.shape[-1], s.shape[-1])
             f_T, s, a = (one.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5)) for one in (f_T, s, a))
-            assert StudentStep(T, model, 1.0).eval()(x_NCHW, y_N).total.item() == pytest.approx(
+            assert StudentStep(T, model, 1.0, distance=mse).eval()(x_NCHW, y_N).total.item() == pytest.approx(
                 (f_T - s).square().mean().item(), rel=1e-4
             )
-            for method in (AssistantStep(T, model, 1.0),):
+            for method in (AssistantStep(T, model, 1.0, distance=mse),):
                 assert method.eval()(x_NCHW, y_N).total.item() == pytest.approx(
                     (f_T - s - a).square().mean().item(), rel=1e-4
                 )

@@ -15,6 +15,7 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
 from rkd_deploy.models import zoo
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import NetworkCost, count
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
@@ -160,7 +161,7 @@ def test_a_chain(tmp_path: Path, tiny_recipe: MakeRecipe, scheme: str, k: int) -
     assert phases(run) == ["teacher", *(["end_to_end"] if scheme == "end_to_end" else ["student", *chain])]
     model = load_part(run, "fused")
     assert len(model.assistants) == k
-    assert all(adapter.weight.any() for adapter in model.assistant_adapters)
+    assert all(adapter.norm.weight.any() for adapter in model.assistant_adapters)
     separation, parts = run.read_json("facts.json")["separation"], run.read_json("metrics.json")["parts"]
     assert count(model, 8).macs == parts["fused"]["macs"] == separation["cost"] <= separation["budget"]
     assert export_run(run).proof.parity.passed
@@ -194,11 +195,11 @@ def test_a_reused_head_is_the_teachers(tmp_path: Path, tiny_recipe: MakeRecipe) 
     assert torch.equal(s0["fc.weight"], teacher["fc.weight"])
 
 
-@pytest.mark.parametrize("distance", ["normalised_mse", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", ["mse", "normalised_mse", "smooth_l1", "cosine"])
 def test_every_distance_trains_s_and_a(tmp_path: Path, tiny_recipe: MakeRecipe, distance: str) -> None:
     run = fit(tiny_recipe(*LEAST, "student.baseline=false", f"method.distance={distance}"), root=tmp_path)
     student, assistant = (load_tensors(run.weights(name))[0] for name in ("student", "assistant"))
-    key = "assistant_adapters.0.weight"
+    key = "assistant_adapters.0.norm.weight"
     assert assistant[key].isfinite().all()
     assert assistant[key].any()
     assert not student[key].any()
@@ -253,6 +254,6 @@ def test_several_stages_resume_in_the_same_bits(tmp_path: Path, tiny_recipe: Mak
     last = {"sequential": "assistant", "end_to_end": "end_to_end"}[scheme]
     several, one = (load_tensors(each.weights(last))[0] for each in (run, plain))
     assert several.keys() - one.keys() == {
-        f"stage_adapters.adapters.{b}.0.{k}" for b in (0, 1) for k in ("weight", "bias")
+        f"stage_adapters.adapters.{b}.0.{k}" for b in (0, 1) for k in Adapter(1, 1).state_dict()
     }
     assert not torch.equal(several["student.layer1.0.conv1.weight"], one["student.layer1.0.conv1.weight"])

@@ -80,7 +80,7 @@ def _made(name: str) -> torch.nn.Module:
 @pytest.mark.parametrize("path", CIFAR100, ids=lambda path: path.stem)
 def test_two_steps_of_every_phase_on_real_images(path: Path, cifar100: ImageSet) -> None:
     phases = two_steps_of_every_phase(read_recipe(path), cifar100)
-    assert phases == ["teacher", "s0", "student", "assistant"]
+    assert phases == ["teacher", "s0", "control", "student", "assistant"]
 
 
 def test_two_steps_of_imagenets_recipe_on_photos_in_its_layout(photos: Path) -> None:
@@ -89,7 +89,7 @@ def test_two_steps_of_imagenets_recipe_on_photos_in_its_layout(photos: Path) -> 
     recipe = read_recipe(path, [f"data.root={photos}", "teacher.pretrained=false", "train.amp=false"])
     images = load_images(recipe.data, recipe.train.seed)
     assert (len(images.classes), images.image_size) == (3, (224, 224))
-    assert two_steps_of_every_phase(recipe, images) == ["teacher", "s0", "student", "assistant"]
+    assert two_steps_of_every_phase(recipe, images) == ["teacher", "s0", "control", "student", "assistant"]
 
 
 def two_steps_of_every_phase(recipe: Recipe, images: ImageSet) -> list[str]:

@@ -1,7 +1,7 @@
 """S and A as one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
 
 Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
-    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position
+    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/adapters.py`)
     P_A a = U_A a + c_A     U_A [C_T, C_A]
     h(v)  = W v + b         W   [K, C_T]
 
@@ -40,6 +40,7 @@ still commute, so level `tail` applies the adapters to the pooled maps, where th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
+from rkd_deploy.models.adapters import Adapter, as_convolution
 from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
@@ -225,11 +227,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 class _LastMaps(nn.Module):
     """S and its assistants as one function from images to their last stage maps."""
 
-    def __init__(self, backbones: Sequence[FeatureNetwork]) -> None:
+    def __init__(self, backbones: Sequence[FeatureNetwork], trunk: FeatureNetwork | None) -> None:
         super().__init__()
-        self.backbones = nn.ModuleList(backbones)
+        self.trunk, self.backbones = trunk, nn.ModuleList(backbones)
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        if self.trunk is not None:
+            x_NCHW = self.trunk.features(x_NCHW)[-1]
         return tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
 
 
@@ -263,8 +267,8 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     if isinstance(model, ProgressiveStudent):
         branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
     elif isinstance(model, ResidualStudent | StudentAlone):
-        branches = _LastMaps([backbone for backbone, _ in model.branches()])
-        adapters = [adapter for _, adapter in model.branches()]
+        branches = _LastMaps([backbone for backbone, _ in model.branches()], model.trunk)
+        adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return fold_batch_norms(model.eval())
     owner = SummedBranches if level == "sum" else FoldedTail
@@ -279,10 +283,18 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
         )
     backbones = [_LastMap(backbone).eval() for backbone, _ in model.branches()]
     with torch.no_grad():
-        merged = merge(backbones, grouped=grouped)
-        return WideBranches(merged, [adapter for _, adapter in model.branches()], model.head).eval()
+        if model.trunk is None:
+            merged = merge(backbones, grouped=grouped)
+        else:  # the ends are merged, and share their input, the trunk's map, as branches share the image
+            merged = merge(backbones, grouped=grouped, channels=model.trunk.channels)
+            trunk = fold_batch_norms(_LastMap(model.trunk).eval())
+            merged = dataclasses.replace(merged, backbone=nn.Sequential(trunk, merged.backbone))
+        adapters = [as_convolution(adapter) for _, adapter in model.branches()]
+        return WideBranches(merged, adapters, model.head).eval()
 
 
-def fuse_branch(backbone: FeatureNetwork, adapter: nn.Conv2d, head: nn.Module) -> nn.Module:
+def fuse_branch(
+    backbone: FeatureNetwork, adapter: Adapter, head: nn.Module, trunk: FeatureNetwork | None = None
+) -> nn.Module:
     """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(fold_batch_norms(_LastMaps([backbone]).eval()), [adapter], head).eval()
+    return FoldedTail(fold_batch_norms(_LastMaps([backbone], trunk).eval()), [as_convolution(adapter)], head).eval()

@@ -66,12 +66,13 @@ class Merged:
     can_group: bool
 
 
-def merge(backbones: Sequence[nn.Module], *, grouped: bool = False) -> Merged:
+def merge(backbones: Sequence[nn.Module], *, grouped: bool = False, channels: int = 3) -> Merged:
     """Merge backbones of one topology; their widths may differ.
 
     Args:
         backbones: Images [N, 3, H, W] to maps [N, C_b, H', W'], in eval mode. Left as they are.
         grouped: Whether layers of equal widths become grouped convolutions instead of dense ones with zero blocks.
+        channels: Of their common input: 3 for images, those of the trunk's map behind a trunk.
 
     Raises:
         UsageError: They have no common topology, or something in them cannot be merged; the message names it.
@@ -79,15 +80,15 @@ def merge(backbones: Sequence[nn.Module], *, grouped: bool = False) -> Merged:
     traced = [_traced(backbone) for backbone in backbones]
     parameter = next(backbones[0].parameters())
     with torch.no_grad():
-        align(traced, torch.zeros(2, 3, *_SIZE, dtype=parameter.dtype))
-        return _Merger(traced, grouped).run()
+        align(traced, torch.zeros(2, channels, *_SIZE, dtype=parameter.dtype))
+        return _Merger(traced, grouped, channels).run()
 
 
 class _Merger:
     """Walks the branches side by side. Values are lists, with one entry for each branch."""
 
-    def __init__(self, traced: Sequence[fx.GraphModule], grouped: bool) -> None:
-        self.branches = traced
+    def __init__(self, traced: Sequence[fx.GraphModule], grouped: bool, channels: int) -> None:
+        self.branches, self.channels = traced, channels
         self.grouped, self.can_group = grouped, False
         self.maps = MergedMaps()
         self.env: list[dict[fx.Node, Any]] = [{} for _ in traced]
@@ -126,7 +127,7 @@ class _Merger:
         if kind == "placeholder":
             count = len(self.branches)
             image = self.maps.graph.placeholder("x_NCHW")
-            return self.maps.add(image, [torch.arange(3)] * count, [(2, 3, *_SIZE)] * count)
+            return self.maps.add(image, [torch.arange(self.channels)] * count, [(2, self.channels, *_SIZE)] * count)
         if kind == "get_attr":
             return [
                 _attribute(branch, str(node.target)) for branch, node in zip(self.branches, self.nodes, strict=True)

@@ -21,7 +21,7 @@ from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, GateError
 from rkd_deploy.export.precision.options import Gates
-from rkd_deploy.images import normalise
+from rkd_deploy.images import as_input
 
 Array = npt.NDArray[Any]
 
@@ -88,7 +88,7 @@ class HeldOut:
     """
 
     def __init__(self, reference: Backend, batches: Iterable[tuple[Array, Array]], card: ModelCard) -> None:
-        pairs = [(as_input(images_NHWC, card), labels_n) for images_NHWC, labels_n in batches]
+        pairs = [(as_input(images_NHWC, card.preprocess), labels_n) for images_NHWC, labels_n in batches]
         if not pairs:
             raise DataError("A lower precision is judged on held-out images, and there are none. Give some.")
         self.inputs = [x for x, _ in pairs]
@@ -176,11 +176,6 @@ def answers(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
         file.write_bytes(proto.SerializeToString())
         with load_backend(backend, file) as candidate:
             return np.concatenate([infer_many(candidate, x) for x in inputs])
-
-
-def as_input(images_NHWC: Array, card: ModelCard) -> Array:
-    """uint8 images as the exported graph takes them."""
-    return images_NHWC if card.preprocess.embedded else normalise(images_NHWC, card.preprocess)
 
 
 def failed(judgement: Judgement, precision: str, kept: Sequence[str], report: Path) -> GateError:

@@ -23,9 +23,12 @@ from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting
 from rkd_deploy.models.separation.pruning import inherit_weights, narrowable
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
+from rkd_deploy.models.trunk import check_parting, trunk_widths
 
-FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail"}
+FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
+_MEASURED = ("side_by_side", "branches")
+"""Layouts that a latency budget chooses from."""
 
 BUDGETS = ("macs", "params", "latency")
 LAYOUTS = tuple(FUSION_LEVELS)
@@ -45,6 +48,8 @@ class Separation:
         level: The level of fusion that S and A were cut for.
         parts: Cost of student, assistant, student_adapter, assistant_adapter and head; those of the assistants are of
             all k together.
+        shared_stages: j, first stages that are there once, as S's; 0 where S and A share none. The assistants' first
+            stages have the same widths then, and `rkd_deploy.models.trunk.parted` leaves them out.
         latency: Where the budget is latency, everything that was measured, and whether A is the narrowest there is: it
             may then take more than its share of what S and A cost.
     """
@@ -57,6 +62,7 @@ class Separation:
     unit: str
     level: str
     parts: dict[str, int]
+    shared_stages: int = 0
     latency: dict[str, Any] | None = None
 
     @property
@@ -72,6 +78,7 @@ def separate(
     input_size: int | tuple[int, int],
     budget: str = "macs",
     layout: str | None = None,
+    shared_stages: int | None = None,
     assistant_share: float = 0.2,
     assistants: int = 1,
     round_to: int = 8,
@@ -90,8 +97,10 @@ def separate(
         num_classes: K, of the head.
         input_size: Height and width of the images in pixels, or one number for both.
         budget: What must not exceed S0's: ``"macs"``, ``"params"``, or ``"latency"``, which `stopwatch` measures.
-        layout: ``"branches"``, or ``"side_by_side"``: widths of S and A add up to those of S0. Default: branches; where
-            the budget is latency, whichever leaves them more.
+        layout: ``"branches"``; ``"side_by_side"``: widths of S and A add up to those of S0; ``"trunk"``: they share the
+            first `shared_stages` stages. Default: branches; where the budget is latency, whichever of the first two
+            leaves them more.
+        shared_stages: j, for layout trunk. Default: all but the last.
         assistant_share: rho, the share of the budget that all assistants and their adapters may take; of the MACs where
             the budget is latency, and of S0's where the narrowest assistant takes more of a faster S + A.
         assistants: k, how many of them share it equally.
@@ -111,6 +120,7 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
+    _check_trunk(budget, layout, shared_stages, weights)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     model = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = model.channels if channels is None else channels
@@ -121,7 +131,7 @@ def separate(
     if fraction is not None:
         limits, record = _narrowed(limits, network, model, fraction, stopwatch)
         records |= {} if record is None else {"given": record}
-    level = FUSION_LEVELS[layout or "branches"]
+    level, shared = FUSION_LEVELS[layout or "branches"], 0
     if stopwatch is not None:
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
         fastest = _Fastest(limits, network, C_T, head, s0, stopwatch).run(layout)
@@ -129,9 +139,14 @@ def separate(
         records["fused"] = fastest.record
     elif layout == "side_by_side":
         student, assistant = limits.side_by_side(1.0)
+    elif layout == "trunk":
+        stages = len(network.stages())
+        shared = stages - 1 if shared_stages is None else shared_stages
+        check_parting(shared, stages, type(network).__name__)
+        student, assistant = limits.parted(shared, trunk_widths(network, shared))
     else:
         student, assistant = limits.split(limits.limit)
-    parts = limits.account(student, assistant)
+    parts = limits.account(student, assistant, shared_stages=shared)
     separation = Separation(
         student=network.rebuilt(student, None),
         assistants=tuple(network.rebuilt(assistant, None) for _ in range(assistants)),
@@ -141,6 +156,7 @@ def separate(
         unit=limits.unit,
         level=level,
         parts=parts,
+        shared_stages=shared,
         latency=records or None,
     )
     if weights == "inherited":
@@ -162,6 +178,20 @@ def narrow(
     _check(budget, None, 1, fraction, "fresh", stopwatch)
     network, limits = _budget_of(model, num_classes, input_size, budget, round_to)
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
+
+
+def _check_trunk(budget: str, layout: str | None, shared_stages: int | None, weights: str) -> None:
+    if layout != "trunk":
+        if shared_stages is not None:
+            raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
+        return
+    if budget == "latency":
+        raise UsageError('layout = "trunk" has no search by latency yet: set budget = "macs" or "params".')
+    if weights == "inherited":
+        raise UsageError(
+            'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
+            'trunk it has S\'s own. Set weights = "fresh".'
+        )
 
 
 def _check(
@@ -256,7 +286,7 @@ class _Fastest:
         has, each no larger. Which is faster depends on the machine, so both are measured.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        layouts = LAYOUTS if layout is None else (layout,)
+        layouts = _MEASURED if layout is None else (layout,)
         fittings: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
         cost = 0

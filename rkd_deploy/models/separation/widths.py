@@ -57,6 +57,7 @@ class CostModel:
         self._network, self._size, self._unit, self._channels = network, size, unit, channels
         self._stage_channels, self.fixed = stage_channels, network.fixed
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
+        self._trunks: dict[tuple[Widths, int], int] = {}
         with torch.no_grad():
             shadow = copy.deepcopy(network).to("meta").eval()
             last = shadow.features(torch.empty(1, 3, *size, device="meta"))[-1]
@@ -70,6 +71,16 @@ class CostModel:
         """F of a network of these widths, with a linear head of K classes or (None) without a head."""
         return self._counted(widths, num_classes)[0]
 
+    def trunk(self, widths: Widths, shared_stages: int) -> int:
+        """F of the first stages of a network of these widths."""
+        key = (widths, shared_stages)
+        if key not in self._trunks:
+            with torch.device("meta"):
+                stages = nn.Sequential(*self._network.rebuilt(widths, None).stages()[:shared_stages])
+            cost = count(stages, self._size)
+            self._trunks[key] = cost.macs if self._unit == "macs" else cost.parameters
+        return self._trunks[key]
+
     def adapter(self, widths: Widths) -> int:
         """F(P) from a network of these widths to C_T channels; of all its adapters where maps are exchanged."""
         if self._stage_channels is not None:
@@ -78,7 +89,7 @@ class CostModel:
             shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in maps]
             return adapter_cost(shapes, self._stage_channels, self._unit)
         weights = self._counted(widths, None)[1] * self._channels
-        return weights * self._positions if self._unit == "macs" else weights + self._channels
+        return weights * self._positions if self._unit == "macs" else weights + 2 * self._channels  # U, g and beta
 
     def branch(self, widths: Widths) -> int:
         """F of a branch: a network of these widths without a head, and its adapter."""
@@ -245,12 +256,55 @@ class WidthBudget:
             raise self._too_small(limit, "the student with what the assistant left")
         return student, assistant
 
-    def account(self, student: Widths, assistant: Widths) -> dict[str, int]:
-        """F of each part of S + A, the assistants' of all k together."""
+    def parted(self, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
+        """The widest S and A on one trunk that together cost no more than S0.
+
+        A's end gets the widths that its share pays for behind a trunk as wide as S0's. Trunk and S get what is left,
+        A's end priced behind that trunk: it is no wider, so A keeps within its share.
+
+        Args:
+            shared_stages: j.
+            shared: Which of the widths the trunk has, as indices; A's are those of S there.
+
+        Raises:
+            BudgetError: Even the narrowest S and A cost more.
+        """
+        ends = [index for index in range(len(self.full)) if index not in shared]
+
+        def behind(trunk: Widths, end: Widths) -> Widths:
+            own = dict(zip(ends, end, strict=True))
+            return tuple(own.get(index, width) for index, width in enumerate(trunk))
+
+        def end_cost(widths: Widths) -> int:
+            return self.costs.branch(widths) - self.costs.trunk(widths, shared_stages)
+
+        full, steps = (tuple(values[index] for index in ends) for values in (self.full, self.steps))
+        allowed = int(self.share / self.assistants * self.limit)
+        end = widest(lambda own: end_cost(behind(self.full, own)), full, allowed, steps)
+        if end is None:
+            least = end_cost(behind(self.full, tuple(map(min, full, steps))))
+            raise BudgetError(
+                f"The budget is too small for the assistant's end behind the trunk: S0 costs {self.limit:,}, of which "
+                f"assistant_share = {self.share} gives {allowed:,} to each of {self.assistants}, and the narrowest end "
+                f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {least:,}. Raise student.assistant_share, share "
+                "more stages (student.shared_stages), or lower student.round_to."
+            )
+
+        def whole_cost(widths: Widths) -> int:
+            return self.costs.student(widths) + self.assistants * end_cost(behind(widths, end))
+
+        student = widest(whole_cost, self.full, self.limit, self.steps)
+        if student is None:
+            raise self._too_small(self.limit, "the trunk and the student with what the assistant left")
+        return student, behind(student, end)
+
+    def account(self, student: Widths, assistant: Widths, *, shared_stages: int = 0) -> dict[str, int]:
+        """F of each part of S + A, the assistants' of all k together; a trunk of `shared_stages` is S's."""
         costs, k = self.costs, self.assistants
+        trunk = costs.trunk(assistant, shared_stages) if shared_stages else 0
         return {
             "student": costs.network(student, None),
-            "assistant": k * costs.network(assistant, None),
+            "assistant": k * (costs.network(assistant, None) - trunk),
             "student_adapter": costs.adapter(student),
             "assistant_adapter": k * costs.adapter(assistant),
             "head": costs.head,

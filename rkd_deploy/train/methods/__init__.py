@@ -16,9 +16,16 @@ from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.methods.reviewkd import ReviewKD
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
 
+PUBLISHED_EPOCHS = 240
+"""Of the CIFAR-100 protocol (RepDistiller, mdistiller) that published warm-ups belong to."""
+
 
 def base_loss(
-    recipe: MethodRecipe, teacher: FeatureNetwork, network: nn.Module, image_size: Sequence[int]
+    recipe: MethodRecipe,
+    teacher: FeatureNetwork,
+    network: nn.Module,
+    image_size: Sequence[int],
+    epochs: int = PUBLISHED_EPOCHS,
 ) -> WeightedLoss:
     """The borrowed loss of a recipe, with fresh adapters between these two networks, on the network's device.
 
@@ -27,6 +34,7 @@ def base_loss(
         teacher: T.
         network: What is taught: S, S0, or S0 with a reused head.
         image_size: Height and width.
+        epochs: Of the phase: a published warm-up keeps its share of them.
     """
     shapes = (stage_shapes(teacher, image_size), stage_shapes(network, image_size))
     loss: BaseLoss
@@ -46,4 +54,7 @@ def base_loss(
         case other:
             raise AssertionError(other)  # recipes know no other name
     device = next(network.parameters()).device
-    return WeightedLoss(loss, recipe.base_weight, recipe.base_warmup_epochs).to(device)
+    warmup = recipe.base_warmup_epochs
+    if warmup is None:  # else a short run would end before its loss has begun
+        warmup = round(loss.warmup_epochs * epochs / PUBLISHED_EPOCHS)
+    return WeightedLoss(loss, recipe.base_weight, warmup).to(device)

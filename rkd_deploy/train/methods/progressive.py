@@ -72,7 +72,7 @@ class ProgressiveStep(Method):
         s = sum(done, torch.zeros_like(m))
         f_T, resized_s = match_size(teacher_view.maps[self.stage - 1 - len(rows)], s)
         _, resized_m = match_size(f_T, m)
-        error = self.distance(f_T - resized_s, resized_m)
+        error = self.distance(f_T - resized_s, resized_m, f_T)
         parts = {
             "assistant" if self.branch else "student": error.detach(),
             "explained": explained_variance(f_T, resized_s + resized_m),

@@ -30,29 +30,41 @@ from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, match_size, promoted, view_teacher
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""D of a target, a map, and T's map, in whose units `relative` measures a residual too."""
 
 _TINY = 1e-12  # |t|^2 of a target that is nothing but zeros
 
 
-def mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def relative(t_NCHW: Tensor, m_NCHW: Tensor, f_T_NCHW: Tensor | None = None) -> Tensor:
+    """Squared error over the mean square of T's map, which is the target where it is not given: the share unexplained.
+
+    A residual is measured in units of T's map, not of its own: what S and A leave over is one quantity, and an A whose
+    target is small already pulls no harder for that.
+    """
+    t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
+    f_T_NCHW = t_NCHW if f_T_NCHW is None else promoted(f_T_NCHW)
+    return mse_loss(m_NCHW, t_NCHW) / f_T_NCHW.square().mean().clamp_min(_TINY)
+
+
+def mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Mean squared error over all elements."""
     return mse_loss(m_NCHW, t_NCHW)
 
 
-def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Squared error of each image over its target's square."""
     t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
     error_N = (t_NCHW - m_NCHW).square().flatten(1).sum(1)
     return (error_N / t_NCHW.square().flatten(1).sum(1).clamp_min(_TINY)).mean()
 
 
-def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """Squared near 0, linear beyond 1."""
     return smooth_l1_loss(m_NCHW, t_NCHW)
 
 
-def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
+def cosine(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
     """One minus the cosine of the angle between the maps of each image."""
     t, m = promoted(t_NCHW).flatten(1), promoted(m_NCHW).flatten(1)
     t_norm_N = t.norm(dim=1).clamp_min(_TINY**0.5)
@@ -62,6 +74,7 @@ def cosine(t_NCHW: Tensor, m_NCHW: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Distance] = {
+    "relative": relative,
     "mse": mse,
     "normalised_mse": normalised_mse,
     "smooth_l1": smooth_l1,
@@ -76,7 +89,7 @@ def explained_variance(target_NCHW: Tensor, sum_NCHW: Tensor) -> Tensor:
 
 
 def staged_distance(
-    distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor]
+    distance: Distance, stage_weight: float, targets: Sequence[Tensor], maps: Sequence[Tensor], maps_T: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The distance over all stages, D + v sum_j D_j with j before the last, and D at the last stage alone.
 
@@ -85,8 +98,9 @@ def staged_distance(
         stage_weight: v.
         targets: A map for each stage, the last one last.
         maps: What is compared with the targets, of the same shapes.
+        maps_T: f_T at each stage.
     """
-    *early, last = [distance(target, m) for target, m in zip(targets, maps, strict=True)]
+    *early, last = [distance(t, m, f_T) for t, m, f_T in zip(targets, maps, maps_T, strict=True)]
     return (last + stage_weight * torch.stack(early).sum() if early else last), last
 
 
@@ -119,7 +133,7 @@ class StudentStep(Method):
         model: ResidualStudent,
         weight: float,
         *,
-        distance: Distance = mse,
+        distance: Distance = relative,
         stage_weight: float = 1.0,
         base: WeightedLoss | None = None,
     ) -> None:
@@ -132,11 +146,11 @@ class StudentStep(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_S = w D(f_T, P_S f_S) [+ b X]."""
         teacher_view = view_teacher(self.teacher, x_NCHW)
-        maps = self.model.student.features(x_NCHW)
+        maps = self.model.stage_maps(0, x_NCHW, self.model.shared(x_NCHW))
         s = self.model.compared_maps(0, maps)
         z_S = self.model.head(pool(s[-1]))
         f_T, resized_s = match_sizes(self.model.targets(teacher_view.maps), s)
-        error, last = staged_distance(self.distance, self.stage_weight, f_T, resized_s)
+        error, last = staged_distance(self.distance, self.stage_weight, f_T, resized_s, f_T)
         total = self.weight * error
         parts = {"student": last.detach(), "explained": explained_variance(f_T[-1], resized_s[-1])}
         if self.base is not None:
@@ -176,7 +190,7 @@ class AssistantStep(Method):
         model: ResidualStudent,
         weight: float,
         *,
-        distance: Distance = mse,
+        distance: Distance = relative,
         stage_weight: float = 1.0,
         number: int = 1,
     ) -> None:
@@ -188,15 +202,16 @@ class AssistantStep(Method):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
-        model, networks = self.model, [network for network, _ in self.model.branches()]
+        model = self.model
         with torch.no_grad():
-            before = [model.compared_maps(b, networks[b].features(x_NCHW)) for b in range(self.number)]
+            shared = model.shared(x_NCHW)
+            before = [model.compared_maps(b, model.stage_maps(b, x_NCHW, shared)) for b in range(self.number)]
             s = functools.reduce(sum_maps, before)
             f_T, resized_s = match_sizes(model.targets(self.teacher.features(x_NCHW)), s)
             r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
-        f_A = model.compared_maps(self.number, networks[self.number].features(x_NCHW))
+        f_A = model.compared_maps(self.number, model.stage_maps(self.number, x_NCHW, shared))
         _, resized_f_A = match_sizes(r, f_A)
-        error, last = staged_distance(self.distance, self.stage_weight, r, resized_f_A)
+        error, last = staged_distance(self.distance, self.stage_weight, r, resized_f_A, f_T)
         with torch.no_grad():
             parts = {
                 "assistant": last.detach(),

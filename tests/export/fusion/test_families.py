@@ -21,6 +21,7 @@ from rkd_deploy.models.families.shufflenet import ShuffleNetV1, ShuffleNetV2
 from rkd_deploy.models.families.vgg import VGG
 from rkd_deploy.models.families.wide_resnet import WideResNet
 from rkd_deploy.models.residual import ResidualStudent
+from tests.support.adapters import adapted, learnt
 
 NARROW = {
     "wrn": (WideResNet(10, (8, 8, 8, 16), None), WideResNet(10, (4, 6, 8, 8), None)),
@@ -52,8 +53,7 @@ def as_trained(family):
             module.momentum = None  # the average of all batches: nothing of the initial 1 is left
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    nn.init.normal_(model.assistant_adapters[0].weight)
-    nn.init.normal_(model.assistant_adapters[0].bias)
+    learnt(model.assistant_adapters[0])
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(16, 3, 32, 32))
@@ -82,8 +82,7 @@ def test_fused_equals_the_formula_in_float64_on_photos_and_noise(residual, famil
     model, x_NCHW = residual.double(), pictures(cifar100)
     total = 0
     for branch, P in ((model.student, model.student_adapter), (model.assistants[0], model.assistant_adapters[0])):
-        f = branch.features(x_NCHW)[-1]
-        total = total + torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None]
+        total = total + adapted(P, branch.features(x_NCHW)[-1])
     expected = torch.einsum("kt,nt->nk", model.head.weight, total.mean((2, 3))) + model.head.bias
     assert expected.std(0).max() > 0.01  # it does depend on the image
     fused = fuse(model, level)

@@ -7,14 +7,14 @@ from torch import nn
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import LEVELS, FoldedTail, fuse
 from rkd_deploy.models.residual import StudentAlone
+from tests.support.adapters import adapted
 
 
 def formula(model, x, assistants=None):
     total = 0
     pairs = [*zip(model.assistants, model.assistant_adapters, strict=True)][:assistants]
     for branch, P in [(model.student, model.student_adapter), *pairs]:
-        f = branch.features(x)[-1]
-        total = total + torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None]
+        total = total + adapted(P, branch.features(x)[-1])
     return torch.einsum("kt,nt->nk", model.head.weight, total.mean((2, 3))) + model.head.bias
 
 
@@ -53,7 +53,7 @@ def test_tail_is_one_matrix_on_the_pooled_maps(model):
     fused = fuse(model, "tail")
     assert isinstance(fused, FoldedTail)
     assert tuple(fused.head.weight.shape) == (5, 24 + 8)
-    W, U_S = model.head.weight, model.student_adapter.weight[:, :, 0, 0]
+    W, U_S = model.head.weight, model.student_adapter.folded().weight[:, :, 0, 0]
     torch.testing.assert_close(fused.head.weight[:, :24], W @ U_S)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from rkd_deploy.export.fusion import LEVELS, fuse
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from tests.support.adapters import adapted, learnt
 
 HEADS = {
     "norm and linear": lambda: nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 5)),
@@ -23,6 +24,8 @@ def test_fused_equals_the_formula(head, level):
     model = ResidualStudent(CifarResNet(8, (8, 8, 8, 8), None), [CifarResNet(8, (4, 4, 4, 4), None)], 12, 5, h)
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
+    for adapter in (model.student_adapter, model.assistant_adapters[0]):
+        learnt(adapter, std=2.0)
     model = model.double().eval()
     x_NCHW = torch.randn(3, 3, 8, 8, dtype=torch.float64) * torch.tensor([0.3, 1, 3]).view(3, 1, 1, 1)
     s, a = model.student.features(x_NCHW)[-1], model.assistants[0].features(x_NCHW)[-1]
@@ -30,9 +33,7 @@ def test_fused_equals_the_formula(head, level):
         (((model.student_adapter, s),), StudentAlone(model)),
         (((model.student_adapter, s), (model.assistant_adapters[0], a)), model),
     ):
-        total = sum(
-            torch.einsum("tc,nchw->nthw", P.weight[:, :, 0, 0], f) + P.bias[None, :, None, None] for P, f in parts
-        )
+        total = sum(adapted(P, f) for P, f in parts)
         expected = h(total.mean((2, 3)))
         assert expected.std(0).max() > 1e-3  # it does depend on the image
         fused = fuse(network, level)

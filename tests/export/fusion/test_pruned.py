@@ -40,7 +40,7 @@ def test_a_network_is_split_within_its_cost_learns_and_is_exported(name: str) ->
     given = zoo.create(name, CLASSES, input_size=(SIDE, SIDE))
     made = separate(given, num_classes=CLASSES, input_size=SIDE, assistant_share=0.3, weights="inherited")
     model = ResidualStudent(made.student, made.assistants, given.channels, CLASSES)
-    torch.nn.init.normal_(model.assistant_adapters[0].weight, std=0.01)  # zero, else: A would get no gradient
+    torch.nn.init.normal_(model.assistant_adapters[0].norm.weight, std=0.01)  # zero, else: A would get no gradient
     assert count(model, SIDE).macs == made.cost <= made.budget == count(given, SIDE).macs
     assert made.cost > 0.97 * made.budget
     for network in (made.student, made.assistant):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkd_deploy.train.methods.residual import DISTANCES
+from rkd_deploy.train.methods.residual import DISTANCES, relative
 
 
 def second(name: str, t: Tensor, m: Tensor) -> float:
@@ -20,6 +20,7 @@ def second(name: str, t: Tensor, m: Tensor) -> float:
         length = max(np.sqrt((m_n**2).sum()), 0.1 * np.sqrt((t_n**2).sum()))
         values.append(
             {
+                "relative": (d**2).mean() / (t.numpy() ** 2).mean(),
                 "mse": (d**2).mean(),
                 "normalised_mse": (d**2).sum() / (t_n**2).sum(),
                 "smooth_l1": np.where(d < 1, d**2 / 2, d - 0.5).mean(),
@@ -38,8 +39,16 @@ def test_against_a_second_implementation(name: str, scale: float) -> None:
 
 def test_known_numbers() -> None:
     t, m = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[0.0, 4.0]]]])
-    wanted = {"mse": 4.5, "normalised_mse": 9 / 25, "smooth_l1": 1.25, "cosine": 1 - 16 / 20}
+    wanted = {"relative": 9 / 25, "mse": 4.5, "normalised_mse": 9 / 25, "smooth_l1": 1.25, "cosine": 1 - 16 / 20}
     assert {name: D(t, m).item() for name, D in DISTANCES.items()} == pytest.approx(wanted)
+
+
+def test_a_residual_is_measured_in_units_of_the_teachers_map() -> None:
+    f_T, s, a = torch.randn(3, 4, 3, 5, 5, dtype=torch.float64)
+    found, alone = (relative(f_T - s, a, *T) for T in ((f_T,), ()))
+    assert found.item() == pytest.approx(relative(f_T, s + a).item(), rel=1e-12)
+    assert found.item() != pytest.approx(alone.item(), rel=0.01)
+    assert relative(7 * (f_T - s), 7 * a, 7 * f_T).item() == pytest.approx(found.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -52,7 +61,13 @@ def test_the_target_itself_is_at_distance_0_and_silence_is_not(name: str) -> Non
 def test_what_each_one_does_not_see() -> None:
     t, m = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
     factor = torch.tensor([1.0, 10, 0.1, 7], dtype=torch.float64).view(-1, 1, 1, 1)
-    for name, blind in (("normalised_mse", True), ("cosine", True), ("mse", False), ("smooth_l1", False)):
+    for name, blind in (
+        ("normalised_mse", True),
+        ("cosine", True),
+        ("relative", False),
+        ("mse", False),
+        ("smooth_l1", False),
+    ):
         scaled = DISTANCES[name](factor * t, factor * m).item()
         assert (scaled == pytest.approx(DISTANCES[name](t, m).item())) is blind  # how strong an image's target is
     assert DISTANCES["cosine"](t, 3 * m).item() == pytest.approx(DISTANCES["cosine"](t, m).item())
@@ -78,7 +93,7 @@ def test_gradients_at_zero_are_finite_and_lead_to_the_target(name: str, start: s
 def test_half_precision_maps_are_compared_in_full_precision() -> None:
     t = torch.randn(4, 8, 5, 5).bfloat16()
     m = (t.float() + 0.1 * torch.randn(4, 8, 5, 5)).bfloat16()
-    for name in ("normalised_mse", "cosine"):
+    for name in ("relative", "normalised_mse", "cosine"):
         found = DISTANCES[name](t, m)
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(second(name, t.double(), m.double()), rel=1e-4)

@@ -16,11 +16,11 @@ from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.base import WeightedLoss
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
-from rkd_deploy.train.methods.kd import kd_loss
-from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, mse
+from rkd_deploy.train.methods.residual import DISTANCES, AssistantStep, StudentStep, mse, relative
+from tests.support.adapters import adapted, learnt
 
 CHANNELS, CLASSES = 8, 4
-WEIGHTS = Weights(feature=3.0, assistant=0.7, ce=0.4, kl=0.2, temperature=4.0, step_decay=0.5)
+WEIGHTS = Weights(feature=3.0, assistant=0.7, ce=0.4, student=0.3, step_decay=0.5)
 Batch = tuple[Tensor, Tensor]
 
 
@@ -41,8 +41,8 @@ def chain(k: int) -> ResidualStudent:
     """S and k assistants that have learnt something already."""
     assistants = [CifarResNet(8, (2, 3, 4, 5), None) for _ in range(k)]
     made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), assistants, CHANNELS, CLASSES)
-    for parameter in made.assistant_adapters.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    for adapter in made.assistant_adapters:
+        learnt(adapter, std=0.3)
     return used(made)
 
 
@@ -56,37 +56,51 @@ def maps_of(model: ResidualStudent, x: Tensor, *, training: bool) -> list[Tensor
     found = []
     for branch, adapter in model.branches():
         f = copy.deepcopy(branch).train(training).features(x)[-1]
-        assert adapter.bias is not None
-        found.append(torch.einsum("oc,nchw->nohw", adapter.weight[:, :, 0, 0], f) + adapter.bias[:, None, None])
+        found.append(adapted(adapter, f, training=training))
     return found
 
 
 def end_to_end(T: CifarResNet, model: ResidualStudent, **how: Any) -> EndToEnd:
-    method = EndToEnd(T, model, mse, WEIGHTS, **{"detach": True, "train_head": False, **how})
+    distance = how.pop("distance", mse)
+    method = EndToEnd(T, model, distance, WEIGHTS, **{"detach": True, "train_head": False, **how})
     method.train()
     return method
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+def cross_entropy_by_hand(z: Tensor, y: Tensor) -> Tensor:
+    return (z.exp().sum(1).log() - z[torch.arange(len(y)), y]).mean()
+
+
+def kd_by_hand(z_T: Tensor, z: Tensor) -> Tensor:
+    p_T, p = (z_T / 4).softmax(1), (z / 4).softmax(1)
+    return 16 * (p_T * (p_T / p).log()).sum(1).mean()
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
 @pytest.mark.parametrize("detach", [True, False])
-def test_the_loss_is_the_formula(T: CifarResNet, batch: Batch, k: int, detach: bool) -> None:
+@pytest.mark.parametrize("D", ["relative", "mse"])
+def test_the_loss_is_the_formula(T: CifarResNet, batch: Batch, k: int, detach: bool, D: str) -> None:
+    """k = 0 is the control: S0, same losses."""
     model, (x, y) = chain(k), batch
     f_T = copy.deepcopy(T).eval().features(x)[-1]
     maps = maps_of(model, x, training=True)
-    wanted = 3.0 * (f_T - maps[0]).pow(2).mean()
+    unit = f_T.pow(2).mean() if D == "relative" else 1
+    wanted = 3.0 * (f_T - maps[0]).pow(2).mean() / unit
     for i in range(1, k + 1):
         r = f_T - sum(maps[:i])
-        wanted = wanted + 0.7 * 3.0 / k * 0.5 ** (i - 1) * (r - maps[i]).pow(2).mean()
-    z = sum(maps).mean((2, 3)) @ model.head.weight.T + model.head.bias
+        wanted = wanted + 0.7 * 3.0 / k * 0.5 ** (i - 1) * (r - maps[i]).pow(2).mean() / unit
+    z_S, z = (model.head(m.mean((2, 3))) for m in (maps[0], sum(maps)))
     z_T = T.fc(f_T.mean((2, 3)))
-    p_T, p = (z_T / 4).softmax(1), (z / 4).softmax(1)
-    wanted = wanted + 0.4 * (z.exp().sum(1).log() - z[torch.arange(6), y]).mean()
-    wanted = wanted + 0.2 * 16 * (p_T * (p_T / p).log()).sum(1).mean()
-    losses = end_to_end(T, model, detach=detach)(x, y)
+    for v, logits in ((1.0, z), (0.3 if k else 0.0, z_S)):
+        wanted = wanted + v * (0.4 * cross_entropy_by_hand(logits, y) + 2.5 * kd_by_hand(z_T, logits))
+    base = base_loss(MethodRecipe(base="kd", base_weight=2.5), T, model.student, (8, 8)).double()
+    losses = end_to_end(T, model, detach=detach, base=base, distance=DISTANCES[D])(x, y)
     torch.testing.assert_close(losses.total, wanted, rtol=1e-10, atol=0)
     torch.testing.assert_close(losses.logits_NK, z.detach(), rtol=1e-10, atol=1e-12)
     explained = 1 - (f_T - sum(maps)).pow(2).mean() / f_T.pow(2).mean()
     torch.testing.assert_close(losses.parts["explained"], explained.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses.parts["base"], kd_by_hand(z_T, z).detach(), rtol=1e-10, atol=0)
+    assert ("base_student" in losses.parts) is (k > 0)
 
 
 def gradients(model: ResidualStudent, method: EndToEnd, batch: Batch) -> dict[str, Tensor]:
@@ -97,13 +111,13 @@ def gradients(model: ResidualStudent, method: EndToEnd, batch: Batch) -> dict[st
 
 def test_with_the_stop_gradient_s_learns_from_its_own_distance_alone(T: CifarResNet, batch: Batch) -> None:
     model = chain(2)
-    silent = dataclasses.replace(WEIGHTS, ce=0.0, kl=0.0)
+    silent = dataclasses.replace(WEIGHTS, ce=0.0, student=0.0)
     alone = StudentStep(T, model, 3.0).train()
     alone(*batch).total.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert {n.split(".")[0] for n in wanted} == {"student", "student_adapter"}
     for detach in (True, False):
-        method = EndToEnd(T, model, mse, silent, detach=detach, train_head=False).train()
+        method = EndToEnd(T, model, relative, silent, detach=detach, train_head=False).train()
         found = gradients(model, method, batch)
         same = all(torch.allclose(found[n], wanted[n], rtol=1e-9, atol=1e-12) for n in wanted)
         assert same is detach
@@ -112,7 +126,7 @@ def test_with_the_stop_gradient_s_learns_from_its_own_distance_alone(T: CifarRes
 def test_without_it_one_assistant_pulls_at_s_as_the_distance_of_the_sum_does(T: CifarResNet, batch: Batch) -> None:
     """For D = mse: D(f_T - s, P f_A) = D(f_T, s + P f_A), in value and gradient."""
     model, (x, _) = chain(1), batch
-    only = Weights(feature=1.0, assistant=1.0, ce=0.0, kl=0.0, temperature=4.0, step_decay=0.5)
+    only = Weights(feature=1.0, assistant=1.0, ce=0.0, student=0.0, step_decay=0.5)
     found = gradients(model, EndToEnd(T, model, mse, only, detach=False, train_head=False).train(), batch)
     model.zero_grad(set_to_none=True)
     model.train()
@@ -145,16 +159,21 @@ def test_gradients_reach_everything_but_t_and_its_head(
     assert method.deployable() is model
 
 
-def test_a_base_loss_is_added_to_s_with_its_weight(T: CifarResNet, batch: Batch) -> None:
+def test_a_base_loss_is_added_to_s_with_its_weight_in_the_sequential_scheme(T: CifarResNet, batch: Batch) -> None:
     model, (x, y) = chain(1), batch
     loss = base_loss(MethodRecipe(base="kd", base_weight=2.5), T, model.student, (8, 8)).double()
     f_T, f_S = T.eval().features(x)[-1], maps_of(model, x, training=True)[0]
-    added = 2.5 * kd_loss(T.fc(f_T.mean((2, 3))), model.head(f_S.mean((2, 3))), 4.0)
-    with_base, without = (end_to_end(T, model, base=base)(x, y) for base in (loss, None))
-    torch.testing.assert_close(with_base.total - without.total, added, rtol=1e-9, atol=0)
-    torch.testing.assert_close(with_base.parts["base"], added.detach() / 2.5, rtol=1e-9, atol=0)
-    step = StudentStep(T, model, 3.0, base=loss).train()
+    added = 2.5 * kd_by_hand(T.fc(f_T.mean((2, 3))), model.head(f_S.mean((2, 3))))
+    step = StudentStep(T, model, 3.0, distance=mse, base=loss).train()
     torch.testing.assert_close(step(x, y).total, 3.0 * (f_T - f_S).pow(2).mean() + added, rtol=1e-9, atol=0)
+
+
+def test_a_published_warm_up_keeps_its_share_of_the_epochs(T: CifarResNet) -> None:
+    """20 of 240 as published, 1 of 12, none of 4; what the recipe says stands."""
+    dkd = MethodRecipe(base="dkd")
+    warmups = [base_loss(dkd, T, T, (8, 8), epochs).warmup_epochs for epochs in (240, 12, 4)]
+    assert warmups == [20, 1, 0]
+    assert base_loss(MethodRecipe(base="dkd", base_warmup_epochs=7), T, T, (8, 8), 4).warmup_epochs == 7
 
 
 # The chain in the sequential scheme
@@ -166,7 +185,7 @@ def test_each_assistant_learns_what_the_sum_before_it_leaves_over(T: CifarResNet
     maps = maps_of(model, x, training=False)
     own = maps_of(model, x, training=True)[number]
     f_T = copy.deepcopy(T).eval().features(x)[-1]
-    step = AssistantStep(T, model, 2.0, number=number).train()
+    step = AssistantStep(T, model, 2.0, distance=mse, number=number).train()
     losses = step(x, y)
     r = f_T - sum(maps[:number])
     torch.testing.assert_close(losses.total, 2.0 * (r - own).pow(2).mean(), rtol=1e-10, atol=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.errors import RecipeError
+from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StageAdapters
@@ -21,6 +22,7 @@ from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, mse
 from rkd_deploy.train.networks import load_part
 from rkd_deploy.train.weights import load_tensors
+from tests.support.adapters import adapted, learnt
 
 W, V = 3.0, 0.7
 STAGES = (1, 2)
@@ -47,9 +49,9 @@ def model() -> ResidualStudent:
     widths = ((4, 4, 6, 8), (2, 3, 4, 5), (2, 2, 3, 4))
     made = ResidualStudent(CifarResNet(8, widths[0], None), [CifarResNet(8, w, None) for w in widths[1:]], 10, 4)
     made.stage_adapters = StageAdapters(STAGES, [w[1:] for w in widths], (6, 8))
-    for module in (made.assistant_adapters, made.stage_adapters):
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=0.3)
+    for module in made.modules():
+        if isinstance(module, Adapter):
+            learnt(module, std=0.3)
     return used(made.double())
 
 
@@ -67,7 +69,7 @@ def maps_by_hand(model: ResidualStudent, x: Tensor, branch: int, *, training: bo
     adapters = [*own.stage_adapters.adapters[branch], P]
     maps = network.train(training).features(x)
     pairs = zip(adapters, maps, strict=True)
-    return [torch.einsum("oc,nchw->nohw", R.weight[:, :, 0, 0], f) + R.bias[:, None, None] for R, f in pairs]
+    return [adapted(R, f, training=training) for R, f in pairs]
 
 
 def weighed(targets: list[Tensor], maps: list[Tensor]) -> Tensor:
@@ -79,11 +81,11 @@ def test_student_and_assistants(T: CifarResNet, model: ResidualStudent, batch: B
     x, y = batch
     f_T = list(copy.deepcopy(T).eval().features(x))
     S = maps_by_hand(model, x, 0, training=True)
-    losses = StudentStep(T, model, W, stage_weight=V).train()(x, y)
+    losses = StudentStep(T, model, W, distance=mse, stage_weight=V).train()(x, y)
     torch.testing.assert_close(losses.total, W * weighed(f_T, S), rtol=1e-12, atol=0)
     torch.testing.assert_close(losses.parts["student"], (f_T[-1] - S[-1]).pow(2).mean().detach())
     for number in (1, 2):
-        step = AssistantStep(T, model, W, stage_weight=V, number=number).train()
+        step = AssistantStep(T, model, W, distance=mse, stage_weight=V, number=number).train()
         before = [maps_by_hand(model, x, b, training=False) for b in range(number)]
         r = [t - sum(maps) for t, *maps in zip(f_T, *before, strict=True)]
         own = maps_by_hand(model, x, number, training=True)
@@ -98,7 +100,7 @@ def test_end_to_end(T: CifarResNet, model: ResidualStudent, batch: Batch, detach
     r = [t - s for t, s in zip(f_T, S, strict=True)]
     wanted = W * weighed(f_T, S) + 2 * W / 2 * weighed(r, A)
     wanted = wanted + 2 * W / 2 * 0.5 * weighed([one - a for one, a in zip(r, A, strict=True)], B)
-    weights = Weights(feature=W, assistant=2.0, ce=0.0, kl=0.0, temperature=4.0, step_decay=0.5, stage=V)
+    weights = Weights(feature=W, assistant=2.0, ce=0.0, student=0.0, step_decay=0.5, stage=V)
     step = EndToEnd(T, model, mse, weights, detach=detach, train_head=False).train()
     losses = step(x, y)
     torch.testing.assert_close(losses.total, wanted, rtol=1e-12, atol=0)
@@ -131,7 +133,10 @@ def test_a_run_learns_at_both_stages_and_ships_neither(
     run = fit(tiny_recipe(*how, *more, "train.lr=0.005", "teacher.name=vgg8"), root=tmp_path)
     weights = load_tensors(run.weights("assistant" if scheme == "sequential" else "end_to_end"))[0]
     early = {key: value for key, value in weights.items() if key.startswith("stage_adapters")}
-    assert [tuple(value.shape[:2]) for key, value in early.items() if key.endswith("weight")] == [(512, 24), (512, 8)]
+    assert [tuple(value.shape[:2]) for key, value in early.items() if key.endswith("conv.weight")] == [
+        (512, 24),
+        (512, 8),
+    ]
     assert all(value.any() for value in early.values())
     fused = load_part(run, "fused")
     assert not any(key.startswith("stage_adapters") for key in fused.state_dict())

@@ -1,0 +1,96 @@
+"""S and A on a shared trunk: the first j stages of S0 are there once, S and A are two ends of it.
+
+    t   = trunk(x)                                           stages 1 .. j
+    f_S = S(t),  f_i = A_i(t)                                stages j + 1 .. K of each
+    z   = h(GAP(P_S f_S + P_1 f_1 + ..))
+
+Two branches from the image on compute the same early features twice, each with half of the filters. What S leaves over
+is of the late stages (ERA, Yan et al., arXiv 2508.16050, puts all of A behind the last one; ResKD, Li et al., arXiv
+2006.04719, has whole networks); where they part is `shared_stages`. An image that S answers early has paid for the
+trunk and S alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rkd_deploy.errors import UsageError
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.stage_run import StageRun
+from rkd_deploy.models.staged import Staged
+
+
+def parted(
+    student: Staged,
+    assistants: Sequence[Staged],
+    shared_stages: int,
+    channels: int,
+    num_classes: int,
+    head: nn.Module | None = None,
+) -> ResidualStudent:
+    """S and its assistants with one trunk, S's.
+
+    Args:
+        student: Its first stages are the trunk; their layers are used, not copied.
+        assistants: A_1 .. A_k, whose first stages have the trunk's widths and are left out.
+        shared_stages: j, at least 1, less than the number of stages.
+        channels: C_T.
+        num_classes: K.
+        head: h. Default: a fresh linear layer.
+
+    Raises:
+        UsageError: These networks cannot be cut there.
+    """
+    own = student.stages()
+    check_parting(shared_stages, len(own), type(student).__name__)
+    trunk = StageRun(own[:shared_stages], _channels(student, shared_stages))
+    ends = [StageRun(one.stages()[shared_stages:], one.channels) for one in (student, *assistants)]
+    return ResidualStudent(ends[0], ends[1:], channels, num_classes, head, trunk)
+
+
+def check_parting(shared_stages: int, stages: int, name: str) -> None:
+    """Refuse a place where nothing is shared, or nothing is left to part.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if not 1 <= shared_stages < stages:
+        raise UsageError(
+            f"student.shared_stages = {shared_stages}: {name} has {stages} stages, so S and A can share 1 to "
+            f"{stages - 1} of them."
+        )
+
+
+def trunk_widths(network: Staged, shared_stages: int) -> tuple[int, ...]:
+    """Which of a network's widths the first stages depend on, as indices.
+
+    Found by building the network at other widths: what each width stands for is the family's own affair.
+
+    Args:
+        network: A network of the topology.
+        shared_stages: j.
+    """
+    own = _shapes(network, shared_stages)
+    found = []
+    for index, (width, step) in enumerate(zip(network.widths, network.steps(1), strict=True)):
+        wider = (*network.widths[:index], width + step, *network.widths[index + 1 :])
+        with torch.device("meta"):
+            other = network.rebuilt(wider, None)
+        if _shapes(other, shared_stages) != own:
+            found.append(index)
+    return tuple(found)
+
+
+def _shapes(network: Staged, shared_stages: int) -> list[torch.Size]:
+    return [value.shape for value in nn.ModuleList(network.stages()[:shared_stages]).state_dict().values()]
+
+
+@torch.no_grad()
+def _channels(network: Staged, shared_stages: int) -> int:
+    shadow = copy.deepcopy(nn.Sequential(*network.stages()[:shared_stages])).to("meta").eval()
+    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))
+    return map_NCHW.shape[1]

@@ -1,0 +1,82 @@
+"""Runs whose S and A share a trunk: they resume in the same bits, export at every level, and leave early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rkd_deploy.errors import RecipeError
+from rkd_deploy.models.cost import count
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.trunk import parted
+from rkd_deploy.pipeline import export_run
+from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
+from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
+from rkd_deploy.train.networks import load_part
+from tests.support.adapters import learnt
+from tests.train.test_phases import LEAST, runs_and_resumes
+
+TRUNK = ("student.layout=trunk", "student.assistant_share=0.3", "student.round_to=4")
+
+
+@pytest.mark.parametrize("scheme", ["end_to_end", "sequential"])
+def test_a_run_resumes_and_ships(tmp_path: Path, tiny_recipe: Callable[..., Recipe], scheme: str) -> None:
+    how = ("method.scheme=end_to_end", "method.stages=[1, 3]", "student.assistants=2", "student.shared_stages=1")
+    run = runs_and_resumes(
+        tiny_recipe(*LEAST, *TRUNK, "student.baseline=false", *(how if scheme == "end_to_end" else ())), tmp_path
+    )
+    facts, parts = run.read_json("facts.json"), run.read_json("metrics.json")["parts"]
+    assert facts["shared_stages"] == (1 if scheme == "end_to_end" else 2)
+    model = load_part(run, "fused")
+    assert isinstance(model, ResidualStudent)
+    assert model.trunk is not None
+    assert (
+        count(model, 8).macs == parts["fused"]["macs"] == facts["separation"]["cost"] <= facts["separation"]["budget"]
+    )
+    for level in ("sum", "tail", "wide", "wide-grouped"):
+        assert export_run(run, level=level).proof.parity.passed
+    assert export_run(run, part="student").proof.parity.passed
+    assert export_run(run, exit_threshold=0.5).proof.parity.passed
+
+
+def test_the_trunk_learns_with_s_and_stands_still_for_a() -> None:
+    T = CifarResNet(8, (4, 4, 6, 9), 4)
+    model = parted(CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (4, 4, 6, 5), None)], 2, 9, 4)
+    learnt(model.assistant_adapters[0])
+    batch = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    weights = Weights(feature=1.0, assistant=1.0, ce=1.0, student=0.0, step_decay=0.5)
+    for step, wanted in (
+        (StudentStep(T, model, 1.0), {"trunk", "student", "student_adapter"}),
+        (AssistantStep(T, model, 1.0), {"assistants", "assistant_adapters"}),
+        (
+            EndToEnd(T, model, relative, weights, detach=True, train_head=True),
+            {"trunk", "student", "student_adapter", "assistants", "assistant_adapters", "head"},
+        ),
+    ):
+        model.zero_grad(set_to_none=True)
+        step.train()(*batch).total.backward()
+        assert {name.split(".")[0] for name, one in model.named_parameters() if one.grad is not None} == wanted
+        assert isinstance(model.trunk, nn.Module)
+        assert model.trunk.training is ("trunk" in wanted)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (("student.shared_stages=1",), "says where S and A part"),
+        (("student.layout=trunk", "student.budget=latency"), "no search by latency yet"),
+        (("student.layout=trunk", "student.checkpoint=s.pth"), "begins with fresh weights"),
+        (("student.layout=trunk", "method.scheme=progressive"), "exchange their maps"),
+    ],
+)
+def test_what_a_trunk_does_not_do_is_refused(
+    tiny_recipe: Callable[..., Recipe], how: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(*how)
