@@ -14,11 +14,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from io import BufferedReader, BytesIO
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
+from rkd_deploy.decoding import parse_object
 from rkd_deploy.errors import BackendError, ModelFileError
 from rkd_deploy.storage import open_regular, read_text, write_text
 
@@ -39,15 +40,13 @@ def model_path(path: str | os.PathLike[str]) -> Path:
     try:
         in_folder = named.is_dir()
         file = named / ONNX_NAME if in_folder else named
-        with open_regular(file) as stream:  # a runtime would call a file that may not be read a broken one
+        if not os.path.lexists(file):
+            reason = f"the folder {named} holds no {ONNX_NAME}" if in_folder else f"there is no file {file}"
+            raise ModelFileError(
+                f"No model to load: {reason}. Name a bundle folder or an .onnx file; rkd-deploy export writes both."
+            )
+        with open_regular(file) as stream:  # a runtime would call a pipe, or a file that may not be read, a broken one
             size = os.fstat(stream.fileno()).st_size
-    except FileNotFoundError as error:
-        reason = f"the folder {named} holds no {ONNX_NAME}" if in_folder else f"there is no file {file}"
-        if "link" in str(error.strerror):
-            reason = f"{file} cannot be read: {error.strerror}"
-        raise ModelFileError(
-            f"No model to load: {reason}. Name a bundle folder or an .onnx file; rkd-deploy export writes both."
-        ) from error
     except OSError as error:
         raise _unreadable(file, error) from error
     if size == 0:
@@ -99,7 +98,7 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
     if METADATA_KEY in metadata:
         return ModelCard.from_json(metadata[METADATA_KEY], str(file))
     beside = file.with_suffix(".json")
-    if not beside.exists():
+    if not os.path.lexists(beside):
         return None
     return ModelCard.from_json(_text(beside), str(beside))
 
@@ -164,7 +163,11 @@ def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Itera
         StorageError: model.json could not be written; it is as it was.
     """
     beside = folder / CARD_NAME
-    if not beside.is_file() or not (content := json.loads(_text(beside))).get("checksums"):
+    if not beside.is_file():
+        return
+    ModelCard.from_json(text := _text(beside), str(beside))
+    content = parse_object(text)  # with what a later version may have added to the card
+    if not content.get("checksums"):
         return
     sums = {name: checksum for name, checksum in content["checksums"].items() if name not in {*without, CARD_NAME}}
     sums |= {name: _sha256_of(folder / name) for name in adding}
@@ -236,7 +239,7 @@ def _text(file: Path) -> str:
 def _sha256_of(file: Path) -> str:
     try:
         with open_regular(file) as stream:
-            return hashlib.file_digest(cast(BufferedReader, stream), "sha256").hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(file, error) from error
 

@@ -19,6 +19,7 @@ import numpy as np
 from rkd_deploy.backends import Array, RunOn, available, infer_many
 from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
+from rkd_deploy.storage import open_regular
 
 GOLDEN_NAME = "golden.npz"
 _KEYS = ("inputs", "logits", "tolerance")
@@ -176,8 +177,8 @@ def read_golden(path: Path) -> tuple[Array, Array, float]:
         ModelFileError: The file is missing or corrupt, or a key is missing.
     """
     try:
-        # Opened here and not by np.load, which leaves the file open where it fails.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        # Opened here and not by np.load, which leaves the file open where it fails, and waits for a pipe.
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as stored:
             inputs, logits_NK, tolerance = (stored[key] for key in _KEYS)
         return inputs, logits_NK, float(tolerance.item())
     except FileNotFoundError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rkd_deploy.backends.tensorrt.settings import Library
 from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.storage import write_bytes, write_json
+from rkd_deploy.storage import read_bytes, read_text, write_bytes, write_json
 
 SCHEMA = 1
 
@@ -158,8 +158,8 @@ def read_engine(path: str | os.PathLike[str]) -> tuple[bytes, EngineRecord | Non
     file = Path(path)
     beside = record_path(file)
     try:
-        plan = file.read_bytes()
-        text = beside.read_text(encoding="utf-8") if beside.exists() else None
+        plan = read_bytes(file)
+        text = read_text(beside) if os.path.lexists(beside) else None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFileError(f"{file} or {beside.name} beside it cannot be read: {error}.") from error
     if text is None:
