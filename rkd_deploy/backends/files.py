@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
-from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 from rkd_deploy.storage import open_regular, read_text, write_text
 
 ONNX_NAME = "model.onnx"
@@ -34,8 +34,12 @@ def model_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty, may not
             be read, or is no regular file.
+        UsageError: It is no path.
     """
-    named = Path(path)
+    try:
+        named = Path(path)
+    except TypeError as error:
+        raise UsageError(f"A model was given as {type(path).__name__}; it must be a path.") from error
     file = named
     try:
         in_folder = named.is_dir()

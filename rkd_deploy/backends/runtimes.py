@@ -190,7 +190,7 @@ def default_device(name: str) -> str:
 
 
 def _runtime(name: str) -> _Runtime:
-    if name not in _RUNTIMES:
+    if not isinstance(name, str) or name not in _RUNTIMES:
         raise UsageError(unknown_name("backend", name, _RUNTIMES))
     return _RUNTIMES[name]
 
