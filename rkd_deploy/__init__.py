@@ -44,6 +44,7 @@ _HOMES = {
 }
 
 _EXTRAS = {"train": "train", "models": "train", "export": "export"}
+"""Rooms whose names need PyTorch, to the extra that brings it."""
 
 __all__ = [
     "Recipe",
@@ -86,4 +87,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    from importlib.util import find_spec
+
+    # Without PyTorch its names are left out: help(rkd_deploy) asks for every name that stands here.
+    hidden = () if find_spec("torch") else [name for name in _HOMES if _HOMES[name].split(".")[0] in _EXTRAS]
+    return sorted({*globals(), *__all__}.difference(hidden))

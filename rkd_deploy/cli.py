@@ -6,6 +6,9 @@ standard error. Exit codes: 0 done, 1 could not be done, 2 wrong usage, 3 a gate
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
 from typing import Annotated
 
@@ -15,13 +18,18 @@ from rkd_deploy.commands import bench, export, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
+from rkd_deploy.signals import handling
+from rkd_deploy.text import visible
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or SIGTERM ended."""
 
 app = typer.Typer(
     name="rkd-deploy",
     help="Residual knowledge distillation for image classifiers: train, export, measure, embed.",
     epilog="Start with: rkd-deploy quickstart. A traceback is shown only with --debug, which any command takes.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the time that --help may take
 )
@@ -52,20 +60,60 @@ app.command()(use.backends)
 
 
 def main() -> None:
-    """Entry point of the `rkd-deploy` command."""
+    """Entry point of the `rkd-deploy` command: every way that a command ends passes here."""
     debug = "--debug" in sys.argv
     sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
-    except (RkdError, KeyboardInterrupt) as error:
-        if debug:
+        _check_outputs()
+        # SIGTERM ends a command as Ctrl-C does: what is open is closed, and temporary files go.
+        with handling(signal.default_int_handler, (signal.SIGTERM,)):
+            try:
+                _run(debug)
+            finally:
+                sys.stdout.flush()  # here, and not when the interpreter ends, where an error has no handler
+    except OSError as error:
+        if error.filename is not None:  # a file's error, which a room ought to have made one of its own
             raise
-        code = error.exit_code if isinstance(error, RkdError) else 130
-        message = " ".join([str(error) or "Interrupted.", *getattr(error, "__notes__", ())])
-        print(f"Error: {message}", file=sys.stderr)
+        _give_up_output(error)
+        sys.exit(1)
+
+
+def _run(debug: bool) -> None:
+    try:
+        app()
+    except (RkdError, SystemExit) as error:
+        # Typer makes an exit of a KeyboardInterrupt, and of its own errors, which it has shown by then.
+        if debug or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+            raise
+        code = error.exit_code if isinstance(error, RkdError) else INTERRUPTED
+        message = " ".join(
+            ["Interrupted." if isinstance(error, SystemExit) else str(error), *getattr(error, "__notes__", ())]
+        )
+        print(f"Error: {visible(message)}", file=sys.stderr)
         if "--json" in sys.argv:
             print_json({"error": message, "exit_code": code})
         sys.exit(code)
+
+
+def _check_outputs() -> None:
+    """Both outputs are there, and what their encoding lacks is written as an escape."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise OSError("it is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_output(error: OSError) -> None:
+    """Say what is wrong with standard output; a reader that went away, such as head, is no news."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What is still buffered would be tried again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        print(f"Error: standard output cannot be written to: {error.strerror or error}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import shlex
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -118,14 +119,19 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+def command_line(*words: object) -> str:
+    """An rkd-deploy command to paste into a shell, each word quoted where it has to be."""
+    return shlex.join(["rkd-deploy", *map(str, words)])
+
+
 def install_line(extra: str) -> str:
     """The exact pip command that brings an extra."""
     return f"pip install 'rkd-deploy[{extra}]'"
 
 
-def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
+def unknown_name(kind: str, name: object, choices: Iterable[str]) -> str:
     """Sentence for a name that is none of the choices: the nearest one first, then all of them."""
     names = sorted(choices)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}."

@@ -15,8 +15,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rkd_deploy.errors import StorageError
 
@@ -46,7 +47,7 @@ _POINTERS = {
 _LARGEST_POINTER = 1024
 
 
-def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> BufferedReader:
     """Open a file of unknown origin for reading.
 
     Args:

@@ -43,6 +43,11 @@ def test_everything_that_runs_a_model_imports_without_torch():
     assert not heavy & loaded(f"import {', '.join(modules)}, rkd_deploy.card, rkd_deploy.images")
 
 
+def test_help_shows_what_works_without_torch():
+    page = "import pydoc, rkd_deploy; page = pydoc.render_doc(rkd_deploy, renderer=pydoc.plaintext)"
+    assert "rkd_deploy" in loaded(f"{page}\nassert 'class Classifier' in page\nassert 'fit' not in dir(rkd_deploy)")
+
+
 def test_a_torch_import_would_be_noticed():
     with pytest.raises(subprocess.CalledProcessError):
         loaded("import rkd_deploy.models.zoo")

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from rkd_deploy.backends import Array, RunOn, available, infer_many
-from rkd_deploy.backends.files import check_files, model_path
+from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
+from rkd_deploy.storage import open_regular
 
 GOLDEN_NAME = "golden.npz"
 _KEYS = ("inputs", "logits", "tolerance")
@@ -149,8 +150,13 @@ def verify(
             bundle is not as it was written.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
-    check_files(bundle_path, complete=True)
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
+    if not check_files(bundle_path, complete=True):
+        raise ModelFileError(
+            f"The bundle {golden.parent} has no checksums: its {CARD_NAME} is missing or holds none, so that nothing "
+            "shows whether its files are the ones that were exported. Copy the bundle again, or export it again with "
+            "rkd-deploy export."
+        )
     inputs, logits_NK, stored = read_golden(golden)
     run_on = RunOn(run_on) if isinstance(run_on, str) else run_on
     with run_on.load(bundle_path) as loaded:
@@ -171,8 +177,8 @@ def read_golden(path: Path) -> tuple[Array, Array, float]:
         ModelFileError: The file is missing or corrupt, or a key is missing.
     """
     try:
-        # Opened here and not by np.load, which leaves the file open where it fails.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        # Opened here and not by np.load, which leaves the file open where it fails, and waits for a pipe.
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as stored:
             inputs, logits_NK, tolerance = (stored[key] for key in _KEYS)
         return inputs, logits_NK, float(tolerance.item())
     except FileNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from rkd_deploy.backends.tensorrt.settings import EngineSettings
@@ -94,7 +95,8 @@ def add_engine(
     record = made.record
     console_for(as_json).print(
         f"Engine {made.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
-        f"built in {record.build_seconds:,.1f} s. Next: rkd-deploy bench {made.file} --backend {flavour}"
+        f"built in {record.build_seconds:,.1f} s. Next: {command_line('bench', made.file, '--backend', flavour)}",
+        markup=False,
     )
     facts = {key: value for key, value in record.to_dict().items() if key != "layers"}
     return {"engine": {**facts, "file": str(made.file)}}
@@ -112,10 +114,10 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     for file in written.kept:
-        console.print(f"CachedEngine as it was: {file}")
+        console.print(f"Kept as it was: {file}")
     if serving.storage_uri == STORAGE_URI and written.service not in written.kept:
         console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
-    console.print(f"Next: tritonserver --model-repository={written.repository}")
+    console.print(f"Next: {shlex.join(['tritonserver', f'--model-repository={written.repository}'])}", markup=False)
     facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.kept]}
     return {"triton": {"repository": str(written.repository), "service": str(written.service), **facts}}
 
@@ -294,7 +296,7 @@ def _print_proof(made: Exported, precision: str, as_json: bool) -> None:
     exits = describe_model(made.folder).early_exit
     if exits:
         print_exits(exits, console)
-    console.print(f"Bundle {made.folder}. Next: rkd-deploy bench {made.folder}")
+    console.print(f"Bundle {made.folder}. Next: {command_line('bench', made.folder)}", markup=False)
 
 
 def _facts(made: Exported, precision: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters to the teacher's channels: a 1x1 convolution and batch norm, one matrix at export.
+"""Adapters to the teacher's channels: a 1x1 convolution and batch norm, folded at export.
 
     P f = g (U f - mean) / sqrt(var + eps) + beta          U [C_T, C] at every position; g, beta, mean, var [C_T]
         = U' f + c                                         U' = diag(g / sqrt(var + eps)) U
@@ -66,13 +66,13 @@ def with_norms(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tens
     Returns:
         Each plain convolution as U, with a batch norm that adds its bias and changes nothing else.
     """
-    found = dict(state)
+    weights = dict(state)
     for name, adapter in module.named_modules():
-        if isinstance(adapter, Adapter) and f"{name}.weight" in found:
-            bias = found.pop(f"{name}.bias")
-            found[f"{name}.conv.weight"] = found.pop(f"{name}.weight")
-            found[f"{name}.norm.bias"] = bias
-            found[f"{name}.norm.weight"] = torch.ones_like(bias)
-            found[f"{name}.norm.running_mean"] = torch.zeros_like(bias)
-            found[f"{name}.norm.running_var"] = torch.full_like(bias, 1 - adapter.norm.eps)
-    return found
+        if isinstance(adapter, Adapter) and f"{name}.weight" in weights:
+            bias = weights.pop(f"{name}.bias")
+            weights[f"{name}.conv.weight"] = weights.pop(f"{name}.weight")
+            weights[f"{name}.norm.bias"] = bias
+            weights[f"{name}.norm.weight"] = torch.ones_like(bias)
+            weights[f"{name}.norm.running_mean"] = torch.zeros_like(bias)
+            weights[f"{name}.norm.running_var"] = torch.full_like(bias, 1 - adapter.norm.eps)
+    return weights

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds and parameters.
+"""The cost of a network: multiply-adds and parameters.
 
 Convention: one multiply-add is one MAC, so MACs = FLOPs / 2. Convolutions, linear layers and matrix products count;
 batch norm, activations, pooling, additions, reshapes and data movement count 0, as in the tables of the field.

@@ -25,7 +25,7 @@ from rkd_deploy.models.tracing import Holder, Reader, Traced
 
 
 class Hooked:
-    """What `tracing.Traced` gives, of any network: only modules have names here, and nothing can be cut off.
+    """Reads stage maps by forward hooks, for networks that `tracing.Traced` cannot trace: only modules have names.
 
     Args:
         network: Its weights stay where they are.
@@ -38,7 +38,7 @@ class Hooked:
     """Not known before it is run in training."""
 
     def knows(self, stage: str) -> bool:
-        """Whether there is a module of this name."""
+        """Whether the network has a module of this name."""
         return bool(stage) and stage in dict(self.network.named_modules())
 
     def reader(self, stages: Sequence[str], answer: bool) -> Reader:
@@ -46,42 +46,42 @@ class Hooked:
 
         def read(holder: nn.Module, x_NCHW: Tensor) -> tuple[Any, ...]:
             network: nn.Module = holder.get_submodule("network")
-            found, result = _run(network, stages, x_NCHW)
-            last = dict(found)
+            outputs, result = _run(network, stages, x_NCHW)
+            last = dict(outputs)
             return (*(last[stage] for stage in stages), *([result] if answer else []))
 
         return read
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """What the network's modules give, in eval mode, up to the last of these stages, or to its answer."""
+        """Outputs of all modules in the order of their calls, in eval mode."""
         modules = dict(self.network.named_modules())
         with in_mode(self.network, False):
-            found, _ = _run(self.network, list(modules), x_NCHW)
+            outputs, _ = _run(self.network, list(modules), x_NCHW)
         return [
             Step(name, type(modules[name]).__name__, tuple(value.shape), True)
-            for name, value in found
+            for name, value in outputs
             if isinstance(value, Tensor) and name
         ]
 
     def used_modules(self, x_NCHW: Tensor, stages: Sequence[str]) -> set[str]:
         """Paths of the modules that are called before these stages have given their maps, and of all loose tensors."""
         with in_mode(self.network, False):
-            found, _ = _run(self.network, [name for name, _ in self.network.named_modules()], x_NCHW)
-        called = [name for name, _ in found]
+            outputs, _ = _run(self.network, [name for name, _ in self.network.named_modules()], x_NCHW)
+        called = [name for name, _ in outputs]
         end = max(index for index, name in enumerate(called) if name in stages)
         loose = {name for name, tensor in self.network.named_parameters() if "." not in name}
         return {*called[: end + 1], *loose}
 
     def tail(self, stage: str) -> nn.Module | None:
-        """Unknown: None."""
+        """None: hooks do not show how the logits follow from a map."""
         return None
 
 
 def _run(network: nn.Module, paths: Sequence[str], x_NCHW: Tensor) -> tuple[list[tuple[str, Any]], Any]:
-    found: list[tuple[str, Any]] = []
+    outputs: list[tuple[str, Any]] = []
 
     def note(path: str) -> Any:
-        return lambda module, inputs, output: found.append((path, output))
+        return lambda module, inputs, output: outputs.append((path, output))
 
     handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in dict.fromkeys(paths)]
     try:
@@ -89,7 +89,7 @@ def _run(network: nn.Module, paths: Sequence[str], x_NCHW: Tensor) -> tuple[list
     finally:
         for handle in handles:
             handle.remove()
-    return found, result
+    return outputs, result
 
 
 _ENLARGED = 64
@@ -110,7 +110,7 @@ class External(FeatureNetwork):
         head: Whether it classifies; False for a feature extractor, of which nothing after the last stage is run.
 
     Attributes:
-        network: What was given.
+        network: The wrapped classifier itself, not a copy.
         stages: Names of the stages.
         input_size: Height and width.
         num_classes: K, or None without a head.
@@ -185,7 +185,7 @@ class External(FeatureNetwork):
         return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
 
     def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
-        """C and K, of one pass."""
+        """Channels C of the last map and classes K, measured by one pass."""
         with in_mode(self, False):
             if self._read_all is None:
                 return self.features(x_NCHW)[-1].shape[1], None
@@ -224,7 +224,7 @@ class External(FeatureNetwork):
         return (PooledHead(cast(nn.Module, source.tail(self.stages[-1])), self._layouts[-1]),)
 
     def _answer(self, network: nn.Module, x_NCHW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the stages and the head of another network of this topology give, in eval mode."""
+        """Stage values and logits of another network of this topology, in eval mode."""
         assert self._read_all is not None
         with in_mode(network, False):
             *values, logits_NK = self._read_all(Holder(network).eval(), x_NCHW)
@@ -232,11 +232,11 @@ class External(FeatureNetwork):
 
 
 class PooledHead(nn.Module):
-    """What a network does after its last map, as a function of that map's average: [N, C] to [N, K].
+    """The layers after a network's last map, as a function of that map's average: [N, C] to [N, K].
 
     Args:
         tail: From the last map, in the network's own layout, to the logits.
-        layout: Of that map.
+        layout: How the last map lies in the network's tensor.
     """
 
     def __init__(self, tail: nn.Module, layout: Layout) -> None:
@@ -259,7 +259,7 @@ def _source(network: nn.Module) -> Source:
 
 
 def _images(network: nn.Module, size: Size) -> Tensor:
-    """Two, so that the batch is told from everything else of size 1; noise, and the same each time."""
+    """Two noise images, always the same: with a batch of 2, its axis differs from other axes of size 1."""
     like = next(network.parameters(), torch.empty(0))
     x_NCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     return x_NCHW.to(like)
@@ -273,18 +273,18 @@ def _size(x_NCHW: Tensor) -> Size:
 def _stages(source: Source, x_NCHW: Tensor) -> tuple[str, ...]:
     size = _size(x_NCHW)
     factor = math.ceil(_ENLARGED / min(size))
-    found: list[str] = []
+    stages: list[str] = []
     if factor > 1:
         with contextlib.suppress(Exception):  # a network for one size only
             larger = interpolate(x_NCHW, scale_factor=factor)
-            found = find_stages(source.steps(larger, (), answer=True), _size(larger))
-    found = found or find_stages(_steps(source, x_NCHW, (), answer=True), size)
-    if not found:
+            stages = find_stages(source.steps(larger, (), answer=True), _size(larger))
+    stages = stages or find_stages(_steps(source, x_NCHW, (), answer=True), size)
+    if not stages:
         raise UsageError(
             f"No stage map was found in {_name(source)}: nothing that it computes has the layout [N, C, H, W], "
             "[N, H, W, C] or [N, tokens, C]. Name its stages, or give another network."
         )
-    return tuple(found)
+    return tuple(stages)
 
 
 def _layouts(source: Source, x_NCHW: Tensor, stages: tuple[str, ...], head: bool) -> tuple[Layout, ...]:
@@ -317,7 +317,7 @@ def _name(source: Source) -> str:
 
 
 def _shaken(network: nn.Module) -> nn.Module:
-    """A copy with other weights."""
+    """A copy of the network with a little noise added to all its weights."""
     shaken = copy.deepcopy(network).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in shaken.parameters():

@@ -1,4 +1,4 @@
-"""Whether what a classifier answers are logits: finite, and no probabilities."""
+"""Checks that a classifier answers logits: finite, and no probabilities."""
 
 from __future__ import annotations
 

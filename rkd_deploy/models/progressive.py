@@ -1,4 +1,4 @@
-"""S and its assistants exchanging maps at every stage: the sum of stage k, not a network's own map, feeds stage k + 1.
+"""S and its assistants exchanging maps: the sum of stage k feeds stage k + 1.
 
     s_0   = x, the image
     f_b^k = stage k of branch b on Q_b^k s_{k-1}             b = S, A_1, .. A_n; Q_b^1 = identity
@@ -44,7 +44,7 @@ class BranchStage(nn.Module):
         self.back, self.stage, self.adapter = back, stage, adapter
 
     def map(self, s_NCHW: Tensor) -> Tensor:
-        """f_b^k of s_{k-1}."""
+        """The branch's own map f_b^k of s_{k-1}."""
         return cast(Tensor, self.stage(self.back(s_NCHW)))
 
     def forward(self, s_NCHW: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ProgressiveStudent(nn.Module):
         return ProgressiveStudent([row[:1] for row in self.rows()], self.head)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Logits [N, K] of images [N, 3, H, W]."""
         return cast(Tensor, self.head(pool(self.summed_map(x_NCHW))))
 
 
@@ -128,13 +128,13 @@ def progressive_student(
     return ProgressiveStudent(list(zip(*branches, strict=True)), nn.Linear(channels[-1], num_classes))
 
 
-def paired_channels(teacher: Sequence[Shape], given: Sequence[Shape]) -> list[int]:
+def paired_channels(teacher: Sequence[Shape], student: Sequence[Shape]) -> list[int]:
     """C_T^1 .. C_T^K of T's maps that have a partner among S0's, from the (C, H, W) of both."""
-    return [shape[0] for shape in teacher[-min(len(teacher), len(given)) :]]
+    return [shape[0] for shape in teacher[-min(len(teacher), len(student)) :]]
 
 
 def adapter_cost(maps: Sequence[Shape], channels: Sequence[int], unit: str) -> int:
-    """What all P and Q of one branch cost.
+    """The cost of all P and Q of one branch.
 
     Args:
         maps: (C, H, W) of its stage maps.
@@ -153,13 +153,13 @@ def adapter_cost(maps: Sequence[Shape], channels: Sequence[int], unit: str) -> i
 
 
 def _steps(branch: Staged, channels: Sequence[int], image_size: Sequence[int]) -> list[BranchStage]:
-    stages, own = branch.stages(), [shape[0] for shape in stage_shapes(branch, image_size)]
+    stages, branch_channels = branch.stages(), [shape[0] for shape in stage_shapes(branch, image_size)]
     early = len(stages) - len(channels)
-    stages, own = (nn.Sequential(*stages[: early + 1]), *stages[early + 1 :]), own[early:]
+    stages, branch_channels = (nn.Sequential(*stages[: early + 1]), *stages[early + 1 :]), branch_channels[early:]
     backs: list[nn.Module] = [nn.Identity()]
-    for C_T, C in zip(channels[:-1], own[:-1], strict=True):
+    for C_T, C in zip(channels[:-1], branch_channels[:-1], strict=True):
         backs.append(nn.Identity() if C == C_T else nn.Conv2d(C_T, C, 1))
-    adapters = [nn.Conv2d(C, C_T, 1) for C, C_T in zip(own, channels, strict=True)]
+    adapters = [nn.Conv2d(C, C_T, 1) for C, C_T in zip(branch_channels, channels, strict=True)]
     return [BranchStage(*parts) for parts in zip(backs, stages, adapters, strict=True)]
 
 

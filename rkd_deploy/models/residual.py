@@ -33,8 +33,10 @@ class StageAdapters(nn.Module):
         super().__init__()
         self.stages, self.count = tuple(stages), len(branches[0])
         self.adapters = nn.ModuleList(
-            nn.ModuleList(Adapter(own[j - 1], C_T, silent=branch > 0) for j, C_T in zip(stages, channels, strict=True))
-            for branch, own in enumerate(branches)
+            nn.ModuleList(
+                Adapter(branch_channels[j - 1], C_T, silent=branch > 0) for j, C_T in zip(stages, channels, strict=True)
+            )
+            for branch, branch_channels in enumerate(branches)
         )
 
     def forward(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -75,7 +77,9 @@ class ResidualStudent(nn.Module):
         self.student = student
         self.assistants = nn.ModuleList(assistants)
         self.student_adapter = Adapter(student.channels, channels)
-        self.assistant_adapters = nn.ModuleList(Adapter(one.channels, channels, silent=True) for one in assistants)
+        self.assistant_adapters = nn.ModuleList(
+            Adapter(assistant.channels, channels, silent=True) for assistant in assistants
+        )
         self.head = nn.Linear(channels, num_classes) if head is None else head
         self.stage_adapters: StageAdapters | None = None
 
@@ -92,10 +96,10 @@ class ResidualStudent(nn.Module):
         return joined(self.trunk, self.student)
 
     def parts(self, branch: int) -> list[nn.Module]:
-        """All that belongs to branch b = 0 (S), 1, ..: its network and its adapters; the trunk is S's."""
-        own = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
+        """The modules of branch b = 0 (S), 1, ..: its network and its adapters; the trunk is S's."""
+        adapters = [] if self.stage_adapters is None else [self.stage_adapters.adapters[branch]]
         trunk = [self.trunk] if self.trunk is not None and branch == 0 else []
-        return [*trunk, *self.branches()[branch], *own]
+        return [*trunk, *self.branches()[branch], *adapters]
 
     def shared(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
         """The trunk's stage maps; none where nothing is shared."""
@@ -118,12 +122,15 @@ class ResidualStudent(nn.Module):
         self.eval()
         x_NCHW = like.new_zeros(1, 3, *image_size)
         shared = self.shared(x_NCHW)
-        found = [[one.shape[1] for one in self.stage_maps(b, x_NCHW, shared)] for b in range(len(self.branches()))]
+        channels = [
+            [stage_map.shape[1] for stage_map in self.stage_maps(b, x_NCHW, shared)]
+            for b in range(len(self.branches()))
+        ]
         self.train(was_training)
-        return found
+        return channels
 
     def compared_maps(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
-        """What of a branch is compared with T: R^j f^j at the stages asked for, and P f at the last.
+        """Maps of a branch that are compared with T's: R^j f^j at the stages asked for, and P f at the last.
 
         Args:
             branch: b = 0 (S), 1, ..
@@ -161,7 +168,7 @@ class ResidualStudent(nn.Module):
         return total
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Logits [N, K] of images [N, 3, H, W]."""
         return cast(Tensor, self.head(pool(self.summed_map(x_NCHW))))
 
 
@@ -176,10 +183,10 @@ class StudentAlone(nn.Module):
         self.head = model.head
 
     def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
-        """(S, P_S)."""
+        """S and its adapter P_S, the only branch."""
         return [(self.student, self.student_adapter)]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Logits [N, K] of images [N, 3, H, W]."""
         x_NCHW = x_NCHW if self.trunk is None else self.trunk.features(x_NCHW)[-1]
         return cast(Tensor, self.head(pool(self.student_adapter(self.student.features(x_NCHW)[-1]))))

@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     prefix: int = 0
 
     def to_map(self, value: Tensor) -> Tensor:
-        """As [N, C, H, W]."""
+        """The map in a tensor of this layout, as [N, C, H, W]."""
         if self.order == "NCHW":
             return value
         if self.order == "NHWC":
@@ -103,17 +103,17 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
 
 def layouts_of(steps: Iterable[Step], image: Size) -> dict[str, Layout]:
     """The layouts of all steps that give a map, by their names."""
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     before: Size | None = None
     for step in steps:
         layout = layout_of(step.shape, image, before)
         if layout is None and step.is_module:  # fewer tokens than before: pooled. Loose ones may be class or register
             layout = layout_of(step.shape, image, None)
         if layout is not None and step.name:
-            found[step.name] = layout
+            layouts[step.name] = layout
             if layout.order != "NLC" and layout.grid != (1, 1):  # what pools and excites is no map that tokens come of
                 before = layout.grid
-    return found
+    return layouts
 
 
 def find_stages(steps: Sequence[Step], image: Size) -> list[str]:
@@ -131,6 +131,8 @@ def find_stages(steps: Sequence[Step], image: Size) -> list[str]:
         last[grid] = step.name
     stages: list[str] = []
     smallest = math.inf
+    # The order is that of each size's last step. A decoder or a pyramid comes back to sizes that were left before; only
+    # a map smaller than all before it begins a stage.
     for (height, width), name in last.items():
         if height * width < smallest:
             if height * width > smallest / 2:  # padding and cropping change the size too, by little
@@ -155,6 +157,7 @@ def _units(steps: Sequence[Step], layouts: dict[str, Layout], image: Size) -> It
     opened = _opened(steps, layouts, image)
     pooled_in = None
     for step in steps:
+        # Squeeze-and-excitation pools inside of a block as well: only a pooling that ends a unit is the network's last.
         pools = _pools_globally(step, layouts.get(step.name))
         if step.owner not in opened or step.name in opened:
             pooled_in = step.owner if pools else None
@@ -178,7 +181,7 @@ def _opened(steps: Iterable[Step], layouts: dict[str, Layout], image: Size) -> s
             sizes.setdefault(path, {before}).add(layout.grid)
             path = path.rpartition(".")[0]
         before = layout.grid
-    return {"", *(path for path, found in sizes.items() if len(found) > 2)}
+    return {"", *(path for path, grids in sizes.items() if len(grids) > 2)}
 
 
 def _pools_globally(step: Step, layout: Layout | None) -> bool:

@@ -83,7 +83,7 @@ class Staged(FeatureNetwork):
 
     @abstractmethod
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Staged:
-        """The same topology with other widths and fresh weights; no head when `num_classes` is None."""
+        """A network of this topology with other widths and fresh weights; no head when `num_classes` is None."""
 
     def stages(self) -> tuple[nn.Module, ...]:
         """The network cut after every stage map: the first takes images and holds the stem, each gives its map.
@@ -100,11 +100,11 @@ class Staged(FeatureNetwork):
         )
 
     def steps(self, round_to: int) -> Widths:
-        """What each width shall be a multiple of, for channel counts that are multiples of `round_to`."""
+        """The step of each width, for channel counts that are multiples of `round_to`."""
         return (math.lcm(round_to, self.multiple_of),) * len(self.widths)
 
     def without_head(self) -> Staged:
-        """The same widths without a head, with fresh weights."""
+        """A network of these widths without a head, with fresh weights."""
         return self.rebuilt(self.widths, None)
 
     @property
@@ -125,14 +125,14 @@ def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[in
     was_training, like = network.training, next(network.parameters())
     maps = network.eval().features(like.new_zeros(1, 3, *image_size))  # type: ignore[operator]
     network.train(was_training)
-    return [tuple(one.shape[1:]) for one in maps]
+    return [tuple(stage_map.shape[1:]) for stage_map in maps]
 
 
 def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> Widths:
     """The widths, if a network can be built of them.
 
     Args:
-        widths: What was asked for.
+        widths: The channel counts to check.
         count: How many there must be.
         meaning: What they are the channels of, for the message.
         multiple_of: What each must be a multiple of.

@@ -1,4 +1,4 @@
-"""A network's computation as a graph that can be cut: from images to chosen maps, or from a map to the logits.
+"""A network's computation as a graph that can be cut at any map.
 
 torch.fx runs the network once with symbols in place of tensors. What it writes down can be cut at any operation, also
 between two lines of a `forward`, where no module ends: the last ReLU of a DenseNet is such a line. Graphs hold no
@@ -61,7 +61,7 @@ class Traced:
         return lambda holder, x_NCHW: function[holder.training](holder, x_NCHW)
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """What the network does on the way from images to these stages, or to its answer, in eval mode."""
+        """Operations on the way from images to these stages, or to the network's answer, in eval mode."""
         with in_mode(self.network, False):
             return self._graphs[False].steps(x_NCHW, stages, answer)
 
@@ -138,8 +138,8 @@ class Trace:
         """
         graph, env = fx.Graph(owning_module=cast(fx.GraphModule, self.root)), dict[fx.Node, fx.Node]()
         result = graph.graph_copy(self.graph, env)
-        kept = [env[node] for node in nodes]
-        graph.output((*kept, result) if answer else tuple(kept))
+        maps = [env[node] for node in nodes]
+        graph.output((*maps, result) if answer else tuple(maps))
         graph.eliminate_dead_code(_acts)
         return graph, env
 
@@ -153,9 +153,9 @@ class Trace:
         return cast("Reader", type(fx.GraphModule(self.root, self.cut(nodes, answer)[0])).forward)
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """What is done on the way from images to these stages, or to the answer; found by running it."""
+        """Operations on the way from images to these stages, or to the answer, with shapes from one run."""
         graph, env = self.cut(self.nodes(stages), answer)
-        found = _Shapes(self.root, graph).of(x_NCHW)
+        shapes = _Shapes(self.root, graph).of(x_NCHW)
         names: dict[fx.Node, list[tuple[str, bool]]] = {node: [] for node in self.graph.nodes}
         for name, node in self.names.items():
             names[node].append((name, node.op == "call_module"))
@@ -163,9 +163,9 @@ class Trace:
             if path not in self.names:  # not a single operation
                 names[node].append((path, True))
         return [
-            Step(name, self._what(name, node, is_module), found[env[node]], is_module)
+            Step(name, self._what(name, node, is_module), shapes[env[node]], is_module)
             for node in self.graph.nodes
-            if env.get(node) in found
+            if env.get(node) in shapes
             for name, is_module in names[node]
         ]
 
@@ -176,6 +176,8 @@ class Trace:
 
     def tail(self, stage: str) -> fx.GraphModule | None:
         """From what one stage gives to the network's answer; None where the answer needs more than that."""
+        # The walk back from the answer stops at the map; where it still reaches the images, a path goes round the map
+        # (a second head, a skip), and the answer is no function of this map alone.
         [start] = self.nodes([stage])
         result = next(node for node in self.graph.nodes if node.op == "output")
         needed = self._leading_to([result], stop=start)
@@ -251,14 +253,14 @@ class _Tracer(fx.Tracer):
         return value
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Name an operation."""
+        """Name an operation after the module it stands in, and number its repetitions."""
         node = super().create_node(kind, target, *args, **kwargs)
         if kind in ("call_function", "call_method", "call_module"):
             if kind == "call_module":
                 name = _unrooted(target)
             else:
-                own = target if isinstance(target, str) else target.__name__
-                name = ".".join(part for part in (_unrooted(self.scope.module_path), own.strip("_")) if part)
+                operation = target if isinstance(target, str) else target.__name__
+                name = ".".join(part for part in (_unrooted(self.scope.module_path), operation.strip("_")) if part)
             times = self._seen[name]
             self._seen[name] += 1
             self.names[f"{name}_{times}" if times else name] = node
@@ -276,7 +278,7 @@ def _unrooted(path: str) -> str:
 
 
 def _timm_leaves() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
-    """What timm has marked as not to be looked into; nothing as long as timm is not imported."""
+    """Modules and functions that timm marks as not traceable; none as long as timm is not imported."""
     layers = sys.modules.get("timm.layers")
     if layers is None:
         return (), ()

@@ -1,4 +1,4 @@
-"""S and A on a shared trunk: the first j stages of S0 are there once, S and A are two ends of it.
+"""S and A on a shared trunk: S0's first j stages once, S and A as the two ends behind.
 
     t   = trunk(x)                                           stages 1 .. j
     f_S = S(t),  f_i = A_i(t)                                stages j + 1 .. K of each
@@ -45,10 +45,10 @@ def parted(
     Raises:
         UsageError: These networks cannot be cut there.
     """
-    own = student.stages()
-    check_parting(shared_stages, len(own), type(student).__name__)
-    trunk = StageRun(own[:shared_stages], _channels(student, shared_stages))
-    ends = [StageRun(one.stages()[shared_stages:], one.channels) for one in (student, *assistants)]
+    stages = student.stages()
+    check_parting(shared_stages, len(stages), type(student).__name__)
+    trunk = StageRun(stages[:shared_stages], _channels(student, shared_stages))
+    ends = [StageRun(network.stages()[shared_stages:], network.channels) for network in (student, *assistants)]
     return ResidualStudent(ends[0], ends[1:], channels, num_classes, head, trunk)
 
 
@@ -66,7 +66,7 @@ def check_parting(shared_stages: int, stages: int, name: str) -> None:
 
 
 def trunk_widths(network: Staged, shared_stages: int) -> tuple[int, ...]:
-    """Which of a network's widths the first stages depend on, as indices.
+    """Indices of the widths that the first stages of a network depend on.
 
     Found by building the network at other widths: what each width stands for is the family's own affair.
 
@@ -74,15 +74,15 @@ def trunk_widths(network: Staged, shared_stages: int) -> tuple[int, ...]:
         network: A network of the topology.
         shared_stages: j.
     """
-    own = _shapes(network, shared_stages)
-    found = []
+    shapes = _shapes(network, shared_stages)
+    indices = []
     for index, (width, step) in enumerate(zip(network.widths, network.steps(1), strict=True)):
         wider = (*network.widths[:index], width + step, *network.widths[index + 1 :])
         with torch.device("meta"):
             other = network.rebuilt(wider, None)
-        if _shapes(other, shared_stages) != own:
-            found.append(index)
-    return tuple(found)
+        if _shapes(other, shared_stages) != shapes:
+            indices.append(index)
+    return tuple(indices)
 
 
 def _shapes(network: Staged, shared_stages: int) -> list[torch.Size]:

@@ -1,6 +1,7 @@
-"""Networks that others have written, by name: torchvision's (``tv:NAME``), timm's (``timm:NAME``), a user's own.
+"""Networks by name: this package's, torchvision's, timm's or a user's own.
 
-A user's own is named ``package.module:attribute``; the current directory can be imported from. The attribute is
+Torchvision's are named ``tv:NAME``, timm's ``timm:NAME``. A user's own is named ``package.module:attribute``; the
+current directory can be imported from. The attribute is
 
     an nn.Module            taken as it is, weights included: a copy of it
     a class or function     called with num_classes=K where it has such a parameter, else without arguments; what it
@@ -62,10 +63,10 @@ def build(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
         UsageError: Nothing of this name, or no network behind it.
         MissingDependencyError: timm is not installed.
     """
-    prefix, _, own = name.partition(":")
+    prefix, _, model_name = name.partition(":")
     if prefix == "tv":
-        return _torchvision(own, num_classes, size)
-    return _timm(own, num_classes, size) if prefix == "timm" else _users(prefix, own, num_classes)
+        return _torchvision(model_name, num_classes, size)
+    return _timm(model_name, num_classes, size) if prefix == "timm" else _users(prefix, model_name, num_classes)
 
 
 def published(name: str, network: nn.Module) -> Published:
@@ -74,9 +75,9 @@ def published(name: str, network: nn.Module) -> Published:
     Raises:
         CheckpointError: None are published, or they could not be fetched.
     """
-    prefix, _, own = name.partition(":")
+    prefix, _, model_name = name.partition(":")
     try:
-        state, mean, std = (_torchvision_weights if prefix == "tv" else _timm_weights)(own)
+        state, mean, std = (_torchvision_weights if prefix == "tv" else _timm_weights)(model_name)
     except CheckpointError:
         raise
     except Exception as error:  # a network error of urllib, requests or the hub's client, or a damaged download
@@ -94,29 +95,29 @@ def published(name: str, network: nn.Module) -> Published:
     return Published({key: state[key] for key in state if key not in differing}, mean, std, not differing)
 
 
-def _torchvision(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+def _torchvision(model_name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
-    if own not in names:
-        raise UsageError(_unknown("torchvision", own, names))
+    if model_name not in names:
+        raise UsageError(_unknown("torchvision", model_name, names))
     settings: dict[str, Any] = {}
-    if own.startswith("vit_"):
-        settings["image_size"] = _side(f"tv:{own}", size)
-    if own in ("googlenet", "inception_v3"):
+    if model_name.startswith("vit_"):
+        settings["image_size"] = _side(f"tv:{model_name}", size)
+    if model_name in ("googlenet", "inception_v3"):
         settings |= {"aux_logits": False, "init_weights": True}  # in training they would answer three times
-    return cast(nn.Module, torchvision.models.get_model(own, num_classes=num_classes, **settings))
+    return cast(nn.Module, torchvision.models.get_model(model_name, num_classes=num_classes, **settings))
 
 
-def _timm(own: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
+def _timm(model_name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     timm = require("timm", "timm")
-    architecture = own.partition(".")[0]
+    architecture = model_name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UsageError(_unknown("timm", architecture, timm.list_models()))
     settings = {}
     if timm.get_pretrained_cfg_value(architecture, "fixed_input_size"):
-        settings["img_size"] = _side(f"timm:{own}", size)
-    return cast(nn.Module, timm.create_model(own, num_classes=num_classes, **settings))
+        settings["img_size"] = _side(f"timm:{model_name}", size)
+    return cast(nn.Module, timm.create_model(model_name, num_classes=num_classes, **settings))
 
 
 def _unknown(library: str, name: str, names: list[str]) -> str:
@@ -138,16 +139,16 @@ def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
     )
     try:
         with _importing_from(Path.cwd()):
-            found: Any = importlib.import_module(module_name)
+            target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"No network {name!r}: {error}. {rule}") from error
-    if isinstance(found, nn.Module):
-        return copy.deepcopy(found)
-    if not callable(found):
-        raise UsageError(f"{name} is of type {type(found).__name__}. {rule}")
-    network = _called(found, num_classes)
+    if isinstance(target, nn.Module):
+        return copy.deepcopy(target)
+    if not callable(target):
+        raise UsageError(f"{name} is of type {type(target).__name__}. {rule}")
+    network = _called(target, num_classes)
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} gave an object of type {type(network).__name__}. {rule}")
     return network
@@ -155,7 +156,9 @@ def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
 
 def _called(maker: Callable[..., Any], num_classes: int) -> Any:
     parameters = inspect.signature(maker).parameters.values()
-    takes_it = any(one.name == "num_classes" or one.kind is one.VAR_KEYWORD for one in parameters)
+    takes_it = any(
+        parameter.name == "num_classes" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters
+    )
     return maker(num_classes=num_classes) if takes_it else maker()
 
 
@@ -168,18 +171,18 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _torchvision_weights(own: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
+def _torchvision_weights(model_name: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
     import torchvision
 
-    weights = torchvision.models.get_model_weights(own).DEFAULT
+    weights = torchvision.models.get_model_weights(model_name).DEFAULT
     preprocessing = weights.transforms()
     state = weights.get_state_dict(progress=False, check_hash=True)
     return state, tuple(preprocessing.mean), tuple(preprocessing.std)
 
 
-def _timm_weights(own: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
+def _timm_weights(model_name: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
     timm = require("timm", "timm")
-    network = timm.create_model(own, pretrained=True)
+    network = timm.create_model(model_name, pretrained=True)
     settings = network.pretrained_cfg
     return network.state_dict(), tuple(settings["mean"]), tuple(settings["std"])
 

@@ -22,6 +22,7 @@ from rkd_deploy.recipe.method import MethodRecipe
 from rkd_deploy.recipe.networks import StudentRecipe, TeacherRecipe
 from rkd_deploy.recipe.rules import toml_value
 from rkd_deploy.recipe.train import TrainRecipe
+from rkd_deploy.storage import read_text
 
 __all__ = [
     "DataRecipe",
@@ -33,6 +34,9 @@ __all__ = [
     "parse_recipe",
     "read_recipe",
 ]
+
+_LARGEST = 2**20
+"""Bytes of the largest recipe that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +149,14 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            content = tomllib.loads(read_text(path, limit=_LARGEST))
+        except OSError as error:
+            raise RecipeError(f"No recipe can be read at {path}: {error.strerror or error}.") from error
+        except UnicodeDecodeError as error:
             raise RecipeError(f"No recipe can be read at {path}: {error}.") from error
-        except tomllib.TOMLDecodeError as error:
+        except RecursionError as error:
+            raise RecipeError(f"{path} is nested too deeply to be a recipe.") from error
+        except ValueError as error:  # no TOML, or a whole number of thousands of digits
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
         if (path.parent / "facts.json").is_file():

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rkd_deploy.data.loader import Loader
-from rkd_deploy.errors import DivergenceError, InterruptedTraining
+from rkd_deploy.errors import DivergenceError, InterruptedTraining, command_line
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
@@ -169,5 +169,5 @@ class _PhaseRun:
     def _interrupted(self) -> InterruptedTraining:
         return InterruptedTraining(
             f"Stopped by {self.stop.signal_name or 'a signal to another process'}; everything so far is in "
-            f"{self.run.checkpoint}. Go on with: rkd-deploy train {self.run.folder} --resume"
+            f"{self.run.checkpoint}. Go on with: {command_line('train', self.run.folder, '--resume')}"
         )

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rkd_deploy.errors import CheckpointError, UsageError, unknown_name
+from rkd_deploy.errors import CheckpointError, UsageError, command_line, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
@@ -232,7 +232,7 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
     if not path.exists():
         raise CheckpointError(
             f"{run.folder} has no weights of phase {phase!r}: the run is not finished. Go on with: "
-            f"rkd-deploy train {run.folder} --resume"
+            f"{command_line('train', run.folder, '--resume')}"
         )
     state, _ = load_tensors(path)
     load_weights(module, with_norms(state, module), str(path), phase)

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.errors import ModelFileError, UsageError, command_line
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import storage_error, write_text
 
@@ -127,7 +127,9 @@ class Run:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            hint = "" if self.finished else f" The run is not finished: rkd-deploy train {self.folder} --resume"
+            hint = (
+                "" if self.finished else f" The run is not finished: {command_line('train', self.folder, '--resume')}"
+            )
             raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
         assert isinstance(content, dict)
         return content
@@ -180,7 +182,7 @@ def newest_run(root: Path, *, finished: bool) -> Run:
         hint = "Make one with: rkd-deploy train"
         if finished and unfinished:
             newest = max(unfinished, key=_begun)
-            hint = f"{newest.folder} was begun: finish it with rkd-deploy train {newest.folder} --resume"
+            hint = f"{newest.folder} was begun: finish it with {command_line('train', newest.folder, '--resume')}"
         raise ModelFileError(f"There is no {kind} in {root}/. {hint}")
     return max(chosen, key=_begun)
 

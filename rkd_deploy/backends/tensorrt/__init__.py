@@ -33,7 +33,7 @@ from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_c
 from rkd_deploy.backends.tensorrt.engine import EngineRun, LoadedEngine, load_engine
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library, Profile, load_library
-from rkd_deploy.errors import BackendError, ModelFileError, UsageError
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError, command_line
 
 
 class TensorRtBackend(Backend):
@@ -228,7 +228,7 @@ def _engine_of(
         if record is not None and record.onnx_sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
             raise ModelFileError(
                 f"{beside} was built of another model than the {file.name} beside it. "
-                f"Build it again with: rkd-deploy export {path} --format {library.name}"
+                f"Build it again with: {command_line('export', path, '--format', library.name)}"
             )
         return beside, plan, record, None
     cached = cached_engine(file, library, gpu, settings, progress)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.backends.tensorrt.settings import Library
-from rkd_deploy.errors import BackendError, ModelFileError
-from rkd_deploy.storage import write_bytes, write_json
+from rkd_deploy.errors import BackendError, ModelFileError, command_line
+from rkd_deploy.storage import read_bytes, read_text, write_bytes, write_json
 
 SCHEMA = 1
 
@@ -98,7 +98,7 @@ class EngineRecord:
         Raises:
             BackendError: Another library, version or GPU; both are named.
         """
-        again = f"Build it again here with: rkd-deploy export {self.onnx_name} --format {library.name}"
+        again = f"Build it again here with: {command_line('export', self.onnx_name, '--format', library.name)}"
         if self.library != library.name:
             raise BackendError(f"The engine is {self.library}'s and cannot run on {library.name}. {again}")
         same_major = self.version.split(".")[0] == library.version.split(".")[0]
@@ -158,8 +158,8 @@ def read_engine(path: str | os.PathLike[str]) -> tuple[bytes, EngineRecord | Non
     file = Path(path)
     beside = record_path(file)
     try:
-        plan = file.read_bytes()
-        text = beside.read_text(encoding="utf-8") if beside.exists() else None
+        plan = read_bytes(file)
+        text = read_text(beside) if os.path.lexists(beside) else None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFileError(f"{file} or {beside.name} beside it cannot be read: {error}.") from error
     if text is None:

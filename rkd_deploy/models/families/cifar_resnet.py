@@ -80,7 +80,7 @@ class CifarResNet(Staged):
         return nn.Sequential(self.conv1, self.bn1, self.relu, self.layer1), self.layer2, self.layer3
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> CifarResNet:
-        """The same depth at other widths."""
+        """A network of the same depth at other widths, with fresh weights."""
         return CifarResNet(self.depth, widths, num_classes)
 
     def _stage(self, in_channels: int, channels: int, stride: int) -> nn.Sequential:

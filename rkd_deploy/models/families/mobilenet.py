@@ -62,7 +62,7 @@ class MobileNetV2(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The linear classifier on the pooled last map; None without a head."""
         return None if self.classifier is None else cast(nn.Linear, self.classifier[0])
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ class MobileNetV2(Staged):
         )
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> MobileNetV2:
-        """The same groups at other widths."""
+        """A network of the same groups at other widths, with fresh weights."""
         return MobileNetV2(widths, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2015, arXiv 1512.03385, table 1) for small images: a 3x3 stem without stride or pooling.
+"""ResNet-50 (He et al. 2015, arXiv 1512.03385, table 1) for small images.
 
 Four stages of 3, 4, 6 and 3 bottleneck blocks with stride 2 (on the 3x3 convolution) at the start of the last three,
 global average pooling, one linear layer. Module names are those of the checkpoints of RepDistiller and mdistiller
@@ -69,7 +69,7 @@ class ResNet50(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The linear classifier on the pooled last map; None without a head."""
         return self.linear
 
     @property
@@ -89,7 +89,7 @@ class ResNet50(Staged):
         return nn.Sequential(self.conv1, self.bn1, self.relu, self.layer1), self.layer2, self.layer3, self.layer4
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet50:
-        """The same blocks at other widths."""
+        """A network of the same blocks at other widths, with fresh weights."""
         return ResNet50(widths, num_classes)
 
 

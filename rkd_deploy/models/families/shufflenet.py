@@ -1,4 +1,4 @@
-"""ShuffleNetV1 and V2 (Zhang et al. 2017, arXiv 1707.01083; Ma et al. 2018, arXiv 1807.11164) for small images.
+"""ShuffleNetV1 and V2 (arXiv 1707.01083, 1807.11164) for small images.
 
 A 1x1 stem of 24 channels that keeps the size, three stages that each halve it, global average pooling, one linear
 layer; V2 closes with a 1x1 convolution. V1 works in three groups; V2 splits its channels in two halves and passes one
@@ -84,7 +84,7 @@ class ShuffleNetV1(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The linear classifier on the pooled last map; None without a head."""
         return self.linear
 
     @property
@@ -103,7 +103,7 @@ class ShuffleNetV1(Staged):
         return nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.layer1), self.layer2, self.layer3
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ShuffleNetV1:
-        """The same blocks at other widths."""
+        """A network of the same blocks at other widths, with fresh weights."""
         return ShuffleNetV1(widths, num_classes)
 
     def _stage(self, in_channels: int, channels: int, blocks: int, groups: int) -> nn.Sequential:
@@ -125,11 +125,11 @@ class SplitUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, channels, H, W] to the same."""
-        kept, changed = x_NCHW.chunk(2, dim=1)
+        """[N, channels, H, W] to a map of equal shape."""
+        unchanged, changed = x_NCHW.chunk(2, dim=1)
         changed = relu(self.bn1(self.conv1(changed)))
         changed = relu(self.bn3(self.conv3(self.bn2(self.conv2(changed)))))
-        return shuffled(torch.cat([kept, changed], dim=1), 2)
+        return shuffled(torch.cat([unchanged, changed], dim=1), 2)
 
 
 class HalvingUnit(nn.Module):
@@ -183,7 +183,7 @@ class ShuffleNetV2(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The linear classifier on the pooled last map; None without a head."""
         return self.linear
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +201,7 @@ class ShuffleNetV2(Staged):
         )
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ShuffleNetV2:
-        """The same blocks at other widths."""
+        """A network of the same blocks at other widths, with fresh weights."""
         return ShuffleNetV2(widths, num_classes)
 
     def _stage(self, in_channels: int, channels: int, blocks: int) -> nn.Sequential:

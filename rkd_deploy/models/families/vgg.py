@@ -1,7 +1,8 @@
-"""VGG with batch norm (Simonyan and Zisserman 2014, arXiv 1409.1556) for small images, one linear layer as the head.
+"""VGG with batch norm (Simonyan and Zisserman 2014, arXiv 1409.1556) for small images.
 
 Five blocks of 3x3 convolutions, each with bias, batch norm and ReLU; a 2x2 max pooling after each of the first three;
-global average pooling at the end. vgg8 has one convolution a block, vgg11 to vgg19 are the paper's A, B, D and E.
+global average pooling and one linear layer at the end. vgg8 has one convolution a block, vgg11 to vgg19 are the
+paper's A, B, D and E.
 Module names are those of the checkpoints of RepDistiller and mdistiller (block0..4, classifier). Those networks pool
 after the fourth block too where images are 64x64; here they are the ones for 32x32.
 """
@@ -41,7 +42,7 @@ class VGG(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The linear classifier on the pooled last map; None without a head."""
         return self.classifier
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ class VGG(Staged):
         )
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> VGG:
-        """The same depth at other widths."""
+        """A network of the same depth at other widths, with fresh weights."""
         return VGG(self.depths, widths, num_classes)
 
 

@@ -1,4 +1,6 @@
-"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146), depth 6n + 4: wrn_DEPTH_K is K times as wide.
+"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv 1605.07146): wrn_DEPTH_K, depth 6n + 4.
+
+K is the factor of width.
 
 A 3x3 stem, three stages of n pre-activation blocks with stride 2 at the start of the second and third, batch norm,
 ReLU, global average pooling, one linear layer. A block normalises and activates before each convolution, so the batch
@@ -85,7 +87,7 @@ class WideResNet(Staged):
         return nn.Sequential(self.conv1, self.block1), self.block2, nn.Sequential(self.block3, self.bn1, self.relu)
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> WideResNet:
-        """The same depth at other widths."""
+        """A network of the same depth at other widths, with fresh weights."""
         return WideResNet(self.depth, widths, num_classes)
 
     def _stage(self, in_channels: int, channels: int, stride: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Which channels of a network belong together: removing one of them anywhere means removing it everywhere.
+"""Channels of a network that belong together: removed in one layer, gone in all.
 
 Torch-Pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900) says which layers share their channels: through
 additions, concatenations, depthwise convolutions, gates. From it follow
@@ -38,14 +38,14 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 @dataclass(frozen=True)
 class Space:
-    """Units in one order.
+    """Units in one order, shared by all layers that have them.
 
     Attributes:
         name: Path of the first layer that makes its channels.
         units: Numbers of its units, in the order of its channels.
         size: Channels of one unit in that layer.
         width: Index of the width that says how many channels are kept.
-        importance: Of each unit; the more important, the rather it is kept.
+        importance: A number for each unit; the more important, the rather it is kept.
         per_layer: For each layer that has the space, how many of its channels one unit is, and what the number of
             its channels must be a multiple of.
     """
@@ -59,7 +59,7 @@ class Space:
 
     @property
     def channels(self) -> int:
-        """How many there are before anything is removed."""
+        """Number of channels of this space before anything is removed."""
         return len(self.units) * self.size
 
     def step(self, round_to: int) -> int:
@@ -73,7 +73,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Channels:
-    """What of a network can be removed.
+    """The removable channels of a network, and which tensors hold them.
 
     Attributes:
         axes: By (tensor, dimension), the unit of each index, or `STAYS`.
@@ -98,7 +98,7 @@ class Channels:
 
 
 def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
-    """Find what can be removed.
+    """Find the channels of a network that can be removed, and which of them go together.
 
     Args:
         network: RGB images to what is used of it; layers that do not run are not narrowed. Left as it is: a copy is run
@@ -317,7 +317,7 @@ class _Coupling:
                     self._together([owner[indices[index]], roots[index]])
 
     def tie_grouped_convolutions(self) -> None:
-        """Their groups are kept or removed whole."""
+        """Keep or remove the groups of grouped convolutions whole."""
         for layer in list(self._names):
             if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
                 continue
@@ -330,7 +330,7 @@ class _Coupling:
                 self._together(block)
 
     def tie_splits(self) -> None:
-        """Equal parts stay equally wide; the sizes of unequal ones are written in the network's code."""
+        """Keep equal parts of a split equally wide, and fix unequal ones: the network's code has their sizes."""
         for (layer, side), owner in self._owner.items():
             if side != "split":
                 continue
@@ -346,9 +346,10 @@ class _Coupling:
                     self._widths.join(homes)
 
     def numbered(self) -> Channels:
-        """What was collected, without what is stuck."""
+        """The collected spaces and axes, without channels that cannot be removed."""
         units, spaces = self._units.roots(), self._spaces.roots()[self._home]  # of each channel
         per_layer, first = self._footprints(units, spaces)
+        # All groups of a space share its width, so one fixed group fixes every space of that width.
         for home in range(len(self._spaces)):
             self._widths.join((home, self._spaces.root(home)))
         fixed = {self._widths.root(home) for home in self._fixed}
@@ -383,7 +384,7 @@ class _Coupling:
     def _footprints(
         self, units: Indices, spaces: Indices
     ) -> tuple[dict[int, set[tuple[int, int]]], dict[int, tuple[int, int]]]:
-        """Of each space: `Space.per_layer`; and the place of the first layer that makes it, with a unit's channels."""
+        """`Space.per_layer` by space; and the place of the first layer that makes it, with a unit's channels."""
         per_layer: dict[int, set[tuple[int, int]]] = defaultdict(set)
         first: dict[int, tuple[int, int]] = {}
         for (layer, side), owner in self._owner.items():
@@ -402,7 +403,7 @@ class _Coupling:
         return per_layer, first
 
     def _sides(self, layer: Any, handler: Any) -> Iterator[tuple[str, int]]:
-        """Which axes of a layer an item of a group is about, and how long they are."""
+        """Axes of a layer that an item of a group is about, and their lengths."""
         if isinstance(layer, nn.Parameter):
             yield "out", layer.shape[self._graph.module2node[layer].pruning_dim]
         elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
@@ -426,7 +427,7 @@ class _Coupling:
             )
 
     def _offsets(self, layer: Any) -> list[int]:
-        """Where the parts begin and end of channels that are split, or shuffled: seen as a matrix and transposed."""
+        """Bounds of the parts of channels that are split, or shuffled: seen as a matrix and transposed."""
         if isinstance(layer, tp.ops._SplitOp):
             return layer.offsets or []
         sizes: list[int] = list(getattr(self._graph.module2node[layer].grad_fn, "_saved_self_sym_sizes", ()))
@@ -435,7 +436,7 @@ class _Coupling:
         return []
 
     def _tensor_axes(self) -> Iterator[tuple[tuple[str, int], Indices]]:
-        """The axes as they are in the tensors."""
+        """The axes by tensor and dimension, from those by layer and side."""
         for (layer, side), owner in self._owner.items():
             name = self._names.get(layer, "")
             if isinstance(layer, nn.Parameter):
@@ -457,7 +458,7 @@ class _Coupling:
             self._fixed.setdefault(home, reason)
 
     def _reader(self, node: Any) -> str:
-        """What an operation without a name of its own gives, named after the first layer that reads it."""
+        """A name for the output of an unnamed operation: the first layer that reads it."""
         queue, visited = deque([node]), {node}
         while queue:
             node = queue.popleft()

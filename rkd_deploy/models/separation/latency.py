@@ -31,7 +31,7 @@ MAX_SECONDS = 120.0
 ROUNDING = 0.005
 """A ratio of 1.00, to two decimals, is one: two measurements of one and the same network differ by as much."""
 CONFIRMATIONS = 5
-"""How many candidates may fail the longer measurement before the search gives up."""
+"""Candidates that may fail the longer measurement before the search gives up."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Reading:
         ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over
             sessions, in which both are loaded afresh, of the ratio of their medians; else the ratio of the 10th
             percentiles, because what else runs on a machine only ever adds to a latency.
-        candidate_ms: Its median latency by batch size.
-        s0_ms: That of S0.
+        candidate_ms: Median latency of the candidate by batch size.
+        s0_ms: Median latency of S0 by batch size.
         runs: How many calls of each were timed, by batch size.
         intervals: Where it was to be confirmed: the 95 % confidence interval of each of `ratios` (that of the
             median over the sessions).
@@ -57,7 +57,7 @@ class Reading:
 
     @property
     def worst(self) -> float:
-        """The largest ratio."""
+        """The largest ratio over the batch sizes."""
         return max(self.ratios.values())
 
     def to_record(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Stopwatch(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """On what is measured, for the record."""
+        """The machine and backend of the measurements, for the record."""
         ...
 
 
@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
 
 
 class Fitting(NamedTuple):
-    """What was found, and everything that was measured on the way."""
+    """The widths that a search chose, and the record of everything measured on the way."""
 
     widths: BranchWidths
     record: dict[str, Any]
@@ -113,7 +113,7 @@ def fastest_fitting(
     Args:
         make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none,
             and then for every smaller fraction too.
-        stopwatch: Measures.
+        stopwatch: Times a candidate against S0.
         s0: What the candidates are held against.
         target: The ratio of latencies that is allowed, within `ROUNDING`.
         above: Where something else was found already: only fractions above this are of any use.
@@ -193,7 +193,9 @@ class _Search:
         return low
 
     def _between(self, low: int, high: int, low_is_known: bool) -> int:
-        """Where a line through two points, or through one and the origin, meets the target."""
+        """The number at which a line through two readings, or through one and the origin, meets the target."""
+        # Latency is a line in the MACs only roughly: the number is held off both ends, so that every step shrinks the
+        # interval by a good part, also after a bad reading.
         ratio_high = self._ratio(high)
         if not low_is_known:
             number = int(high * min(0.95, max(0.5, self._target / ratio_high)))
@@ -204,7 +206,7 @@ class _Search:
         return max(low + 1, min(high - 1, number))
 
     def _widened(self, number: int, reading: Reading) -> Fitting:
-        """What was confirmed, or the widest of the neighbours above it that are confirmed as well."""
+        """The confirmed candidate, or the widest of the neighbours above it that are confirmed as well."""
         while number < STEPS and time.monotonic() < self._end:
             widths = self._candidate(number).widths
             wider = next((n for n in range(number + 1, STEPS + 1) if self._candidate(n).widths != widths), None)

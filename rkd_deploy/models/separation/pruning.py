@@ -39,7 +39,7 @@ class Pruner:
         input_size: Height and width in pixels.
 
     Attributes:
-        channels: Which of them go together.
+        channels: Groups of channels that can only be removed together.
         widths: Channels of each width before anything is removed, from the first layer on.
 
     Raises:
@@ -63,7 +63,7 @@ class Pruner:
         return self
 
     def steps(self, round_to: int) -> Widths:
-        """What each width is a multiple of: `round_to`, and whole groups of grouped convolutions."""
+        """The step of each width: a multiple of `round_to`, and whole groups of grouped convolutions."""
         return self.channels.steps(round_to)
 
     def _check_cost(self, input_size: tuple[int, int]) -> None:
@@ -84,15 +84,15 @@ class Pruner:
 
     def narrowed(self, widths: Sequence[int]) -> nn.Module:
         """A copy with the first so many channels of each width."""
-        kept: dict[int, None] = {}
+        kept_units: dict[int, None] = {}
         for space in self.channels.spaces:
-            kept |= dict.fromkeys(space.units[: widths[space.width] // space.size].tolist())
+            kept_units |= dict.fromkeys(space.units[: widths[space.width] // space.size].tolist())
         network = copy.deepcopy(self._network)
         for path, module in network.named_modules():
-            own = {**module._parameters, **module._buffers}
-            for name, tensor in own.items():
+            tensors = {**module._parameters, **module._buffers}
+            for name, tensor in tensors.items():
                 if tensor is not None:
-                    sliced = _sliced(tensor, f"{path}.{name}".removeprefix("."), self.channels, kept)
+                    sliced = _sliced(tensor, f"{path}.{name}".removeprefix("."), self.channels, kept_units)
                     if sliced.shape != tensor.shape:
                         is_parameter = isinstance(tensor, nn.Parameter)
                         setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced)
@@ -119,13 +119,13 @@ class _CostOfWidths:
                     continue
                 axes[axes.index(0)] = len(stays)
                 stays.append(int((units == STAYS).sum()))
-                own = [width_of[int(unit)] for unit in units if unit != STAYS]
-                shares.append(np.bincount(own, minlength=len(channels.widths)) / channels.widths)
+                unit_widths = [width_of[int(unit)] for unit in units if unit != STAYS]
+                shares.append(np.bincount(unit_widths, minlength=len(channels.widths)) / channels.widths)
             tensors.append((*axes, rest, used_at.get(name, 0)))
         self._stays, self._shares = np.array(stays), np.stack(shares)
-        own = [width_of[int(unit)] for unit in channels.output if unit != STAYS]
-        self._output_stays = len(channels.output) - len(own)
-        self._output_shares = np.bincount(own, minlength=len(channels.widths)) / channels.widths
+        unit_widths = [width_of[int(unit)] for unit in channels.output if unit != STAYS]
+        self._output_stays = len(channels.output) - len(unit_widths)
+        self._output_shares = np.bincount(unit_widths, minlength=len(channels.widths)) / channels.widths
         self._first, self._second, self._rest, self._used_at = np.array(tensors, dtype=np.int64).T
 
     def output_channels(self, widths: Sequence[int]) -> int:
@@ -137,16 +137,16 @@ class _CostOfWidths:
         return int(numel @ self._used_at), int(numel.sum())
 
 
-def _sliced(tensor: Tensor, name: str, channels: Channels, kept: Mapping[int, Any]) -> Tensor:
+def _sliced(tensor: Tensor, name: str, channels: Channels, kept_units: Mapping[int, Any]) -> Tensor:
     for dim in range(tensor.dim()):
         if (units := channels.axes.get((name, dim))) is not None:
-            tensor = tensor.index_select(dim, indices_of(units, kept).to(tensor.device))
+            tensor = tensor.index_select(dim, indices_of(units, kept_units).to(tensor.device))
     return tensor.detach()
 
 
-def indices_of(units: Indices, kept: Mapping[int, Any]) -> Tensor:
-    """Which indices of an axis are left when some units are kept."""
-    indices = [index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in kept]
+def indices_of(units: Indices, kept_units: Mapping[int, Any]) -> Tensor:
+    """Indices of an axis that are left when only some units are kept."""
+    indices = [index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in kept_units]
     return torch.tensor(indices, dtype=torch.int64)
 
 
@@ -223,7 +223,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.latest = "none"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator."""
+        """Note the name of an operator and run it, unless it is attention's."""
         self.latest = func.overloadpacket.__name__
         if self.latest.startswith(_ATTENTION):
             raise _AttentionError
@@ -243,6 +243,8 @@ def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tenso
     Raises:
         UsageError: A branch narrows a layer in a way of its own.
     """
+    # S takes the most important units of each space, A_1 those after them, and so on, round and round: branches share
+    # a channel only where there are not enough for all.
     ranked = [space.units[np.argsort(-space.importance, kind="stable")] for space in channels.spaces]
     begin = [0] * len(ranked)
     for branch in branches:
@@ -254,7 +256,7 @@ def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tenso
 
 
 class _Selection:
-    """Which channels one branch keeps, by the shapes that it has."""
+    """The channels that one branch keeps, worked out from its tensors' shapes."""
 
     def __init__(
         self, channels: Channels, ranked: Sequence[Indices], begin: Sequence[int], wanted: Mapping[str, Tensor]
@@ -262,7 +264,7 @@ class _Selection:
         self._axes, self._ranked, self._begin = channels.axes, ranked, begin
         self._space_of = {int(unit): number for number, units in enumerate(ranked) for unit in units}
         self.counts = [0] * len(ranked)
-        """Of each space, how many units the branch keeps (the most, where its layers differ in that)."""
+        """Number of units that the branch keeps, by space (the most, where its layers differ in that)."""
         for name, tensor in wanted.items():
             for dim, size in enumerate(tensor.shape):
                 if len(spaces := self._spaces(name, dim)) == 1:
@@ -286,10 +288,10 @@ class _Selection:
         counts = {
             space: self._count(name, dim, size, space) if len(spaces) == 1 else self.counts[space] for space in spaces
         }
-        kept = {STAYS}
+        kept_units = {STAYS}
         for space, channels in counts.items():
-            kept |= set(np.roll(self._ranked[space], -self._begin[space])[:channels].tolist())
-        indices = [index for index, unit in enumerate(units.tolist()) if unit in kept]
+            kept_units |= set(np.roll(self._ranked[space], -self._begin[space])[:channels].tolist())
+        indices = [index for index, unit in enumerate(units.tolist()) if unit in kept_units]
         return torch.tensor(indices, dtype=torch.int64)
 
     def _count(self, name: str, dim: int, size: int, space: int) -> int:
@@ -307,7 +309,7 @@ class Pruned(Staged):
 
     Args:
         origin: The external network, without its head.
-        pruner: Of `origin.network`.
+        pruner: The pruner of `origin.network`.
         widths: As `Pruner.widths` has them: one for every layer that has channels of its own.
         num_classes: K, or None for a feature extractor without a head.
 
@@ -342,7 +344,7 @@ class Pruned(Staged):
         return self.backbone.features(x_NCHW)
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
-        """The same layers with other numbers of channels and fresh weights."""
+        """A network of the same layers with other numbers of channels and fresh weights."""
         network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes))
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
@@ -359,25 +361,25 @@ class Pruned(Staged):
         return self.pruner.output_channels(widths)
 
 
-def narrowable(given: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
+def narrowable(network: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
     """S0 as a network that can be built at other widths: itself, or its backbone with a head of its own.
 
     Args:
-        given: S0.
+        network: S0.
         input_size: Height and width in pixels.
 
     Raises:
         UsageError: It cannot be narrowed; the message names the module and the operator.
     """
-    if isinstance(given, Staged):
-        return given
-    if not isinstance(given, External):
+    if isinstance(network, Staged):
+        return network
+    if not isinstance(network, External):
         raise UsageError(
-            f"S0 cannot be narrowed: nothing is known of the layers of a {type(given).__name__}. {WAY_OUT}"
+            f"S0 cannot be narrowed: nothing is known of the layers of a {type(network).__name__}. {WAY_OUT}"
         )
-    origin = given.without_head()
+    origin = network.without_head()
     pruner = Pruner(origin.network, input_size)
-    return Pruned(origin, pruner, pruner.widths, given.num_classes)
+    return Pruned(origin, pruner, pruner.widths, network.num_classes)
 
 
 def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, input_size: tuple[int, int]) -> None:

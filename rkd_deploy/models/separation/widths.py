@@ -1,4 +1,4 @@
-"""What networks cost at given widths, and the widest widths that a budget allows.
+"""Costs of networks at given widths, and the widest widths that a budget allows.
 
 Letters: F cost, in MACs or parameters; P adapters, h head, k assistants, rho the share that they get. S and A fit when
 
@@ -165,7 +165,7 @@ def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: in
 
 @dataclass(frozen=True)
 class WidthBudget:
-    """What S and its assistants may cost together, and the widest widths within that.
+    """The cost that S and its assistants may have together, and the widest widths within that.
 
     Attributes:
         costs: F of networks of S0's topology.
@@ -272,15 +272,15 @@ class WidthBudget:
         ends = [index for index in range(len(self.full)) if index not in shared]
 
         def behind(trunk: Widths, end: Widths) -> Widths:
-            own = dict(zip(ends, end, strict=True))
-            return tuple(own.get(index, width) for index, width in enumerate(trunk))
+            end_widths = dict(zip(ends, end, strict=True))
+            return tuple(end_widths.get(index, width) for index, width in enumerate(trunk))
 
         def end_cost(widths: Widths) -> int:
             return self.costs.branch(widths) - self.costs.trunk(widths, shared_stages)
 
         full, steps = (tuple(values[index] for index in ends) for values in (self.full, self.steps))
         allowed = int(self.share / self.assistants * self.limit)
-        end = widest(lambda own: end_cost(behind(self.full, own)), full, allowed, steps)
+        end = widest(lambda end_widths: end_cost(behind(self.full, end_widths)), full, allowed, steps)
         if end is None:
             least = end_cost(behind(self.full, tuple(map(min, full, steps))))
             raise BudgetError(

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from rkd_deploy.backends.tensorrt.build import OnnxSource
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import Profile
-from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.errors import ModelFileError, UsageError, command_line
 from rkd_deploy.serve.triton.settings import Serving
 
 _TYPES: dict[int, str] = {
@@ -149,7 +149,7 @@ def read_plan(source: OnnxSource, signature: Signature, serving: Serving) -> Pla
         raise UsageError(
             f"There is no TensorRT plan for Triton: {file} does not exist. A plan runs only in the TensorRT that built "
             "it, and on such a GPU. Where the server's version is installed: "
-            f"rkd-deploy export {model} --format tensorrt; or in the server's container: "
+            f"{command_line('export', model, '--format', 'tensorrt')}; or in the server's container: "
             f"{_trtexec(source, signature, serving, file.name)}; then come back. "
             "--triton-backend onnxruntime needs no plan."
         )
@@ -157,7 +157,7 @@ def read_plan(source: OnnxSource, signature: Signature, serving: Serving) -> Pla
     if record is not None and record.onnx_sha256 != source.sha256:
         raise ModelFileError(
             f"{file} was built from another {record.onnx_name} than {source.file} (their checksums differ). Build it "
-            f"again with: rkd-deploy export {source.file} --format tensorrt"
+            f"again with: {command_line('export', source.file, '--format', 'tensorrt')}"
         )
     return Plan(str(file), content, record)
 
