@@ -112,7 +112,7 @@ def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, t
     (tmp_path / "data/red/notes.txt").write_text("no image")
     settings = {"backend": ["onnxruntime", "openvino"], "batches": [1], "data": tmp_path / "data", **SHORT}
     found = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
-    assert [(one.accuracy, one.accuracy_images) for one in found] == [(60.0, 5)] * 2
+    assert [(one.accuracy, one.accuracy_images, one.accuracy_source) for one in found] == [(60.0, 5, "measured")] * 2
     record = (tmp_path / "out/bench.json").read_text()
     assert json.loads(record)["settings"]["data"] == "data"
     assert str(tmp_path) not in record
@@ -184,7 +184,7 @@ def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, mo
 
 
 def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_path):
-    def study(results):
+    def analyse(results):
         assert [result.batch for result in results] == [1, 2]
         raise BackendError("no profile")
 
@@ -192,7 +192,7 @@ def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_pat
         [bundle],
         bench_settings(batches=[1, 2], threads=1, min_seconds=0, min_runs=3, warmup_seconds=0),
         tmp_path / "out",
-        study=study,
+        analyse=analyse,
     )
     assert isinstance(done.error, BackendError)
     record = json.loads((tmp_path / "out/bench.json").read_text())

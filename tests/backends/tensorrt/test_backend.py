@@ -14,8 +14,10 @@ from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
 from rkd_deploy.bench import bench
+from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
+from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
@@ -227,9 +229,9 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
         )
         assert ("GraphLaunch" in calls(gpu.device)) == cuda_graph
         assert done.results[0].cuda_graph is cuda_graph
-        record = json.loads(done.report.record.read_text())
+        record = json.loads(done.path.read_text())
         assert (record["results"][0]["cuda_graph"], record["settings"]["cuda_graph"]) == (cuda_graph, cuda_graph)
-        assert ("| off |" in done.report.table.read_text()) != cuda_graph
+        assert ("| off |" in bench_markdown(read_bench(done.path))) != cuda_graph
 
 
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
