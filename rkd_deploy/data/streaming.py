@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from rkd_deploy.data.augment import Mixing
-from rkd_deploy.data.batches import EpochBatches, Normaliser, Share, generator_of_batch, generator_of_epoch, seeded_image
+from rkd_deploy.data.batches import (
+    EpochBatches,
+    Normaliser,
+    Share,
+    generator_of_batch,
+    generator_of_epoch,
+    seeded_image,
+)
 from rkd_deploy.data.files import read_image
 from rkd_deploy.data.splits import FileSplit, as_tensor, collate, unwrap
 from rkd_deploy.errors import DataError
@@ -80,9 +87,9 @@ class StreamLoader:
             DataError: An image cannot be read; it could when the run began.
         """
         order_N = self._split.source.shuffled(self._split.index_N, generator_of_epoch(self._seed, number))
-        index_of_batch = [order_N[self._batches.positions(batch)] for batch in range(first_batch, len(self))]
-        self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in index_of_batch]
-        for batch, (index_N, images) in enumerate(zip(index_of_batch, self._loader, strict=True), first_batch):
+        batches = [order_N[self._batches.positions(batch)] for batch in range(first_batch, len(self))]
+        self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in batches]
+        for batch, (index_N, images) in enumerate(zip(batches, self._loader, strict=True), first_batch):
             x_NCHW = self._normalise(unwrap(images))
             y_N = self._split.labels_N[index_N].to(x_NCHW.device, non_blocking=True)
             yield self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, number, batch))
