@@ -6,8 +6,8 @@
     smoothing (Szegedy et al. 2016)                 y' = (1 - epsilon) y + epsilon / K
 
 The partner of an image is the one before it in the batch, and one lambda (and box) serves the batch, as in torchvision.
-Crops and flips move whole batches on the device; their random numbers come from outside, so that an epoch is the same on
-every device.
+Crops and flips move whole batches on the device; their random numbers come from outside, so that an epoch is the same
+on every device.
 Letters: N batch, C channels, H height, W width, K classes.
 """
 
