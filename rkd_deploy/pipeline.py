@@ -29,7 +29,7 @@ from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.measuring import Target
-from rkd_deploy.export.precision.images import Calibration, Lowering, draw, from_folder
+from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
@@ -63,7 +63,7 @@ class Batches:
             done += len(images_NCHW)
 
 
-def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Preprocess) -> Lowering:
+def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Preprocess) -> PrecisionJob:
     """Calibrate on a folder or on training images; judge on validation images, or on other training images.
 
     Args:
@@ -77,9 +77,9 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     train = f"{images.name} training images"
     calibration, taken_N = None, np.empty(0, np.int64)
     if options.precision in QUANTISED and options.calibration is not None:
-        calibration = from_folder(options.calibration, preprocess, options.count, options.seed)
+        calibration = calibration_from_folder(options.calibration, preprocess, options.count, options.seed)
     elif options.precision in QUANTISED:
-        taken_N = draw(len(images.train), options.count, options.seed, train)
+        taken_N = draw_indices(len(images.train), options.count, options.seed, train)
         pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(taken_N))])
         calibration = Calibration(pixels_NHWC, train, options.seed)
     if len(images.val):
@@ -89,7 +89,7 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         source = f"{train} not calibrated on"
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = Batches(pool.take(chosen_N))
-    return Lowering(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
+    return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -178,7 +178,7 @@ def export_run(
         target=target,
         progress=progress,
         note=note,
-        lowering=draw_lowering(images(), precision, card.preprocess) if precision and precision.lowered else None,
+        job=precision_job(images(), precision, card.preprocess) if precision and precision.is_lower else None,
     )
     return Exported(chosen, proof)
 

@@ -15,7 +15,7 @@ from rkd_deploy.backends.tensorrt.record import read_engine
 from rkd_deploy.bench import records
 from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
-from rkd_deploy.errors import BackendError, InterruptedBench
+from rkd_deploy.errors import BackendError, InterruptedBench, ModelFileError, UsageError
 from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
@@ -120,18 +120,31 @@ def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, t
 
 def test_an_error_leaves_what_was_measured_before(bundle, zoo, tmp_path):
     settings = {"backend": ["onnxruntime", "pytorch"], "batches": [1], **SHORT}
+    (tmp_path / "bare.pt2").write_bytes(b"no program")
     done = record_bench([zoo.build(tmp_path / "bare.onnx")], bench_settings(**settings), tmp_path / "out")
-    assert isinstance(done.error, BackendError)
-    assert "exported program" in str(done.error)
+    assert isinstance(done.error, ModelFileError)
+    assert "no PyTorch archive" in str(done.error)
     assert "marked as partial" in done.error.__notes__[0]
     record = json.loads((tmp_path / "out/bench.json").read_text())
     assert record["partial"] is True
     assert [row["backend"] for row in record["results"]] == ["onnxruntime"]
-    with pytest.raises(BackendError):
+    with pytest.raises(ModelFileError):
         record_bench(
             [tmp_path / "bare.onnx"], bench_settings(**settings | {"backend": "pytorch"}), tmp_path / "nothing"
         )
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_files_of_every_backend_are_looked_for_before_anything_is_measured(zoo, tmp_path):
+    """The last backend of a bench failed for lack of its file, after 28 s of the others."""
+    bare, engine = zoo.build(tmp_path / "bare.onnx"), tmp_path / "m.engine"
+    engine.write_bytes(b"x")
+    settings = bench_settings(["onnxruntime", "openvino", "pytorch"], min_seconds=600)
+    with pytest.raises(BackendError, match=r"no .*bare\.pt2.*--with-pytorch"):
+        record_bench([bare], settings, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"m\.engine is an engine.*openvino was asked for"):
+        record_bench([bare, engine], bench_settings("openvino", min_seconds=600), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path, interrupted, cpu_seconds):

@@ -362,7 +362,7 @@ def test_outputs_that_numpy_has_no_type_for_are_refused(gpu, zoo, tmp_path):
         load_backend("tensorrt", file)
 
 
-def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavour, monkeypatch):
+def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavour, model, monkeypatch):
     def found():
         return next(status for status in available() if status.name == flavour)
 
@@ -374,7 +374,7 @@ def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavo
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "pip install cuda-bindings" in found().reason
     with pytest.raises(MissingDependencyError, match="cuda-bindings"):
-        load_backend(flavour, "model.onnx")
+        load_backend(flavour, model)
     monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
     load_library.cache_clear()
     assert f"pip install 'rkd-deploy[{flavour}]'" in found().reason
