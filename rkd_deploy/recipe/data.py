@@ -45,7 +45,7 @@ class DataRecipe:
     train_limit: int | None = None
     """Use only so many training images, as evenly over the classes as they allow, drawn by seed."""
     test_limit: int | None = None
-    """The same for the test images."""
+    """Use only so many test images, as evenly over the classes as they allow."""
     val_fraction: float = 0.1
     """Share of the training images held out by seed; 0 trains on all of them, as the published protocol does."""
     test_fraction: float | None = None
