@@ -23,7 +23,7 @@ from typing import Any
 from record import FOLDER, hardware
 
 from rkd_deploy.bench.machine import provenance
-from rkd_deploy.compare import compare, timed
+from rkd_deploy.compare import compare_runs, timed
 from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.pipeline import embedded_recipe
 from rkd_deploy.recipe import Recipe, read_recipe
@@ -165,7 +165,7 @@ def _record(chosen: argparse.Namespace, rows: dict[str, tuple[str, ...]], runs: 
     record: dict[str, Any] = {"theme": "ladder", "rung": chosen.rung, "seeds": chosen.seeds, "set": chosen.more}
     record |= {"provenance": (facts := asdict(provenance())), "rows": lines}
     if chosen.latency:
-        made = timed(compare([own[0] for own in runs.values()]))
+        made = timed(compare_runs([own[0] for own in runs.values()]))
         record["latency_p50_ms"] = {row.name: row.p50_ms for row in made.rows}
     path = FOLDER / f"ladder_{chosen.rung}_{hardware(facts)}.json"
     write_json(path, record)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.compare.report import markdown
-from rkd_deploy.compare.rows import Comparison, Row
+from rkd_deploy.compare.report import comparison_markdown
+from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train.networks import PARTS
 
@@ -85,7 +85,7 @@ def of_record(path: Path) -> str:
 
 def comparison(record: dict[str, Any]) -> str:
     """What `rkd-deploy compare` wrote, as it writes it."""
-    rows = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in record["rows"])
+    rows = tuple(NetworkRow(**{**row, "runs": tuple(row["runs"])}) for row in record["rows"])
     held = Comparison(
         data=record["data"],
         test_images=record["test_images"],
@@ -95,7 +95,7 @@ def comparison(record: dict[str, Any]) -> str:
     )
     facts, settings = record["provenance"], record["settings"]
     where = f"Latency: batch {settings['batch']}, {settings['backend']}, {facts['cpu']}, {facts['cores']} cores."
-    return markdown(held) + f"\n{where}\n"
+    return comparison_markdown(held) + f"\n{where}\n"
 
 
 def run_record(path: Path) -> str:

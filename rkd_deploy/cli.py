@@ -19,6 +19,7 @@ from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
 from rkd_deploy.signals import handling
+from rkd_deploy.text import visible
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
@@ -88,7 +89,7 @@ def _run(debug: bool) -> None:
         message = " ".join(
             ["Interrupted." if isinstance(error, SystemExit) else str(error), *getattr(error, "__notes__", ())]
         )
-        print(f"Error: {message}", file=sys.stderr)
+        print(f"Error: {visible(message)}", file=sys.stderr)
         if "--json" in sys.argv:
             print_json({"error": message, "exit_code": code})
         sys.exit(code)

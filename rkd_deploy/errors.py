@@ -129,9 +129,9 @@ def install_line(extra: str) -> str:
     return f"pip install 'rkd-deploy[{extra}]'"
 
 
-def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
+def unknown_name(kind: str, name: object, choices: Iterable[str]) -> str:
     """Sentence for a name that is none of the choices: the nearest one first, then all of them."""
     names = sorted(choices)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,8 +93,8 @@ def check_number(name: str, value: Any, low: float | None, high: float | None = 
     Raises:
         UsageError: It is not; the message has the range.
     """
-    kinds = (int,) if whole else (int, float)
-    numeric = isinstance(value, kinds) and not isinstance(value, bool)
+    kind = numbers.Integral if whole else numbers.Real  # NumPy's numbers are of these, and no int or float
+    numeric = isinstance(value, kind) and not isinstance(value, bool)
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     if numeric and low <= value <= high and abs(value) < math.inf:  # every comparison with NaN is false
         return

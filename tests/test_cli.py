@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from recorded import make_record
 
 from rkd_deploy import cli
+from rkd_deploy.commands.options import output_folder
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.train.runs import Run
 
@@ -121,7 +124,7 @@ def test_a_comparison_is_reported_with_its_measurements(rkd, runs):
     assert mixed.code == 2
 
 
-def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, exported):
+def test_bench_compare_measures_models_side_by_side(rkd, exported):
     options = ("--batch", 32, "--seconds", 0.2, "--threads", 1)
     pair = (exported / "bundle", exported / "bundle-teacher")
     faster = rkd("bench-compare", *pair, *options, "--tolerance", 1000, "--json")
@@ -129,11 +132,43 @@ def test_bench_compare_exits_with_3_when_the_second_is_slower(rkd, exported):
     (one,) = faster.json["ratios"]
     assert one["count"] == 8
     assert one["low"] <= one["ratio"] <= one["high"]
-    slow = rkd("bench-compare", *pair, *options, "--tolerance", -1)
-    assert slow.code == 3
-    assert "times its latency" in slow.err
     mixed = rkd("bench-compare", pair[0], "bench.json")
     assert mixed.code == 2
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.5, 3), (1.05, 0), (0.7, 0)])
+def test_bench_compare_of_records_exits_with_3_when_the_second_is_slower(rkd, tmp_path, factor, code):
+    row = make_record()["results"][0]
+    paths = []
+    for name, scale in (("a", 1.0), ("b", factor)):
+        turns = [scale * (1 + 0.001 * place) for place in range(20)]
+        paths.append(tmp_path / f"{name}.json")
+        record = make_record() | {"results": [row | {"model": name, "round_medians_ms": turns}]}
+        paths[-1].write_text(json.dumps(record))
+    judged = rkd("bench-compare", *paths, "--tolerance", 0.1)
+    assert judged.code == code
+    if code:
+        assert "b is slower than a at batch 1: 1.500 times its latency" in judged.err
+
+
+UNGATED = [("tolerance", "nan"), ("tolerance", "-1"), ("tolerance", "inf"), ("seconds", "nan"), ("seconds", "-5")]
+
+
+@pytest.mark.parametrize(("option", "value"), UNGATED)
+def test_no_value_of_an_option_switches_the_gate_off(rkd, exported, option, value):
+    refused = rkd("bench-compare", exported / "bundle", exported / "bundle-teacher", f"--{option}={value}")
+    assert refused.code == 2
+    assert f"--{option} {float(value)} must be between 0 and " in refused.err
+
+
+def test_two_benches_in_one_second_have_a_folder_each(tmp_path):
+    with ExitStack() as stack:
+        folders = [stack.enter_context(output_folder(None, tmp_path / "runs", "bench")) for _ in range(20)]
+        assert len(set(folders)) == 20
+        (folders[3] / "bench.json").write_text("{}")
+    assert list((tmp_path / "runs").iterdir()) == [folders[3]]  # nothing is left of what wrote nothing
+    with output_folder(tmp_path / "mine", tmp_path / "runs", "bench") as folder:
+        assert folder == tmp_path / "mine"
 
 
 def test_predict_names_the_class_of_an_image_file(rkd, exported, tmp_path):

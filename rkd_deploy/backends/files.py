@@ -1,8 +1,9 @@
-"""Whether a bundle's files are the ones that were written: SHA-256 of each, in model.json.
+"""Model files and bundles: which file is meant, whether it is the one that was written, which opset it needs.
 
-model.json holds its own sum too, taken of its text with zeros in that place. So a change of any byte of any file is
-noticed, model.json included. The card inside model.onnx holds no sums: a file cannot hold its own, and the ONNX file is
-meant to work alone. Against whoever changes a file and its sum this is no protection: it is no signature.
+A bundle's model.json holds the SHA-256 of each file, its own too, taken of its text with zeros in that place. So a
+change of any byte of any file is noticed, model.json included. The card inside model.onnx holds no sums: a file cannot
+hold its own, and the ONNX file is meant to work alone. Against whoever changes a file and its sum this is no
+protection: it is no signature.
 """
 
 from __future__ import annotations
@@ -19,35 +20,62 @@ from typing import BinaryIO
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
-from rkd_deploy.errors import BackendError, ModelFileError
+from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 from rkd_deploy.storage import open_regular, read_text, write_text
 
 ONNX_NAME = "model.onnx"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+PROGRAM_SUFFIX = ".pt2"
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
     """The ONNX file meant by a bundle folder or by a file's own name.
 
     Raises:
-        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty.
+        ModelFileError: There is no such file or folder, the folder holds no model.onnx, or the file is empty, may not
+            be read, or is no regular file.
+        UsageError: It is no path.
     """
-    given = Path(path)
-    file = given / ONNX_NAME if given.is_dir() else given
     try:
+        named = Path(path)
+    except TypeError as error:
+        raise UsageError(f"A model was given as {type(path).__name__}; it must be a path.") from error
+    file = named
+    try:
+        in_folder = named.is_dir()
+        file = named / ONNX_NAME if in_folder else named
         if not os.path.lexists(file):
-            reason = f"the folder {given} holds no {ONNX_NAME}" if given.is_dir() else f"there is no file {file}"
+            reason = f"the folder {named} holds no {ONNX_NAME}" if in_folder else f"there is no file {file}"
             raise ModelFileError(
                 f"No model to load: {reason}. Name a bundle folder or an .onnx file; rkd-deploy export writes both."
             )
-        with open_regular(file) as stream:  # a pipe or a pointer of Git LFS is said here, before a runtime guesses
+        with open_regular(file) as stream:  # a runtime would call a pipe, or a file that may not be read, a broken one
             size = os.fstat(stream.fileno()).st_size
     except OSError as error:
-        raise ModelFileError(
-            f"{file} cannot be read: {error.strerror}. Name another file or mend its permissions."
-        ) from error
+        raise _unreadable(file, error) from error
     if size == 0:
         raise broken_model(file, "it is empty (0 bytes)")
+    return file
+
+
+def program_path(path: str | os.PathLike[str]) -> Path:
+    """The exported program that PyTorch runs, beside the ONNX file or alone in its folder.
+
+    Raises:
+        ModelFileError: There is no model.
+        BackendError: The model has no exported program.
+    """
+    folder = Path(path)
+    file = folder / f"model{PROGRAM_SUFFIX}" if folder.is_dir() else model_path(path).with_suffix(PROGRAM_SUFFIX)
+    try:
+        open_regular(file).close()
+    except FileNotFoundError as error:
+        raise BackendError(
+            f"The pytorch backend runs a bundle's exported program, and there is no {file}. "
+            "Export it with: rkd-deploy export --with-pytorch"
+        ) from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
     return file
 
 
@@ -76,21 +104,45 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
     beside = file.with_suffix(".json")
     if not os.path.lexists(beside):
         return None
-    text = _text(beside)
-    return ModelCard.from_json(text, str(beside))
+    return ModelCard.from_json(_text(beside), str(beside))
 
 
 def broken_model(file: Path, reason: str) -> ModelFileError:
-    """The error for a file that is there and holds no model that can be loaded."""
+    """The error for a file whose content is no model that can be loaded."""
     return ModelFileError(
         f"{file} cannot be loaded as a model: {reason}. Copy the file again if a transfer broke off, "
         "or export the model again with rkd-deploy export."
     )
 
 
+_SHORTAGES = {
+    r"bad_alloc|bad allocation|[Oo]ut of memory|Cannot allocate memory|[Ff]ailed to allocate": "memory ran out",
+    r"pthread_create|Resource temporarily unavailable": "no more threads could be started",
+    r"Too many open files|system error number 24\b": "no more files could be opened",
+}
+"""What runtimes say where the machine has no more of something, and the same in plain words."""
+
+
+def failed_load(file: Path, library: str, reason: str) -> ModelFileError | BackendError:
+    """The error for a file that a runtime could not load: what the machine lacks, or else that the file is broken.
+
+    Args:
+        file: The model.
+        library: Name and version of the runtime.
+        reason: Why, in the runtime's words.
+    """
+    for pattern, shortage in _SHORTAGES.items():
+        if re.search(pattern, reason):
+            return BackendError(
+                f"{library} could not load {file}: {shortage} ({reason}). The file may well be whole. Close other "
+                "programs, ask for fewer threads or streams, or raise the limit of this process (ulimit -a shows it)."
+            )
+    return broken_model(file, reason)
+
+
 CARD_NAME = "model.json"
 _ZEROS = "0" * 64
-_OWN_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
+_CARD_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
 
 
 def with_checksums(card: ModelCard, folder: Path) -> str:
@@ -103,8 +155,8 @@ def with_checksums(card: ModelCard, folder: Path) -> str:
 def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
     """Take files that were written later, an engine and its record, into the sums of a bundle, or out of them.
 
-    Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder without a sealed card is
-    left alone.
+    Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder whose card has no
+    sums is left alone.
 
     Args:
         folder: Of the bundle.
@@ -121,7 +173,7 @@ def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Itera
     content = parse_object(text)  # with what a later version may have added to the card
     if not content.get("checksums"):
         return
-    sums = {name: found for name, found in content["checksums"].items() if name not in {*without, CARD_NAME}}
+    sums = {name: checksum for name, checksum in content["checksums"].items() if name not in {*without, CARD_NAME}}
     sums |= {name: _sha256_of(folder / name) for name in adding}
     blank = json.dumps(content | {"checksums": {**dict(sorted(sums.items())), CARD_NAME: _ZEROS}}, indent=2) + "\n"
     write_text(beside, blank.replace(f'"{CARD_NAME}": "{_ZEROS}"', f'"{CARD_NAME}": "{_sha256(blank.encode())}"'))
@@ -147,11 +199,11 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
         return {}
     text = _text(beside)
     sums = dict(ModelCard.from_json(text, str(beside)).checksums)
-    own = _OWN_SUM.search(text)
-    if own is None and not sums:
+    card_sum = _CARD_SUM.search(text)
+    if card_sum is None and not sums:
         return {}
     changed, missing = [], []
-    if own is None or _sha256(text.replace(own[1], _ZEROS).encode()) != own[1]:
+    if card_sum is None or _sha256(text.replace(card_sum[1], _ZEROS).encode()) != card_sum[1]:
         changed.append(CARD_NAME)
     for name in sorted(sums.keys() - {CARD_NAME}):
         if Path(name).name != name:
@@ -159,10 +211,10 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
                 f"{beside} lists the file {name!r}, which is not in the folder of the bundle: a bundle is one folder. "
                 "Export it again with rkd-deploy export."
             )
-        if not (found := beside.with_name(name)).is_file():
+        if not (listed := beside.with_name(name)).is_file():
             if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
                 missing.append(name)
-        elif _sha256_of(found) != sums[name]:
+        elif _sha256_of(listed) != sums[name]:
             changed.append(name)
     if changed or (missing and complete):
         raise _damaged(beside.parent, changed, missing if complete else [])
@@ -170,9 +222,9 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
 
 
 def _damaged(folder: Path, changed: list[str], missing: list[str]) -> ModelFileError:
-    found = [f"{', '.join(names)} {what}" for names, what in ((changed, "changed"), (missing, "missing")) if names]
+    damage = [f"{', '.join(names)} {what}" for names, what in ((changed, "changed"), (missing, "missing")) if names]
     return ModelFileError(
-        f"The bundle {folder} is not as it was written: {'; '.join(found)} (by the checksums in {CARD_NAME}). "
+        f"The bundle {folder} is not as it was written: {'; '.join(damage)} (by the checksums in {CARD_NAME}). "
         "Copy it again, or export it again with rkd-deploy export."
     )
 
@@ -197,7 +249,8 @@ def _sha256_of(file: Path) -> str:
 
 
 def _unreadable(file: Path, error: OSError) -> ModelFileError:
-    return ModelFileError(f"{file} cannot be read: {error.strerror}. Mend its permissions or copy it again.")
+    way_out = "Mend its permissions or copy it again." if isinstance(error, PermissionError) else "Name another file."
+    return ModelFileError(f"{file} cannot be read: {error.strerror}. {way_out}")
 
 
 def _sha256(content: bytes) -> str:
@@ -235,15 +288,15 @@ def opset(file: Path) -> int:
 
     Reference: https://protobuf.dev/programming-guides/encoding, onnx.proto of https://github.com/onnx/onnx
     """
-    found = 0
+    newest = 0
     with file.open("rb") as stream:
         for number, content in _fields(stream, _OPSET_IMPORT):
             if number == _OPSET_IMPORT and isinstance(content, bytes):
                 entry = dict(_fields(BytesIO(content), _DOMAIN))
                 version = entry.get(_VERSION, 0)
                 if entry.get(_DOMAIN, b"") in DEFAULT_DOMAINS and isinstance(version, int):
-                    found = max(found, version)
-    return found
+                    newest = max(newest, version)
+    return newest
 
 
 def too_new(file: Path, written_in: str, library: str, version: str, newest: str) -> BackendError:

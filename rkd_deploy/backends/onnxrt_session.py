@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends.files import broken_model, too_new
+from rkd_deploy.backends.files import failed_load, too_new
 from rkd_deploy.backends.protocol import Array, InputSpec, LayerRun, LayerTime
 from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.errors import BackendError, install_line, require
@@ -58,6 +58,12 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
             "it. The two builds share one folder, so replace it: "
             f"pip uninstall -y onnxruntime && {install_line('gpu')} or run on device='cpu'."
         )
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise BackendError(
+            f"{str(file)!a} has bytes in its name that are no UTF-8, and ONNX Runtime opens no such file. Rename it."
+        ) from error
     options = session_options(run_on.threads)
     # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
     cuda = {"device_id": str(index), "use_tf32": "0"}
@@ -78,7 +84,7 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
         newer = _newer(str(error))
         if newer:
             raise too_new(file, newer[0], "ONNX Runtime", ort.__version__, newer[1]) from error
-        raise broken_model(file, _reason(error)) from error
+        raise failed_load(file, f"ONNX Runtime {ort.__version__}", _reason(error)) from error
 
 
 def session_options(threads: int | None) -> Any:

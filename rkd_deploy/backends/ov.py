@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rkd_deploy.backends.files import broken_model, model_path, opset, too_new
+from rkd_deploy.backends.files import failed_load, model_path, opset, too_new
 from rkd_deploy.backends.protocol import (
     Array,
     Backend,
@@ -177,7 +177,7 @@ def _read(file: Path) -> Any:
                 f"OpenVINO does not know what {file} computes: {_reason(error).lstrip('- ')}. "
                 "Run it on another backend (rkd-deploy backends lists them), or export the classifier without it."
             ) from error
-        raise broken_model(file, _reason(error)) from error
+        raise failed_load(file, _library(), _reason(error)) from error
     _check_opset(file)
     return model
 
@@ -187,8 +187,11 @@ def _check_opset(file: Path) -> None:
     written = opset(file)
     newest = None if written <= _KNOWN_TO_ALL else newest_opset()
     if newest is not None and written > newest:
-        version = require("openvino", "openvino").__version__.split("-")[0]
-        raise too_new(file, f"opset {written}", "OpenVINO", version, f"opset {newest}")
+        raise too_new(file, f"opset {written}", "OpenVINO", _library().split()[1], f"opset {newest}")
+
+
+def _library() -> str:
+    return f"OpenVINO {require('openvino', 'openvino').__version__.split('-')[0]}"
 
 
 @cache
@@ -221,6 +224,9 @@ def _compile(file: Path, model: Any, options: Mapping[str, Any]) -> Any:
     try:
         return require("openvino", "openvino").Core().compile_model(model, "CPU", dict(options))
     except RuntimeError as error:
+        failure = failed_load(file, _library(), _reason(error))
+        if isinstance(failure, BackendError):
+            raise failure from error
         raise BackendError(
             f"OpenVINO cannot run {file}: {_reason(error)}. Run it on another backend (rkd-deploy backends lists them)."
         ) from error

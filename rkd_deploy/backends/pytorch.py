@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.files import broken_model, failed_load, program_path
 from rkd_deploy.backends.protocol import (
     Array,
     Backend,
@@ -38,7 +38,6 @@ from rkd_deploy.backends.protocol import (
 from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.errors import BackendError, UsageError
 
-PROGRAM_SUFFIX = ".pt2"
 _WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
 
 
@@ -103,7 +102,7 @@ class PyTorchBackend(Backend):
             BackendError: The bundle has no exported program, or CUDA was asked for and is not to be had here.
             ModelFileError: The file is corrupt.
         """
-        file = _program_path(Path(path))
+        file = program_path(path)
         place = _place(run_on.where)
         if not zipfile.is_zipfile(file):  # torch logs a page of traceback before it raises
             raise broken_model(file, "it is no PyTorch archive")
@@ -113,7 +112,8 @@ class PyTorchBackend(Backend):
             values = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in inputs}
             module = program.module()
         except Exception as error:  # zipfile, JSON and torch errors of every kind, none with a common base
-            raise broken_model(file, " ".join(str(error).split()) or type(error).__name__) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise failed_load(file, f"PyTorch {torch.__version__}", reason) from error
         if len(values) != 1:
             raise BackendError(
                 f"{file} has {len(values)} inputs ({', '.join(values) or 'none'}). rkd-deploy runs models with one "
@@ -376,13 +376,3 @@ def _limit_memory(place: torch.device, limit: int) -> None:
             f"memory_limit is {limit:,} bytes, and cuda:{place.index or 0} has {total:,}. Give at most that."
         )
     torch.cuda.set_per_process_memory_fraction(limit / total, place)
-
-
-def _program_path(path: Path) -> Path:
-    file = path / f"model{PROGRAM_SUFFIX}" if path.is_dir() else model_path(path).with_suffix(PROGRAM_SUFFIX)
-    if not file.is_file():
-        raise BackendError(
-            f"The pytorch backend runs a bundle's exported program, and there is no {file}. "
-            "Export it with: rkd-deploy export --with-pytorch"
-        )
-    return file

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, cast
 
+from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_path, program_path
 from rkd_deploy.backends.protocol import Backend, parse_device
 from rkd_deploy.errors import (
     BackendError,
@@ -116,6 +117,24 @@ class RunOn:
         """Whether the backend runs engines, which are built where there is none."""
         return _RUNTIMES[self.backend].engine
 
+    def check_file(self, path: str | os.PathLike[str]) -> None:
+        """Refuse a model of which this backend has no file to run; nothing is loaded for it.
+
+        Raises:
+            UsageError: The model is an engine, and the backend runs none.
+            BackendError: PyTorch, of a model without an exported program.
+            ModelFileError: The file is missing, empty or cannot be read.
+        """
+        if self.backend.startswith("pytorch"):
+            program_path(path)
+            return
+        file = model_path(path)
+        if file.suffix in ENGINE_SUFFIXES and not self.runs_engines:
+            raise UsageError(
+                f"{file} is an engine, which only {' or '.join(ENGINE_BACKENDS)} can run; {self.backend} was asked "
+                "for. Name the ONNX file it was built from, or leave that backend out."
+            )
+
     def load(
         self,
         path: str | os.PathLike[str],
@@ -132,12 +151,13 @@ class RunOn:
             progress: Called with the phase of an engine's build and the share of it that is done, 0 to 1.
 
         Raises:
-            UsageError: The engine does not take the batches.
+            UsageError: The engine does not take the batches, or is one, and the backend runs none.
             MissingDependencyError: The backend's library is not installed.
             BackendError: The backend cannot run here, or not on the device asked for.
             ModelFileError: The model file is missing or corrupt.
         """
         module, _, driver = check_backend(self.backend).partition(":")
+        self.check_file(path)
         build: dict[str, Any] = {"batches": batches, "progress": progress} if self.runs_engines else {}
         return cast(Backend, getattr(importlib.import_module(module), driver).open(path, self, **build))
 
@@ -170,7 +190,7 @@ def default_device(name: str) -> str:
 
 
 def _runtime(name: str) -> _Runtime:
-    if name not in _RUNTIMES:
+    if not isinstance(name, str) or name not in _RUNTIMES:
         raise UsageError(unknown_name("backend", name, _RUNTIMES))
     return _RUNTIMES[name]
 

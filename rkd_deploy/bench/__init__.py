@@ -13,7 +13,7 @@ from typing import Any
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import machine
-from rkd_deploy.bench.accuracy import folder_top1
+from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, folder_top1
 from rkd_deploy.bench.loading import Loaded, batch_sizes, device_in_use, load_all, random_input
 from rkd_deploy.bench.machine import Pace, cores
 from rkd_deploy.bench.results import Result
@@ -91,7 +91,7 @@ class _Schedule:
         loaded: Sequence[Loaded],
         batch: int,
         device_before: int | None,
-        accuracies: Mapping[str, tuple[float, int]],
+        accuracies: Mapping[str, Accuracy],
         progress: Progress,
     ) -> Iterator[Result]:
         """Measure models by turns, and give a result for each; then pass on the Ctrl-C that came meanwhile."""
@@ -154,12 +154,9 @@ def _prefixed(progress: Progress | None, run_on: RunOn | None) -> Progress:
     return report
 
 
-def _result(
-    model: Loaded, run_on: RunOn, timings: Sequence[Timing], accuracy: tuple[float, int] | None, **facts: Any
-) -> Result:
+def _result(model: Loaded, run_on: RunOn, timings: Sequence[Timing], measured: Accuracy | None, **facts: Any) -> Result:
     card, backend = model.card, model.backend
-    of_card = None if card is None else card.metrics.get("accuracy")
-    top1, images = accuracy or (of_card, None)
+    accuracy = measured or card_accuracy(card, model.file, model.sha256)
     return Result.from_timing(
         timings[0],
         device_only=timings[1] if len(timings) > 1 else None,
@@ -170,8 +167,9 @@ def _result(
         device=backend.device,
         threads=run_on.threads,
         precision=backend.precision,
-        accuracy=float(top1) if isinstance(top1, int | float) else None,
-        accuracy_images=images,
+        accuracy=None if accuracy is None else accuracy.top1,
+        accuracy_images=None if accuracy is None else accuracy.images,
+        accuracy_source=None if accuracy is None else accuracy.source,
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
         cuda_graph=backend.info.cuda_graph,

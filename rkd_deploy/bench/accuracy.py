@@ -5,9 +5,12 @@ Letters: N images.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +57,49 @@ def top1(predicted: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     return 100 * float(np.mean(predicted_N == labels_N))
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy of one file.
+
+    Attributes:
+        top1: Share of right predictions, in %.
+        images: Number of labelled images; None where an old card does not say.
+        source: ``"measured"``: by this bench, on the backend that is timed. ``"card"``: by the export of this file.
+    """
+
+    top1: float
+    images: int | None
+    source: str
+
+
+def card_accuracy(card: ModelCard | None, file: Path, sha256: str) -> Accuracy | None:
+    """The accuracy that a card states for a file; None where what was judged was another file.
+
+    A card is of the file that was exported and proven. An engine that was built from it, or a file that was changed
+    since, was never judged: its accuracy is unknown until it is measured.
+
+    Args:
+        card: The card beside the file, or inside it.
+        file: What the backend runs.
+        sha256: Checksum of `file`.
+    """
+    if card is None or file.suffix not in (".onnx", ".pt2") or card.checksums.get(file.name, sha256) != sha256:
+        return None
+    if card.lowering:  # a lower precision was judged itself; the metrics are those of the trained network
+        top1, images = card.lowering.get("test_top1"), card.parity.get("n")
+    elif card.precision not in ("fp32", "unknown"):
+        return None
+    else:
+        top1, images = card.metrics.get("accuracy"), card.metrics.get("images")
+    if not _is_number(top1):
+        return None
+    return Accuracy(float(top1), images if isinstance(images, int) else None, "card")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], npt.NDArray[np.int64]]:
     """The images of a folder of class folders, and the index of each one's class.
 
@@ -96,10 +142,8 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
     return [file for file, _ in files], np.array([number for _, number in files], np.int64)
 
 
-def folder_top1(
-    backend: Backend, card: ModelCard | None, folder: Path, progress: Progress | None = None
-) -> tuple[float, int]:
-    """Top-1 of a loaded model on a folder of class folders, in %, and the number of images.
+def folder_top1(backend: Backend, card: ModelCard | None, folder: Path, progress: Progress | None = None) -> Accuracy:
+    """Top-1 accuracy of a loaded model on a folder of class folders.
 
     Args:
         backend: The model, which stays open.
@@ -125,4 +169,4 @@ def folder_top1(
         right += int(np.sum(classifier.logits(files[chunk]).argmax(axis=1) == labels_N[chunk]))
         if progress is not None:
             progress("accuracy", min(1.0, (start + _AT_ONCE) / len(files)))
-    return 100 * right / len(files), len(files)
+    return Accuracy(100 * right / len(files), len(files), "measured")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rkd_deploy.backends import Array, RunOn, available, infer_many
-from rkd_deploy.backends.files import check_files, model_path
+from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
 from rkd_deploy.storage import open_regular
 
@@ -150,8 +150,13 @@ def verify(
             bundle is not as it was written.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
-    check_files(bundle_path, complete=True)
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
+    if not check_files(bundle_path, complete=True):
+        raise ModelFileError(
+            f"The bundle {golden.parent} has no checksums: its {CARD_NAME} is missing or holds none, so that nothing "
+            "shows whether its files are the ones that were exported. Copy the bundle again, or export it again with "
+            "rkd-deploy export."
+        )
     inputs, logits_NK, stored = read_golden(golden)
     run_on = RunOn(run_on) if isinstance(run_on, str) else run_on
     with run_on.load(bundle_path) as loaded:

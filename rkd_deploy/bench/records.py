@@ -47,7 +47,7 @@ def record_bench(
     *,
     scenarios: Sequence[str] = (),
     load: Load | None = None,
-    study: Callable[[Sequence[Result]], Mapping[str, Any]] | None = None,
+    analyse: Callable[[Sequence[Result]], Mapping[str, Any]] | None = None,
 ) -> Recorded:
     """Run `bench`, then LoadGen's scenarios, and write both into bench.json, as far as they came.
 
@@ -61,7 +61,7 @@ def record_bench(
         progress: As for `bench`.
         scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
         load: How hard and how long LoadGen asks.
-        study: Called with the results when all is measured; gives what else belongs into the record.
+        analyse: Called with the results when all is measured; gives what else belongs into the record.
 
     Raises:
         RkdError: As `bench` raises it, before anything was measured; nothing is written.
@@ -94,8 +94,8 @@ def record_bench(
                 progress=progress,
                 on_result=reported.append,
             )
-        if study is not None:
-            more |= study(results)
+        if analyse is not None:
+            more |= analyse(results)
 
     try:
         # What stops a service, a container or a batch job is SIGTERM: it does what Ctrl-C does, also its exit code.

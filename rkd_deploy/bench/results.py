@@ -134,9 +134,9 @@ class Result(Figures):
         threads: Number that was asked for; None left it to the runtime.
         streams: Callers at once, each with the model loaded for itself.
         precision: Precision that the backend reports.
-        accuracy: Top-1 in %: measured on this backend where `accuracy_images` is set, else the card's, on its test
-            split.
-        accuracy_images: Number of labelled images that were classified by this file on this backend.
+        accuracy: Top-1 in % of the very file that was measured.
+        accuracy_images: Number of labelled images that it was judged on.
+        accuracy_source: ``"measured"`` on this backend, or ``"card"``: on the test split, when the file was exported.
         parameters: Number of parameters of the trained network, by the card.
         macs: Multiply-adds of one image in the trained network, by the card.
         file_bytes: Size of the file that was measured.
@@ -165,6 +165,7 @@ class Result(Figures):
     precision: str
     accuracy: float | None = None
     accuracy_images: int | None = None
+    accuracy_source: str | None = None
     parameters: int | None = None
     macs: int | None = None
     file_bytes: int

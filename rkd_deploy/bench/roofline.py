@@ -233,7 +233,7 @@ def _case(one: Prediction | Result) -> Case:
     return replace(case, file_bytes=0) if case.backend in ENGINE_BACKENDS else case
 
 
-class Study:
+class Analysis:
     """Of some models under all settings of one bench; neither step touches the timed runs."""
 
     def __init__(

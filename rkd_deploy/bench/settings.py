@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.backends import ENGINE_BACKENDS, RunOn, check_backend, default_device, model_path
-from rkd_deploy.backends.files import ENGINE_SUFFIXES
+from rkd_deploy.backends import RunOn, check_backend, default_device
+from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench.timing import check_limits
 from rkd_deploy.errors import UsageError
 
@@ -109,23 +109,19 @@ def combinations(
 
 
 def check_models(models: Sequence[PathLike], run_on: Sequence[RunOn]) -> None:
-    """Refuse what cannot be measured before anything is loaded.
+    """Refuse what cannot be measured before anything is loaded: a bench of many backends ends before its first minute.
 
     Raises:
-        UsageError: No model, or an engine for another backend.
+        UsageError: No model, or an engine for a backend that runs none.
         MissingDependencyError: A backend is not installed.
-        ModelFileError: A model is missing or empty.
+        BackendError: PyTorch, of a model without an exported program.
+        ModelFileError: A model is missing, empty or unreadable; or a file of a bundle is not as it was written.
     """
     if not models:
         raise UsageError("A bench was given 0 models; it needs at least one: bundle folders, ONNX files or engines.")
-    backends = list(dict.fromkeys(place.backend for place in run_on))
-    for name in backends:
-        check_backend(name)
-    foreign = [name for name in backends if name not in ENGINE_BACKENDS]
+    for backend in dict.fromkeys(place.backend for place in run_on):
+        check_backend(backend)
     for path in models:
-        file = model_path(path)
-        if file.suffix in ENGINE_SUFFIXES and foreign:
-            raise UsageError(
-                f"{file} is an engine, which only {' or '.join(ENGINE_BACKENDS)} can run; {', '.join(foreign)} was "
-                "asked for. Name the ONNX file it was built from, or leave the other backends out."
-            )
+        for place in dict.fromkeys(replace(place, streams=1, threads=None) for place in run_on):
+            place.check_file(path)
+        check_files(path, complete=False)

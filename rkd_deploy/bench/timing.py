@@ -19,7 +19,7 @@ import numpy as np
 
 from rkd_deploy.backends.protocol import Array, Backend, Progress
 from rkd_deploy.bench.statistics import Timing
-from rkd_deploy.errors import UsageError
+from rkd_deploy.fields import check_number
 
 __all__ = [
     "Clock",
@@ -34,6 +34,9 @@ __all__ = [
 
 Clock = Callable[[], int]
 """Nanoseconds since some fixed instant."""
+
+_LONGEST, _MOST_RUNS = 86_400, 10**9
+"""A day of calls of 0.1 ms: every sample is kept in memory."""
 
 ROUND_NS = 100_000_000
 """How long one model runs before the next one has its turn."""
@@ -345,10 +348,9 @@ def check_limits(min_seconds: float, min_runs: int, warmup_seconds: float = 0.0,
     """Refuse limits that no measurement can have.
 
     Raises:
-        UsageError: One is negative, or `min_runs` is below 1.
+        UsageError: One is no finite number, negative or too large, or `min_runs` is below 1.
     """
-    if min_seconds < 0 or warmup_seconds < 0 or warmup_runs < 0 or min_runs < 1:
-        raise UsageError(
-            f"min_seconds={min_seconds}, warmup_seconds={warmup_seconds}, warmup_runs={warmup_runs} and "
-            f"min_runs={min_runs} were given; none may be negative, and min_runs must be at least 1."
-        )
+    check_number("min_seconds", min_seconds, 0, _LONGEST)
+    check_number("min_runs", min_runs, 1, _MOST_RUNS, whole=True)
+    check_number("warmup_seconds", warmup_seconds, 0, _LONGEST)
+    check_number("warmup_runs", warmup_runs, 0, _MOST_RUNS, whole=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from rkd_deploy.commands.options import (
     batch_sizes,
     console_for,
     newest_bundle,
+    output_folder,
     parse_ints,
     print_json,
     require_all,
@@ -46,6 +46,7 @@ def report(
     require_all("train", "matplotlib")
     from rkd_deploy.bench.reading import read_bench, read_record
     from rkd_deploy.commands.options import status
+    from rkd_deploy.report.tables import print_line
     from rkd_deploy.report.writing import write_bench_report
 
     folder = output or records[0].parent
@@ -66,7 +67,7 @@ def report(
             f"{len(kinds)} records of the kinds {', '.join(sorted(set(kinds)))}: give bench.json files, or one "
             "compare.json."
         )
-    console_for(as_json).print(f"Report {pages.page}")
+    print_line(f"Report {pages.page}", console_for(as_json))
     if as_json:
         print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
 
@@ -151,6 +152,9 @@ def bench(
             help="First tell how fast they could be here, on each backend with each thread count.",
         ),
     ] = False,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print every percentile, times, memory and the machine's state too.")
+    ] = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -159,15 +163,16 @@ def bench(
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     if roofline:
         require_all("export", "onnx")
-    folder = report_folder(report, output) or root / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import check_backend
     from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
-    from rkd_deploy.bench.roofline import Study
+    from rkd_deploy.bench.roofline import Analysis
     from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
     from rkd_deploy.report.columns import print_bench, print_roofline
+    from rkd_deploy.report.tables import print_line
     from rkd_deploy.report.writing import write_bench_report, write_tables
 
     settings = BenchSettings(
@@ -202,36 +207,37 @@ def bench(
     chosen = models or [newest_bundle(root)]
     check_models(chosen, settings.run_on)
     console = console_for(as_json)
-    study = Study(chosen, settings.run_on, settings.batches, shape=settings.shape)
+    analysis = Analysis(chosen, settings.run_on, settings.batches, shape=settings.shape)
     if roofline or (report is not None and find_spec("onnx") is not None):
         with status("Predicting") as update:
-            study.predict(update)
-        assert study.roofline is not None
-        print_roofline(study.roofline.predictions, [], console)
+            analysis.predict(update)
+        assert analysis.roofline is not None
+        print_roofline(analysis.roofline.predictions, [], console)
 
-    def studied(results: Sequence[Result]) -> dict[str, Any]:
+    def analyse(results: Sequence[Result]) -> dict[str, Any]:
         if report is not None:
-            study.profile(update, batch=min(result.batch for result in results))
-        return study.to_record()
+            analysis.profile(update, batch=min(result.batch for result in results))
+        return analysis.to_record()
 
-    with status("Measuring") as update:
-        recorded = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, study=studied)
-    record = read_bench(recorded.path)
-    write_tables(record, folder)
-    print_bench(record, console)
-    console.print(f"Record {recorded.path}")
-    made = {"record": str(recorded.path)}
-    if recorded.error is not None:
-        raise recorded.error
-    if report is not None:
-        with status("Drawing the report"):
-            made["report"] = str(write_bench_report([record], folder).page)
-        console.print(f"Report {made['report']}")
+    with output_folder(chosen_folder, root, "bench") as folder:
+        with status("Measuring") as update:
+            recorded = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, analyse=analyse)
+        record = read_bench(recorded.path)
+        write_tables(record, folder)
+        print_bench(record, console, details=details)
+        print_line(f"Record {recorded.path}" + ("" if details else "; more: --details"), console)
+        written = {"record": str(recorded.path)}
+        if recorded.error is not None:
+            raise recorded.error
+        if report is not None:
+            with status("Drawing the report"):
+                written["report"] = str(write_bench_report([record], folder).page)
+            print_line(f"Report {written['report']}", console)
     if as_json:
-        scenarios_json = [as_dict(one) for one in record.scenarios]
-        predicted = study.to_record().get("roofline")
+        scenarios_json = [as_dict(scenario) for scenario in record.scenarios]
+        predicted = analysis.to_record().get("roofline")
         print_json(
-            {**made, "results": without_samples(record.results), "loadgen": scenarios_json, "roofline": predicted}
+            {**written, "results": without_samples(record.results), "loadgen": scenarios_json, "roofline": predicted}
         )
 
 
@@ -258,8 +264,12 @@ def bench_compare(
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.commands.options import status
     from rkd_deploy.errors import GateError
+    from rkd_deploy.fields import check_number
     from rkd_deploy.report import columns
+    from rkd_deploy.report.tables import print_line
 
+    check_number("--tolerance", tolerance, 0, 1000)
+    check_number("--seconds", min_seconds, 0, 86400)
     records = [path.suffix == ".json" for path in (a, b)]
     differing: list[str] = []
     if all(records):
@@ -281,7 +291,7 @@ def bench_compare(
     console = console_for(as_json)
     columns.print_ratios(found, console)
     for line in differing:
-        console.print(f"Measured under different conditions: {line}", style="yellow")
+        print_line(f"Measured under different conditions: {line}", console, style="yellow")
     slower = [one for one in found if one.low > 1 + tolerance]
     if as_json and not slower:
         print_json({"ratios": [one.to_dict() for one in found], "differing": differing})

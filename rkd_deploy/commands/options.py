@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from rkd_deploy.errors import UsageError, require, unknown_name
+from rkd_deploy.storage import storage_error
+from rkd_deploy.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +81,41 @@ def parse_ints(option: str, text: str) -> list[int]:
         ) from error
 
 
+@contextmanager
+def output_folder(chosen: Path | None, root: Path, kind: str) -> Iterator[Path]:
+    """The folder that a command writes into: the chosen one, or a new one that no other process writes into.
+
+    Args:
+        chosen: What --output or --report names.
+        root: Folder of runs.
+        kind: First part of a new folder's name, e.g. ``"bench"``; the time follows, and a number where two processes
+            begin in one second.
+    """
+    if chosen is not None:
+        yield chosen
+        return
+    name = f"{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = _claim(root, name)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
+def _claim(root: Path, name: str) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = root / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()  # fails where another process was first
+                return folder
+    except OSError as error:
+        raise storage_error(root / name, error) from error
+    raise AssertionError("unreachable")
+
+
 def batch_sizes(text: str) -> list[int]:
     """Batch sizes, from text such as 1,8,32.
 
@@ -123,10 +162,18 @@ could not be read, and COLUMNS=0 would print nothing."""
 
 
 def console_for(as_json: bool) -> Console:
-    """The console for people's text: standard output, or standard error when --json has standard output."""
+    """Where text for people goes: standard output, or standard error beside JSON.
+
+    Strings are printed as they are: mark-up and control characters in them, of file or model names, do nothing.
+    """
     from rich.console import Console
 
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    class PlainConsole(Console):
+        def print(self, *objects: Any, **how: Any) -> None:
+            plain_objects = [visible(item) if isinstance(item, str) else item for item in objects]
+            super().print(*plain_objects, **{"markup": False, **how})
+
+    console = PlainConsole(stderr=as_json, highlight=False, soft_wrap=True)
     console.width = max(console.width, LEAST_WIDTH)
     return console
 
@@ -144,7 +191,7 @@ def fact_lines(content: Mapping[str, Any]) -> list[str]:
     """
     facts = list(_flat(content))
     column = min(max((len(key) for key, _ in facts), default=0), _COLUMN)
-    return [f"{key:<{column}}  {value}" for key, value in facts]
+    return [visible(f"{key:<{column}}  {value}") for key, value in facts]
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -187,12 +234,13 @@ def status(text: str) -> Iterator[StatusLine]:
         A function to call with the stage or the model that is at work, and its share that is done, where known.
     """
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     console.width = max(console.width, LEAST_WIDTH)
-    with console.status(text) as line:
+    with console.status(Text(visible(text))) as line:
 
         def update(name: str, share: float | None = None) -> None:
-            line.update(f"{text}: {name}" + ("" if share is None else f", {share:.0%}"))
+            line.update(Text(visible(f"{text}: {name}" + ("" if share is None else f", {share:.0%}"))))
 
         yield update

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from rkd_deploy.commands.options import (
     as_dict,
     batch_sizes,
     console_for,
+    output_folder,
     parse_ints,
     print_json,
     require_all,
@@ -33,6 +33,7 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     require_all("export", "onnx", "onnxscript")
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
+    from rkd_deploy.report.tables import print_line
     from rkd_deploy.train.display import Progress
 
     with Progress() as progress:
@@ -46,7 +47,7 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
         "Plot": made.tables.plot,
     }
     for name, path in files.items():
-        console.print(f"{name:<8} {path}")
+        print_line(f"{name:<8} {path}", console)
     if as_json:
         bundles = {part: str(folder) for part, folder in made.bundles.items()}
         print_json(
@@ -170,12 +171,19 @@ def compare(
     T, S0, S alone, S + A and the baselines: accuracy, MACs, parameters, latency, as a table and a plot.
     """
     require_all("train", "torch", "safetensors")
-    folder = report_folder(report, output) or root / f"compare-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.commands.options import status
-    from rkd_deploy.compare import compare as compare_runs
-    from rkd_deploy.compare import print_comparison, read_comparison, timed, write_comparison, write_comparison_report
+    from rkd_deploy.compare import (
+        compare_runs,
+        print_comparison,
+        read_comparison,
+        timed,
+        write_comparison,
+        write_comparison_report,
+    )
     from rkd_deploy.compare.report import to_record
+    from rkd_deploy.report.tables import print_line
     from rkd_deploy.train.runs import newest_run, open_run
 
     found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
@@ -194,16 +202,17 @@ def compare(
                 studied=report is not None,
                 progress=update,
             )
-    written = write_comparison(found, settings, folder)
     console = console_for(as_json)
-    print_comparison(found, console)
-    for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
-        console.print(f"{name:<7} {file}")
-    made = {"record": str(written.record)}
-    if report is not None:
-        with status("Drawing the report"):
-            made["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
-        console.print(f"Report  {made['report']}")
+    with output_folder(chosen_folder, root, "compare") as folder:
+        written = write_comparison(found, settings, folder)
+        print_comparison(found, console)
+        for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
+            print_line(f"{name:<7} {file}", console)
+        made = {"record": str(written.record)}
+        if report is not None:
+            with status("Drawing the report"):
+                made["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
+            print_line(f"Report  {made['report']}", console)
     if as_json:
         shown = to_record(found, settings)
         print_json({**shown, "results": without_samples(found.results), **made})

@@ -22,6 +22,7 @@ from rkd_deploy.commands.options import (
     newest_bundle,
     print_json,
 )
+from rkd_deploy.text import visible
 
 
 def predict(
@@ -46,7 +47,7 @@ def predict(
             best = classifier.predict(image, top=top)
             found[str(image)] = [{"label": one.label, "probability": one.probability} for one in best]
             shown = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in best)
-            typer.echo(f"{image}: {shown}", err=as_json)
+            typer.echo(visible(f"{image}: {shown}"), err=as_json)
         exits = list(classifier.exits)
     if exits:
         typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
@@ -85,7 +86,7 @@ def verify(
                 f"logits differ by at most {parity.max_abs_diff:.2g} "
                 f"(tolerance {parity.tolerance:g}) over {parity.n} images."
             )
-        typer.echo(f"{chosen} on {verdict.backend}: {line}", err=as_json)
+        typer.echo(visible(f"{chosen} on {verdict.backend}: {line}"), err=as_json)
     for verdict in verdicts:
         if verdict.parity is not None:
             gate(verdict.parity, f"{chosen} on {verdict.backend}", describe_model(chosen).precision)
@@ -132,7 +133,7 @@ def _show_engine(file: Path, as_json: bool) -> None:
     layers = content.pop("layers")
     del content["metadata"]  # the model's card, which is shown of the model
     typer.echo("\n".join(fact_lines(content)))
-    typer.echo(layer_table(layers))
+    typer.echo("\n".join(map(visible, layer_table(layers).splitlines())))
 
 
 def backends(as_json: Json = False) -> None:

@@ -9,14 +9,14 @@ from rkd_deploy.compare.report import (
     write_comparison,
     write_comparison_report,
 )
-from rkd_deploy.compare.rows import Comparison, Row, compare
+from rkd_deploy.compare.rows import Comparison, NetworkRow, compare_runs
 from rkd_deploy.compare.timing import timed
 
 __all__ = [
     "Comparison",
     "Files",
-    "Row",
-    "compare",
+    "NetworkRow",
+    "compare_runs",
     "print_comparison",
     "read_comparison",
     "timed",

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.reading import BenchRecord, bench_record, damaged, read_record
-from rkd_deploy.compare.rows import Comparison, Row
+from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import MissingDependencyError
 from rkd_deploy.report import tables
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
 from rkd_deploy.report.sections import sections
 from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
-from rkd_deploy.report.tables import Column, milliseconds
+from rkd_deploy.report.tables import Column, milliseconds, print_line
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
+from rkd_deploy.text import markdown, visible
 from rkd_deploy.train.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_Value = Callable[[NetworkRow], float | None]
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -32,14 +36,14 @@ def plot(comparison: Comparison, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    write_png(draw(comparison), path)
+    write_png(comparison_figure(comparison), path)
 
 
 @drawing()
-def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
+def comparison_figure(comparison: Comparison, *, narrow: bool = False) -> Any:
     """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
     rows = comparison.rows
-    values: list[tuple[str, Callable[[Row], float | None]]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
+    values: list[tuple[str, _Value]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
     if any(row.p50_ms is not None for row in rows):
         values.append(("Median latency, ms", lambda row: row.p50_ms))
     count = 1 + len(values)
@@ -50,7 +54,7 @@ def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
         figure = new_figure(5 + 3 * (count - 1), 1.5 + 0.36 * len(rows))
         panels = figure.subplots(1, count, sharey=True, width_ratios=[2, 1, 1][:count])
         title = f"{comparison.data}, {comparison.test_images:,} test images"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+        figure.suptitle(visible(title), x=0.01, ha="left", fontsize=12, color=INK)
     _accuracy(panels[0], rows)
     for axes, (label, value) in zip(panels[1:], values, strict=True):
         _bars(axes, rows, value, label)
@@ -58,12 +62,13 @@ def draw(comparison: Comparison, *, narrow: bool = False) -> Any:
         frame(axes, "x")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         if narrow or axes is panels[0]:
-            axes.set_yticks(range(len(rows)), [short(row.name, 32) if narrow else row.name for row in rows], color=INK)
+            names = [short(row.name, 32) if narrow else visible(row.name) for row in rows]
+            axes.set_yticks(range(len(rows)), names, color=INK)
             axes.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 
-def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
+def _accuracy(axes: Any, rows: Sequence[NetworkRow]) -> None:
     for place, row in enumerate(rows):
         half = row.standard_error if row.deviation is None else row.deviation
         colour = COLOURS.get(row.part, OTHER)
@@ -86,7 +91,7 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("Top-1, % (bar: deviation or error)", color=INK)
 
 
-def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float | None], label: str) -> None:
+def _bars(axes: Any, rows: Sequence[NetworkRow], value: _Value, label: str) -> None:
     known = [(place, value(row), COLOURS.get(row.part, OTHER)) for place, row in enumerate(rows)]
     for place, length, colour in known:
         if length is None:
@@ -115,7 +120,7 @@ NOTE = (
 )
 
 
-def _spread(row: Row) -> str:
+def _spread(row: NetworkRow) -> str:
     return f"({row.standard_error:.2f})" if row.deviation is None else f"{row.deviation:.2f}"
 
 
@@ -123,7 +128,7 @@ def _points(value: float | None) -> str | None:
     return None if value is None else f"{value:+.2f}"
 
 
-COLUMNS: tuple[Column[Row], ...] = (
+COLUMNS: tuple[Column[NetworkRow], ...] = (
     Column("Network", lambda r: r.name, numeric=False),
     Column("Seeds", lambda r: str(len(r.runs)), setting=True),
     Column("Top-1, %", lambda r: f"{r.top1:.2f}"),
@@ -158,20 +163,20 @@ class Files:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The table, what it means, and what is missing in it."""
-    console.print(f"{comparison.data}, {comparison.test_images:,} test images")
+    print_line(f"{comparison.data}, {comparison.test_images:,} test images", console)
     tables.print_table(COLUMNS, comparison.rows, console)
     for verdict in comparison.verdicts:
-        console.print(verdict.sentence())
-    console.print(NOTE, style="dim")
+        print_line(verdict.sentence(), console)
+    print_line(NOTE, console, style="dim")
     for sentence in comparison.missing:
-        console.print(f"Missing: {sentence}", style="yellow")
+        print_line(f"Missing: {sentence}", console, style="yellow")
 
 
-def markdown(comparison: Comparison) -> str:
+def comparison_markdown(comparison: Comparison) -> str:
     """The table and its notes as Markdown."""
-    missing = "".join(f"\nMissing: {sentence}\n" for sentence in comparison.missing)
-    head = f"{comparison.data}, {comparison.test_images:,} test images.\n\n"
-    verdicts = "".join(f"\n{verdict.sentence()}\n" for verdict in comparison.verdicts)
+    missing = "".join(f"\nMissing: {markdown(sentence)}\n" for sentence in comparison.missing)
+    head = f"{markdown(comparison.data)}, {comparison.test_images:,} test images.\n\n"
+    verdicts = "".join(f"\n{markdown(verdict.sentence())}\n" for verdict in comparison.verdicts)
     return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
 
 
@@ -204,7 +209,7 @@ def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder
     """
     record, table = folder / "compare.json", folder / "compare.md"
     write_json(record, {**to_record(comparison, settings), "provenance": asdict(provenance())})
-    write_text(table, markdown(comparison))
+    write_text(table, comparison_markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:
         plot(comparison, folder / "compare.png")
@@ -254,7 +259,7 @@ class _Stored:
 
     data: str
     test_images: int
-    rows: tuple[Row, ...]
+    rows: tuple[NetworkRow, ...]
     missing: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
 
@@ -279,7 +284,7 @@ def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages
 def _section(comparison: Comparison) -> Section:
     best = max(comparison.rows, key=lambda row: row.top1)
     words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
-    picture = Picture("Accuracy, cost, latency", words, draw(comparison, narrow=True))
+    picture = Picture("Accuracy, cost, latency", words, comparison_figure(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
     said = [verdict.sentence() for verdict in comparison.verdicts]
     return Section("Networks", [*said, NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])

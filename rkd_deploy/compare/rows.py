@@ -1,4 +1,4 @@
-"""Which networks some runs hold, and what each gains over its controls.
+"""Lists the networks of some runs, and what each gains over its controls.
 
 A residual run always brings its own controls: T, S0 at the full cost (by cross-entropy, and S's base loss where there
 is one) and S alone. So a gain of A can be told from the gain of more capacity, and of a better loss. What a recipe left
@@ -28,7 +28,7 @@ from rkd_deploy.train.verdict import CONTROLS, Gain, Verdict, gain_of_pairs, gai
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class NetworkRow:
     """One network, or the same one trained with several seeds.
 
     Attributes:
@@ -91,7 +91,7 @@ class Comparison:
 
     data: str
     test_images: int
-    rows: tuple[Row, ...]
+    rows: tuple[NetworkRow, ...]
     networks: tuple[tuple[Run, str], ...]
     missing: tuple[str, ...]
     results: tuple[Result, ...] = ()
@@ -105,19 +105,19 @@ class _Network:
 
     run: Run
     part: str
-    weights: str
-    """SHA-256 of its file, and the part: S alone and S + A lie in the same file."""
+    weights: tuple[str, ...]
+    """Part, SHA-256 of its file, and of S0's where it is held against S0: S alone and S + A lie in the same file."""
     metrics: Mapping[str, Any]
-    """Those of the run."""
+    """Metrics of the run."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.metrics["parts"][self.part]
-        return found
+        facts: Mapping[str, Any] = self.metrics["parts"][self.part]
+        return facts
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
-    """Gather every network of finished runs.
+def compare_runs(runs: Sequence[Run]) -> Comparison:
+    """Put every network of finished runs side by side.
 
     Args:
         runs: At least one; all evaluated on the same test images.
@@ -148,7 +148,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     )
 
 
-def _verdicts(rows: Sequence[Row], groups: Sequence[Sequence[_Network]]) -> Iterable[Verdict]:
+def _verdicts(rows: Sequence[NetworkRow], groups: Sequence[Sequence[_Network]]) -> Iterable[Verdict]:
     controls = [pair for pair in zip(rows, groups, strict=True) if pair[0].part in CONTROLS]
     for row, group in zip(rows, groups, strict=True):
         if row.part == "fused" and controls:
@@ -179,32 +179,47 @@ def _gain(ours: Sequence[_Network], others: Sequence[_Network]) -> Gain:
 def _networks(run: Run) -> Iterable[_Network]:
     metrics = run.read_json("metrics.json")
     for part in metrics["parts"]:
-        content = run.weights(phase_of(run.recipe, part)).read_bytes()
-        yield _Network(run, part, f"{part} {hashlib.sha256(content).hexdigest()}", metrics)
+        weights = [part, _sha256(run, phase_of(run.recipe, part))]
+        if part in ("student", "fused", "control") and "s0" in metrics["parts"]:
+            weights.append(_sha256(run, phase_of(run.recipe, "s0")))
+        yield _Network(run, part, tuple(weights), metrics)
+
+
+def _sha256(run: Run, phase: str) -> str:
+    """Checksum of the weights that a phase gave; of given weights, that of the run's own copy."""
+    return hashlib.sha256(run.weights(phase).read_bytes()).hexdigest()
 
 
 def _distinct(networks: Iterable[_Network]) -> list[_Network]:
-    known: dict[str, _Network] = {}
+    known: dict[tuple[str, ...], _Network] = {}
     for network in networks:
         known.setdefault(network.weights, network)
     return list(known.values())
 
 
 def _check_same_test(runs: Sequence[Run]) -> None:
-    """Accuracies on different images are not comparable."""
-    first, *others = ((run, run.read_json("facts.json")) for run in runs)
-    for run, facts in others:
-        for what, ours, theirs in (
-            ("data", first[1]["data"], facts["data"]),
-            ("number of test images", first[1]["images"]["test"], facts["images"]["test"]),
-            ("image size", first[1]["image_size"], facts["image_size"]),
-            ("classes", first[1]["classes"], facts["classes"]),
-        ):
-            if ours != theirs:
+    """Refuse runs that were judged on other images: their accuracies are not comparable."""
+    first, *others = ((run, _judged_on(run)) for run in runs)
+    for run, judged_on in others:
+        for what, ours in first[1].items():
+            theirs = judged_on[what]
+            if ours is not None and theirs is not None and ours != theirs:
                 raise UsageError(
                     f"{first[0].folder} and {run.folder} were tested on different images: {what} "
                     f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data and the same data.test_limit."
                 )
+
+
+def _judged_on(run: Run) -> dict[str, Any]:
+    """What the accuracies of a run were measured on; None where an older run does not say."""
+    facts, metrics = run.read_json("facts.json"), run.read_json("metrics.json")
+    return {
+        "data": facts["data"],
+        "number of test images": facts["images"]["test"],
+        "image size": facts["image_size"],
+        "classes": facts["classes"],
+        "images and labels, SHA-256": metrics.get("test_sha256") or None,
+    }
 
 
 def _short(value: Any) -> str:
@@ -213,9 +228,16 @@ def _short(value: Any) -> str:
 
 
 def _recipe_without_seed(network: _Network) -> str:
-    """The tables that decided how a network was trained, as a key: seeds of one network have the same."""
-    recipe = network.run.recipe
+    """The tables that decided how a network was trained, as a key: seeds of one network have the same.
+
+    Given weights count by their content: the same file may lie on two paths, and two files on one path, one after the
+    other.
+    """
+    run, recipe = network.run, network.run.recipe
     whole = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
+    for table, phase in (("teacher", "teacher"), ("student", "s0")):
+        if whole[table]["checkpoint"] is not None and run.weights(phase).is_file():
+            whole[table]["checkpoint"] = _sha256(run, phase)
     tables = {key: whole[key] for key in ("data", "train")}
     if network.part == "teacher":
         tables["teacher"] = whole["teacher"]
@@ -263,13 +285,13 @@ def _names(networks: Sequence[_Network]) -> list[str]:
     ]
 
 
-def _row(name: str, group: Sequence[_Network]) -> Row:
+def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
     facts = [network.facts for network in group]
     accuracies = [fact["test_top1"] for fact in facts]
     top1, images = statistics.fmean(accuracies), facts[0]["test_images"]
     phases = [_own_phases(network) for network in group]
     part = group[0].part
-    return Row(
+    return NetworkRow(
         name=name,
         part=part,
         method=method_of(group[0].run.recipe, part),

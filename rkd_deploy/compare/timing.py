@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import BenchSettings, bench
-from rkd_deploy.bench.roofline import Study
+from rkd_deploy.bench.roofline import Analysis
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.compare.rows import Comparison
 from rkd_deploy.pipeline import export_run
@@ -30,7 +30,7 @@ def timed(
     ships is exported, and proven on the test images, by `export_run`.
 
     Args:
-        comparison: From `compare`.
+        comparison: From `compare_runs`.
         run_on: Where. Default: ONNX Runtime on the CPU.
         batches: Numbers of images in one call; the rows tell of the first.
         min_seconds: Time in timed calls of each network at each batch size, at least.
@@ -54,7 +54,7 @@ def timed(
             )
             bundles.append(made.folder)
         names = [row.name for row in comparison.rows]
-        study = Study(bundles, [run_on], batches, names=names)
+        study = Analysis(bundles, [run_on], batches, names=names)
         if studied:
             study.predict(progress)
         results = bench(bundles, settings, progress=progress)

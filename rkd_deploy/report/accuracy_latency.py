@@ -24,6 +24,7 @@ from rkd_deploy.report.style import (
     short,
     write_png,
 )
+from rkd_deploy.text import visible
 
 if TYPE_CHECKING:
     from rkd_deploy.bench.loading import Case
@@ -176,7 +177,7 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
     if titled:
         where = " and ".join(sorted({f"{result.backend} on {result.device}" for result in points}))
         title = f"Accuracy against latency, batch {points[0].batch}, {where}"
-        axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
+        axes.set_title(visible(title), loc="left", fontsize=12, color=INK, pad=26 if parts > 1 else 8)
     if parts > 1:
         axes.legend(
             loc="lower left",

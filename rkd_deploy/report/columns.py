@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import PERCENTILES, Figures, Result
 from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
 from rkd_deploy.report.conditions import condition_lines, pace_lines
-from rkd_deploy.report.tables import Column, milliseconds, print_table
+from rkd_deploy.report.tables import Column, milliseconds, print_line, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,21 @@ RESULT_COLUMNS: tuple[Column[Result], ...] = (
     Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
     Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
 )
+
+
+SHORT_COLUMNS: tuple[Column[Result], ...] = (
+    Column("Model", lambda r: r.model, numeric=False),
+    Column("Backend", lambda r: r.backend if r.device == "cpu" else f"{r.backend} {r.device}", numeric=False),
+    Column("Threads", lambda r: None if r.threads is None else str(r.threads), setting=True),
+    Column("Streams", lambda r: None if r.streams == 1 else str(r.streams), setting=True),
+    Column("Batch", lambda r: str(r.batch)),
+    Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
+    Column("p99, ms", lambda r: _latency(r, 99)),
+    Column("Images/s", lambda r: f"{r.throughput_per_s:,.0f}"),
+    Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
+    Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
+)
+"""What fits any terminal; `RESULT_COLUMNS` and the tables of details have the rest."""
 
 
 def cut_short(result: Result) -> bool:
@@ -122,20 +137,51 @@ RUN_COLUMNS: tuple[Column[FiguresRow], ...] = (
 
 
 def print_results(results: Sequence[Result], console: Console) -> None:
-    """Print the results, a line for each; what is equal in all of them stands once, above the table."""
-    print_table(RESULT_COLUMNS, results, console)
+    """Print one short table, a line for each result."""
+    print_table(SHORT_COLUMNS, with_names(results), console)
 
 
-def print_bench(record: BenchRecord, console: Console) -> None:
-    """Print all tables of a record, and the state that the machine was in."""
+def print_bench(record: BenchRecord, console: Console, *, details: bool = False) -> None:
+    """Print the results of a record, and whatever else was asked for when it was made.
+
+    Args:
+        record: From `read_bench`.
+        console: Where to.
+        details: Print all that is known of the results, and the state that the machine was in.
+    """
     print_results(record.results, console)
-    print_details(record.results, console)
+    if details:
+        results = with_names(record.results)
+        print_table(RESULT_COLUMNS, results, console)
+        print_table(PERCENTILE_COLUMNS, rows_of(results), console)
+        print_table(RUN_COLUMNS, rows_of(results), console)
     if record.scenarios:
-        print_scenarios(record.scenarios, console)
+        print_table(SCENARIO_COLUMNS, record.scenarios, console)
     if record.roofline.predictions:
         print_roofline(record.roofline.predictions, record.results, console)
-    for line in machine_lines(record):
-        console.print(line)
+    for line in machine_lines(record) if details else pace_lines(record.results):
+        print_line(line, console)
+
+
+def with_names(results: Sequence[Result]) -> list[Result]:
+    """The same results, with names that tell models apart which their cards call the same.
+
+    Two bundles of one run have one name in their cards; what differs is added: network, fusion, precision, or the
+    beginning of the file's checksum.
+    """
+    named = {(result.model, result.part, result.fusion, result.precision, result.file_sha256) for result in results}
+    models = list(dict.fromkeys(named))
+    return [replace(result, model=_name(result, models)) for result in results]
+
+
+def _name(result: Result, models: Sequence[tuple[str | None, ...]]) -> str:
+    name, *facts = result.model, result.part, result.fusion, result.precision, (result.file_sha256 or "")[:8]
+    alike = [model for model in models if model[0] == name]
+    for place, fact in enumerate(facts, start=1):
+        if len(alike) > 1 and len({model[place] for model in alike}) > 1 and fact:
+            name = f"{name}, {fact}"
+            alike = [model for model in alike if (model[place] or "")[:8] == fact[:8]]
+    return name
 
 
 def machine_lines(record: BenchRecord) -> list[str]:
@@ -143,13 +189,6 @@ def machine_lines(record: BenchRecord) -> list[str]:
     states = record.conditions
     lines = [] if states is None else condition_lines(states.before, states.after)
     return [*lines, *pace_lines(record.results)]
-
-
-def print_details(results: Sequence[Result], console: Console) -> None:
-    """Print every percentile with the interval of the median, then times, counts and memory."""
-    rows = rows_of(results)
-    print_table(PERCENTILE_COLUMNS, rows, console)
-    print_table(RUN_COLUMNS, rows, console)
 
 
 def rows_of(results: Sequence[Result]) -> list[FiguresRow]:
@@ -197,13 +236,13 @@ ROOFLINE_COLUMNS: tuple[Column[Achieved], ...] = (
 
 
 def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result], console: Console) -> None:
-    """The table, before a measurement (no results) or after it, and why a bound is missing."""
-    console.print(
-        "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than"
+    """Print the bounds, before a measurement (no results) or after it, and why a bound is missing."""
+    print_line(
+        "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than", console
     )
     print_table(ROOFLINE_COLUMNS, achieved(predictions, results), console)
     for note in sorted({f"{one.model}: {one.note}" for one in predictions if one.note}):
-        console.print(note, style="yellow")
+        print_line(note, console, style="yellow")
 
 
 _RATIO_COLUMNS: tuple[Column[Ratio], ...] = (
@@ -238,11 +277,6 @@ SCENARIO_COLUMNS: tuple[Column[ScenarioResult], ...] = (
     Column("Queries", lambda r: f"{r.queries:,}"),
     Column("LoadGen says", lambda r: "valid" if r.valid else f"invalid: {r.reason or 'early stopping'}", numeric=False),
 )
-
-
-def print_scenarios(results: Sequence[ScenarioResult], console: Console) -> None:
-    """Print what LoadGen reported, a line for each scenario."""
-    print_table(SCENARIO_COLUMNS, results, console)
 
 
 def print_exits(report: Mapping[str, Any], console: Console) -> None:

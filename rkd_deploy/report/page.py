@@ -1,17 +1,20 @@
-"""A report as one HTML file that needs nothing else: no network, no script, colours by the reader's preference.
+"""Writes a report as one HTML file that needs nothing else, and as Markdown.
 
-All text that comes from files and arguments is escaped where it is put into the page, here and nowhere else; pictures
-are escaped by the XML writer of `svg`. A content security policy forbids the page to fetch or to run anything.
+No network, no script, colours by the reader's preference.
+
+All text that comes from files and arguments is made harmless by `rkd_deploy.text` and escaped where it is put into the
+page, here and nowhere else; text in pictures is escaped by the XML writer. A content security policy forbids the page
+to fetch or to run anything.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +23,7 @@ from rkd_deploy.report import tables
 from rkd_deploy.report.style import THEME, drawing
 from rkd_deploy.report.tables import Column
 from rkd_deploy.storage import write_text
+from rkd_deploy.text import markdown, visible
 
 _NAMED = {light: name for name, (light, _) in THEME.items()}
 _ATTRIBUTES = ("clip-path", "href", "id", "style")
@@ -37,7 +41,7 @@ def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
     """
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    root = ET.fromstring(_without_signs_xml_forbids(content.getvalue()))  # written a line above: no foreign entities
+    root = ET.fromstring(content.getvalue())  # written a line above: no foreign entities
     for child in list(root):
         is_style = any(_local(inner.tag) == "style" for inner in child)  # which the page's own sheet says
         if is_style or _local(child.tag) in ("metadata", "title"):
@@ -55,7 +59,7 @@ def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
         (("title", named[0], title), ("desc", named[1], description)),
     ):
         element = ET.Element(tag, attributes)
-        element.text = text
+        element.text = visible(text)
         root.insert(place, element)
     return ET.tostring(root, encoding="unicode")
 
@@ -85,10 +89,6 @@ def _variable(found: re.Match[str]) -> str:
     name = _NAMED.get(found[0].lower())
     assert name is not None, f"{found[0]} has no name in the theme, and would be unreadable on the other background"
     return f"var(--{name})"
-
-
-def _without_signs_xml_forbids(text: str) -> str:
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", text)
 
 
 R = TypeVar("R")
@@ -134,28 +134,23 @@ def table_of(caption: str, columns: Sequence[Column[R]], rows: Sequence[R], *, f
 
 def sections_markdown(title: str, sections: Sequence[Section]) -> str:
     """All of it as Markdown; of a picture what it shows, in words."""
-    return f"# {_inline(title)}\n" + "".join(_markdown_section(section) for section in sections)
+    return f"# {markdown(title)}\n" + "".join(_markdown_section(section) for section in sections)
 
 
 def _markdown_section(section: Section) -> str:
-    paragraphs = [f"## {_inline(section.title)}", *map(_inline, section.text)]
+    paragraphs = [f"## {markdown(section.title)}", *map(markdown, section.text)]
     for block in section.blocks:
         if isinstance(block, Picture):
-            paragraphs.append(f"**{_inline(block.title)}.** {_inline(block.description)}")
+            paragraphs.append(f"**{markdown(block.title)}.** {markdown(block.description)}")
         else:
-            paragraphs += [_inline(block.caption) + ":", _markdown_table(block)]
+            paragraphs += [markdown(block.caption) + ":", _markdown_table(block)]
     return "".join(f"\n{paragraph}\n" for paragraph in paragraphs)
 
 
 def _markdown_table(table: Table) -> str:
     rule = ["---:" if numeric else "---" for numeric in table.numeric]
-    lines = [[_inline(cell) for cell in table.head], rule, *[[_inline(cell) for cell in row] for row in table.rows]]
+    lines = [[markdown(cell) for cell in table.head], rule, *[[markdown(cell) for cell in row] for row in table.rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _inline(text: str) -> str:
-    """Text whose signs stay what they are: no mark-up, no HTML, one line."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
 
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -192,8 +187,8 @@ def write_pages(title: str, facts: Mapping[str, str], sections: Sequence[Section
 
 def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
     """The whole HTML document."""
-    contents = "".join(f'<a href="#part-{n}">{escape(one.title)}</a>' for n, one in enumerate(sections))
-    terms = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    contents = "".join(f'<a href="#part-{n}">{_html(one.title)}</a>' for n, one in enumerate(sections))
+    terms = "".join(f"<div><dt>{_html(key)}</dt><dd>{_html(value)}</dd></div>" for key, value in facts.items())
     body = "".join(_section(f"part-{number}", section) for number, section in enumerate(sections))
     return f"""<!doctype html>
 <html lang="en">
@@ -201,19 +196,24 @@ def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> s
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">
+<meta http-equiv="Content-Security-Policy" content="{_html(_POLICY)}">
 <link rel="icon" href="data:,">
-<title>{escape(title)}</title>
+<title>{_html(title)}</title>
 <style>
 {_theme()}{(files(__package__) / "page.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1><dl>{terms}</dl><nav aria-label="Contents">{contents}</nav></header>
+<header><h1>{_html(title)}</h1><dl>{terms}</dl><nav aria-label="Contents">{contents}</nav></header>
 <main>{body}</main>
 <footer>Made by rkd-deploy. This file is complete: it fetches nothing and runs nothing.</footer>
 </body>
 </html>
 """
+
+
+def _html(text: str) -> str:
+    """Foreign text for the body or an attribute of the page."""
+    return html.escape(visible(text))
 
 
 def _theme() -> str:
@@ -227,10 +227,10 @@ def _section(identity: str, section: Section) -> str:
         _figure(f"{identity}-{number}", block) if isinstance(block, Picture) else _table(f"{identity}-{number}", block)
         for number, block in enumerate(section.blocks)
     ]
-    text = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in section.text)
+    text = "".join(f"<p>{_html(paragraph)}</p>" for paragraph in section.text)
     return (
         f'<section id="{identity}" aria-labelledby="{identity}-head">'
-        f'<h2 id="{identity}-head">{escape(section.title)}</h2>{text}'
+        f'<h2 id="{identity}-head">{_html(section.title)}</h2>{text}'
         f'<div class="blocks">{"".join(blocks)}</div></section>\n'
     )
 
@@ -238,25 +238,25 @@ def _section(identity: str, section: Section) -> str:
 def _figure(identity: str, picture: Picture) -> str:
     drawn = inline_svg(picture.figure, identity, picture.title, picture.description)
     return (
-        f"<figure><figcaption><h3>{escape(picture.title)}</h3></figcaption>{drawn}"
-        f"<p>{escape(picture.description)}</p></figure>\n"
+        f"<figure><figcaption><h3>{_html(picture.title)}</h3></figcaption>{drawn}"
+        f"<p>{_html(picture.description)}</p></figure>\n"
     )
 
 
 def _table(identity: str, table: Table) -> str:
     kinds = [' class="number"' if numeric else "" for numeric in table.numeric]
-    head = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell, kind in zip(table.head, kinds, strict=True))
+    head = "".join(f'<th scope="col"{kind}>{_html(cell)}</th>' for cell, kind in zip(table.head, kinds, strict=True))
     rows = "".join(f"<tr>{_cells(row, kinds)}</tr>" for row in table.rows)
-    caption = f'<caption id="{identity}-caption"><span>{escape(table.caption)}</span></caption>'
+    caption = f'<caption id="{identity}-caption"><span>{_html(table.caption)}</span></caption>'
     # Wider than a phone it scrolls in its own box, by keyboard too; the page itself never does.
     box = (
         f'<div class="table" role="region" tabindex="0" aria-labelledby="{identity}-caption"><table>{caption}'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
     )
-    return f"<details><summary>{escape(table.caption)}</summary>{box}</details>\n" if table.folded else box
+    return f"<details><summary>{_html(table.caption)}</summary>{box}</details>\n" if table.folded else box
 
 
 def _cells(row: Sequence[str], kinds: Sequence[str]) -> str:
     first, *others = zip(row, kinds, strict=True)
-    cells = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in others)
-    return f'<th scope="row"{first[1]}>{escape(first[0])}</th>{cells}'
+    cells = "".join(f"<td{kind}>{_html(cell)}</td>" for cell, kind in others)
+    return f'<th scope="row"{first[1]}>{_html(first[0])}</th>{cells}'

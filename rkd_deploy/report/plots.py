@@ -11,6 +11,7 @@ import numpy.typing as npt
 from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.bench.results import Figures, Result
 from rkd_deploy.report.style import INK, LINE, QUIET, WIDTH, drawing, frame, log_scale, new_figure, short
+from rkd_deploy.text import visible
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _LOG_FROM = 5
@@ -109,7 +110,7 @@ def layer_bars(layers: Sequence[LayerMedian], colour: str, count: int = 14) -> A
     """The layers that take longest, and all others together."""
     ordered = sorted(layers, key=lambda layer: -layer.ms)
     top, rest = ordered[:count], ordered[count:]
-    bars = [(f"{short(layer.name, 32)}  ({layer.op})", layer.ms) for layer in top]
+    bars = [(f"{short(layer.name, 32)}  ({visible(layer.op)})", layer.ms) for layer in top]
     if rest:
         bars.append((f"{len(rest)} others", sum(layer.ms for layer in rest)))
     total = sum(layer.ms for layer in layers) or 1.0
@@ -157,7 +158,7 @@ def roofs(
         # Of several roofs there is room for the names of those that lie apart; the page has a table of all.
         if all(other > 1.3 * peak for other in named):
             flat = {"textcoords": "offset points", "fontsize": 9.5, "color": QUIET}
-            axes.annotate(f"{name}{peak / 1e9:,.3g} GMAC/s", (right, peak / 1e9), (-2, 3), ha="right", **flat)
+            axes.annotate(f"{visible(name)}{peak / 1e9:,.3g} GMAC/s", (right, peak / 1e9), (-2, 3), ha="right", **flat)
             named.append(peak)
         if len(lines) <= 2:
             _name_slope(axes, peak, rate, left, right)

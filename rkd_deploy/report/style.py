@@ -15,6 +15,7 @@ from typing import Any
 
 from rkd_deploy.errors import require
 from rkd_deploy.storage import write_bytes
+from rkd_deploy.text import visible
 
 # Light and dark. Series: Okabe and Ito's hues, which people with a colour vision deficiency can tell apart, darkened or
 # lightened until each stands out 3:1 from its background (WCAG 2.2, 1.4.11).
@@ -111,6 +112,7 @@ def log_scale(axis: Any) -> None:
 
 def short(name: str, longest: int = _LONGEST) -> str:
     """A name that fits: its middle is left out where it is too long, because both ends tell more."""
+    name = visible(name)
     if len(name) <= longest:
         return name
     half = (longest - 3) // 2

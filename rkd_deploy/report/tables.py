@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from rkd_deploy.text import markdown, visible
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 R = TypeVar("R")
 
@@ -26,7 +29,7 @@ class Column(Generic[R]):
         title: Head, with the unit after a comma.
         text: The cell of a row, None where the row has no such fact; a column of nothing but None is left out.
         numeric: Aligned to the right.
-        setting: A condition of a measurement rather than something found: said once where all rows share it.
+        setting: A condition of a measurement rather than a result: shown once where all rows share it.
         detail: Left out of a terminal that is too narrow for it.
     """
 
@@ -39,43 +42,78 @@ class Column(Generic[R]):
 
 def markdown_table(columns: Sequence[Column[R]], rows: Sequence[R]) -> str:
     """A Markdown table of some rows; columns of which nothing is known are left out."""
-    kept, cells = _cells(columns, rows)
+    known, cells = _cells(columns, rows)
     lines = [
-        [column.title for column in kept],
-        ["---:" if column.numeric else "---" for column in kept],
-        *[[cell.replace("|", "\\|") for cell in row] for row in cells],
+        [markdown(column.title) for column in known],
+        ["---:" if column.numeric else "---" for column in known],
+        *[[markdown(cell) for cell in row] for row in cells],
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Console) -> None:
-    """The same for a terminal: settings that all rows share stand once, above it; details where there is room."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+    """Print a table as wide as the terminal allows.
 
+    Settings that all rows share stand once, above it. Where there is too little room, padding gives way first, then
+    the details; names are broken between their words, numbers never. Where even that does not fit, each row becomes
+    lines of a title and its value.
+    """
     title, known, cells = without_shared(columns, rows)
-
-    def table(kept: list[int], padding: tuple[int, int, int, int]) -> Table:
-        heading = escape(title) or None
-        made = Table(title=heading, title_justify="left", title_style="dim", box=SIMPLE_HEAD, padding=padding)
-        for index in kept:
-            head = known[index].title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
-            words = [word for row in cells for word in row[index].split()]
-            # A name is broken between its words: where the room is short, it is the heads that give way.
-            least = None if known[index].numeric else min(_LONGEST_WORD, max(map(len, words), default=1))
-            justify: Literal["left", "right"] = "right" if known[index].numeric else "left"
-            made.add_column(head, justify=justify, overflow="fold", min_width=least)
-        for row in cells:
-            made.add_row(*[escape(row[index]) for index in kept])
-        return made
-
-    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
     everything = list(range(len(known)))
     brief = [index for index in everything if not known[index].detail]
-    candidates = [table(kept, padding) for kept in (everything, brief) for padding in _PADDINGS]
-    fitting = (one for one in candidates if console.measure(one, options=unbounded).maximum <= console.width)
-    console.print(next(fitting, candidates[-1]))
+    unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
+    for kept in (everything, brief):
+        for padding in _PADDINGS:
+            table = _terminal_table(title, known, cells, kept, padding)
+            if console.measure(table, options=unbounded).maximum <= console.width:
+                console.print(table, soft_wrap=False)
+                return
+    if console.measure(table, options=unbounded).minimum <= console.width:
+        console.print(table, soft_wrap=False)
+        return
+    titles = [known[index].title for index in brief]
+    _print_lines(title, titles, [[row[index] for index in brief] for row in cells], console)
+
+
+def _terminal_table(
+    title: str,
+    columns: Sequence[Column[R]],
+    cells: Sequence[Sequence[str]],
+    kept: Sequence[int],
+    padding: tuple[int, int, int, int],
+) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    heading = Text(visible(title), style="dim") if title else None  # a Text is never read as rich's mark-up
+    table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=padding)
+    for index in kept:
+        column = columns[index]
+        head = column.title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
+        words = [word for row in cells for word in row[index].split()]
+        # A name is broken between its words: where the room is short, it is the heads that give way.
+        least = None if column.numeric else min(_LONGEST_WORD, max(map(len, words), default=1))
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        table.add_column(Text(head), justify=justify, overflow="fold", min_width=least)
+    for row in cells:
+        table.add_row(*[Text(row[index], no_wrap=columns[index].numeric) for index in kept])
+    return table
+
+
+def _print_lines(title: str, titles: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:
+    """A line for each cell, for terminals that no table fits."""
+    if title:
+        print_line(title, console)
+    for row in cells:
+        for name, cell in zip(titles, row, strict=True):
+            print_line(f"{name}: {cell}", console)
+        print_line("", console)
+
+
+def print_line(text: str, console: Console, style: str | None = None) -> None:
+    """Print foreign text as one line that the terminal may break, without reading mark-up in it."""
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str, list[Column[R]], list[list[str]]]:
@@ -100,5 +138,5 @@ def milliseconds(value: float) -> str:
 def _cells(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[list[Column[R]], list[list[str]]]:
     texts = [[column.text(row) for row in rows] for column in columns]
     known = [index for index in range(len(columns)) if any(text is not None for text in texts[index])]
-    cells = [[texts[index][row] or "-" for index in known] for row in range(len(rows))]
+    cells = [[visible(texts[index][row] or "-") for index in known] for row in range(len(rows))]
     return [columns[index] for index in known], cells

@@ -22,6 +22,7 @@ from rkd_deploy.backends import Backend, infer_many, load_backend
 from rkd_deploy.backends.files import check_files, model_path, read_card
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
+from rkd_deploy.fields import check_number
 from rkd_deploy.images import ImageLike, Pixels, normalise, to_array
 from rkd_deploy.serve.early_exit import EarlyExitBackend, load_early_exit
 
@@ -100,10 +101,9 @@ class Classifier:
 
         Raises:
             ModelFileError: The card describes another input or another number of classes.
-            UsageError: `max_batch` is below 1.
+            UsageError: `max_batch` is no whole number from 1 on.
         """
-        if max_batch < 1:
-            raise UsageError(f"max_batch is {max_batch}; it must be at least 1.")
+        check_number("max_batch =", max_batch, 1, whole=True)
         self.card = card
         self.labels: tuple[str, ...] = card.labels
         self._backend = backend
@@ -112,7 +112,7 @@ class Classifier:
         self._image_shape = (card.preprocess.height, card.preprocess.width, card.preprocess.channels)
         self._max_batch = max_batch
         self._ones_K = np.ones(len(card.labels), np.float32)
-        self._one = backend.info.input_shape[0] in (None, 1)
+        self._takes_one = backend.info.input_shape[0] in (None, 1)
         _check_fit(backend, card)
         if isinstance(backend, EarlyExitBackend):
             backend.left = [0] * len(backend.left)  # that run was no image of anybody
@@ -123,7 +123,7 @@ class Classifier:
         return tuple(self._backend.left) if isinstance(self._backend, EarlyExitBackend) else ()
 
     def __call__(self, image: ImageLike, top: int = 1) -> list[Prediction]:
-        """The same as `predict`."""
+        """The most probable classes of one image; `predict` says more."""
         return self.predict(image, top)
 
     def predict(self, image: ImageLike, top: int = 1) -> list[Prediction]:
@@ -135,18 +135,26 @@ class Classifier:
 
         Raises:
             DataError: The image cannot be read.
-            UsageError: `top` is below 1.
+            UsageError: `top` is no whole number from 1 on.
             BackendError: The run failed or gave numbers that are not finite.
         """
         x = to_array(image, self._preprocess)[np.newaxis]
         return self._best(self._run(x)[0], top)
 
     def predict_batch(self, images: Iterable[ImageLike] | Pixels, top: int = 5) -> list[list[Prediction]]:
-        """The same for many images, decoded and run `max_batch` at a time.
+        """The most probable classes of many images, decoded and run `max_batch` at a time.
 
         Args:
             images: Images of any kind that `predict` takes, or one uint8 array [N, H, W, C].
             top: How many classes per image; at most all of them.
+
+        Returns:
+            For each image its classes, best first.
+
+        Raises:
+            DataError: An image cannot be read.
+            UsageError: `top` is no whole number from 1 on, or one path was given for the list of images.
+            BackendError: The run failed or gave numbers that are not finite.
         """
         return [self._best(logits_K, top) for logits_NK in self._runs(images) for logits_K in logits_NK]
 
@@ -180,7 +188,9 @@ class Classifier:
 
     def _run(self, pixels_NHWC: Pixels) -> Floats:
         x = pixels_NHWC if self._embedded else normalise(pixels_NHWC, self._preprocess)
-        logits = self._backend.infer(x) if self._one and len(x) == 1 else infer_many(self._backend, x, self._max_batch)
+        logits = (
+            self._backend.infer(x) if self._takes_one and len(x) == 1 else infer_many(self._backend, x, self._max_batch)
+        )
         return logits if logits.dtype == _FLOAT32 else logits.astype(np.float32)
 
     def _runs(self, images: Iterable[ImageLike] | Pixels) -> Iterator[Floats]:
@@ -196,6 +206,8 @@ class Classifier:
                 for start in range(0, len(images), self._max_batch):
                     yield self._run(images[start : start + self._max_batch])
                 return
+        if not isinstance(images, Iterable):
+            raise DataError(f"A batch was given as {type(images).__name__}; give a list of images, or [N, H, W, C].")
         waiting = iter(images)
         while chunk := [to_array(image, self._preprocess) for image in islice(waiting, self._max_batch)]:
             yield self._run(np.stack(chunk))
@@ -210,8 +222,7 @@ class Classifier:
             if abs(peak) < _SAFE_EXPONENT and (total := sum(map(math.exp, values))) > 0:  # a NaN among them is not > 0
                 best = values.index(peak)
                 return [Prediction(self.labels[best], math.exp(peak) / total, best)]
-        if top < 1:
-            raise UsageError(f"top is {top}; it must be at least 1.")
+        check_number("top =", top, 1, whole=True)
         best = int(logits_K.argmax())
         peak = logits_K.item(best)
         if abs(peak) < _SAFE_EXPONENT:
@@ -246,10 +257,10 @@ def _not_finite(peak: float) -> BackendError:
 
 def _check_fit(backend: Backend, card: ModelCard) -> None:
     wanted = card.preprocess.input_shape
-    found: Sequence[int | None] = backend.info.input_shape[1:]
-    fits = len(found) == len(wanted) and all(size in (None, want) for size, want in zip(found, wanted, strict=True))
+    taken: Sequence[int | None] = backend.info.input_shape[1:]
+    fits = len(taken) == len(wanted) and all(size in (None, want) for size, want in zip(taken, wanted, strict=True))
     if not fits or backend.info.input_dtype != card.preprocess.input_dtype:
-        sizes = ["any" if size is None else size for size in found]
+        sizes = ["any" if size is None else size for size in taken]
         raise ModelFileError(
             f"The card of {card.name!r} describes an input {card.preprocess.input_dtype} {list(wanted)}, and the model "
             f"takes {backend.info.input_dtype} {sizes}: they do not belong together. Export with rkd-deploy export."

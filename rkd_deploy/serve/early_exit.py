@@ -7,7 +7,6 @@ largest softmax probability of z_i, is at least the threshold; after the last st
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +18,9 @@ import numpy.typing as npt
 from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.backends.files import model_path, read_card
 from rkd_deploy.backends.protocol import ModelInfo
+from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import ModelFileError, UsageError
+from rkd_deploy.fields import check_number
 
 
 def confidence(z_NK: Array) -> npt.NDArray[np.float64]:
@@ -93,8 +94,7 @@ def check_threshold(threshold: float) -> None:
     Raises:
         UsageError: The threshold is no number from 0 on.
     """
-    if not 0 <= threshold < math.inf:
-        raise UsageError(f"exit_threshold = {threshold} must be at least 0 and finite; above 1 no image leaves early.")
+    check_number("exit_threshold =", threshold, 0)
 
 
 def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str, **options: Any) -> EarlyExitBackend:
@@ -116,7 +116,12 @@ def load_early_exit(path: str | os.PathLike[str], threshold: float, backend: str
         raise ModelFileError(
             f"{path} has no graphs for early exit. Export the run again with: rkd-deploy export RUN --early-exit"
         )
-    files = [str(file) for file in card.early_exit.get("files", [])]
+    try:
+        files = decode(list[str], card.early_exit.get("files", []), "early_exit.files")
+    except DecodingError as error:
+        raise ModelFileError(
+            f"The model card in {path} has a wrong field ({error}). Export it again with rkd-deploy export."
+        ) from error
     if not files or any(os.path.basename(file) != file for file in files):
         raise ModelFileError(
             f"The card of {path} lists the graphs {files} for early exit, which must be files beside it: a bundle is "

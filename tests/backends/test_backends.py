@@ -1,15 +1,19 @@
 """Which backends there are, what is said of those that cannot run, and which files are refused."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from rkd_deploy.backends import available, infer_many, load_backend, model_path
-from rkd_deploy.backends.files import model_name, read_card
-from rkd_deploy.errors import MissingDependencyError, ModelFileError, UsageError
+from rkd_deploy.backends.files import failed_load, model_name, read_card
+from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
 ENGINES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -122,3 +126,65 @@ def test_any_number_of_inputs_runs_in_chunks(zoo, tmp_path, batch, count):
         np.testing.assert_array_equal(infer_many(backend, x, max_batch=3), zoo.answer(x))
         with pytest.raises(UsageError, match=r"\b0\b"):
             infer_many(backend, x[:0])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("Load model from x failed:std::bad_alloc", "memory ran out"),
+        ("env.cc:327 PosixThread pthread_create failed, error code: 11", "no more threads could be started"),
+        ("Load model from x failed:system error number 24", "no more files could be opened"),
+    ],
+)
+def test_what_a_machine_lacks_is_not_called_a_broken_file(reason, words, backend):
+    """The reasons are those of ONNX Runtime 1.32 and OpenVINO 2026.4 under limits of memory, threads and files."""
+    error = failed_load(Path("m.onnx"), backend, reason)
+    assert isinstance(error, BackendError)
+    assert f"{backend} could not load m.onnx: {words}" in str(error)
+    assert "Copy" not in str(error)
+    assert isinstance(failed_load(Path("m.onnx"), backend, "Protobuf parsing failed"), ModelFileError)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_memory_that_runs_out_while_loading_is_named(backend, zoo, tmp_path):
+    """In a process that may have 150 MB more than it has; the weights alone are 256 MB."""
+    weight = numpy_helper.from_array(np.ones((4, 1 << 24), np.float32), "w")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", None]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    zoo.save(tmp_path / "big.onnx", graph)
+    small = zoo.build(tmp_path / "small.onnx")
+    program = (
+        "import re, resource, sys; from pathlib import Path\n"
+        "from rkd_deploy.backends import load_backend\n"
+        "backend, small, big = sys.argv[1:]\n"
+        "load_backend(backend, small, threads=1).close()\n"
+        "kilobytes = int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, ((kilobytes << 10) + (150 << 20),) * 2)\n"
+        "load_backend(backend, big, threads=1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, backend, small, tmp_path / "big.onnx"], capture_output=True, text=True
+    )
+    assert "BackendError" in done.stderr.splitlines()[-1]
+    assert "memory ran out" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "pytorch"])
+def test_files_that_may_not_be_read_or_are_pointers_say_so(backend, tmp_path):
+    suffix = "pt2" if backend == "pytorch" else "onnx"
+    file = tmp_path / f"m.{suffix}"
+    (tmp_path / "m.onnx").write_bytes(b"there")
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 46827520\n")
+    with pytest.raises(ModelFileError, match=r"pointer of Git LFS.*git lfs pull"):
+        load_backend(backend, tmp_path / "m.onnx")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises((ModelFileError, BackendError), match="named pipe"):
+        load_backend(backend, tmp_path / "m.onnx")
+
+
+def test_a_name_that_is_no_utf_8_is_said_to_be_one(zoo, tmp_path):
+    file = zoo.build(tmp_path / "m.onnx").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.onnx")))
+    with pytest.raises(BackendError, match=r"no UTF-8.*Rename it"):
+        load_backend("onnxruntime", file)

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 import rkd_deploy
 from rkd_deploy.backends import describe_model
 from rkd_deploy.backends.files import check_files, with_checksums
+from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.parity import verify, verify_everywhere
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, ModelFileError
@@ -20,6 +21,7 @@ OPENERS = {
     "verify everywhere": verify_everywhere,
     "info": describe_model,
     "load": lambda path: rkd_deploy.load(path).close(),
+    "bench": lambda path: bench([path], BenchSettings(batches=(1,), min_seconds=0, min_runs=1, warmup_seconds=0)),
 }
 
 
@@ -98,13 +100,26 @@ def test_every_backend_that_can_proves_it(sound):
     assert all(verdict.parity is not None and verdict.parity.passed for verdict in verdicts.values())
 
 
-def test_a_backend_that_cannot_run_the_bundle_says_why(bundle, tmp_path):
+def test_a_backend_that_cannot_run_the_bundle_says_why(bundle, zoo, tmp_path):
     folder = shutil.copytree(bundle, tmp_path / "bare")
     (folder / "model.pt2").unlink()
+    zoo.seal(folder)
     verdicts = {verdict.backend: verdict for verdict in verify_everywhere(folder)}
     assert verdicts["onnxruntime"].parity.passed
     assert verdicts["pytorch"].parity is None
     assert "--with-pytorch" in verdicts["pytorch"].reason
+
+
+@pytest.mark.parametrize("how", ["absent", "without sums"])
+def test_a_bundle_without_its_checksums_proves_nothing(sound, how):
+    card = ModelCard.from_json((sound / "model.json").read_text(), "model.json")
+    (sound / "model.json").unlink()
+    if how == "without sums":
+        (sound / "model.json").write_text(replace(card, checksums={}).to_json())
+    OPENERS["load"](sound)  # an app may leave model.json out
+    for opener in ("verify", "verify everywhere"):
+        with pytest.raises(ModelFileError, match=r"has no checksums: its model\.json is missing or holds none"):
+            OPENERS[opener](sound)
 
 
 def test_no_backend_at_all_is_an_error(sound):

@@ -11,8 +11,10 @@ from onnx import TensorProto, helper
 from rkd_deploy.backends import available, load_backend
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench import bench
+from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
@@ -223,8 +225,8 @@ def test_a_memory_limit_is_set_recorded_and_printed(graphs, bundle, tmp_path, mo
         [bundle], bench_settings(**{**settings, "min_seconds": 0, "min_runs": 2, "warmup_seconds": 0}), tmp_path / "out"
     )
     assert shares == [0.25]
-    assert json.loads(done.report.record.read_text())["results"][0]["memory_limit_bytes"] == 1 << 30
-    assert "| 1,073.7 |" in done.report.table.read_text()
+    assert json.loads(done.path.read_text())["results"][0]["memory_limit_bytes"] == 1 << 30
+    assert "| 1,073.7 |" in bench_markdown(read_bench(done.path))
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "pytorch"])

@@ -1,8 +1,11 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.accuracy import labelled_images, predictions, top1
+from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, labelled_images, predictions, top1
 from rkd_deploy.data.files import scan_folder
 from rkd_deploy.errors import DataError
 
@@ -27,6 +30,36 @@ def test_top1_is_in_percent():
 def test_top1_needs_a_label_for_each(predicted, labels):
     with pytest.raises(DataError, match="one label for each"):
         top1(predicted, labels)
+
+
+def accuracy_of(zoo, file="model.onnx", sha256="s", **facts):
+    return card_accuracy(zoo.card(**facts), Path(file), sha256)
+
+
+METRICS = {"accuracy": 32.67, "split": "test", "images": 300}
+
+
+def test_the_accuracy_of_a_lower_precision_is_its_own_and_not_the_trained_networks(zoo):
+    facts = {"metrics": METRICS, "parity": {"n": 300}, "checksums": {"model.onnx": "s"}}
+    assert accuracy_of(zoo, **facts) == Accuracy(32.67, 300, "card")
+    lowered = accuracy_of(zoo, precision="int8", lowering={"test_top1": 33.0}, **facts)
+    assert lowered == Accuracy(33.0, 300, "card")
+    # Exported without test images: nobody judged these bytes.
+    assert accuracy_of(zoo, precision="int8", lowering={"test_top1": None}, **facts) is None
+    assert accuracy_of(zoo, precision="int8", **facts) is None
+
+
+def test_the_accuracy_of_a_card_is_of_no_other_file(zoo):
+    facts = {"metrics": METRICS, "checksums": {"model.onnx": "s"}}
+    assert accuracy_of(zoo, sha256="changed", **facts) is None
+    assert accuracy_of(zoo, "model.engine", **facts) is None
+    assert accuracy_of(zoo, metrics=METRICS).top1 == 32.67  # the card inside the file has no checksums
+
+
+@pytest.mark.parametrize("top1", [None, "33", True, float("nan")])
+def test_an_accuracy_that_is_no_number_is_unknown(zoo, top1):
+    card = dataclasses.replace(zoo.card(), metrics={"accuracy": top1})
+    assert card_accuracy(card, Path("model.onnx"), "s") is None
 
 
 def test_a_folders_images_are_those_of_training(tmp_path):

@@ -254,7 +254,7 @@ def test_accuracy_needs_a_card_and_a_folder_of_its_classes(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--count", "0"], 2, "min_runs must be at least 1"),
+        (["--count", "0"], 2, "min_runs 0 must be a whole number between 1 and "),
         (["--batch", "0"], 2, "whole numbers from 1"),
         (["--threads", "a"], 2, "--threads 'a'"),
         (["--streams", "0"], 2, "streams is 0; it must be at least 1"),

@@ -77,6 +77,7 @@ def test_verify_proves_a_bundle_again(bundle, backend):
 def test_verify_says_no_to_a_model_with_one_perturbed_weight(zoo, tmp_path, bundle):
     zoo.build(tmp_path / "model.onnx", bias=(0.0, 2.0**-12, 0.0))
     (tmp_path / "golden.npz").write_bytes((bundle / "golden.npz").read_bytes())
+    zoo.seal(tmp_path)
     parity = verify(tmp_path)
     assert not parity.passed
     assert parity.max_abs_diff == 2.0**-12
@@ -85,12 +86,14 @@ def test_verify_says_no_to_a_model_with_one_perturbed_weight(zoo, tmp_path, bund
 def test_verify_runs_models_of_a_fixed_batch(zoo, tmp_path, bundle):
     zoo.build(tmp_path / "model.onnx", batch=2)
     (tmp_path / "golden.npz").write_bytes((bundle / "golden.npz").read_bytes())
+    zoo.seal(tmp_path)
     assert verify(tmp_path).passed
 
 
 def test_golden_inputs_of_another_model_are_refused(zoo, tmp_path):
     zoo.build(tmp_path / "model.onnx")
     np.savez(tmp_path / "golden.npz", inputs=np.zeros((1, 2, 2, 3), np.uint8), logits=np.zeros((1, 3)), tolerance=1e-4)
+    zoo.seal(tmp_path)
     with pytest.raises(ModelFileError, match=r"do not fit the model.*\[1, 2, 2, 3\]"):
         verify(tmp_path)
 

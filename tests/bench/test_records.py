@@ -15,7 +15,7 @@ from rkd_deploy.backends.tensorrt.record import read_engine
 from rkd_deploy.bench import records
 from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
-from rkd_deploy.errors import BackendError, InterruptedBench
+from rkd_deploy.errors import BackendError, InterruptedBench, ModelFileError, UsageError
 from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
@@ -112,7 +112,7 @@ def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, t
     (tmp_path / "data/red/notes.txt").write_text("no image")
     settings = {"backend": ["onnxruntime", "openvino"], "batches": [1], "data": tmp_path / "data", **SHORT}
     found = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
-    assert [(one.accuracy, one.accuracy_images) for one in found] == [(60.0, 5)] * 2
+    assert [(one.accuracy, one.accuracy_images, one.accuracy_source) for one in found] == [(60.0, 5, "measured")] * 2
     record = (tmp_path / "out/bench.json").read_text()
     assert json.loads(record)["settings"]["data"] == "data"
     assert str(tmp_path) not in record
@@ -120,18 +120,31 @@ def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, t
 
 def test_an_error_leaves_what_was_measured_before(bundle, zoo, tmp_path):
     settings = {"backend": ["onnxruntime", "pytorch"], "batches": [1], **SHORT}
+    (tmp_path / "bare.pt2").write_bytes(b"no program")
     done = record_bench([zoo.build(tmp_path / "bare.onnx")], bench_settings(**settings), tmp_path / "out")
-    assert isinstance(done.error, BackendError)
-    assert "exported program" in str(done.error)
+    assert isinstance(done.error, ModelFileError)
+    assert "no PyTorch archive" in str(done.error)
     assert "marked as partial" in done.error.__notes__[0]
     record = json.loads((tmp_path / "out/bench.json").read_text())
     assert record["partial"] is True
     assert [row["backend"] for row in record["results"]] == ["onnxruntime"]
-    with pytest.raises(BackendError):
+    with pytest.raises(ModelFileError):
         record_bench(
             [tmp_path / "bare.onnx"], bench_settings(**settings | {"backend": "pytorch"}), tmp_path / "nothing"
         )
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_files_of_every_backend_are_looked_for_before_anything_is_measured(zoo, tmp_path):
+    """The last backend of a bench failed for lack of its file, after 28 s of the others."""
+    bare, engine = zoo.build(tmp_path / "bare.onnx"), tmp_path / "m.engine"
+    engine.write_bytes(b"x")
+    settings = bench_settings(["onnxruntime", "openvino", "pytorch"], min_seconds=600)
+    with pytest.raises(BackendError, match=r"no .*bare\.pt2.*--with-pytorch"):
+        record_bench([bare], settings, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"m\.engine is an engine.*openvino was asked for"):
+        record_bench([bare, engine], bench_settings("openvino", min_seconds=600), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_what_was_measured_marked_as_partial(zoo, tmp_path, interrupted, cpu_seconds):
@@ -184,7 +197,7 @@ def test_ctrl_c_before_anything_was_measured_writes_nothing(bundle, tmp_path, mo
 
 
 def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_path):
-    def study(results):
+    def analyse(results):
         assert [result.batch for result in results] == [1, 2]
         raise BackendError("no profile")
 
@@ -192,7 +205,7 @@ def test_what_was_measured_is_kept_when_the_study_after_it_fails(bundle, tmp_pat
         [bundle],
         bench_settings(batches=[1, 2], threads=1, min_seconds=0, min_runs=3, warmup_seconds=0),
         tmp_path / "out",
-        study=study,
+        analyse=analyse,
     )
     assert isinstance(done.error, BackendError)
     record = json.loads((tmp_path / "out/bench.json").read_text())

@@ -15,7 +15,7 @@ from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import Cost
-from rkd_deploy.bench.roofline import Prediction, Study, _bounded, achieved, bound, predict
+from rkd_deploy.bench.roofline import Analysis, Prediction, _bounded, achieved, bound, predict
 from rkd_deploy.errors import BackendError
 from rkd_deploy.report.columns import print_roofline
 from tests.support.benching import bench_settings
@@ -169,14 +169,14 @@ def test_a_study_covers_every_setting_and_each_once(convolution, monkeypatch):
         for streams in (1, 2)
     ]
     told = []
-    study = Study([convolution], settings, [1, 4], names=["mine"])
-    study.predict(lambda name, share: told.append(share))
+    analysis = Analysis([convolution], settings, [1, 4], names=["mine"])
+    analysis.predict(lambda name, share: told.append(share))
     assert asked == [(backend, threads, "float32") for backend in ("onnxruntime", "openvino") for threads in (1, 2)]
     assert told == [0, 0.25, 0.5, 0.75]
-    found = study.roofline.predictions
+    found = analysis.roofline.predictions
     assert [(one.backend, one.threads, one.batch) for one in found] == [(b, t, n) for b, t, _ in asked for n in (1, 4)]
     assert {one.model for one in found} == {"mine"}
     assert found[2].bound_ms == found[0].bound_ms / 2  # with two threads
-    study.profile()
-    assert [(one.backend, one.threads, one.batch) for one in study.layers] == [(b, t, 1) for b, t, _ in asked]
-    assert all(one.layers for one in study.layers)
+    analysis.profile()
+    assert [(one.backend, one.threads, one.batch) for one in analysis.layers] == [(b, t, 1) for b, t, _ in asked]
+    assert all(one.layers for one in analysis.layers)

@@ -1,5 +1,6 @@
 """Timing against a clock that the tests turn: every number is known beforehand."""
 
+import math
 import os
 import signal
 import threading
@@ -133,9 +134,22 @@ def test_a_real_backend_is_timed_both_ways(bundle, zoo):
             assert 0 < found.p50 <= found.percentile(90) <= found.percentile(99) <= max(found.samples_ms)
 
 
-@pytest.mark.parametrize("limits", [{"min_runs": 0}, {"min_seconds": -1}, {"warmup_seconds": -1}, {"warmup_runs": -1}])
+IMPOSSIBLE = [
+    {"min_runs": 0},
+    {"min_runs": 1.5},
+    {"min_seconds": -1},
+    {"min_seconds": math.nan},
+    {"min_seconds": math.inf},
+    {"warmup_seconds": -1},
+    {"warmup_seconds": math.nan},
+    {"warmup_runs": -1},
+    {"warmup_runs": 10**400},
+]
+
+
+@pytest.mark.parametrize("limits", IMPOSSIBLE)
 def test_impossible_limits_are_refused(limits):
-    with pytest.raises(UsageError, match="none may be negative"):
+    with pytest.raises(UsageError, match=rf"{next(iter(limits))} .*must be .*between"):
         measure(Scripted(Clock(), []), X, **limits)
 
 

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 
 from rkd_deploy.backends import RunOn
-from rkd_deploy.compare import compare, print_comparison, timed, write_comparison
-from rkd_deploy.compare.report import draw
+from rkd_deploy.compare import compare_runs, print_comparison, timed, write_comparison
+from rkd_deploy.compare.report import comparison_figure
 
 
 @pytest.fixture(scope="session")
 def comparison(finished):
-    return timed(compare([finished["seed0"], finished["kd"]]), min_seconds=0.01, run_on=RunOn(threads=1))
+    return timed(compare_runs([finished["seed0"], finished["kd"]]), min_seconds=0.01, run_on=RunOn(threads=1))
 
 
 def test_every_network_is_timed(comparison):
@@ -39,7 +39,7 @@ def test_the_files_hold_every_row(comparison, tmp_path):
 
 def test_a_terminal_gets_the_table_and_what_is_missing(finished):
     console = Console(file=io.StringIO(), width=200)
-    print_comparison(compare([finished["lone"]]), console)
+    print_comparison(compare_runs([finished["lone"]]), console)
     shown = console.file.getvalue()
     assert "S + A, sequential" in shown
     assert "Missing:" in shown
@@ -47,7 +47,7 @@ def test_a_terminal_gets_the_table_and_what_is_missing(finished):
 
 
 def test_the_picture_shows_the_numbers_of_the_rows(comparison):
-    accuracy, macs, latency = draw(comparison).axes
+    accuracy, macs, latency = comparison_figure(comparison).axes
     drawn = [container.lines[0].get_xdata()[0] for container in accuracy.containers]
     assert drawn == pytest.approx([row.top1 for row in comparison.rows])
     assert [bar.get_width() for bar in macs.patches] == pytest.approx([row.macs / 1e6 for row in comparison.rows])
@@ -58,4 +58,4 @@ def test_the_picture_shows_the_numbers_of_the_rows(comparison):
 
 
 def test_without_latency_there_are_two_panels(finished):
-    assert len(draw(compare([finished["kd"]])).axes) == 2
+    assert len(comparison_figure(compare_runs([finished["kd"]])).axes) == 2

@@ -6,11 +6,13 @@ import pytest
 from rich.console import Console
 
 from rkd_deploy.bench.machine import Provenance
+from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import Result, to_record
-from rkd_deploy.bench.timing import Timing
+from rkd_deploy.bench.statistics import Timing
+from rkd_deploy.commands.options import console_for
 from rkd_deploy.errors import DataError
 from rkd_deploy.report.accuracy_latency import draw, plot
-from rkd_deploy.report.columns import RESULT_COLUMNS, print_details, print_results
+from rkd_deploy.report.columns import RESULT_COLUMNS, print_bench, with_names
 from rkd_deploy.report.tables import markdown_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,40 +91,88 @@ def test_milliseconds_have_three_digits(value, text):
     assert f"| {text} |" in markdown_table(RESULT_COLUMNS, [result(p50=value, spread=0, runs=3)])
 
 
-def test_a_narrow_terminal_gets_the_table_without_details_and_unbroken():
-    widths = {}
-    for width in (80, 200):
-        stream = io.StringIO()
-        print_results([result("digits S alone"), result("two", p50=3.0)], Console(file=stream, width=width))
-        widths[width] = stream.getvalue()
-    assert "95 % CI" in widths[200]
-    assert "95 % CI" not in widths[80]
-    assert "digits S alone" in widths[80]  # in one piece
+def shown(results, width, details=False):
+    stream = io.StringIO()
+    print_bench(BenchRecord(tuple(results)), Console(file=stream, width=width, soft_wrap=True), details=details)
+    return stream.getvalue()
+
+
+def test_80_columns_get_one_short_table_with_a_line_a_result():
+    """As a pipe does: 80 columns are what a console takes there."""
+    results = [result("digits S + A", batch=batch, runs=2001) for batch in (1, 8, 32)]
+    lines = shown([*results, result("teacher", p50=123.4)], 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line for line in lines if " onnxruntime " in line]
+    assert [row.split()[-5:] for row in rows[:1]] == [["1", "1.00", "1.00", "1,000", "70.00"]]
+    assert len(rows) == 4
+    assert len(lines) <= len(rows) + 6
+    assert "CI" not in shown(results, 80)
+
+
+def test_details_are_behind_an_option_and_fit_80_columns_too():
+    results = [result("resnet20", runs=2001, spread=1.0, batch=batch) for batch in (1, 8)]
+    lines = shown(results, 80, details=True).splitlines()
+    assert max(map(len, lines)) <= 80
+    row, _ = (line.split() for line in lines if "end to end" in line and " 8 " in line)
+    figures = results[1]
+    p50, p90, p95 = (figures.percentiles[q] for q in (50, 90, 95))
+    expected = [figures.mean_ms, None, p50.ms, p50.low_ms, None, p50.high_ms, p90.ms, p95.ms]
+    for text, value in zip(row[5:13], expected, strict=True):
+        assert value is None or float(text) == pytest.approx(value, rel=0.006)
+    assert float(row[14]) == pytest.approx(figures.percentiles[99.9].ms, rel=0.006)
+    assert "95 % CI" in shown(results, 200, details=True).replace("\n", " ")
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 60])
+def test_a_terminal_that_no_table_fits_gets_a_line_for_each_cell(width):
+    text = shown([result("digits S + A"), result("two", p50=3.0, batch=8)], width)
+    if width < 60:
+        assert "Model: digits S + A\n" in text
+        assert "p50, ms: 3.00\n" in text
+    assert "digits S + A" in text
+    assert "3.00" in text
 
 
 def test_the_terminal_table_says_once_what_is_equal_in_all_rows():
-    stream = io.StringIO()
-    print_results([result("[one]"), result("two", p50=3.0)], Console(file=stream, width=160))
-    text = stream.getvalue()
-    assert "backend onnxruntime cpu, precision fp32, threads 1, batch 1" in text
-    assert text.count("onnxruntime") == 1
+    text = shown([result("[one]"), result("two", p50=3.0)], 160)
+    assert text.count("threads 1") == 1
     assert "[one]" in text
     assert "3.00" in text
 
 
-def test_a_terminal_of_80_columns_shows_every_percentile_with_the_median_s_interval_on_one_line():
-    results = [result("resnet20", runs=2001, spread=1.0, batch=batch) for batch in (1, 8)]
-    stream = io.StringIO()
-    print_details(results, Console(file=stream, width=80))
-    lines = stream.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    row, _ = (line.split() for line in lines if "end to end" in line and " 8 " in line)
-    found = results[1]
-    p50, p90, p95 = (found.percentiles[q] for q in (50, 90, 95))
-    shown = [found.mean_ms, None, p50.ms, p50.low_ms, None, p50.high_ms, p90.ms, p95.ms]
-    for text, value in zip(row[5:13], shown, strict=True):
-        assert value is None or float(text) == pytest.approx(value, rel=0.006)
-    assert float(row[14]) == pytest.approx(found.percentiles[99.9].ms, rel=0.006)
+def test_bundles_of_one_name_are_told_apart_by_what_differs():
+    same = [result(), result(precision="int8"), result(fusion="wide"), result("other")]
+    assert [one.model for one in with_names(same)] == [
+        "resnet20, tail, fp32",
+        "resnet20, tail, int8",
+        "resnet20, wide",
+        "other",
+    ]
+    again = [result(file_sha256="a" * 64), result(file_sha256="b" * 64), result(file_sha256="b" * 64, batch=8)]
+    assert [one.model for one in with_names(again)] == [
+        "resnet20, aaaaaaaa",
+        "resnet20, bbbbbbbb",
+        "resnet20, bbbbbbbb",
+    ]
+    assert [one.model for one in with_names([result(), result(batch=8)])] == ["resnet20"] * 2
+
+
+FORGED = "good\n resnet20 onnxruntime 1 0.001\x1b[2K\x1b]0;title\x07 \u202e<script>[red]x[/]|`"
+
+
+def test_foreign_text_forges_no_line_and_no_mark_up(capsys):
+    text = shown([result(FORGED), result("two")], 400)
+    assert len([line for line in text.splitlines() if "onnxruntime" in line]) == 2
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    assert r"good\n resnet20 onnxruntime 1 0.001\x1b[2K\x1b]0;title\x07 \u202e<script>[red]x[/]|`" in text
+    table = markdown_table(RESULT_COLUMNS, [result(FORGED)])
+    assert len(table.splitlines()) == 3
+    assert r"\<script\>\[red\]x\[/\]\|\`" in table
+    console_for(False).print(f"Record {FORGED}")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "\x1b" not in out
+    assert "[red]x[/]" in out
 
 
 def test_the_plot_is_a_png_written_whole(tmp_path):

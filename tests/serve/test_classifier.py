@@ -54,7 +54,7 @@ def test_predicts_the_known_answer(bundle, backend, zoo):
 def test_top_is_capped_by_the_classes_and_starts_at_1(classifier):
     assert len(classifier.predict(coloured(1, 2, 3), top=99)) == 3
     for top in (0, -1):
-        with pytest.raises(UsageError, match=f"top is {top}"):
+        with pytest.raises(UsageError, match=f"top = {top} must be a whole number at least 1"):
             classifier.predict(coloured(1, 2, 3), top=top)
 
 
@@ -107,9 +107,37 @@ def test_large_batches_run_in_chunks(zoo, tmp_path, batch):
         assert classifier.predict(x[0], top=3) == classifier.predict_batch(x)[0]
 
 
-def test_max_batch_below_1_is_refused(bundle):
-    with pytest.raises(UsageError, match="max_batch is 0"):
-        load(bundle, max_batch=0)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_batch": 0}, "max_batch = 0 must be a whole number at least 1"),
+        ({"max_batch": 1.5}, "max_batch = 1.5 must be a whole number"),
+        ({"max_batch": True}, "max_batch = True must be a whole number"),
+        ({"max_batch": "8"}, "max_batch = 8 must be a whole number"),
+        ({"device": 0}, "Unknown device 0"),
+        ({"backend": 7}, "Unknown backend 7"),
+        ({"backend": []}, r"Unknown backend \[\]"),
+        ({"threads": 1.0}, "threads is 1.0"),
+        ({"exit_threshold": "0.5"}, "exit_threshold = 0.5 must be"),
+        ({"exit_threshold": float("nan")}, "exit_threshold = nan must be"),
+    ],
+)
+def test_options_of_another_type_or_range_are_refused(bundle, options, words):
+    with pytest.raises(UsageError, match=words):
+        load(bundle, **options)
+
+
+def test_what_is_no_path_and_no_batch_is_refused(bundle):
+    with pytest.raises(UsageError, match="A model was given as int"):
+        load(3)
+    with load(bundle, max_batch=np.int64(2)) as classifier:
+        assert len(classifier.predict_batch([], top=np.int64(2))) == 0
+        for batch in (3, None):
+            with pytest.raises(DataError, match=f"A batch was given as {type(batch).__name__}"):
+                classifier.predict_batch(batch)
+        for top in (1.5, "1", None):
+            with pytest.raises(UsageError, match=r"top = .* must be a whole number"):
+                classifier.predict(np.zeros((8, 8, 3), np.uint8), top)
 
 
 def test_a_graph_without_preprocessing_gets_normalised_input(zoo, tmp_path):

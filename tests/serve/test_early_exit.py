@@ -137,14 +137,14 @@ def test_what_cannot_leave_early_is_refused(tmp_path: Path, bundle: tuple[Residu
         export_bundle(StudentAlone(made(1)).eval(), card, tmp_path / "b", early_exit=asked)
     with pytest.raises(UsageError, match=r"held out no images to choose it on"):
         export_bundle(made(1), card, tmp_path / "b", early_exit=EarlyExit())
-    with pytest.raises(UsageError, match=r"exit_threshold = -0\.1 must be at least 0 and finite"):
+    with pytest.raises(UsageError, match=r"exit_threshold = -0\.1 must be at least 0"):
         export_bundle(made(1), card, tmp_path / "b", early_exit=EarlyExit(threshold=-0.1))
     assert not (tmp_path / "b").exists()
     export_bundle(made(1), card, tmp_path / "plain")
     with pytest.raises(ModelFileError, match=r"no graphs for early exit.*--early-exit"):
         load(tmp_path / "plain", exit_threshold=0.5)
     for wrong in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match=r"must be at least 0 and finite"):
+        with pytest.raises(UsageError, match=r"must be at least 0"):
             load(bundle[1], exit_threshold=wrong)
 
 

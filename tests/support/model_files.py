@@ -21,6 +21,7 @@ import simulated_graphs
 import simulated_running
 from onnx import TensorProto, helper
 
+from rkd_deploy.backends.files import with_checksums
 from rkd_deploy.backends.tensorrt.settings import load_library
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 
@@ -96,7 +97,12 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="session")
 def zoo() -> SimpleNamespace:
     """The builders above."""
-    return SimpleNamespace(build=build, save=save, card=make_card, answer=answer, pixels=pixels, scale=SCALE)
+    return SimpleNamespace(build=build, save=save, seal=seal, card=make_card, answer=answer, pixels=pixels, scale=SCALE)
+
+
+def seal(folder: Path, card: ModelCard | None = None) -> None:
+    """Write the model.json of a bundle: a card, with the checksum of every file that lies there."""
+    (folder / "model.json").write_text(with_checksums(card or make_card(), folder))
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +117,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "sums"
     card = make_card()
     build(folder / "model.onnx", card=card)
-    (folder / "model.json").write_text(card.to_json())
     x = pixels(5, seed=1)
     np.savez(folder / "golden.npz", inputs=x, logits=answer(x), tolerance=1e-5)
     program = torch.export.export(
@@ -120,6 +125,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
     )
     torch.export.save(program, folder / "model.pt2")
+    seal(folder, card)
     return folder
 
 

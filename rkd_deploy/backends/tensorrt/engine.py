@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rkd_deploy.backends.files import broken_model
+from rkd_deploy.backends.files import failed_load
 from rkd_deploy.backends.protocol import Array, InputSpec, check_rows, logits_first
 from rkd_deploy.backends.tensorrt.cuda import Buffer, Gpu, Graph, Stream
 from rkd_deploy.backends.tensorrt.layers import engine_layers, layer_profiler
@@ -117,8 +117,9 @@ def load_engine(plan: bytes, record: EngineRecord | None, library: Library, gpu:
         )
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        reason = f"{library.name} {library.version} on {gpu.name} ({gpu.capability}) says: {library.drain()}"
-        raise broken_model(file, reason)
+        where = f"{library.name} {library.version} on {gpu.name} ({gpu.capability})"
+        reason = library.drain()
+        raise failed_load(file, where, f"{where} says: {reason}")
     return _describe(engine, runtime, library, file)
 
 

@@ -14,8 +14,10 @@ from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
 from rkd_deploy.bench import bench
+from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
+from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 FLAVOURS = {"tensorrt": TensorRtBackend, "tensorrt-rtx": TensorRtRtxBackend}
@@ -227,9 +229,9 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
         )
         assert ("GraphLaunch" in calls(gpu.device)) == cuda_graph
         assert done.results[0].cuda_graph is cuda_graph
-        record = json.loads(done.report.record.read_text())
+        record = json.loads(done.path.read_text())
         assert (record["results"][0]["cuda_graph"], record["settings"]["cuda_graph"]) == (cuda_graph, cuda_graph)
-        assert ("| off |" in done.report.table.read_text()) != cuda_graph
+        assert ("| off |" in bench_markdown(read_bench(done.path))) != cuda_graph
 
 
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
@@ -360,7 +362,7 @@ def test_outputs_that_numpy_has_no_type_for_are_refused(gpu, zoo, tmp_path):
         load_backend("tensorrt", file)
 
 
-def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavour, monkeypatch):
+def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavour, model, monkeypatch):
     def found():
         return next(status for status in available() if status.name == flavour)
 
@@ -372,7 +374,7 @@ def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavo
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "pip install cuda-bindings" in found().reason
     with pytest.raises(MissingDependencyError, match="cuda-bindings"):
-        load_backend(flavour, "model.onnx")
+        load_backend(flavour, model)
     monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
     load_library.cache_clear()
     assert f"pip install 'rkd-deploy[{flavour}]'" in found().reason
