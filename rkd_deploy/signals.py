@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM while something runs that must not be lost. Standard library only."""
+"""Handles Ctrl-C (SIGINT) and SIGTERM while something runs that must not be lost. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def handling(
     handler: Callable[[int, FrameType | None], Any], signals: Sequence[signal.Signals] = STOPPING
 ) -> Iterator[None]:
-    """While the block runs, signals go to a handler.
+    """Send signals to a handler while the block runs.
 
     Only the main thread may set handlers: in any other one the block runs, and signals go where they went before.
 
     Args:
         handler: As for `signal.signal`; `signal.default_int_handler` raises KeyboardInterrupt.
-        signals: Which ones.
+        signals: Those that go to it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,7 +36,11 @@ def handling(
 
 
 class StopRequest:
-    """While the block runs, SIGINT and SIGTERM only set `signal_name`; a second one acts as usual."""
+    """A block in which SIGINT and SIGTERM only set `signal_name`; a second one acts as usual.
+
+    Attributes:
+        signal_name: Name of the signal that asked to stop, e.g. ``"SIGTERM"``; None: none did.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

@@ -1,7 +1,8 @@
-"""What a graph must do at the least: multiply-adds and bytes of an ONNX file, from its shapes, without running it.
+"""Counts what an ONNX file does at the least, multiply-adds and bytes, from its shapes alone.
 
-One multiply and one add are one MAC. Counted are the operators that are sums of products; what else a graph does
-(activations, pooling, sums) costs bytes and no MACs here. What cannot be counted is named, never skipped.
+One multiply and one add are one MAC. Counted are the operators that are sums of products, ONNX Runtime's own among
+them; what else a graph does (activations, pooling, sums) costs bytes and no MACs here. What cannot be counted is named,
+never skipped: an operator of a domain that is not known here, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.files import DEFAULT_DOMAINS, broken_model, model_path
+from rkd_deploy.bench.fused_operators import multiplies_nothing, standardised
 from rkd_deploy.errors import UsageError, require
 
 Shape = tuple[int, ...]
@@ -27,22 +29,52 @@ _WEIGHT = {
     "MatMul": 1,
     "MatMulInteger": 1,
     "QLinearMatMul": 3,
+    "Einsum": 1,
+    # com.microsoft's
+    "FusedConv": 1,
+    "FusedGemm": 1,
+    "FusedMatMul": 1,
+    "FusedMatMulActivation": 1,
+    "QGemm": 3,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
 }
-_UNCOUNTED = ("Attention", "DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan")
+_UNCOUNTED = (
+    "Attention",
+    "DFT",
+    "DeformConv",
+    "Det",
+    "GRU",
+    "If",
+    "LSTM",
+    "Loop",
+    "RNN",
+    "STFT",
+    "Scan",
+    "SequenceMap",
+)
 _VIEWS = ("Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze")
-_QUANTISED = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+_QUANTISED = (
+    "ConvInteger",
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one call with one batch.
+class GraphCost:
+    """What one call with one batch does at the least.
 
     Attributes:
         macs_in: Multiply-adds by the type they are done in: that of the weights as stored, "int8" where both factors
             are quantised.
-        weight_bytes: Of all constants, as stored.
-        input_bytes: Of the input.
-        output_bytes: Of the outputs.
+        weight_bytes: Bytes of all constants, as stored.
+        input_bytes: Bytes of the input.
+        output_bytes: Bytes of the outputs.
         unfused_bytes: What all operators together would read and write if none were fused with another: what a runtime
             saves by fusing is part of this.
         uncounted: Operators whose MACs are not among these, by type.
@@ -57,12 +89,12 @@ class Cost:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds."""
+        """Multiply-adds in all types."""
         return sum(self.macs_in.values())
 
     @property
     def arithmetic(self) -> str:
-        """Type that most of them are done in."""
+        """Type that most multiply-adds are done in."""
         return max(self.macs_in, key=lambda kind: self.macs_in[kind], default="float32")
 
     @property
@@ -71,7 +103,7 @@ class Cost:
         return self.weight_bytes + self.input_bytes + self.output_bytes
 
 
-def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = ()) -> Cost:
+def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = ()) -> GraphCost:
     """Count an ONNX file.
 
     Args:
@@ -91,7 +123,11 @@ def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = 
         if model.functions:
             model = require("onnx.inliner", "export").inline_local_functions(model)
         _fix_input(model.graph, batch, image, str(file))
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(standardised(model, onnx), data_prop=True)
+        for described in (model.graph.value_info, model.graph.output):
+            del described[:]
+        model.graph.value_info.extend(inferred.graph.value_info)
+        model.graph.output.extend(inferred.graph.output)
     except UsageError:
         raise
     except Exception as error:  # protobuf's and onnx's own, which have no common base
@@ -121,7 +157,7 @@ def _fix_input(graph: Any, batch: int, image: Sequence[int], name: str) -> None:
         output.type.tensor_type.ClearField("shape")
 
 
-def _count(graph: Any, onnx: Any) -> Cost:
+def _count(graph: Any, onnx: Any) -> GraphCost:
     constants = [_of_constant(value, value.name, onnx) for value in graph.initializer]
     constants += [
         _of_constant(attribute.t, node.output[0], onnx)
@@ -136,13 +172,13 @@ def _count(graph: Any, onnx: Any) -> Cost:
     makers = {name: node for node in graph.node for name in node.output}
     macs_in, uncounted = dict[str, int](), dict[str, None]()
     for node in nodes:
-        macs = None if node.op_type in _UNCOUNTED else _macs_of(node, known, onnx)
+        macs = _macs_of(node, known, onnx)
         if macs is None:
             uncounted[node.op_type] = None
         elif macs:
             kind = _done_in(node, known, makers)
             macs_in[kind] = macs_in.get(kind, 0) + macs
-    return Cost(
+    return GraphCost(
         macs_in=macs_in,
         weight_bytes=sum(constant.bytes for constant in constants),
         input_bytes=sum(known[value.name].bytes for value in graph.input if value.name not in names),
@@ -194,30 +230,55 @@ def _done_in(node: Any, known: Mapping[str, _Tensor], makers: Mapping[str, Any])
 
 
 def _macs_of(node: Any, known: Mapping[str, _Tensor], onnx: Any) -> int | None:
-    """Multiply-adds of one operator, 0 for one that is no sum of products; None where a shape is not known."""
+    """Multiply-adds of one operator, 0 for one that is no sum of products; None where they cannot be told."""
+    if node.op_type in _UNCOUNTED:
+        return None
     if node.op_type not in _WEIGHT:
-        return 0
-    names = (node.input[0], node.input[_WEIGHT[node.op_type]], node.output[0])
+        return 0 if node.domain.encode() in DEFAULT_DOMAINS or multiplies_nothing(node) else None
+    if node.op_type == "Einsum" and len(node.input) != 2:
+        return 0 if len(node.input) == 1 else None  # of three factors the count hangs on the order they are joined in
+    factors = (node.input[0], node.input[_WEIGHT[node.op_type]])
+    names = factors if node.op_type == "Einsum" else (*factors, node.output[0])
     shapes = [known[name].shape if name in known else None for name in names]
     if any(shape is None for shape in shapes):
         return None
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    x, weight, y = (shape for shape in shapes if shape is not None)
-    return macs(node.op_type, x, weight, y, transposed=bool(attributes.get("transA")))
+    x, weight, *y = (shape for shape in shapes if shape is not None)
+    if node.op_type == "Einsum":
+        return einsum_macs(attributes["equation"].decode(), x, weight)
+    return macs(node.op_type, x, weight, *y, transposed=bool(attributes.get("transA")))
+
+
+def einsum_macs(equation: str, x: Shape, y: Shape) -> int:
+    """Multiply-adds of an Einsum of two factors: each combination of all its indices is one product.
+
+    Args:
+        equation: ONNX's, as NumPy's: "nchw,wk->nchk"; an ellipsis stands for the dimensions in front that have no name.
+        x: Shape of the first factor.
+        y: Shape of the second one.
+    """
+    sizes: dict[str | int, int] = {}
+    for term, shape in zip(equation.replace(" ", "").partition("->")[0].split(","), (x, y), strict=True):
+        before, _, after = term.partition("...")
+        hidden = len(shape) - len(before) - len(after)
+        names = [*before, *range(-hidden, 0), *after]  # those of an ellipsis are counted from its right end
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(sizes.get(name, 1), size)
+    return math.prod(sizes.values())
 
 
 def macs(op: str, x: Shape, weight: Shape, y: Shape, *, transposed: bool = False) -> int:
     """Multiply-adds of a convolution or matrix product.
 
     Args:
-        op: ONNX's name of the operator.
+        op: Name of the operator, ONNX's or ONNX Runtime's.
         x: Shape of its input: [N, C, ...] of a convolution, [..., M, K] of a product.
         weight: [C_out, C / groups, kernel...]; of a ConvTranspose [C, C_out / groups, kernel...]; [..., K, N].
         y: Shape of its output.
-        transposed: Of Gemm, whether x is given as [K, M].
+        transposed: Whether x is [K, M], as Gemm may have it.
     """
     if op == "ConvTranspose":  # each input value meets each weight of its channel once
         return math.prod(x) * math.prod(weight[1:])
-    if op in ("Conv", "ConvInteger", "QLinearConv"):  # each output value is one window of one group
+    if op.endswith(("Conv", "ConvInteger")):  # each output value is one window of one group
         return math.prod(y) * math.prod(weight[1:])
     return math.prod(y) * (x[0] if transposed else x[-1])

@@ -25,7 +25,7 @@ from typing import Any
 from rkd_deploy.backends import ENGINE_BACKENDS, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
 from rkd_deploy.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
-from rkd_deploy.bench.graph_cost import Cost, graph_cost
+from rkd_deploy.bench.graph_cost import GraphCost, graph_cost
 from rkd_deploy.bench.layers import LayerTimes, layer_times
 from rkd_deploy.bench.loading import Case
 from rkd_deploy.bench.results import Result
@@ -124,7 +124,7 @@ def predict(
     return Roofline(tuple(ceilings.values()), predictions)
 
 
-def _ceilings(run_on: RunOn, costs: Sequence[Cost], progress: Progress | None) -> dict[str, Ceilings]:
+def _ceilings(run_on: RunOn, costs: Sequence[GraphCost], progress: Progress | None) -> dict[str, Ceilings]:
     """By arithmetic; float32's too where another one's cannot be measured, or is not known here."""
     sizes = sorted({footprint(cost.least_bytes) for cost in costs})
     found: dict[str, Ceilings] = {}
@@ -166,7 +166,7 @@ def _subject(path: str | os.PathLike[str], shape: Sequence[int] | None) -> _Subj
     return _Subject(name, file, tuple(image), True)
 
 
-def _costed(subject: _Subject, batch: int) -> tuple[Cost | None, str | None]:
+def _costed(subject: _Subject, batch: int) -> tuple[GraphCost | None, str | None]:
     if not subject.readable:
         return None, "it is no ONNX file, whose operators could be counted"
     try:
@@ -175,7 +175,7 @@ def _costed(subject: _Subject, batch: int) -> tuple[Cost | None, str | None]:
         return None, str(error)
 
 
-def _bounded(cost: Cost, ceilings: Mapping[str, Ceilings], backend: str) -> dict[str, Any]:
+def _bounded(cost: GraphCost, ceilings: Mapping[str, Ceilings], backend: str) -> dict[str, Any]:
     notes = [f"not counted: {', '.join(cost.uncounted)}"] if cost.uncounted else []
     known = {
         "macs": cost.macs,
@@ -199,7 +199,7 @@ def _bounded(cost: Cost, ceilings: Mapping[str, Ceilings], backend: str) -> dict
     return {**known, **told, "note": "; ".join(notes) or None}
 
 
-def _shares(cost: Cost) -> str:
+def _shares(cost: GraphCost) -> str:
     if len(cost.macs_in) < 2:
         return cost.arithmetic
     ordered = sorted(cost.macs_in.items(), key=lambda one: -one[1])

@@ -102,7 +102,7 @@ def train(
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
-    from rkd_deploy.train.verdict import of_metrics, of_series, told
+    from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -118,7 +118,7 @@ def train(
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                print_json(series.to_dict() | told(of_series(series.parts, PARTS)))
+                print_json(series.to_dict() | verdict_json(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -129,13 +129,13 @@ def train(
             run = fit(chosen, root=root, display=progress)
     if not is_main_process():  # torchrun's other processes
         return
-    metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
-    print_parts(metrics, facts, console)
+    print_parts(run.metrics, run.facts, console)
     console.print(f"Run {run.folder}. Next: {command_line('export', run.folder)}", markup=False)
     if as_json:
-        verdict = told(of_metrics(metrics, PARTS))
-        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
+        verdict = verdict_json(of_metrics(run.metrics, PARTS))
+        separation = run.facts.to_json().get("separation")
+        print_json({"run": str(run.folder), **run.metrics.to_json(), "separation": separation, **verdict})
 
 
 def _print_keys(as_json: bool) -> None:

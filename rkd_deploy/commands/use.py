@@ -1,4 +1,4 @@
-"""What is done with a bundle: predictions, proofs, facts."""
+"""The commands that use a bundle: predict, verify, info, and the backends that can run it."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def predict(
     """Classify image files."""
     from rkd_deploy.serve.classifier import load
 
-    found = {}
+    predictions = {}
     with load(model, backend=backend, device=device, threads=threads, exit_threshold=exit_threshold) as classifier:
         for image in images:
             best = classifier.predict(image, top=top)
-            found[str(image)] = [{"label": one.label, "probability": one.probability} for one in best]
-            shown = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in best)
-            typer.echo(visible(f"{image}: {shown}"), err=as_json)
+            predictions[str(image)] = [{"label": guess.label, "probability": guess.probability} for guess in best]
+            listed = ", ".join(f"{guess.label} {100 * guess.probability:.1f} %" for guess in best)
+            typer.echo(visible(f"{image}: {listed}"), err=as_json)
         exits = list(classifier.exits)
     if exits:
         typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
     if as_json:
-        print_json({"predictions": found, **({"exits": exits} if exits else {})})
+        print_json({"predictions": predictions, **({"exits": exits} if exits else {})})
 
 
 def verify(
@@ -73,11 +73,11 @@ def verify(
     from rkd_deploy.bench.parity import Verdict, gate, verify_everywhere
     from rkd_deploy.bench.parity import verify as verify_bundle
 
-    chosen = model or newest_bundle(root)
+    bundle = model or newest_bundle(root)
     if backend is None:
-        verdicts = verify_everywhere(chosen, device=device, tolerance=tolerance)
+        verdicts = verify_everywhere(bundle, device=device, tolerance=tolerance)
     else:
-        verdicts = [Verdict(backend, verify_bundle(chosen, RunOn(backend, device=device), tolerance=tolerance), None)]
+        verdicts = [Verdict(backend, verify_bundle(bundle, RunOn(backend, device=device), tolerance=tolerance), None)]
     for verdict in verdicts:
         if (parity := verdict.parity) is None:
             line = f"not run: {verdict.reason}"
@@ -86,13 +86,13 @@ def verify(
                 f"logits differ by at most {parity.max_abs_diff:.2g} "
                 f"(tolerance {parity.tolerance:g}) over {parity.n} images."
             )
-        typer.echo(visible(f"{chosen} on {verdict.backend}: {line}"), err=as_json)
+        typer.echo(visible(f"{bundle} on {verdict.backend}: {line}"), err=as_json)
     for verdict in verdicts:
         if verdict.parity is not None:
-            gate(verdict.parity, f"{chosen} on {verdict.backend}", describe_model(chosen).precision)
+            gate(verdict.parity, f"{bundle} on {verdict.backend}", describe_model(bundle).precision)
     if as_json:
-        found = [{"backend": one.backend, "parity": one.parity and one.parity.to_dict()} for one in verdicts]
-        print_json({"bundle": str(chosen), "backends": found})
+        rows = [{"backend": each.backend, "parity": each.parity and each.parity.to_dict()} for each in verdicts]
+        print_json({"bundle": str(bundle), "backends": rows})
 
 
 def info(model: Newest = None, root: Root = RUNS, as_json: Json = False) -> None:
@@ -140,11 +140,11 @@ def backends(as_json: Json = False) -> None:
     """List the backends and what works here."""
     from rkd_deploy.backends import available
 
-    found = available()
-    for status in found:
+    statuses = available()
+    for status in statuses:
         state = f"works on {', '.join(status.devices)}" if status.ok else status.reason
         version = f" {status.version}" if status.version else ""
         modes = f"; also as {', '.join(status.modes)}" if status.modes else ""
         typer.echo(f"{status.name + version:<24} {state}{modes}", err=as_json)
     if as_json:
-        print_json({"backends": [as_dict(status) for status in found]})
+        print_json({"backends": [as_dict(status) for status in statuses]})

@@ -1,4 +1,4 @@
-"""Mixup, cutmix and label smoothing: batches whose labels are distributions.
+"""What is done to training images: crops and flips of whole batches, mixup, cutmix, label smoothing.
 
     mixup  (Zhang et al. 2018, arXiv 1710.09412)    x' = lambda x_i + (1 - lambda) x_{i-1}
     cutmix (Yun et al. 2019, arXiv 1905.04899)      a box of x_i, of 1 - lambda of its area, is taken from x_{i-1}
@@ -6,6 +6,8 @@
     smoothing (Szegedy et al. 2016)                 y' = (1 - epsilon) y + epsilon / K
 
 The partner of an image is the one before it in the batch, and one lambda (and box) serves the batch, as in torchvision.
+Crops and flips move whole batches on the device; their random numbers come from outside, so that an epoch is the same
+on every device.
 Letters: N batch, C channels, H height, W width, K classes.
 """
 
@@ -22,7 +24,7 @@ from torch.nn.functional import one_hot
 
 
 class Box(NamedTuple):
-    """Rows top to bottom and columns left to right, the ends excluded."""
+    """A box of pixels: rows top to bottom and columns left to right, the ends excluded."""
 
     top: int
     left: int
@@ -32,13 +34,13 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """What is done to a batch once its images are augmented and normalised.
+    """Mixup, cutmix and label smoothing of a batch whose images are augmented and normalised.
 
     Attributes:
-        classes: K.
-        mixup: alpha; 0: off.
-        cutmix: alpha; 0: off. Where both are on, a fair coin decides for each batch.
-        label_smoothing: epsilon.
+        classes: K, the number of classes.
+        mixup: alpha of mixup; 0: off.
+        cutmix: alpha of cutmix; 0: off. Where both are on, a fair coin decides for each batch.
+        label_smoothing: epsilon of label smoothing; 0: off.
     """
 
     classes: int
@@ -52,12 +54,12 @@ class Mixing:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(self, x_NCHW: Tensor, y_N: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A batch and its targets.
+        """Mix a batch, and give its targets.
 
         Args:
             x_NCHW: Normalised images; where this mixes, one more in front: the partner of the first.
-            y_N: Their labels.
-            random: Decides lambda, box and coin.
+            y_N: The label of each.
+            random: Draws lambda, box and coin.
 
         Returns:
             Images, and targets: int64 [N] where nothing mixes or smooths, else float32 [N, K].
@@ -67,42 +69,43 @@ class Mixing:
         target_NK = self._targets(y_N)
         cuts = self.cutmix > 0 and (self.mixup == 0 or random.random() < 0.5)
         alpha = self.cutmix if cuts else self.mixup
-        share = float(random.beta(alpha, alpha))
+        weight = float(random.beta(alpha, alpha))
         if cuts:
-            box = draw_box(share, (x_NCHW.shape[2], x_NCHW.shape[3]), random)
-            x_NCHW, share = cutmix(x_NCHW[1:], x_NCHW[:-1], box)
+            box = draw_box(weight, (x_NCHW.shape[2], x_NCHW.shape[3]), random)
+            # The box may be cut off at the edge: the labels take the share that the image really kept.
+            x_NCHW, weight = cutmix(x_NCHW[1:], x_NCHW[:-1], box)
         else:
-            x_NCHW = mixup(x_NCHW[1:], x_NCHW[:-1], share)
-        return x_NCHW, mixup(target_NK[1:], target_NK[:-1], share)
+            x_NCHW = mixup(x_NCHW[1:], x_NCHW[:-1], weight)
+        return x_NCHW, mixup(target_NK[1:], target_NK[:-1], weight)
 
     def _targets(self, y_N: Tensor) -> Tensor:
         return smoothed(y_N, self.classes, self.label_smoothing)
 
 
 def smoothed(y_N: Tensor, classes: int, epsilon: float) -> Tensor:
-    """(1 - epsilon) one_hot(y) + epsilon / K, float32 [N, K]."""
+    """Smoothed targets, (1 - epsilon) one_hot(y) + epsilon / K, float32 [N, K]."""
     return one_hot(y_N, classes).float().mul_(1 - epsilon).add_(epsilon / classes)
 
 
-def mixup(one: Tensor, other: Tensor, share: float) -> Tensor:
-    """Share of one, and the rest of the other."""
-    return other.lerp(one, share)
+def mixup(x: Tensor, partner: Tensor, weight: float) -> Tensor:
+    """Images or targets mixed with their partners: weight * x + (1 - weight) * partner."""
+    return partner.lerp(x, weight)
 
 
-def cutmix(one_NCHW: Tensor, other_NCHW: Tensor, box: Box) -> tuple[Tensor, float]:
-    """One with a box of the other, and the share of its area that is left of it."""
+def cutmix(x_NCHW: Tensor, partner_NCHW: Tensor, box: Box) -> tuple[Tensor, float]:
+    """Images with a box of their partners, and the share of the area that is left of each."""
     top, left, bottom, right = box
-    height, width = one_NCHW.shape[-2:]
-    pasted = one_NCHW.clone()
-    pasted[..., top:bottom, left:right] = other_NCHW[..., top:bottom, left:right]
+    height, width = x_NCHW.shape[-2:]
+    pasted = x_NCHW.clone()
+    pasted[..., top:bottom, left:right] = partner_NCHW[..., top:bottom, left:right]
     return pasted, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def draw_box(share: float, size: tuple[int, int], random: np.random.Generator) -> Box:
-    """A box of 1 - share of the area and of the image's aspect, its centre anywhere, cut off at the edges."""
+def draw_box(weight: float, size: tuple[int, int], random: np.random.Generator) -> Box:
+    """A box of 1 - weight of the area and of the image's aspect, its centre anywhere, cut off at the edges."""
     spans = []
     for length in size:
-        centre, half = int(random.integers(length)), int(0.5 * math.sqrt(1 - share) * length)
+        centre, half = int(random.integers(length)), int(0.5 * math.sqrt(1 - weight) * length)
         spans.append((max(centre - half, 0), min(centre + half, length)))
     (top, bottom), (left, right) = spans
     return Box(top, left, bottom, right)
@@ -119,11 +122,11 @@ def pad(images_NCHW: Tensor, padding: int) -> Tensor:
 
 
 def crop(padded_NCHW: Tensor, index_N: Tensor, top_N: Tensor, left_N: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut one window from each chosen image.
+    """Cut one window from each of some images.
 
     Args:
         padded_NCHW: All images, padded.
-        index_N: Which images.
+        index_N: Positions of the images to cut from.
         top_N: First row of each window.
         left_N: First column of each window.
         size: Height and width of the windows.
@@ -144,7 +147,7 @@ def flip(images_NCHW: Tensor, flipped_N: Tensor) -> Tensor:
 
 
 def draw_windows(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Windows of random area and aspect: top, left, height, width, int64 [4, N].
+    """Draw windows of random area and aspect: top, left, height, width, int64 [4, N].
 
     The distribution is that of torchvision's RandomResizedCrop: area uniform in 8 to 100 % of the image's, aspect
     log-uniform in 3/4 to 4/3; the first of ten draws that fits inside is taken, and the whole image if none does.
@@ -168,20 +171,23 @@ def resized_crop(images_NCHW: Tensor, windows_4N: Tensor) -> Tensor:
     """Cut one window from each image and enlarge it to the image's size, bilinearly.
 
     Args:
-        images_NCHW: uint8.
+        images_NCHW: uint8 [N, C, H, W].
         windows_4N: Top, left, height and width of each window, inside the image.
+
+    Returns:
+        uint8 [N, C, H, W], a new tensor.
     """
     height, width = images_NCHW.shape[-2:]
     top_N1, left_N1, high_N1, wide_N1 = windows_4N.to(images_NCHW.device).float().unsqueeze(-1)
-    y_NH = _sources(height, top_N1, high_N1)
-    x_NW = _sources(width, left_N1, wide_N1)
+    y_NH = _sample_points(height, top_N1, high_N1)
+    x_NW = _sample_points(width, left_N1, wide_N1)
     shape = (len(images_NCHW), height, width)
     grid_NHW2 = torch.stack([x_NW[:, None, :].expand(shape), y_NH[:, :, None].expand(shape)], dim=-1)
     enlarged = torch.nn.functional.grid_sample(images_NCHW.float(), grid_NHW2, align_corners=False)
     return enlarged.round_().to(torch.uint8)
 
 
-def _sources(size: int, start_N1: Tensor, length_N1: Tensor) -> Tensor:
+def _sample_points(size: int, start_N1: Tensor, length_N1: Tensor) -> Tensor:
     """Where each of `size` pixels comes from, in grid_sample's units of [-1, 1]; never from outside the window."""
     centres_S = torch.arange(size, device=start_N1.device) + 0.5
     inside_NS = (centres_S * length_N1 / size - 0.5).clamp(min=0).minimum(length_N1 - 1)

@@ -1,4 +1,4 @@
-"""Which images a batch is made of, for every process of a run, and the random numbers that belong to them.
+"""Which images a batch holds, in every process of a run, and the random numbers that belong to them.
 
 With N processes each gets its own N-th of the same global batches, in order: N processes with B / N images each see
 what one process with B sees.
@@ -19,10 +19,10 @@ from rkd_deploy.errors import RecipeError
 
 
 class Loader(Protocol):
-    """What the training loop knows of a loader. What an epoch gives depends on (seed, epoch) alone."""
+    """A loader as the training loop knows it: what an epoch gives depends on (seed, epoch) alone."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """The number of batches in an epoch."""
 
     @property
     def batch_size(self) -> int:
@@ -32,18 +32,18 @@ class Loader(Protocol):
         """The batches of one epoch: x [N, C, H, W] float32 and y, int64 [N] or targets float32 [N, K].
 
         Args:
-            number: Which epoch; the same number gives the same batches.
-            first_batch: Where to begin, for a resumed run.
+            number: Number of the epoch; the same one gives the same batches.
+            first_batch: Batch to begin with, for a resumed run.
         """
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of a run's processes this is.
+    """The part of every batch that one process of a run takes.
 
     Attributes:
-        rank: From 0.
-        world_size: How many there are.
+        rank: Number of the process, from 0.
+        world_size: Number of processes.
     """
 
     rank: int = 0
@@ -51,13 +51,14 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Batching:
-    """Cuts the order of an epoch into batches.
+class EpochBatches:
+    """The order of an epoch, cut into batches.
 
-    Args:
-        count: Images.
-        batch_size: B, of all processes together; an epoch drops the images that do not fill a last batch.
-        share: This process.
+    Attributes:
+        count: Number of images.
+        batch_size: B, of all processes together; an epoch drops the images that do not fill a last batch. A set that is
+            smaller than B makes one batch.
+        share: The part that this process takes.
         partners: Whether a batch begins with one image more, the one before it in the global batch (in front of the
             first: the last), for mixing.
     """
@@ -73,6 +74,11 @@ class Batching:
                 f"train.batch_size = {self.batch_size} is that of all {self.share.world_size} processes together, and "
                 "cannot be divided evenly among them. Take a multiple."
             )
+        if self.count < self.share.world_size:
+            raise RecipeError(
+                f"{self.count} training images cannot be divided among {self.share.world_size} processes. Add images, "
+                "or start fewer processes."
+            )
 
     def __len__(self) -> int:
         return self.count // self._whole
@@ -86,26 +92,27 @@ class Batching:
         """Images in a batch of this process, without partners."""
         return self._whole // self.share.world_size
 
-    def places(self, batch: int) -> Tensor:
-        """Places of a batch's images in the order of the epoch, int64 [N], or [1 + N] with partners."""
+    def positions(self, batch: int) -> Tensor:
+        """Positions of a batch's images in the order of the epoch, int64 [N], or [1 + N] with partners."""
         first = self.share.rank * self.size
+        # The remainder: before the first image of the whole batch comes its last, which is the first one's partner.
         within_N = torch.arange(first - self.partners, first + self.size) % self._whole
         return batch * self._whole + within_N
 
 
 def generator_of_epoch(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers of one epoch."""
+    """The generator of an epoch's random numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def generator_of_batch(seed: int, epoch: int, batch: int) -> np.random.Generator:
-    """Random numbers of one batch, whatever was drawn before it."""
+    """The generator of a batch's random numbers, whatever was drawn before it."""
     return np.random.default_rng((seed, epoch, batch))
 
 
 @contextmanager
 def seeded_image(seed: int, epoch: int, image: int) -> Iterator[None]:
-    """Inside, what PyTorch draws on the CPU belongs to one image of one epoch, whoever reads it; restored after."""
+    """While the block runs, PyTorch draws on the CPU what belongs to one image of one epoch, in whatever process."""
     state = torch.get_rng_state()
     words = np.random.SeedSequence((seed, epoch, image)).generate_state(2)
     torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -131,5 +138,5 @@ class Normaliser:
         self._shift = (-mean_C / std_C).float().view(-1, 1, 1).to(device)
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] uint8 to float32."""
+        """Normalise images, uint8 [N, C, H, W], to float32 on the device."""
         return torch.addcmul(self._shift, images_NCHW.to(self.device, non_blocking=True), self._scale)

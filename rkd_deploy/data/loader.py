@@ -1,4 +1,4 @@
-"""A loader for sets that fit in the device's memory: no workers, no copies, a whole batch augmented at once.
+"""The loader of sets in the device's memory: no workers, no copies, a whole batch augmented at once.
 
 What epoch e gives depends only on (seed, e): a run can be resumed at any batch and sees what it would have seen.
 `train_loader` chooses between this one and that for images in files (`streaming.py`).
@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from rkd_deploy.data import augment
 from rkd_deploy.data.augment import Mixing
 from rkd_deploy.data.batches import (
-    Batching,
+    EpochBatches,
     Loader,
     Normaliser,
     Share,
@@ -31,7 +31,7 @@ from rkd_deploy.recipe import DataRecipe
 __all__ = ["DeviceLoader", "Loader", "Normaliser", "Share", "train_loader"]
 
 _ONE_PROCESS = Share()
-_NOTHING = Mixing(classes=0)
+_NO_MIXING = Mixing(classes=0)
 
 
 def train_loader(
@@ -44,7 +44,7 @@ def train_loader(
     seed: int,
     share: Share = _ONE_PROCESS,
 ) -> Loader:
-    """The loader of a training split.
+    """Make the loader of a training split.
 
     Args:
         recipe: Says what is done to the images.
@@ -53,7 +53,7 @@ def train_loader(
         classes: How many there are.
         batch_size: Of all processes together.
         seed: Decides, with the number of an epoch, everything random in it.
-        share: Which of the run's processes this is.
+        share: The part of every batch that this process takes.
 
     Raises:
         RecipeError: The batch cannot be divided among the processes.
@@ -87,7 +87,7 @@ class DeviceLoader:
         seed: Together with the number of an epoch decides everything random in it.
         randaugment: Number of operations, and their magnitude.
         mixing: What is done to the batch after that.
-        share: Which of the run's processes this is.
+        share: The part of every batch that this process takes.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class DeviceLoader:
         crop_padding: int,
         seed: int,
         randaugment: tuple[int, int] = (2, 10),
-        mixing: Mixing = _NOTHING,
+        mixing: Mixing = _NO_MIXING,
         share: Share = _ONE_PROCESS,
     ) -> None:
         self._labels_N, self._normalise, self._mixing, self._seed = split.labels_N, normalise, mixing, seed
-        self._batching = Batching(len(split), batch_size, share, mixing.mixes)
+        self._batches = EpochBatches(len(split), batch_size, share, mixing.mixes)
         self._flips = "flip" in augmentations
         self._resizes = "resized_crop" in augmentations
         self._randaugment = v2.RandAugment(*randaugment) if "randaugment" in augmentations else None
@@ -113,16 +113,16 @@ class DeviceLoader:
         self._images_NCHW = augment.pad(split.images_NCHW, self._padding) if self._padding else split.images_NCHW
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._batching)
+        """The number of batches in an epoch."""
+        return len(self._batches)
 
     @property
     def batch_size(self) -> int:
         """Images in a batch of this process."""
-        return self._batching.size
+        return self._batches.size
 
     def epoch(self, number: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch (see `batches.Loader`)."""
+        """The batches of one epoch, as `batches.Loader.epoch` says."""
         count, device = len(self._labels_N), self._labels_N.device
         generator = generator_of_epoch(self._seed, number)
         order_N = torch.randperm(count, generator=generator).to(device)
@@ -130,17 +130,17 @@ class DeviceLoader:
         flips_N = (torch.rand(count, generator=generator) < 0.5).to(device)
         windows_4N = augment.draw_windows(count, self._size, generator).to(device) if self._resizes else None
         for batch in range(first_batch, len(self)):
-            places_N = self._batching.places(batch).to(device)
-            index_N = order_N[places_N]
+            positions_N = self._batches.positions(batch).to(device)
+            index_N = order_N[positions_N]
             if self._padding:
-                top_N, left_N = offsets_2N[:, places_N]
+                top_N, left_N = offsets_2N[:, positions_N]
                 images_NCHW = augment.crop(self._images_NCHW, index_N, top_N, left_N, self._size)
             else:
                 images_NCHW = self._images_NCHW[index_N]
             if windows_4N is not None:
-                images_NCHW = augment.resized_crop(images_NCHW, windows_4N[:, places_N])
+                images_NCHW = augment.resized_crop(images_NCHW, windows_4N[:, positions_N])
             if self._flips:
-                images_NCHW = augment.flip(images_NCHW, flips_N[places_N])
+                images_NCHW = augment.flip(images_NCHW, flips_N[positions_N])
             if self._randaugment is not None:
                 images_NCHW = self._randaugmented(images_NCHW, number, index_N)
             x_NCHW, y_N = self._normalise(images_NCHW), self._labels_N[index_N]

@@ -1,4 +1,4 @@
-"""A loader for sets that do not fit in memory: worker processes read, decode and augment image by image.
+"""The loader of sets beyond memory: worker processes read, decode and augment image by image.
 
 Augmentations are torchvision's, their random numbers those of (seed, epoch, image): an epoch is the same whatever the
 number of workers, and a run resumed at any batch reads nothing of what came before it.
@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from rkd_deploy.data.augment import Mixing
-from rkd_deploy.data.batches import Batching, Normaliser, Share, generator_of_batch, generator_of_epoch, seeded_image
+from rkd_deploy.data.batches import (
+    EpochBatches,
+    Normaliser,
+    Share,
+    generator_of_batch,
+    generator_of_epoch,
+    seeded_image,
+)
 from rkd_deploy.data.files import read_image
 from rkd_deploy.data.splits import FileSplit, as_tensor, collate, unwrap
 from rkd_deploy.errors import DataError
@@ -36,7 +43,7 @@ class StreamLoader:
         randaugment: Number of operations, and their magnitude.
         mixing: What is done to the batch after that.
         seed: Together with the number of an epoch decides everything random in it.
-        share: Which of the run's processes this is.
+        share: The part of every batch that this process takes.
     """
 
     def __init__(
@@ -53,7 +60,7 @@ class StreamLoader:
         share: Share = Share(),  # noqa: B008 - frozen
     ) -> None:
         self._split, self._normalise, self._mixing, self._seed = split, normalise, mixing, seed
-        self._batching = Batching(len(split), batch_size, share, mixing.mixes)
+        self._batches = EpochBatches(len(split), batch_size, share, mixing.mixes)
         self._keys: list[list[_Key]] = []
         self._loader = DataLoader(
             _Augmented(split, _Augmentation(split, augmentations, crop_padding, randaugment)),
@@ -65,24 +72,24 @@ class StreamLoader:
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._batching)
+        """The number of batches in an epoch."""
+        return len(self._batches)
 
     @property
     def batch_size(self) -> int:
         """Images in a batch of this process."""
-        return self._batching.size
+        return self._batches.size
 
     def epoch(self, number: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch (see `batches.Loader`).
+        """The batches of one epoch, as `batches.Loader.epoch` says.
 
         Raises:
             DataError: An image cannot be read; it could when the run began.
         """
         order_N = self._split.source.shuffled(self._split.index_N, generator_of_epoch(self._seed, number))
-        chosen = [order_N[self._batching.places(batch)] for batch in range(first_batch, len(self))]
-        self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in chosen]
-        for batch, (index_N, images) in enumerate(zip(chosen, self._loader, strict=True), first_batch):
+        batches = [order_N[self._batches.positions(batch)] for batch in range(first_batch, len(self))]
+        self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in batches]
+        for batch, (index_N, images) in enumerate(zip(batches, self._loader, strict=True), first_batch):
             x_NCHW = self._normalise(unwrap(images))
             y_N = self._split.labels_N[index_N].to(x_NCHW.device, non_blocking=True)
             yield self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, number, batch))

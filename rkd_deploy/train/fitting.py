@@ -7,7 +7,6 @@ checkpoint. The test images are used once, at the end.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,13 +33,15 @@ from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
-from rkd_deploy.train.evaluation import batches, predictions
-from rkd_deploy.train.facts import data_of, gather_facts
+from rkd_deploy.train.evaluation import SplitHash, batches, predictions
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
 from rkd_deploy.train.loop import Display, train_phase
+from rkd_deploy.train.networks import Originals
 from rkd_deploy.train.phases import Plan, Planner
+from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
 from rkd_deploy.train.state import Phase
-from rkd_deploy.train.verdict import CONTROLS, pairs
+from rkd_deploy.train.verdict import CONTROLS, pairs_of
 from rkd_deploy.train.weights import (
     load_published_weights,
     load_tensors,
@@ -77,13 +77,15 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
+        group.on_main(lambda: check_named_files(recipe))
         images = _load_images(recipe, group)
         display = display or Silent()
-        facts = group.on_main(lambda: gather_facts(recipe, images, display.note))
-        # Loads the given weights, so that bad ones leave no run behind.
-        trainer = _Trainer(recipe, facts, images, device, group)
+        originals = _originals(recipe, images)
+        facts = group.on_main(lambda: gather_facts(recipe, images, originals, display.note))
+        # Loads the named weights, so that bad ones leave no run behind.
+        trainer = _Trainer(recipe, facts, originals, images, device, group)
         run = group.on_main(lambda: create_run(root, recipe))
-        group.on_main(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
+        group.on_main(lambda: _write_facts(run, facts))
         return trainer.run(run, display)
 
 
@@ -95,8 +97,9 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
         recipe = run.recipe
         images = _load_images(recipe, group, run)
         display = display or Silent()
-        facts = group.on_main(lambda: _facts(run, images, display))
-        trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
+        originals = _originals(recipe, images)
+        facts = group.on_main(lambda: _facts(run, images, originals, display))
+        trainer = _Trainer(recipe, facts, originals, images, _device(recipe.train, group), group)
         return trainer.run(run, display)
 
 
@@ -107,33 +110,32 @@ def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageS
     return load_images(data, recipe.train.seed)
 
 
-def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
+def _originals(recipe: Recipe, images: ImageSet) -> Originals:
+    return networks.build_originals(recipe, len(images.classes), images.image_size)
+
+
+def _facts(run: Run, images: ImageSet, originals: Originals, display: Display) -> RunFacts:
     if not (run.folder / "facts.json").exists():  # killed in its first moments
-        facts = gather_facts(run.recipe, images, display.note)
-        _write_facts(run, facts | {"given": _given_files(run.recipe)})
-    return run.read_json("facts.json")
+        _write_facts(run, gather_facts(run.recipe, images, originals, display.note))
+    return run.facts
 
 
-def _write_facts(run: Run, facts: dict[str, Any]) -> None:
+def _write_facts(run: Run, facts: RunFacts) -> None:
     write_json(run.folder / "environment.json", dataclasses.asdict(provenance()))
-    write_json(run.folder / "facts.json", facts)
-
-
-def _given_files(recipe: Recipe) -> dict[str, Any]:
-    """Where the given weights came from; the run keeps copies, and goes by these from now on."""
-    tables = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
-    files = {name: Path(checkpoint) for name, checkpoint in tables.items() if checkpoint is not None}
-    return {
-        name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in files.items()
-    }
+    write_json(run.folder / "facts.json", facts.to_json())
 
 
 class _Trainer:
     """Holds the networks and the data of one `fit`."""
 
     def __init__(
-        self, recipe: Recipe, facts: dict[str, Any], images: ImageSet, device: torch.device, group: Group
+        self,
+        recipe: Recipe,
+        facts: RunFacts,
+        originals: Originals,
+        images: ImageSet,
+        device: torch.device,
+        group: Group,
     ) -> None:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
@@ -143,7 +145,7 @@ class _Trainer:
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
         _check_pieces(recipe.train, len(self.train), group)
-        self.nets = networks.build_networks(recipe, facts, device)
+        self.nets = networks.build_networks(recipe, facts, originals, device)
         self.planner = Planner(recipe, facts, self.nets)
         self.planner.check()
         self.ready: dict[str, nn.Module] = {}
@@ -176,7 +178,7 @@ class _Trainer:
             self.recipe.data,
             self.train,
             self.normalise,
-            classes=len(self.facts["classes"]),
+            classes=len(self.facts.classes),
             batch_size=self.recipe.train.batch_size,
             seed=networks.derived_seed(self.recipe.train.seed, phase),
             share=Share(self.group.rank, self.group.size),
@@ -213,10 +215,8 @@ class _Trainer:
             return None
         return self._top1(module, self.val)
 
-    def _top1(
-        self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None, name: str | None = None
-    ) -> float:
-        return top1(predictions(module, split, self.normalise, step, name).numpy(), split.labels_N.cpu().numpy())
+    def _top1(self, module: nn.Module, split: AnySplit, name: str | None = None) -> float:
+        return top1(predictions(module, split, self.normalise, name=name).numpy(), split.labels_N.cpu().numpy())
 
     def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
@@ -236,65 +236,95 @@ class _Trainer:
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
         last_epoch = read_log(run.log.path)[-1]
-        if warning := teacher_warning(last_epoch, len(self.val), self.facts["classes"], self.recipe):
+        if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
 
     def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        own = {key: self.facts[key] for key in ("classes", "mean", "std")}
-        save_tensors(run.weights(name), state, {"network": name, **own})
+        facts = WeightsFacts(network=name, classes=self.facts.classes, mean=self.facts.mean, std=self.facts.std)
+        save_tensors(run.weights(name), state, dataclasses.asdict(facts))
 
     def _finish(self, run: Run, display: Display) -> None:
         run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
-        write_json(run.metrics_path, self._metrics(run, display))
+        write_json(run.metrics_path, self._metrics(run, display).to_json())
 
-    def _metrics(self, run: Run, display: Display) -> dict[str, Any]:
+    def _metrics(self, run: Run, display: Display) -> RunMetrics:
         began, names = time.perf_counter(), networks.parts_of(self.recipe)
         display.phase("test", 1, len(names) * batches(self.test), 0)
         right: dict[str, npt.NDArray[np.bool_]] = {}
-        parts = {part: self._tested(run, part, display, right) for part in names}
+        judged = SplitHash(self.test.image_size)
+        parts = {}
+        for part in names:
+            # All parts are judged on the same images, which are decoded anew for each: hashed along with the first.
+            add = judged.add if part == names[0] else lambda images_NCHW: None
+            parts[part] = self._tested(run, part, display, right, add)
         phases = _phases(run)
-        known = {}
+        pairs = {}
         if (fused := right.get("fused")) is not None:
-            known = {part: pairs(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
-        return {
-            "parts": parts,
-            **({"pairs": known} if known else {}),
-            "phases": phases,
-            "training_seconds": sum(phase["seconds"] for phase in phases.values()),
-            "evaluation_seconds": time.perf_counter() - began,
-            "peak_memory_mb": _peak_memory_mb(self.device),
-        }
+            pairs = {part: pairs_of(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
+        return RunMetrics(
+            parts=parts,
+            pairs=pairs,
+            phases=phases,
+            training_seconds=sum(phase.seconds for phase in phases.values()),
+            evaluation_seconds=time.perf_counter() - began,
+            peak_memory_mb=_peak_memory_mb(self.device),
+            test_sha256=judged.finish(self.test.labels_N),
+            files=run.sealed_files(),
+        )
 
-    def _tested(self, run: Run, part: str, display: Display, right: dict[str, npt.NDArray[np.bool_]]) -> dict[str, Any]:
+    def _tested(
+        self,
+        run: Run,
+        part: str,
+        display: Display,
+        right: dict[str, npt.NDArray[np.bool_]],
+        add: Callable[[torch.Tensor], None],
+    ) -> PartMetrics:
+        def step(images_NCHW: torch.Tensor) -> None:
+            add(images_NCHW)
+            display.step()
+
         module = networks.load_part(run, part).to(self.device)
-        cost = count(module, tuple(self.facts["image_size"]))
-        predicted = predictions(module, self.test, self.normalise, display.step, networks.PARTS[part]).numpy()
+        cost = count(module, self.facts.image_size)
+        predicted = predictions(module, self.test, self.normalise, step, networks.PARTS[part]).numpy()
         labels = self.test.labels_N.cpu().numpy()
         right[part] = predicted == labels
-        found = {
-            "test_top1": top1(predicted, labels),
-            "test_images": len(self.test),
-            "parameters": cost.parameters,
-            "macs": cost.macs,
-            "unsupported_operators": list(cost.unsupported),
-        }
+        metrics = PartMetrics(
+            test_top1=top1(predicted, labels),
+            test_images=len(self.test),
+            parameters=cost.parameters,
+            macs=cost.macs,
+            unsupported_operators=tuple(cost.unsupported),
+        )
         other = networks.other_weights(self.recipe)
-        if other is not None and run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
-            module = networks.load_part(run, part, other).to(self.device)
-            found[f"test_top1_{other}"] = self._top1(module, self.test, name=networks.PARTS[part])
-        return found
+        if other is None or not run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
+            return metrics
+        module = networks.load_part(run, part, other).to(self.device)
+        top1_of_other = self._top1(module, self.test, name=networks.PARTS[part])
+        return (
+            replace(metrics, test_top1_ema=top1_of_other)
+            if other == "ema"
+            else replace(metrics, test_top1_last=top1_of_other)
+        )
 
 
-def _phases(run: Run) -> dict[str, Any]:
+def _phases(run: Run) -> dict[str, PhaseMetrics]:
     """Last and best epoch of every phase on the held-out images; the last one is what is kept."""
-    phases: dict[str, Any] = {}
+    phases: dict[str, PhaseMetrics] = {}
     for row in read_log(run.log.path):
-        entry = phases.setdefault(row["phase"], {"epochs": 0, "seconds": 0.0})
-        entry |= {"epochs": row["epoch"], "seconds": entry["seconds"] + row["seconds"]}
-        entry |= {f"{key}_last": row[key] for key in ("val_top1", "val_top1_ema") if key in row}
-        if row["val_top1"] is not None and row["val_top1"] > entry.get("val_top1_best", -1.0):
-            entry |= {"val_top1_best": row["val_top1"], "best_epoch": row["epoch"]}
+        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
+        top1 = row["val_top1"]
+        phase = replace(
+            phase,
+            epochs=row["epoch"],
+            seconds=phase.seconds + row["seconds"],
+            val_top1_last=top1,
+            val_top1_ema_last=row.get("val_top1_ema"),
+        )
+        if top1 is not None and top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
+            phase = replace(phase, val_top1_best=top1, best_epoch=row["epoch"])
+        phases[row["phase"]] = phase
     return phases
 
 
@@ -380,12 +410,17 @@ def fit_series(
 
 
 def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:
-    metrics = [run.read_json("metrics.json")["parts"] for run in runs]
     parts = {}
-    for part, facts in metrics[0].items():
-        accuracies = [one[part]["test_top1"] for one in metrics]
-        own = {"test_top1": accuracies, "mean": mean(accuracies), "std": stdev(accuracies)}
-        parts[part] = own | {key: facts[key] for key in ("test_images", "macs", "parameters")}
+    for part, first in runs[0].metrics.parts.items():
+        accuracies = [run.metrics.parts[part].test_top1 for run in runs]
+        parts[part] = {
+            "test_top1": accuracies,
+            "mean": mean(accuracies),
+            "std": stdev(accuracies),
+            "test_images": first.test_images,
+            "macs": first.macs,
+            "parameters": first.parameters,
+        }
     series = Series(seeds, runs, parts, root / f"series-{runs[0].folder.name}.json")
     write_json(series.path, series.to_dict())
     return series

@@ -18,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import CheckpointError, DataError, RecipeError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.external import External
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.storage import open_regular, write_bytes
+from rkd_deploy.train.facts import RunFacts, WeightsFacts
 
 _FACTS = "rkd_deploy"
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -56,18 +58,45 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def load_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def weights_path(checkpoint: str) -> Path:
+    """The path of a weights file that a recipe names; ``~`` is the home folder."""
+    return Path(checkpoint).expanduser()
+
+
+def check_readable(path: Path, key: str = "") -> None:
+    """Refuse a weights file that is not there or cannot be read.
+
+    Args:
+        path: The file.
+        key: The recipe's key that names it, for the message.
+
+    Raises:
+        CheckpointError: There is no such file, or it is a folder, a pipe, a pointer of Git LFS, or not readable.
+    """
+    where = f" ({key})" if key else ""
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"There is no checkpoint at {path}{where}. Name a .safetensors, .pth or .pt file."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}{where} cannot be read as a checkpoint: {error.strerror}. Name a .safetensors, .pth or .pt file."
+        ) from error
+
+
+def load_foreign(path: Path) -> tuple[dict[str, Tensor], WeightsFacts]:
     """State dict of any checkpoint, unwrapped and without the prefixes of wrapped training, and its facts.
 
     Raises:
         CheckpointError: Missing, damaged, or holding more than weights.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}. Name a .safetensors, .pth or .pt file.")
+    check_readable(path)
     if path.suffix == ".safetensors":
-        content, facts = load_tensors(path)
+        content, header = load_tensors(path)
     else:
-        content, facts = _load_pytorch(path), {}
+        content, header = _load_pytorch(path), {}
     while (inner := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)) is not None:
         content = dict(cast(Mapping[str, Any], content[inner]))
     other = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
@@ -78,7 +107,21 @@ def load_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in content)), ""):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
-    return content, facts
+    return content, weights_facts(path, header)
+
+
+def weights_facts(path: Path, header: Mapping[str, Any]) -> WeightsFacts:
+    """The header of a weights file, typed.
+
+    Raises:
+        CheckpointError: It is not what this package writes.
+    """
+    try:
+        return decode(WeightsFacts, header)
+    except DecodingError as error:
+        raise CheckpointError(
+            f"{path} has a damaged header of rkd-deploy: {error}. Copy the file again, or save its tensors alone."
+        ) from error
 
 
 def _load_pytorch(path: Path) -> dict[str, Any]:
@@ -145,7 +188,7 @@ def _first(keys: list[str]) -> str:
     return f" (first: {', '.join(keys[:3])})" if keys else ""
 
 
-def load_weights_from(module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
+def load_weights_from(module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: RunFacts) -> bool:
     """Load the checkpoint that a recipe names for T or S0.
 
     Args:
@@ -163,22 +206,22 @@ def load_weights_from(module: nn.Module, table: str, checkpoint: str, recipe: Re
         RecipeError: Another normalisation than that of the data.
     """
     name = getattr(recipe, table).name
-    state, own = load_foreign(Path(checkpoint))
+    state, header = load_foreign(weights_path(checkpoint))
     load_weights(module.network if isinstance(module, External) else module, state, checkpoint, f"{table} {name}")
-    if own.get("classes") not in (None, facts["classes"]):
-        theirs, ours = own["classes"], facts["classes"]
+    if header.classes is not None and header.classes != facts.classes:
+        theirs, ours = header.classes, facts.classes
         index = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
         raise CheckpointError(
             f"{checkpoint} was trained on other classes than the data: class {index} is {theirs[index]!r} there and "
             f"{ours[index]!r} here. Use the data it was trained on."
         )
     stated = {key: getattr(recipe.teacher, key) if table == "teacher" else None for key in ("mean", "std")}
-    known = {key: own.get(key) or stated[key] for key in ("mean", "std")}
+    known = {key: getattr(header, key) or stated[key] for key in ("mean", "std")}
     check_normalisation(f"{table} {name}", known, facts)
     return all(value is not None for value in known.values())
 
 
-def load_published_weights(module: nn.Module, table: str, name: str, facts: Mapping[str, Any]) -> bool:
+def load_published_weights(module: nn.Module, table: str, name: str, facts: RunFacts) -> bool:
     """Load the weights that torchvision or timm publish for T or S0.
 
     Args:
@@ -201,7 +244,7 @@ def load_published_weights(module: nn.Module, table: str, name: str, facts: Mapp
     return weights.complete
 
 
-def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None], facts: Mapping[str, Any]) -> None:
+def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None], facts: RunFacts) -> None:
     """Refuse weights that expect images of another normalisation than the data's.
 
     Args:
@@ -213,9 +256,9 @@ def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None
         RecipeError: They do.
     """
     for key, value in expected.items():
-        if value is not None and max(abs(a - b) for a, b in zip(value, facts[key], strict=True)) > 1e-3:
+        if value is not None and max(abs(a - b) for a, b in zip(value, getattr(facts, key), strict=True)) > 1e-3:
             raise RecipeError(
-                f"{what} expects images normalised with {key} {list(value)}; the data use {facts[key]}. "
+                f"{what} expects images normalised with {key} {list(value)}; the data use {list(getattr(facts, key))}. "
                 f"Use the {what.split()[0]}'s: --set 'data.{key}={list(value)}'"
             )
 
@@ -236,7 +279,7 @@ def near_chance(top1: float, classes: int) -> bool:
     return top1 < min(3 * chance, chance + (100 - chance) / 5)
 
 
-def refuse_guessing(what: str, top1: float, images: int, facts: Mapping[str, Any], known: bool) -> None:
+def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known: bool) -> None:
     """A network that guesses on its own data is fed wrongly: say so now, not after hours of imitating it.
 
     Args:
@@ -249,12 +292,12 @@ def refuse_guessing(what: str, top1: float, images: int, facts: Mapping[str, Any
     Raises:
         DataError: It guesses.
     """
-    if not near_chance(top1, len(facts["classes"])):
+    if not near_chance(top1, len(facts.classes)):
         return
-    normalisation = "" if known else f"; its normalisation is not recorded, the data's is mean {facts['mean']}"
+    normalisation = "" if known else f"; its normalisation is not recorded, the data's is mean {list(facts.mean)}"
     raise DataError(
         f"{what} classifies {top1:.1f} % of {images} training images right, chance is "
-        f"{100 / len(facts['classes']):.1f} %: it was trained on other classes, another order of them, or another "
+        f"{100 / len(facts.classes):.1f} %: it was trained on other classes, another order of them, or another "
         f"normalisation{normalisation}. State the right ones in [data]: mean, std, name."
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -21,7 +22,8 @@ def write(tmp_path):
         ends = [helper.make_tensor_value_info("x", kind, [batch, *image])]
         ends += [helper.make_tensor_value_info("y", kind, None)]
         graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        opsets = [helper.make_opsetid(domain, 1) for domain in {node.domain for node in nodes} if domain]
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), *opsets], ir_version=10)
         onnx.save(model, tmp_path / "model.onnx")
         return tmp_path / "model.onnx"
 
@@ -99,11 +101,109 @@ def test_halves_and_quantised_graphs_are_told_apart(write):
     assert quantised.macs == (4 * 3 + 2 * 4) * 64
 
 
+@pytest.mark.parametrize(
+    ("equation", "weight", "macs"),
+    [
+        ("nchw,wk->nchk", (8, 2), 3 * 8 * 8 * 2),
+        ("nchw,cd->nhwd", (3, 5), 3 * 8 * 8 * 5),
+        ("nchw, nchw -> nc", (1, 3, 8, 8), 3 * 8 * 8),
+        ("...hw,wk->...hk", (8, 2), 3 * 8 * 8 * 2),
+        ("...w,...wk", (3, 8, 8, 4), 3 * 8 * 8 * 4),
+    ],
+)
+def test_an_einsum_is_as_many_products_as_its_indices_have_combinations(equation, weight, macs, write):
+    nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], equation=equation)]
+    cost = graph_cost(write(nodes, {"w": weight}), 1)
+    assert (cost.macs, cost.uncounted) == (macs, ())
+
+
 def test_what_cannot_be_counted_is_named(write):
-    nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], equation="nchw,wk->nchk")]
-    cost = graph_cost(write(nodes, {"w": (8, 2)}), 1)
-    assert cost.uncounted == ("Einsum",)
-    assert cost.macs == 0
+    three = helper.make_node("Einsum", ["x", "w", "w"], ["y"], equation="nchw,wk,wk->nchk")
+    assert graph_cost(write([three], {"w": (8, 2)}), 1).uncounted == ("Einsum",)
+    for op, domain in (("MatMulNBits", "com.microsoft"), ("TreeEnsemble", "ai.onnx.ml"), ("Mine", "my.domain")):
+        cost = graph_cost(write([helper.make_node(op, ["x", "w"], ["y"], domain=domain)], {"w": (8, 2)}), 1)
+        assert cost.uncounted == (op,)
+        assert cost.macs == 0
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """Convolutions, grouped and not, an addition, pools and a head; and its multiply-adds for one image, by hand."""
+    import torch
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 16, 3, padding=1)
+            self.left = torch.nn.Conv2d(16, 24, 3, stride=2, padding=1)
+            self.right = torch.nn.Conv2d(16, 24, 1, stride=2)
+            self.each = torch.nn.Conv2d(24, 24, 3, padding=1, groups=24)
+            self.head = torch.nn.Linear(24, 10)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            x = torch.relu(self.left(x) + self.right(x))
+            return self.head(torch.relu(self.each(x)).mean((2, 3)))
+
+    file = tmp_path_factory.mktemp("network") / "fp32.onnx"
+    torch.manual_seed(0)
+    x = torch.zeros(1, 3, 16, 16)
+    torch.onnx.export(Small().eval(), (x,), file, external_data=False, opset_version=18, verbose=False)
+    products = 16 * 256 * 27 + 24 * 64 * 16 * 9 + 24 * 64 * 16 + 24 * 64 * 9 + 24 * 10
+    return file, products
+
+
+@pytest.mark.parametrize("level", ["BASIC", "EXTENDED", "ALL"])
+def test_a_file_that_onnx_runtime_optimised_costs_what_it_cost_before(level, network, tmp_path):
+    """Optimised, the convolutions are FusedConv, or nchwc's Conv on a CPU that has blocks of channels for it."""
+    file, products = network
+    assert graph_cost(file, 1).macs == products
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    cost = graph_cost(tmp_path / "optimised.onnx", 1)
+    assert cost.uncounted == ()
+    own = {node.domain for node in onnx.load(tmp_path / "optimised.onnx").graph.node} - {"", "ai.onnx"}
+    assert bool(own) == (level != "BASIC")
+    if "com.microsoft.nchwc" in own:  # channels are filled up to blocks, and what fills them is multiplied, too
+        assert products <= cost.macs < 2 * products
+    else:
+        assert cost.macs == products
+
+
+@pytest.mark.parametrize("form", ["QDQ", "QOperator", "dynamic"])
+@pytest.mark.parametrize("optimised", [False, True])
+def test_a_quantised_file_costs_as_many_products_in_int8(form, optimised, network, tmp_path):
+    """As QLinearConv, QGemm, ConvInteger and MatMulInteger, and what ONNX Runtime makes of each of them."""
+    from onnxruntime import quantization
+
+    class Noise(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.left = [{"x": np.random.default_rng(0).standard_normal((1, 3, 16, 16), np.float32)}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    file, products = network
+    if form == "dynamic":
+        quantization.quantize_dynamic(file, tmp_path / "int8.onnx")
+    else:
+        quantization.quantize_static(
+            file, tmp_path / "int8.onnx", Noise(), quant_format=quantization.QuantFormat[form], per_channel=False
+        )
+    measured = tmp_path / "int8.onnx"
+    if optimised:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(measured := tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(str(tmp_path / "int8.onnx"), options, providers=["CPUExecutionProvider"])
+    cost = graph_cost(measured, 1)
+    assert cost.uncounted == ()
+    assert cost.macs == products
+    assert cost.macs_in.get("int8", 0) > 0.9 * products
 
 
 def test_what_has_no_known_size_is_refused(write, tmp_path):

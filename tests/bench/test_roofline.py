@@ -14,7 +14,7 @@ from rich.console import Console
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
-from rkd_deploy.bench.graph_cost import Cost
+from rkd_deploy.bench.graph_cost import GraphCost
 from rkd_deploy.bench.roofline import Analysis, Prediction, _bounded, achieved, bound, predict
 from rkd_deploy.errors import BackendError
 from rkd_deploy.report.columns import print_roofline
@@ -131,7 +131,7 @@ def ceilings(arithmetic, macs_per_s, bytes_per_s=1e12):
 
 
 def test_a_graph_of_several_precisions_takes_the_time_of_each():
-    cost = Cost({"int8": 8_000_000, "float32": 1_000_000}, 100, 100, 100, 1000, ())
+    cost = GraphCost({"int8": 8_000_000, "float32": 1_000_000}, 100, 100, 100, 1000, ())
     peaks = {"int8": ceilings("int8", 4e9), "float32": ceilings("float32", 1e9)}
     found = _bounded(cost, peaks, "onnxruntime")
     assert found["bound_ms"] == pytest.approx(2 + 1)
@@ -140,7 +140,7 @@ def test_a_graph_of_several_precisions_takes_the_time_of_each():
 
 
 def test_a_precision_without_a_ceiling_of_its_own_is_bounded_by_float32s_and_says_so():
-    cost = Cost({"bfloat16": 2_000_000}, 100, 100, 100, 1000, ())
+    cost = GraphCost({"bfloat16": 2_000_000}, 100, 100, 100, 1000, ())
     found = _bounded(cost, {"float32": ceilings("float32", 1e9)}, "onnxruntime")
     assert found["bound_ms"] == pytest.approx(2)
     assert "bfloat16 is bounded by the peak of float32, which it may exceed" in found["note"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rkd_deploy.data.augment import Mixing
-from rkd_deploy.data.batches import Batching, Share, seeded_image
+from rkd_deploy.data.batches import EpochBatches, Share, seeded_image
 from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import RecipeError
@@ -52,11 +52,11 @@ def test_resuming_gives_the_rest_with_everything_on() -> None:
 
 
 def test_partners_stand_in_front_and_the_last_before_the_first() -> None:
-    one = Batching(10, 4, Share(), partners=True)
-    assert [one.places(batch).tolist() for batch in range(len(one))] == [[3, 0, 1, 2, 3], [7, 4, 5, 6, 7]]
-    second = Batching(10, 4, Share(1, 2), partners=True)
-    assert second.places(1).tolist() == [5, 6, 7]
-    assert Batching(10, 4, Share(1, 2), partners=False).places(1).tolist() == [6, 7]
+    one = EpochBatches(10, 4, Share(), partners=True)
+    assert [one.positions(batch).tolist() for batch in range(len(one))] == [[3, 0, 1, 2, 3], [7, 4, 5, 6, 7]]
+    second = EpochBatches(10, 4, Share(1, 2), partners=True)
+    assert second.positions(1).tolist() == [5, 6, 7]
+    assert EpochBatches(10, 4, Share(1, 2), partners=False).positions(1).tolist() == [6, 7]
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
@@ -65,8 +65,8 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
 
 
 def test_a_set_smaller_than_a_batch_is_divided_too() -> None:
-    small = Batching(7, 64, Share(1, 2), partners=False)
-    assert (len(small), small.size, small.places(0).tolist()) == (1, 3, [3, 4, 5])
+    small = EpochBatches(7, 64, Share(1, 2), partners=False)
+    assert (len(small), small.size, small.positions(0).tolist()) == (1, 3, [3, 4, 5])
 
 
 def test_the_random_numbers_of_an_image_are_its_own_and_leave_the_others_alone() -> None:

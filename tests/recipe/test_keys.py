@@ -185,7 +185,7 @@ def data(draw: st.DrawFn) -> DataRecipe:
     unread |= set() if name == "webdataset" else {"test_root"}
     unread |= {"cache_gb"} if values["cache"] != "auto" else set()
     if name not in ("imagefolder", "webdataset") or (name == "webdataset" and values["test_root"] is not None):
-        unread |= {"test_fraction", "split_seed"}
+        unread |= {"test_fraction"} | ({"split_seed"} if values["test_limit"] is None else set())
     if "randaugment" not in (values["augment"] or ()):
         unread |= {"randaugment_ops", "randaugment_magnitude"}
     return DataRecipe(**{key: value for key, value in values.items() if key not in unread})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,31 @@ def test_a_given_teacher_is_used_as_it_is(
     assert [row["phase"] for row in read_log(run.log.path)] == ["student", "assistant"]
     parts = run.read_json("metrics.json")["parts"]
     assert parts["teacher"]["test_top1"] == parts["s0"]["test_top1"] > 50
+
+
+@pytest.mark.parametrize("content", [None, "a pipe", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+@pytest.mark.parametrize("keys", [("method.name=kd",), ("method.name=cross_entropy",)])
+def test_a_checkpoint_that_is_no_file_is_found_at_once(
+    tmp_path: Path, tiny_recipe: MakeRecipe, keys: tuple[str, ...], content: str | None
+) -> None:
+    """Also where the method has no use for T: the key was written to be read."""
+    path = tmp_path / "t.pth"
+    if content == "a pipe":
+        os.mkfifo(path)
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"t\.pth \(teacher\.checkpoint\)"):
+        fit(tiny_recipe(*keys, f"teacher.checkpoint={path}"), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_home_folder_is_meant_by_a_tilde(
+    tmp_path: Path, tiny_recipe: MakeRecipe, pth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(pth.parent))
+    run = fit(tiny_recipe(*QUICK, "method.name=kd", f"teacher.checkpoint=~/{pth.name}"), root=tmp_path / "runs")
+    assert run.facts.given["teacher"].file == pth.name
+    assert run.recipe.teacher.checkpoint == str(run.weights("teacher"))
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rkd_deploy.errors import CheckpointError, StorageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.train.facts import WeightsFacts
 from rkd_deploy.train.weights import load_foreign, load_tensors, load_weights, save_tensors
 
 TINY = (4, 4, 4, 4)
@@ -78,7 +79,7 @@ def test_a_file_of_others_has_no_facts(tmp_path: Path, state: dict[str, Tensor])
     safetensors.torch.save_file(state, tmp_path / "f.safetensors", {"format": "pt"})
     ours, facts = load_foreign(tmp_path / "f.safetensors")
     assert same(ours, state)
-    assert facts == {}
+    assert facts == WeightsFacts()
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_storage(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_pytorch_files_are_read(tmp_path: Path, state: dict[str, Tensor], suffix
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     ours, facts = load_foreign(path)
     assert same(ours, state)
-    assert facts == {}
+    assert facts == WeightsFacts()
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "net"])
