@@ -30,8 +30,9 @@ class TeacherRecipe:
     lr: float | None = None
     """Peak learning rate of that training, where T's family wants another one than S0's. Default: train.lr."""
     mean: tuple[float, ...] | None = None
-    """The normalisation T was trained with, where it is known: checked against that of the data."""
+    """Mean per channel that T was trained with, where it is known: checked against that of the data."""
     std: tuple[float, ...] | None = None
+    """Standard deviation per channel that T was trained with, as `mean`."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None:
