@@ -31,12 +31,12 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import ImageSet, load_images
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, stamp, to_onnx
-from rkd_deploy.export.precision.convert import lower
-from rkd_deploy.export.precision.gate import HeldOut, answers
+from rkd_deploy.export.precision.convert import convert
+from rkd_deploy.export.precision.gate import HeldOut, logits_of
 from rkd_deploy.export.precision.int8 import Int8Quantiser
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
-from rkd_deploy.pipeline import Batches, draw_lowering
+from rkd_deploy.pipeline import Batches, precision_job
 from rkd_deploy.recipe import DataRecipe
 
 FILES = (
@@ -102,26 +102,26 @@ def accuracy(network: nn.Module, images: ImageSet, count: int) -> Iterator[Claim
     reference = PyTorchBackend(ExportGraph(network, CIFAR), input_shape=(None, 32, 32, 3), input_dtype="uint8")
     batches = list(Batches(images.test.take(torch.arange(count))))
     inputs, labels_N = [x for x, _ in batches], np.concatenate([y for _, y in batches])
-    expected = answers(proto, inputs, "onnxruntime")
+    expected = logits_of(proto, inputs, "onnxruntime")
     before = _top1(expected, labels_N)
     yield Claim(f"ResNet-56, {count} test images: fp32", before, "%", None)
     yield Claim("ResNet-56 fp32 file", len(proto.SerializeToString()) / 1e6, "MB", None)
     held_out: HeldOut | None = None
     for precision, target in FILES:
         options = PrecisionOptions(precision=precision, target=target, drop=100.0, agreement=0.0)
-        asked = draw_lowering(images, options, CIFAR)
+        asked = precision_job(images, options, CIFAR)
         # The same images for every file: those that int8 is not calibrated on.
         if held_out is None:
-            others = draw_lowering(images, PrecisionOptions(precision="int8"), CIFAR).held_out
+            others = precision_job(images, PrecisionOptions(precision="int8"), CIFAR).held_out
             held_out = HeldOut(reference, itertools.islice(others, HELD_OUT_BATCHES), card)
         pixels = None if asked.calibration is None else asked.calibration.images_NHWC
-        lowered = lower(graph, proto, CIFAR, pixels, held_out, options)
-        found = answers(lowered.proto, inputs, options.prover)
+        lowered = convert(graph, proto, CIFAR, pixels, held_out, options)
+        found = logits_of(lowered.proto, inputs, options.prover)
         what = f"ResNet-56 {precision} for {target} on {options.prover}"
         yield Claim(f"{what}: points lost", before - _top1(found, labels_N), "points", LIMITS[precision])
         agreement = 100 * float((found.argmax(1) == expected.argmax(1)).mean())
         yield Claim(f"{what}: same class as fp32", agreement, "%", None)
-        yield Claim(f"{what}: same class on held-out images", lowered.judgement.agreement, "%", None)
+        yield Claim(f"{what}: same class on held-out images", lowered.result.agreement, "%", None)
         yield Claim(f"{what}: file", len(lowered.proto.SerializeToString()) / 1e6, "MB", None)
 
 

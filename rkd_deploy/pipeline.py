@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,15 @@ from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
 from rkd_deploy.export.measuring import Target
-from rkd_deploy.export.precision.images import Calibration, Lowering, draw, from_folder
+from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
-from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
+from rkd_deploy.train.preparation import data_of
 from rkd_deploy.train.runs import Run
 
 CHUNK = 256
@@ -63,7 +63,7 @@ class Batches:
             done += len(images_NCHW)
 
 
-def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Preprocess) -> Lowering:
+def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Preprocess) -> PrecisionJob:
     """Calibrate on a folder or on training images; judge on validation images, or on other training images.
 
     Args:
@@ -77,9 +77,9 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     train = f"{images.name} training images"
     calibration, taken_N = None, np.empty(0, np.int64)
     if options.precision in QUANTISED and options.calibration is not None:
-        calibration = from_folder(options.calibration, preprocess, options.count, options.seed)
+        calibration = calibration_from_folder(options.calibration, preprocess, options.count, options.seed)
     elif options.precision in QUANTISED:
-        taken_N = draw(len(images.train), options.count, options.seed, train)
+        taken_N = draw_indices(len(images.train), options.count, options.seed, train)
         pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(taken_N))])
         calibration = Calibration(pixels_NHWC, train, options.seed)
     if len(images.val):
@@ -89,7 +89,7 @@ def draw_lowering(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         source = f"{train} not calibrated on"
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = Batches(pool.take(chosen_N))
-    return Lowering(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
+    return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
@@ -178,7 +178,7 @@ def export_run(
         target=target,
         progress=progress,
         note=note,
-        lowering=draw_lowering(images(), precision, card.preprocess) if precision and precision.lowered else None,
+        job=precision_job(images(), precision, card.preprocess) if precision and precision.is_lower else None,
     )
     return Exported(chosen, proof)
 
@@ -246,28 +246,26 @@ def quickstart(root: Path, display: Display, note: Callable[[str], None], min_se
 
 
 def _card(run: Run, part: str, embedded: bool) -> ModelCard:
-    facts, metrics = run.read_json("facts.json"), run.read_json("metrics.json")
-    if part not in metrics["parts"]:
-        raise UsageError(f"{run.folder} has no {part}: it has {', '.join(metrics['parts'])}.")
-    own = metrics["parts"][part]
-    height, width = facts["image_size"]
-    recipe = run.recipe
+    facts, parts, recipe = run.facts, run.metrics.parts, run.recipe
+    if part not in parts:
+        raise UsageError(f"{run.folder} has no {part}: it has {', '.join(parts)}.")
+    results, (height, width) = parts[part], facts.image_size
     weights = run.weights(phase_of(recipe, part))
     return ModelCard(
         name=f"{recipe.name} {PARTS[part]}",
-        labels=tuple(facts["classes"]),
+        labels=facts.classes,
         preprocess=Preprocess(
             height=height,
             width=width,
-            mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
-            crop_fraction=facts.get("crop_fraction", 1.0),
+            mean=facts.mean,
+            std=facts.std,
+            crop_fraction=1.0 if facts.crop_fraction is None else facts.crop_fraction,
             embedded=embedded,
         ),
         part=part,
-        macs=own["macs"],
-        parameters=own["parameters"],
-        metrics={"accuracy": own["test_top1"], "split": _test_split(facts), "images": own["test_images"]},
+        macs=results.macs,
+        parameters=results.parameters,
+        metrics={"accuracy": results.test_top1, "split": facts.test_split, "images": results.test_images},
         source={
             "run": run.folder.name,
             "recipe": recipe.name,
@@ -277,9 +275,8 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
 
 
 def _level(run: Run, part: str) -> str:
-    """The one that S and A were cut for."""
-    separation = run.read_json("facts.json").get("separation", {}) if part == "fused" else {}
-    return str(separation.get("level", "tail"))
+    """The level of fusion that S and A were cut for; tail for every other part."""
+    return run.facts.fusion_level if part == "fused" else "tail"
 
 
 def _free_folder(run: Run, part: str) -> Path:
@@ -295,7 +292,7 @@ def _images(run: Run) -> ImageSet:
     data = data_of(run.recipe, run)
     if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
-    images, trained = load_images(data, run.recipe.train.seed), tuple(run.read_json("facts.json")["classes"])
+    images, trained = load_images(data, run.recipe.train.seed), run.facts.classes
     if images.classes != trained:
         changed = sorted(set(images.classes) ^ set(trained))
         raise DataError(
@@ -304,8 +301,3 @@ def _images(run: Run) -> ImageSet:
             "(--random-images), which need none."
         )
     return images
-
-
-def _test_split(facts: Mapping[str, Any]) -> str:
-    source = facts.get("sources", {}).get("test")
-    return f"{facts['data']} test" if source is None else f"{facts['data']} test: {source}"

@@ -8,6 +8,7 @@ Standard library only.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -98,6 +99,15 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int | None = None) -> byt
         if len(content) > limit:
             raise _too_large(os.fspath(path), len(content), limit)
         return content
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the content of a file, in hexadecimal (see `open_regular` for the errors)."""
+    with open_regular(path) as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> str:

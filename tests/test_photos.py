@@ -20,9 +20,9 @@ from rkd_deploy.errors import InterruptedTraining, RecipeError
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.train.display import Silent
-from rkd_deploy.train.facts import data_of
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import load_part
+from rkd_deploy.train.preparation import data_of
 from rkd_deploy.train.runs import Run, open_run
 from rkd_deploy.train.weights import load_tensors, save_tensors
 

@@ -14,11 +14,11 @@ from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.precision.convert import lower
-from rkd_deploy.export.precision.gate import HeldOut, answers
+from rkd_deploy.export.precision.convert import convert
+from rkd_deploy.export.precision.gate import HeldOut, logits_of
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
-from rkd_deploy.pipeline import HELD_OUT, Batches, draw_lowering
+from rkd_deploy.pipeline import HELD_OUT, Batches, precision_job
 
 PREPROCESS = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 
@@ -30,7 +30,7 @@ def resnet20(cifar100, shared_data):
     graph = ExportGraph(fuse(network.eval()), PREPROCESS).eval()
     reference = PyTorchBackend(ExportGraph(network, PREPROCESS), input_shape=(None, 32, 32, 3), input_dtype="uint8")
     card = ModelCard(name="resnet20", labels=cifar100.classes, preprocess=PREPROCESS)
-    drawn = draw_lowering(cifar100, PrecisionOptions(precision="int8", count=64), PREPROCESS)
+    drawn = precision_job(cifar100, PrecisionOptions(precision="int8", count=64), PREPROCESS)
     batches = list(drawn.held_out)
     assert sum(len(labels_n) for _, labels_n in batches) == HELD_OUT
     test = list(Batches(cifar100.test.take(torch.arange(500))))
@@ -59,9 +59,9 @@ def test_a_file_classifies_500_test_images_as_the_network_does(resnet20, precisi
     """
     options = PrecisionOptions(precision=precision, target=target)
     calibration = resnet20.calibration if precision == "int8" else None
-    found = lower(resnet20.graph, resnet20.proto, PREPROCESS, calibration, resnet20.held_out, options)
-    assert found.judgement.images == 256
-    logits_NK = answers(found.proto, resnet20.test, options.prover)
+    found = convert(resnet20.graph, resnet20.proto, PREPROCESS, calibration, resnet20.held_out, options)
+    assert found.result.images == 256
+    logits_NK = logits_of(found.proto, resnet20.test, options.prover)
     assert len(logits_NK) == IMAGES
     right_N, expected_N = resnet20.labels_N, resnet20.expected.argmax(1)
     assert 100 * (expected_N == right_N).mean() == pytest.approx(68.83, abs=3)  # published for all 10,000

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
-from rkd_deploy.storage import open_regular, read_text, write_text
+from rkd_deploy.storage import open_regular, read_text, sha256_of, write_text
 
 ONNX_NAME = "model.onnx"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -242,8 +242,7 @@ def _text(file: Path) -> str:
 
 def _sha256_of(file: Path) -> str:
     try:
-        with open_regular(file) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(file)
     except OSError as error:
         raise _unreadable(file, error) from error
 

@@ -288,11 +288,11 @@ def _print_proof(made: Exported, precision: str, as_json: bool) -> None:
     )
     if proof.torch_top1 is not None and proof.onnx_top1 is not None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
-    if proof.judgement is not None:
-        console.print(f"{precision}: {proof.judgement.in_words()}.")
-        console.print(f"Left in float32: {', '.join(proof.kept) or 'no layer'}.")
-        if proof.lowered_top1 is not None:
-            console.print(f"Top-1 of the {precision} file on the test images: {proof.lowered_top1:.2f} %.")
+    if proof.conversion is not None:
+        console.print(f"{precision}: {proof.conversion.result.in_words()}.")
+        console.print(f"Left in float32: {', '.join(proof.conversion.kept) or 'no layer'}.")
+        if proof.converted_top1 is not None:
+            console.print(f"Top-1 of the {precision} file on the test images: {proof.converted_top1:.2f} %.")
     exits = describe_model(made.folder).early_exit
     if exits:
         print_exits(exits, console)
@@ -304,11 +304,9 @@ def _facts(made: Exported, precision: str) -> dict[str, Any]:
     from rkd_deploy.backends import describe_model
 
     proof = made.proof
-    lowered = (
-        {}
-        if proof.judgement is None
-        else {"precision": precision, "gate": proof.judgement.to_dict(), "kept": list(proof.kept)}
-    )
+    converted: dict[str, Any] = {}
+    if (conversion := proof.conversion) is not None:
+        converted = {"precision": precision, "gate": conversion.result.to_dict(), "kept": list(conversion.kept)}
     return {
         "bundle": str(made.folder),
         "parity": proof.parity.to_dict(),
@@ -317,7 +315,7 @@ def _facts(made: Exported, precision: str) -> dict[str, Any]:
         "torch_top1": proof.torch_top1,
         "onnx_top1": proof.onnx_top1,
         "early_exit": describe_model(made.folder).early_exit,
-        **lowered,
+        **converted,
     }
 
 
@@ -341,7 +339,7 @@ def _fusion_target(
     from rkd_deploy.backends import RunOn, check_backend
     from rkd_deploy.export.measuring import Target
 
-    chosen = backend or (precision.runs_on[0] if precision.lowered else "onnxruntime")
+    chosen = backend or (precision.runs_on[0] if precision.is_lower else "onnxruntime")
     check_backend(chosen)
     return Target(RunOn(chosen, device=device, threads=threads), tuple(batch_sizes(batches or "1")))
 

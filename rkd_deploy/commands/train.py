@@ -15,6 +15,7 @@ from rkd_deploy.commands.options import (
     Json,
     Root,
     Threads,
+    as_dict,
     batch_sizes,
     console_for,
     output_folder,
@@ -77,6 +78,9 @@ def train(
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Train once with each of these, e.g. 0,1,2: mean and deviation.")
     ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print every key of a recipe, as TOML, and train nothing.")
+    ] = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +88,11 @@ def train(
 
     Without one: the embedded example.
     """
+    if keys:
+        if recipe or overrides or budget or resume or seeds:
+            raise UsageError("--keys prints what a recipe can say, and trains nothing. Leave the other options out.")
+        _print_keys(as_json)
+        return
     require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
@@ -93,7 +102,7 @@ def train(
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
-    from rkd_deploy.train.verdict import of_metrics, of_series, told
+    from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
         overrides = [*(overrides or ()), f"student.budget={budget}"]
@@ -109,7 +118,7 @@ def train(
             print_series(series, console_for(as_json))
             console_for(as_json).print(f"Series {series.path}")
             if as_json:
-                print_json(series.to_dict() | told(of_series(series.parts, PARTS)))
+                print_json(series.to_dict() | verdict_json(of_series(series.parts, PARTS)))
         return
     with Progress() as progress:
         if resume:
@@ -120,13 +129,21 @@ def train(
             run = fit(chosen, root=root, display=progress)
     if not is_main_process():  # torchrun's other processes
         return
-    metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     console = console_for(as_json)
-    print_parts(metrics, facts, console)
+    print_parts(run.metrics, run.facts, console)
     console.print(f"Run {run.folder}. Next: {command_line('export', run.folder)}", markup=False)
     if as_json:
-        verdict = told(of_metrics(metrics, PARTS))
-        print_json({"run": str(run.folder), **metrics, "separation": facts.get("separation"), **verdict})
+        verdict = verdict_json(of_metrics(run.metrics, PARTS))
+        separation = run.facts.to_json().get("separation")
+        print_json({"run": str(run.folder), **run.metrics.to_json(), "separation": separation, **verdict})
+
+
+def _print_keys(as_json: bool) -> None:
+    from rkd_deploy.recipe.keys import keys_as_toml, recipe_keys
+
+    typer.echo(keys_as_toml(), nl=False, err=as_json)
+    if as_json:
+        print_json({"keys": [as_dict(key) for key in recipe_keys()]})
 
 
 def compare(

@@ -22,6 +22,7 @@ from typing import Any
 from rkd_deploy.bench.results import Result
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.verdict import CONTROLS, Gain, Verdict, gain_of_pairs, gain_of_samples, gain_of_seeds
@@ -107,13 +108,13 @@ class _Network:
     part: str
     weights: tuple[str, ...]
     """Part, SHA-256 of its file, and of S0's where it is held against S0: S alone and S + A lie in the same file."""
-    metrics: Mapping[str, Any]
-    """Metrics of the run."""
+    metrics: RunMetrics
+    """Results of the run."""
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        facts: Mapping[str, Any] = self.metrics["parts"][self.part]
-        return facts
+    def results(self) -> PartMetrics:
+        """Results of this network."""
+        return self.metrics.parts[self.part]
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
@@ -136,11 +137,11 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         groups.setdefault(_recipe_without_seed(network), []).append(network)
     ordered = sorted(groups.values(), key=lambda group: _order(group[0]))
     names = _names([group[0] for group in ordered])
-    facts = runs[0].read_json("facts.json")
+    facts = runs[0].facts
     rows = [_row(name, group) for name, group in zip(names, ordered, strict=True)]
     return Comparison(
-        data=facts["data"],
-        test_images=facts["images"]["test"],
+        data=facts.data,
+        test_images=facts.images.test,
         rows=tuple(rows),
         networks=tuple((group[0].run, group[0].part) for group in ordered),
         missing=tuple(_missing(runs)),
@@ -164,23 +165,25 @@ def _verdicts(rows: Sequence[NetworkRow], groups: Sequence[Sequence[_Network]]) 
 
 def _gain(ours: Sequence[_Network], others: Sequence[_Network]) -> Gain:
     """By seeds that both have, where there are several; else by the test images of one run, or of two."""
-    accuracies = [{one.run.recipe.train.seed: one.facts["test_top1"] for one in group} for group in (ours, others)]
+    accuracies = [
+        {network.run.recipe.train.seed: network.results.test_top1 for network in group} for group in (ours, others)
+    ]
     seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
     if len(seeds) > 1:
-        return gain_of_seeds(*([one[seed] for seed in seeds] for one in accuracies))
-    images = ours[0].facts["test_images"]
-    for one in ours:
-        known = one.metrics.get("pairs", {}).get(others[0].part)
-        if known is not None and any(one.run == other.run for other in others):
-            return gain_of_pairs(known["gained"], known["lost"], images)
-    return gain_of_samples(ours[0].facts["test_top1"], others[0].facts["test_top1"], images)
+        return gain_of_seeds(*([by_seed[seed] for seed in seeds] for by_seed in accuracies))
+    images = ours[0].results.test_images
+    for network in ours:
+        pairs = network.metrics.pairs.get(others[0].part)
+        if pairs is not None and any(network.run == other.run for other in others):
+            return gain_of_pairs(pairs.gained, pairs.lost, images)
+    return gain_of_samples(ours[0].results.test_top1, others[0].results.test_top1, images)
 
 
 def _networks(run: Run) -> Iterable[_Network]:
-    metrics = run.read_json("metrics.json")
-    for part in metrics["parts"]:
+    metrics = run.metrics
+    for part in metrics.parts:
         weights = [part, _sha256(run, phase_of(run.recipe, part))]
-        if part in ("student", "fused", "control") and "s0" in metrics["parts"]:
+        if part in ("student", "fused", "control") and "s0" in metrics.parts:
             weights.append(_sha256(run, phase_of(run.recipe, "s0")))
         yield _Network(run, part, tuple(weights), metrics)
 
@@ -206,19 +209,20 @@ def _check_same_test(runs: Sequence[Run]) -> None:
             if ours is not None and theirs is not None and ours != theirs:
                 raise UsageError(
                     f"{first[0].folder} and {run.folder} were tested on different images: {what} "
-                    f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data and the same data.test_limit."
+                    f"{_short(ours)} and {_short(theirs)}. Compare runs of the same data, data.test_limit and "
+                    "data.split_seed."
                 )
 
 
 def _judged_on(run: Run) -> dict[str, Any]:
     """What the accuracies of a run were measured on; None where an older run does not say."""
-    facts, metrics = run.read_json("facts.json"), run.read_json("metrics.json")
+    facts = run.facts
     return {
-        "data": facts["data"],
-        "number of test images": facts["images"]["test"],
-        "image size": facts["image_size"],
-        "classes": facts["classes"],
-        "images and labels, SHA-256": metrics.get("test_sha256") or None,
+        "data": facts.data,
+        "number of test images": facts.images.test,
+        "image size": facts.image_size,
+        "classes": facts.classes,
+        "images and labels, SHA-256": run.metrics.test_sha256 or None,
     }
 
 
@@ -286,9 +290,9 @@ def _names(networks: Sequence[_Network]) -> list[str]:
 
 
 def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
-    facts = [network.facts for network in group]
-    accuracies = [fact["test_top1"] for fact in facts]
-    top1, images = statistics.fmean(accuracies), facts[0]["test_images"]
+    results = [network.results for network in group]
+    accuracies = [result.test_top1 for result in results]
+    top1, images = statistics.fmean(accuracies), results[0].test_images
     phases = [_own_phases(network) for network in group]
     part = group[0].part
     return NetworkRow(
@@ -300,20 +304,20 @@ def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
         deviation=statistics.stdev(accuracies) if len(group) > 1 else None,
         standard_error=math.sqrt(top1 * (100 - top1) / images),
         test_images=images,
-        val_last=_mean(own[-1].get("val_top1_last") if own else None for own in phases),
-        val_best=_mean(own[-1].get("val_top1_best") if own else None for own in phases),
-        macs=facts[0]["macs"],
-        parameters=facts[0]["parameters"],
-        seconds=_mean(sum(phase["seconds"] for phase in own) if own else None for own in phases),
+        val_last=_mean(own[-1].val_top1_last if own else None for own in phases),
+        val_best=_mean(own[-1].val_top1_best if own else None for own in phases),
+        macs=results[0].macs,
+        parameters=results[0].parameters,
+        seconds=_mean(sum(phase.seconds for phase in own) if own else None for own in phases),
         over_s0=_mean(_over(network, "s0") for network in group) if part not in ("teacher", "s0") else None,
         over_control=_mean(_over(network, "control") for network in group) if part in ("student", "fused") else None,
         over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
     )
 
 
-def _own_phases(network: _Network) -> list[dict[str, Any]]:
+def _own_phases(network: _Network) -> list[PhaseMetrics]:
     """The log's summary of the phases that trained a network, in order; none where its weights were given."""
-    phases = network.metrics["phases"]
+    phases = network.metrics.phases
     if network.part in ("teacher", "s0"):
         return [phases[network.part]] if network.part in phases else []
     controls = {name: phase for name, phase in phases.items() if name.startswith("control")}
@@ -326,8 +330,8 @@ def _own_phases(network: _Network) -> list[dict[str, Any]]:
 
 
 def _over(network: _Network, control: str) -> float | None:
-    other = network.metrics["parts"].get(control)
-    return None if other is None else network.facts["test_top1"] - other["test_top1"]
+    other = network.metrics.parts.get(control)
+    return None if other is None else network.results.test_top1 - other.test_top1
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -101,7 +101,9 @@ def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn,
     train, classes = on_disk.splits["train"], len(on_disk.classes)
     sources = {"train": on_disk.origins["train"]}
     if "test" in on_disk.splits:
-        for key in ("test_fraction", "split_seed"):
+        # Without data.test_limit nothing is drawn for testing.
+        unread = ("test_fraction", "split_seed") if recipe.test_limit is None else ("test_fraction",)
+        for key in unread:
             if (value := getattr(recipe, key)) is not None:
                 raise RecipeError(
                     f"data.{key} = {value} has no effect: the test split is {on_disk.origins['test']} of "
@@ -116,7 +118,7 @@ def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn,
     if test_N is None:
         test_N = torch.arange(len(test.labels_N))
     train_N = train_N[limit(train.labels_N[train_N], recipe.train_limit, classes, "data.train_limit", seed)]
-    test_N = test_N[limit(test.labels_N[test_N], recipe.test_limit, classes, "data.test_limit", seed)]
+    test_N = test_N[limit(test.labels_N[test_N], recipe.test_limit, classes, "data.test_limit", recipe.split_seed or 0)]
     if "val" in on_disk.splits:  # given: nothing is held out of train
         val, sources["val"] = on_disk.splits["val"], on_disk.origins["val"]
         drawn = {"train": (train, train_N), "val": (val, torch.arange(len(val.labels_N)))}
@@ -203,7 +205,7 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
     train, test, classes = _digits(recipe.image_size or 16) if recipe.name == "digits" else _cifar(recipe)
     mean, std = _NORMALISATION[recipe.name]
     train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
-    test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", seed))
+    test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", recipe.split_seed or 0))
     train_N, val_N = hold_out(len(train), recipe.val_fraction, seed)
     return ImageSet(
         name=recipe.name,

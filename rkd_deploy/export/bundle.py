@@ -1,4 +1,4 @@
-"""The bundle: one folder with everything an app needs, proven before it gets its name.
+"""Writes the bundle: a folder with everything an app needs, proven before it gets its name.
 
     model.onnx                one file, the card inside
     model.json                the same card with the SHA-256 of every file, for readers without ONNX metadata
@@ -36,24 +36,24 @@ from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import CheckpointError, UsageError, require
-from rkd_deploy.export.early_exit import EarlyExit, Exits, check
+from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.measuring import Choice, Target, choose_level
-from rkd_deploy.export.precision.convert import insist, lower, unjudged
+from rkd_deploy.export.precision.convert import convert, convert_ungated, require_passed
 from rkd_deploy.export.precision.gate import HeldOut
-from rkd_deploy.export.precision.images import Lowering
+from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.precision.options import AUTO, PrecisionOptions
 from rkd_deploy.export.proving import (
     TOLERANCE,
     Array,
     Batches,
     Proof,
-    account,
     check_stated_accuracy,
     npz,
+    parity_record,
     prove,
-    prove_lowered,
+    prove_converted,
     random_batch,
     reference_of,
 )
@@ -67,7 +67,7 @@ def check_finite(model: nn.Module) -> None:
     """Refuse a network with a weight or a statistic that is NaN or infinite.
 
     Raises:
-        CheckpointError: There is one; the message names the tensor and counts.
+        CheckpointError: There is such a weight; the message names the tensor and counts.
     """
     for name, tensor in model.state_dict().items():
         if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
@@ -78,11 +78,11 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def give_back() -> None:
-    """Let the C library return to the system what was freed, where it is glibc.
+def trim_memory() -> None:
+    """Let the C library return freed memory to the system, where it is glibc.
 
-    It keeps freed blocks of up to 32 MB for itself, as large as weights are, and what loads a model next takes its own
-    besides: of a ResNet-18's export that was a tenth of the peak.
+    It keeps freed blocks of up to 32 MB for itself, as large as weights are, and whatever loads a model next allocates
+    its own: in the export of a ResNet-18 that was a tenth of the peak.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -90,7 +90,7 @@ def give_back() -> None:
 
 
 PACKAGES = ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
-"""Whose versions the card names."""
+"""Packages whose versions the card names."""
 
 
 def export_bundle(
@@ -107,9 +107,9 @@ def export_bundle(
     target: Target | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
-    lowering: Lowering | None = None,
+    job: PrecisionJob | None = None,
 ) -> Proof:
-    """Fuse, export, prove, and only then let the folder appear.
+    """Fuse, export and prove a network, and only then let the bundle's folder appear.
 
     Args:
         model: Normalised float images [N, C, H, W] to logits [N, K]: S with A, S alone, or any classifier.
@@ -124,10 +124,10 @@ def export_bundle(
         with_pytorch: Write model.pt2 too.
         early_exit: Write a graph of each branch too, to run one after the other (`rkd_deploy.export.early_exit`).
         target: What level `auto` measures on, files of lower precision included. Default: batch 1 on the CPU with ONNX
-            Runtime, or on what `lowering` is for.
+            Runtime, or on what `job` is for.
         progress: Told how far that is.
         note: Called with the name of each stage as it begins.
-        lowering: Lower the precision of the proven float32 graph, and judge what comes out of that on held-out images.
+        job: Convert the proven float32 graph to a lower precision, and judge the result on held-out images.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
@@ -138,26 +138,26 @@ def export_bundle(
             Nothing else is left behind.
         StorageError: The folder exists, or the disk is full; nothing is left behind.
         UsageError: The network gives probabilities; unknown level or outputs, a target without level `auto` or not that
-            of `lowering`; early exit of a network that has no branches.
+            of `job`; early exit of a network that has no branches.
     """
     note = note or (lambda stage: None)
     check_number("--tolerance", tolerance, 0)
-    if with_pytorch and lowering is not None:
+    if with_pytorch and job is not None:
         raise UsageError(
-            f"model.pt2 would be float32 and model.onnx {lowering.options.precision}. Leave one of --with-pytorch and "
+            f"model.pt2 would be float32 and model.onnx {job.options.precision}. Leave one of --with-pytorch and "
             "--precision out."
         )
-    if lowering is not None and early_exit is not None:
-        _check_named_layers(lowering.options, level)
+    if job is not None and early_exit is not None:
+        _check_named_layers(job.options, level)
     check_finite(model)
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
     check_ends_in_logits(model.cpu(), noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
     preprocess = card.preprocess
-    branches = None if early_exit is None else check(model, early_exit)
+    branches = None if early_exit is None else require_branches(model, early_exit)
     with new_folder(folder) as temporary:
         note("fusing and converting to ONNX")
-        choice = _fused(model.cpu(), card, outputs, level, target, progress, lowering)
+        choice = _fused(model.cpu(), card, outputs, level, target, progress, job)
         card = dataclasses.replace(
             card,
             outputs=tuple(outputs),
@@ -169,34 +169,35 @@ def export_bundle(
         _write(choice.proto, file)
         # A proof takes memory enough without two more copies of the network: what needs the graph reads it back.
         fused, choice = choice.network, dataclasses.replace(choice, network=model, proto=None)
-        graph = ExportGraph(fused, preprocess, outputs).eval() if lowering is not None or with_pytorch else None
+        graph = ExportGraph(fused, preprocess, outputs).eval() if job is not None or with_pytorch else None
         del fused
-        give_back()
+        trim_memory()
         reference = reference_of(model, card)
         images = batches or [random_batch(card)]
         note("proving against PyTorch")
         proof, golden = prove(reference, file, card, images, tolerance)
         check_stated_accuracy(proof, card)
-        card = dataclasses.replace(card, parity=account(proof))
+        card = dataclasses.replace(card, parity=parity_record(proof))
         if branches is not None:
             note("converting each branch, for early exit")
-        exits = None if branches is None else Exits(temporary, branches, card, images, tolerance)
-        if lowering is not None:
-            note(f"converting to {lowering.options.precision} and judging on held-out images")
-            inputs, prover = _calibration_inputs(lowering, card), lowering.options.prover
-            held_out = HeldOut(reference, lowering.held_out, card)
+        exits = None if branches is None else ExitGraphs(temporary, branches, card, images, tolerance)
+        if job is not None:
+            note(f"converting to {job.options.precision} and judging on held-out images")
+            inputs = _calibration_inputs(job, card)
+            held_out = HeldOut(reference, job.held_out, card)
             assert graph is not None
-            lowered = lower(graph, onnx.load(file), preprocess, inputs, held_out, lowering.options)
-            insist(lowered, lowering, card, folder)
-            _write(lowered.proto, file)
-            proof, golden = prove_lowered(proof, golden, lowered.judgement, lowered.kept, file, card, images, prover)
-            told = {**lowered.account(lowering), "test_top1": proof.lowered_top1}
-            card = dataclasses.replace(card, precision=lowering.options.precision, lowering=told)
+            converted = convert(graph, onnx.load(file), preprocess, inputs, held_out, job.options)
+            require_passed(converted, job, card, folder)
+            _write(converted.proto, file)
+            conversion = converted.record(job)
+            proof, golden = prove_converted(proof, golden, conversion, file, card, images)
+            record = {**conversion.to_record(), "test_top1": proof.converted_top1}
+            card = dataclasses.replace(card, precision=job.options.precision, lowering=record)
             if exits is not None:
-                insist(exits.lower(lowering, inputs), lowering, card, folder)
+                require_passed(exits.convert(job, inputs), job, card, folder)
         if exits is not None and early_exit is not None:
             note("measuring what early exit saves")
-            card = dataclasses.replace(card, early_exit=exits.report(early_exit))
+            card = dataclasses.replace(card, early_exit=exits.report(early_exit).to_record())
         note("writing and verifying the bundle")
         append_card(file, card)
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
@@ -209,13 +210,13 @@ def export_bundle(
         if choice.record:
             write_json(temporary / "fusion.json", choice.record)
         write_text(temporary / CARD_NAME, with_checksums(card, temporary))
-        prover = "onnxruntime" if lowering is None else lowering.options.prover
+        prover = "onnxruntime" if job is None else job.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
     return proof
 
 
 def _write(proto: Any, file: Path) -> None:
-    """Without metadata, those of converters and quantisers included: the card is appended in the end."""
+    """Write a graph without the metadata of converters and quantisers: the card is appended in the end."""
     del proto.metadata_props[:]
     write_bytes(file, proto.SerializeToString(deterministic=True))
 
@@ -227,9 +228,9 @@ def _fused(
     level: str,
     target: Target | None,
     progress: Progress | None,
-    lowering: Lowering | None,
+    job: PrecisionJob | None,
 ) -> Choice:
-    """The fused network and its float32 graph; level auto is chosen by the files that would ship."""
+    """The fused network and its float32 graph; level auto is chosen by timing the files that would ship."""
 
     def float32(network: nn.Module) -> Any:
         return to_onnx(ExportGraph(network, card.preprocess, outputs).eval(), card.preprocess, unfused=model)
@@ -241,46 +242,47 @@ def _fused(
             )
         network = fuse(model, level)
         return Choice(level, network, float32(network))
-    if lowering is None:
+    if job is None:
         return choose_level(model, float32, target or Target(), progress)
-    asked, inputs = lowering.options, _calibration_inputs(lowering, card)
+    options, inputs = job.options, _calibration_inputs(job, card)
 
-    def lowered(network: nn.Module) -> Any:
+    def converted(network: nn.Module) -> Any:
         graph = ExportGraph(network, card.preprocess, outputs).eval()
-        return unjudged(graph, to_onnx(graph, card.preprocess, unfused=model), card.preprocess, inputs, asked)
+        return convert_ungated(graph, to_onnx(graph, card.preprocess, unfused=model), card.preprocess, inputs, options)
 
-    choice = choose_level(model, lowered, _measured_on(target, asked), progress)
-    summary = {**choice.summary, "precision": asked.precision, "target": asked.runtime} if choice.summary else {}
+    choice = choose_level(model, converted, _measured_on(target, options), progress)
+    summary = {**choice.summary, "precision": options.precision, "target": options.runtime} if choice.summary else {}
     return dataclasses.replace(choice, proto=float32(choice.network), summary=summary)
 
 
-def _measured_on(target: Target | None, asked: PrecisionOptions) -> Target:
-    """Where level auto measures files of lower precision."""
-    target = target or Target(RunOn(asked.runs_on[0]))
-    if target.run_on.backend not in asked.runs_on:
+def _measured_on(target: Target | None, options: PrecisionOptions) -> Target:
+    """What level auto measures files of lower precision on."""
+    target = target or Target(RunOn(options.runs_on[0]))
+    if target.run_on.backend not in options.runs_on:
         raise UsageError(
-            f"Level auto would measure on {target.run_on.backend} files that are written for --target {asked.runtime}, "
-            f"which {' or '.join(asked.runs_on)} is to run. Measure on that, on the machine it is for, or name a level."
+            f"Level auto would measure on {target.run_on.backend} files that are written for --target {options.runtime}"
+            f", which {' or '.join(options.runs_on)} is to run. Measure on that, on the machine it is for, or name a "
+            "level."
         )
-    if asked.keep not in ((), (AUTO,)):
+    if options.keep not in ((), (AUTO,)):
         raise UsageError(
-            f"--keep {','.join(asked.keep)} names layers of one fusion level, and level auto compares several. Name "
+            f"--keep {','.join(options.keep)} names layers of one fusion level, and level auto compares several. Name "
             "the level too, or use --keep auto."
         )
     return target
 
 
-def _calibration_inputs(lowering: Lowering, card: ModelCard) -> Array | None:
-    """Images to calibrate on, as the graph takes them."""
-    return None if lowering.calibration is None else as_input(lowering.calibration.images_NHWC, card.preprocess)
+def _calibration_inputs(job: PrecisionJob, card: ModelCard) -> Array | None:
+    """Images to calibrate on, as the graph takes them; None where the precision needs none."""
+    return None if job.calibration is None else as_input(job.calibration.images_NHWC, card.preprocess)
 
 
-def _check_named_layers(asked: PrecisionOptions, level: str) -> None:
-    """Early exit and lower precision: a layer has one name in all graphs, or is found by the package."""
-    if level != "tail" and asked.keep not in ((), (AUTO,)):
+def _check_named_layers(options: PrecisionOptions, level: str) -> None:
+    """Refuse layers to keep by names that the graphs for early exit, which have level tail, do not share."""
+    if level != "tail" and options.keep not in ((), (AUTO,)):
         raise UsageError(
-            f"--keep {','.join(asked.keep)} names layers of level {level}, and the graphs for early exit have those of "
-            "level tail. Use --fuse tail, or --keep auto."
+            f"--keep {','.join(options.keep)} names layers of level {level}, and the graphs for early exit have those "
+            "of level tail. Use --fuse tail, or --keep auto."
         )
 
 

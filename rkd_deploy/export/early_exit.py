@@ -1,6 +1,8 @@
-"""Early exit: S first, an assistant only for images that S is not sure of (after ResKD, arXiv 2006.04719).
+"""Exports each branch as a graph of its own, for early exit, and reports what that saves.
 
-The tail is linear (`fusion.py`), so logits are a sum of what each branch adds:
+S runs first, an assistant only for images that S is not sure of (after ResKD, arXiv 2006.04719).
+
+The tail is linear (`fusion`), so that logits are a sum of what each branch adds:
 
     z_0 = W U_S GAP(s) + b + W c_S                 S alone
     z_i = z_{i-1} + W U_i GAP(a_i) + W c_i         and its assistants, one by one
@@ -36,9 +38,9 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse_branch
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.precision.convert import Exportable, Lowered, lower_sum
+from rkd_deploy.export.precision.convert import Converted, Exportable, PrecisionRecord, convert_sum
 from rkd_deploy.export.precision.gate import HeldOut
-from rkd_deploy.export.precision.images import Lowering
+from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.images import normalise
 from rkd_deploy.models.adapters import Adapter
@@ -49,11 +51,11 @@ from rkd_deploy.serve.early_exit import check_threshold, exit_steps
 from rkd_deploy.storage import write_bytes
 
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
-"""Those of the table; the first is S alone, the last S + A for every image."""
+"""Thresholds of the table; the first is S alone, the last S + A for every image."""
 
 
-class UpTo(nn.Module):
-    """z_i of PyTorch, unfused: images to logits with the first i = `step` assistants."""
+class FirstBranches(nn.Module):
+    """z_i as PyTorch computes it, unfused: images to logits with S and the first i = `step` assistants."""
 
     def __init__(self, model: ResidualStudent, step: int) -> None:
         super().__init__()
@@ -64,15 +66,79 @@ class UpTo(nn.Module):
         return cast(Tensor, self.model.head(pool(self.model.summed_map(x_NCHW, self.step))))
 
 
-class Sums:
-    """What the exported graphs answer to a set of images: z_0 .. z_k of each.
+@dataclass(frozen=True)
+class ExitRow:
+    """What a threshold saves and costs on a set of images.
+
+    Attributes:
+        threshold: Confidence at which an image leaves.
+        shares: Share of the images that leaves after each branch.
+        macs: Mean MACs of an image.
+        saved: Share of the MACs of all branches that is saved.
+        top1: Accuracy in %.
+    """
+
+    threshold: float
+    shares: tuple[float, ...]
+    macs: float
+    saved: float
+    top1: float
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {**vars(self), "shares": list(self.shares)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitReport:
+    """What leaving early saves and costs with the graphs of a bundle: the card's `early_exit`.
+
+    Attributes:
+        files: The graphs, S first.
+        macs: MACs of each.
+        threshold: Confidence at which an image leaves.
+        chosen_on: Where the threshold comes from, in words.
+        held_out: A row for each of `THRESHOLDS` on held-out images; empty without any.
+        test: Rows for S alone, the threshold and all branches on the test images; empty without any.
+        conversion: How the graphs got a lower precision; None for float32.
+    """
+
+    files: tuple[str, ...]
+    macs: tuple[int, ...]
+    threshold: float
+    chosen_on: str
+    held_out: tuple[ExitRow, ...] = ()
+    test: tuple[ExitRow, ...] = ()
+    conversion: PrecisionRecord | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as the card has them, without those that are empty."""
+        record: dict[str, Any] = {"files": list(self.files), "macs": list(self.macs)}
+        record |= {"threshold": self.threshold, "chosen_on": self.chosen_on}
+        if self.held_out:
+            record["held_out"] = [row.to_record() for row in self.held_out]
+        if self.test:
+            record["test"] = [row.to_record() for row in self.test]
+        return record if self.conversion is None else record | {"lowering": self.conversion.to_record()}
+
+
+class ExitLogits:
+    """The logits at every exit, z_0 .. z_k, of the exported graphs for a set of images.
 
     Args:
-        files: Of the graphs.
-        backend: That runs them.
-        preprocess: Of their input.
+        files: The graphs, S first.
+        backend: The backend that runs them.
+        preprocess: How they take images.
         batches: uint8 images [n, H, W, C] with labels [n].
-        expected: Where given, a model and a tolerance: every z_i is held against the model's.
+        expected: A model and a tolerance: every z_i is held against the model's. None: nothing is.
+
+    Attributes:
+        z_kNK: Logits [N, K] for each exit.
+        labels_N: Labels.
+        images: N.
+
+    Raises:
+        GateError: A z_i is not the model's.
     """
 
     def __init__(
@@ -101,24 +167,18 @@ class Sums:
             self.z_kNK, self.labels_N = list(np.concatenate(z_parts, axis=1)), np.concatenate(labels)
         self.images = len(self.labels_N)
 
-    def row(self, threshold: float, macs: Sequence[int], whole: int) -> dict[str, Any]:
-        """Of one threshold: share of images that leave after each step, mean MACs, and top-1 in %.
+    def row(self, threshold: float, macs: Sequence[int], whole: int) -> ExitRow:
+        """What a threshold saves and costs.
 
         Args:
             threshold: Confidence at which an image leaves.
-            macs: Of each graph.
-            whole: Of the fused graph: behind a trunk less than of all graphs, each of which runs the trunk again.
+            macs: MACs of each graph.
+            whole: MACs of the fused graph: behind a trunk less than of all graphs, each of which runs the trunk again.
         """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
-        return {
-            "threshold": threshold,
-            "shares": shares,
-            "macs": mean,
-            "saved": 1 - mean / whole,
-            "top1": self._top1(threshold),
-        }
+        return ExitRow(threshold, tuple(shares), mean, 1 - mean / whole, self._top1(threshold))
 
     def lowest_without_loss(self) -> float:
         """The lowest threshold, to 0.01, at which no fewer images are right than with all assistants."""
@@ -140,12 +200,12 @@ def _rows(z_kNK: Array) -> Array:
 def _reference(model: ResidualStudent, images_NHWC: Array, preprocess: Preprocess) -> Array:
     """z_0 .. z_k by PyTorch, unfused."""
     x_NCHW = torch.from_numpy(normalise(images_NHWC, preprocess))
-    return np.stack([UpTo(model, step)(x_NCHW).numpy() for step in range(len(model.assistants) + 1)])
+    return np.stack([FirstBranches(model, step)(x_NCHW).numpy() for step in range(len(model.assistants) + 1)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """What is asked for.
+    """A request for early exit, with the images that it needs.
 
     Attributes:
         threshold: Confidence at which an image leaves. None: the lowest that loses nothing on `held_out`.
@@ -158,11 +218,14 @@ class EarlyExit:
     test: Batches = ()
 
 
-def check(model: nn.Module, asked: EarlyExit) -> ResidualStudent:
-    """The model, if its branches can be run one after the other; a threshold is given, or can be chosen.
+def require_branches(model: nn.Module, request: EarlyExit) -> ResidualStudent:
+    """Refuse a network whose branches cannot be run one after the other, and a threshold that cannot be had.
+
+    Returns:
+        The same model.
 
     Raises:
-        UsageError: One of these is not so.
+        UsageError: The model has no branches or no linear head; no threshold is given and no image is held out.
     """
     if not isinstance(model, ResidualStudent):
         raise UsageError(
@@ -175,9 +238,9 @@ def check(model: nn.Module, asked: EarlyExit) -> ResidualStudent:
             "Early exit adds up the logits of S and of each assistant, which a head that is not linear does not allow. "
             'Train with method.head = "trained", or export without it.'
         )
-    if asked.threshold is not None:
-        check_threshold(asked.threshold)
-    elif next(iter(asked.held_out), None) is None:
+    if request.threshold is not None:
+        check_threshold(request.threshold)
+    elif next(iter(request.held_out), None) is None:
         raise UsageError(
             "Early exit needs a threshold: this run held out no images to choose it on (data.val_fraction = 0); "
             "test images are not for choosing. Give one, e.g. --exit-threshold 0.9."
@@ -185,11 +248,11 @@ def check(model: nn.Module, asked: EarlyExit) -> ResidualStudent:
     return model
 
 
-class Exits:
-    """A graph for each branch, student.onnx, assistant_1.onnx, ..: written, proven, on request lowered, reported on.
+class ExitGraphs:
+    """A graph for each branch, student.onnx, assistant_1.onnx, ..: written and proven as float32, then converted.
 
     Args:
-        folder: Receives them.
+        folder: Receives the graphs.
         model: S with its assistants.
         card: For the pre-processing.
         images: Batches to prove the sums of the float32 graphs on.
@@ -208,53 +271,61 @@ class Exits:
         self._folder, self._model, self._card = folder, model, card
         self._files = ["student.onnx", *(f"assistant_{i}.onnx" for i in range(1, len(model.assistants) + 1))]
         self._prover = "onnxruntime"
-        self._lowered: dict[str, Any] = {}
+        self._conversion: PrecisionRecord | None = None
         self._macs: list[int] = []
         self.branches = [self._branch(*pair, number) for number, pair in enumerate(model.branches())]
         self._write([branch.proto for branch in self.branches])
-        self._sums(images, tolerance)
+        self._logits(images, tolerance)
 
-    def lower(self, lowering: Lowering, inputs: Array | None) -> Lowered:
-        """Lower every graph, and judge every partial sum on held-out images.
+    def convert(self, job: PrecisionJob, inputs: Array | None) -> Converted:
+        """Convert every graph to a lower precision, and judge every partial sum on held-out images.
 
         Args:
-            lowering: What is asked for, and the images to judge on.
+            job: Options, and the images to judge on.
             inputs: Calibration images as the graphs take them.
 
         Returns:
             The graphs, which were written in place of the float32 ones, whether or not they passed.
         """
         held_out = [
-            HeldOut(reference_of(UpTo(self._model, step), self._card), lowering.held_out, self._card)
+            HeldOut(reference_of(FirstBranches(self._model, step), self._card), job.held_out, self._card)
             for step in range(len(self.branches))
         ]
-        lowered = lower_sum(self.branches, self._card.preprocess, inputs, held_out, lowering.options)
-        self._prover, self._lowered = lowering.options.prover, lowered.account(lowering)
-        self._write(lowered.protos)
-        return lowered
+        converted = convert_sum(self.branches, self._card.preprocess, inputs, held_out, job.options)
+        self._prover, self._conversion = job.options.prover, converted.record(job)
+        self._write(converted.protos)
+        return converted
 
-    def report(self, asked: EarlyExit) -> dict[str, Any]:
-        """The card's `early_exit`: what leaving early saves and costs with these graphs."""
-        held_out = self._sums(asked.held_out)
-        threshold = held_out.lowest_without_loss() if asked.threshold is None else asked.threshold
-        test, macs = self._sums(asked.test), self._macs
-        whole = sum(macs)
+    def report(self, request: EarlyExit) -> ExitReport:
+        """Measure what leaving early saves and costs with these graphs; the threshold is chosen on held-out images."""
+        held_out = self._logits(request.held_out)
+        given = request.threshold
+        threshold = held_out.lowest_without_loss() if given is None else given
+        test, macs, whole = self._logits(request.test), self._macs, self._fused_macs()
+        of_test = (THRESHOLDS[0], threshold, THRESHOLDS[-1])
+        return ExitReport(
+            files=tuple(self._files),
+            macs=tuple(macs),
+            threshold=threshold,
+            chosen_on=f"{held_out.images} held-out images" if given is None else "given",
+            held_out=tuple(held_out.row(value, macs, whole) for value in THRESHOLDS) if held_out.images else (),
+            test=tuple(test.row(value, macs, whole) for value in of_test) if test.images else (),
+            conversion=self._conversion,
+        )
+
+    def _fused_macs(self) -> int:
+        """MACs of the fused graph, which runs a trunk once, where each of these graphs runs it again."""
+        whole = sum(self._macs)
         if (trunk := self._model.trunk) is not None:
             preprocess = self._card.preprocess
-            whole -= (len(macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
-        report: dict[str, Any] = {"files": self._files, "macs": macs, "threshold": threshold}
-        report["chosen_on"] = "given" if asked.threshold is not None else f"{held_out.images} held-out images"
-        if held_out.images:
-            report["held_out"] = [held_out.row(one, macs, whole) for one in THRESHOLDS]
-        if test.images:
-            report["test"] = [test.row(one, macs, whole) for one in (THRESHOLDS[0], threshold, THRESHOLDS[-1])]
-        return report | ({"lowering": self._lowered} if self._lowered else {})
+            whole -= (len(self._macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
+        return whole
 
     def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
-        """As it runs: adapter and head folded."""
+        """A branch as it runs: its adapter and the head are one matrix."""
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:
-            nn.init.zeros_(head.bias)  # b is S's
+            nn.init.zeros_(head.bias)  # z_0 has b already
         network = fuse_branch(backbone, adapter, head, self._model.trunk)
         self._macs.append(count(network, (preprocess.height, preprocess.width)).macs)
         graph = ExportGraph(network, preprocess).eval()
@@ -264,6 +335,8 @@ class Exits:
         for file, proto in zip(self._files, protos, strict=True):
             write_bytes(self._folder / file, proto.SerializeToString(deterministic=True))
 
-    def _sums(self, batches: Batches, tolerance: float | None = None) -> Sums:
+    def _logits(self, batches: Batches, tolerance: float | None = None) -> ExitLogits:
         files, preprocess = [self._folder / file for file in self._files], self._card.preprocess
-        return Sums(files, self._prover, preprocess, batches, None if tolerance is None else (self._model, tolerance))
+        return ExitLogits(
+            files, self._prover, preprocess, batches, None if tolerance is None else (self._model, tolerance)
+        )

@@ -1,4 +1,7 @@
-"""torch.onnx's exporter without its detours: the same file, in half of the time for small networks."""
+"""Runs PyTorch's ONNX exporter without its detours, and says what it cannot convert.
+
+The file is the same, in half of the time for small networks.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from rkd_deploy.errors import ExportError
 
 
 @contextmanager
-def quick_exporter(graph: nn.Module, x: Tensor) -> Iterator[None]:
-    """While torch.onnx.export converts this graph, it says nothing and does nothing twice.
+def fast_exporter(graph: nn.Module, x: Tensor) -> Iterator[None]:
+    """Let torch.onnx.export convert a graph inside the block without its messages and without doing work twice.
 
     Args:
         graph: In eval mode.
@@ -31,7 +34,7 @@ def quick_exporter(graph: nn.Module, x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _out_of_place(graph: nn.Module, x: Tensor) -> Iterator[None]:
-    """Activations leave their input alone, if nobody reads it afterwards: one that overwrites it costs 0.1 s."""
+    """Let activations leave their input alone where nobody reads it afterwards: each that overwrites it costs 0.1 s."""
     overwriting: list[Any] = [module for module in graph.modules() if getattr(module, "inplace", False) is True]
     try:
         with torch.no_grad():
@@ -48,21 +51,21 @@ def _out_of_place(graph: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def _random(x: Tensor) -> Tensor:
-    """An input of the same kind that reaches both sides of an activation."""
+    """An input like x whose values reach both sides of an activation."""
     generator = torch.Generator().manual_seed(0)
     if x.dtype.is_floating_point:
         return torch.randn(x.shape, generator=generator, dtype=x.dtype)
     return torch.randint(256, x.shape, generator=generator, dtype=x.dtype)
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
+def _same(left: Any, right: Any) -> bool:
+    pairs = zip(left, right, strict=True) if isinstance(left, tuple) else [(left, right)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
 @contextmanager
 def _operators_read_once() -> Iterator[None]:
-    """The table of ONNX's operators is kept: for every file, 500 functions are parsed from their source, for 1 s.
+    """Keep the exporter's table of operators: it would parse 500 functions from their source for every file, in 1 s.
 
     These names are torch's own business. Where another version has others, it takes its second.
     """
@@ -75,7 +78,7 @@ def _operators_read_once() -> Iterator[None]:
     except (ImportError, AttributeError):
         yield
         return
-    library.get_torchlib_ops = functools.partial(_kept, original)
+    library.get_torchlib_ops = functools.partial(_read_once, original)
     try:
         yield
     finally:
@@ -83,7 +86,7 @@ def _operators_read_once() -> Iterator[None]:
 
 
 @functools.cache
-def _kept(read: Any) -> Any:
+def _read_once(read: Any) -> Any:
     return read()
 
 
@@ -106,7 +109,7 @@ def unsupported(network: nn.Module, capture: Callable[[], torch.export.ExportedP
     """The error for a network that PyTorch's exporter would not convert.
 
     Args:
-        network: Of which module paths are told.
+        network: Messages name paths of its modules.
         capture: Traces it for export, as the attribute `network` of a module.
     """
     with _entered(network) as path:
@@ -131,7 +134,7 @@ def unsupported(network: nn.Module, capture: Callable[[], torch.export.ExportedP
 
 @contextlib.contextmanager
 def _entered(network: nn.Module) -> Iterator[list[str]]:
-    """The paths of the modules that were entered and not left: where an exception came from, the deepest last."""
+    """Follow a forward pass: yields the paths of the modules that it is inside of, the deepest last."""
     path: list[str] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -156,7 +159,7 @@ def _named(network: nn.Module, path: list[str]) -> str:
 
 
 def _operator(error: BaseException, network: nn.Module) -> tuple[str, str]:
-    """What could not be translated and the module that it is in. Only the exporter's own frames know the node."""
+    """The operation that could not be translated and its module; only frames of the exporter know the node."""
     frames = [frame for cause in _causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
     nodes = [node for frame in frames if isinstance(node := frame.f_locals.get("node"), fx.Node)]
     if not nodes:

@@ -1,4 +1,4 @@
-"""A network as one ONNX file: pre-processing inside, the card in its metadata, dynamic batch, opset 18.
+"""Writes a network as an ONNX graph: pre-processing inside, free batch, opset 18.
 
 Opset 18 is the newest that every runtime we target has all kernels for. The weights are inside the file: files with
 external data break ONNX Runtime's own tools and cannot be embedded as one artefact.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
-from rkd_deploy.export.exporter import quick_exporter, unsupported
+from rkd_deploy.export.exporter import fast_exporter, unsupported
 from rkd_deploy.export.fusion import SummedBranches
 from rkd_deploy.models.staged import pool
 from rkd_deploy.storage import append_bytes
@@ -63,25 +63,25 @@ class ExportGraph(nn.Module):
             # TensorRT transposes no uint8: cast first.
             x = x.float().permute(0, 3, 1, 2) * cast(Tensor, self.scale) + cast(Tensor, self.shift)
         x = x.to(self.dtype)
-        found: dict[str, Tensor] = {}
+        results: dict[str, Tensor] = {}
         if "features" in self.outputs:
             network = cast(SummedBranches, self.network)
-            found["features"] = network.summed_map(x)
-            found["logits"] = network.head(pool(found["features"]))
+            results["features"] = network.summed_map(x)
+            results["logits"] = network.head(pool(results["features"]))
         else:
-            found["logits"] = self.network(x)
-        found = {name: value.float() for name, value in found.items()}
+            results["logits"] = self.network(x)
+        results = {name: value.float() for name, value in results.items()}
         if "probabilities" in self.outputs:
-            found["probabilities"] = found["logits"].softmax(dim=1)
-        results = tuple(found[name] for name in self.outputs)
-        return results[0] if len(results) == 1 else results
+            results["probabilities"] = results["logits"].softmax(dim=1)
+        ordered = tuple(results[name] for name in self.outputs)
+        return ordered[0] if len(ordered) == 1 else ordered
 
-    def lowered(self, dtype: torch.dtype) -> ExportGraph:
+    def in_dtype(self, dtype: torch.dtype) -> ExportGraph:
         """A copy whose network computes in another type, between float32 pre-processing and float32 outputs."""
-        lowered = copy.deepcopy(self)
-        lowered.network.to(dtype)
-        lowered.dtype = dtype
-        return lowered
+        converted = copy.deepcopy(self)
+        converted.network.to(dtype)
+        converted.dtype = dtype
+        return converted
 
 
 def example_input(preprocess: Preprocess, batch: int = 2) -> Tensor:
@@ -114,7 +114,7 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, u
     onnx = require("onnx", "export")
     require("onnxscript", "export")
     x = example_input(preprocess)
-    with quick_exporter(graph.eval(), x):
+    with fast_exporter(graph.eval(), x):
         try:
             converted = torch.onnx.export(
                 graph,
@@ -128,8 +128,8 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, u
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            told = graph if unfused is None else ExportGraph(unfused, preprocess)
-            raise unsupported(told.network, lambda: to_program(told, preprocess)) from error
+            named = graph if unfused is None else ExportGraph(unfused, preprocess)
+            raise unsupported(named.network, lambda: to_program(named, preprocess)) from error
     assert converted is not None
     model = converted.model_proto
     # The exporter notes the source line of every node: paths of the machine it ran on, and bytes for nothing.

@@ -1,4 +1,4 @@
-"""What a bundle is proven by: the exported graph against PyTorch, and the golden data that proves it again elsewhere.
+"""Proves an exported graph against PyTorch, and makes the golden data that prove it again.
 
 Golden logits are PyTorch's where the file is float32. A file of lower precision is not PyTorch's equal: there they are
 what the file itself gave on the backend that it was proven on, with PyTorch's beside them (`fp32_logits`), and the
@@ -30,7 +30,7 @@ from rkd_deploy.bench.parity import Parity, compare, gate
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
-from rkd_deploy.export.precision.gate import Judgement
+from rkd_deploy.export.precision.convert import PrecisionRecord
 from rkd_deploy.images import as_input
 from rkd_deploy.models.logits import check_logits
 
@@ -49,7 +49,7 @@ Batches = Iterable[tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Proof:
-    """What the gate saw.
+    """What an exported graph was proven by.
 
     Attributes:
         parity: Logits of the exported graph against PyTorch's.
@@ -57,9 +57,8 @@ class Proof:
         differing: How many of them otherwise.
         torch_top1: PyTorch's accuracy on them in percent, where labels were given.
         onnx_top1: The exported float32 graph's.
-        judgement: Of the file of lower precision, on held-out images; None for float32.
-        lowered_top1: Its accuracy on the images above. Nothing was chosen by it.
-        kept: Layers that it has in float32.
+        conversion: How the file got its lower precision, and what the gate measured; None for float32.
+        converted_top1: Accuracy of the file of lower precision on the images above. Nothing was chosen by it.
     """
 
     parity: Parity
@@ -67,13 +66,12 @@ class Proof:
     differing: int
     torch_top1: float | None
     onnx_top1: float | None
-    judgement: Judgement | None = None
-    lowered_top1: float | None = None
-    kept: tuple[str, ...] = ()
+    conversion: PrecisionRecord | None = None
+    converted_top1: float | None = None
 
 
 def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
-    """The unfused model behind the same pre-processing: what the exported graph is held against."""
+    """The unfused PyTorch model behind the same pre-processing, which the exported graph is held against."""
     graph = ExportGraph(model, card.preprocess)
     shape = (None, *card.preprocess.input_shape)
     return PyTorchBackend(graph, input_shape=shape, input_dtype=card.preprocess.input_dtype, shared=True)
@@ -82,30 +80,30 @@ def reference_of(model: nn.Module, card: ModelCard) -> PyTorchBackend:
 def prove(
     reference: PyTorchBackend, file: Path, card: ModelCard, batches: Batches, tolerance: float
 ) -> tuple[Proof, Golden]:
-    """Run both over every image; gate on logits and on classes.
+    """Run the PyTorch model and its exported graph over every image, and hold logits and classes against each other.
 
     Raises:
         DivergenceError: A logit of the reference is not finite.
         GateError: A logit differs by more than the tolerance, or more images than a few are classified otherwise.
     """
-    labels, expected, found, first = [], [], [], None
+    labels, expected, exported, first = [], [], [], None
     with RunOn().load(file) as candidate:
         for images_NHWC, labels_n in batches:
             x = as_input(images_NHWC, card.preprocess)
             first = x[:8] if first is None else first
             expected.append(infer_many(reference, x))
             check_logits(torch.from_numpy(expected[-1]), f"the network of {card.name}")
-            found.append(infer_many(candidate, x))
+            exported.append(infer_many(candidate, x))
             labels.append(labels_n)
-    expected_NK, found_NK, labels_N = np.concatenate(expected), np.concatenate(found), np.concatenate(labels)
-    parity = compare(expected_NK, found_NK, tolerance)
+    expected_NK, exported_NK, labels_N = np.concatenate(expected), np.concatenate(exported), np.concatenate(labels)
+    parity = compare(expected_NK, exported_NK, tolerance)
     gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
     proof = Proof(
         parity=parity,
         images=parity.n,
-        differing=int((expected_NK.argmax(1) != found_NK.argmax(1)).sum()),
+        differing=int((expected_NK.argmax(1) != exported_NK.argmax(1)).sum()),
         torch_top1=_top1(expected_NK, labels_N),
-        onnx_top1=_top1(found_NK, labels_N),
+        onnx_top1=_top1(exported_NK, labels_N),
     )
     allowed = math.ceil(proof.images * ALLOWED_PER_10000 / 10000)
     if proof.differing > allowed:
@@ -139,27 +137,26 @@ def check_stated_accuracy(proof: Proof, card: ModelCard) -> None:
         )
 
 
-def prove_lowered(
+def prove_converted(
     proof: Proof,
     golden: Golden,
-    judgement: Judgement,
-    kept: tuple[str, ...],
+    conversion: PrecisionRecord,
     file: Path,
     card: ModelCard,
     batches: Batches,
-    prover: str,
 ) -> tuple[Proof, Golden]:
-    """The proof and the golden data of a file of lower precision, from those of the float32 file."""
-    with RunOn(prover).load(file) as candidate:
-        found, labels = [], []
+    """Extend the proof and the golden data of a float32 file to the file of lower precision that was made of it."""
+    with RunOn(conversion.job.options.prover).load(file) as candidate:
+        answers, labels = [], []
         for images_NHWC, labels_n in batches:
-            found.append(infer_many(candidate, as_input(images_NHWC, card.preprocess)))
+            answers.append(infer_many(candidate, as_input(images_NHWC, card.preprocess)))
             labels.append(labels_n)
-    found_NK = np.concatenate(found)
-    accuracy = _top1(found_NK, np.concatenate(labels))
-    proof = dataclasses.replace(proof, judgement=judgement, lowered_top1=accuracy, kept=kept)
-    own = {"logits": found_NK[: len(golden["inputs"])], "tolerance": np.float64(max(TOLERANCE, judgement.max_abs_diff))}
-    return proof, {**golden, **own, "fp32_logits": golden["logits"]}
+    logits_NK = np.concatenate(answers)
+    accuracy = _top1(logits_NK, np.concatenate(labels))
+    proof = dataclasses.replace(proof, conversion=conversion, converted_top1=accuracy)
+    tolerance = np.float64(max(TOLERANCE, conversion.result.max_abs_diff))
+    first = {"logits": logits_NK[: len(golden["inputs"])], "tolerance": tolerance}
+    return proof, {**golden, **first, "fp32_logits": golden["logits"]}
 
 
 def _top1(logits_NK: Array, labels_N: Array) -> float | None:
@@ -175,7 +172,7 @@ def random_batch(card: ModelCard, count: int = 64) -> tuple[Array, Array]:
 
 
 def npz(golden: Golden) -> bytes:
-    """An .npz with fixed time stamps: np.savez would make every bundle differ."""
+    """Golden data as the bytes of an .npz with fixed time stamps: np.savez would make every bundle differ."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, value in golden.items():
@@ -185,8 +182,8 @@ def npz(golden: Golden) -> bytes:
     return buffer.getvalue()
 
 
-def account(proof: Proof) -> dict[str, Any]:
-    """For the card."""
+def parity_record(proof: Proof) -> dict[str, Any]:
+    """A proof of the float32 graph as the card has it, under `parity`."""
     return {
         **proof.parity.to_dict(),
         "differing": proof.differing,

@@ -18,7 +18,8 @@ _READ_WHERE = {
     "test_root": 'with data.name = "webdataset"',
     "image_size": "with sets whose images have no size of their own: CIFAR's are 32 pixels wide",
     "crop_fraction": _WITH_FILES,
-    **dict.fromkeys(("test_fraction", "split_seed"), 'with data.name = "imagefolder" or "webdataset"'),
+    "test_fraction": 'with data.name = "imagefolder" or "webdataset"',
+    "split_seed": 'with data.name = "imagefolder" or "webdataset", or with data.test_limit',
     **dict.fromkeys(("randaugment_ops", "randaugment_magnitude"), 'with "randaugment" in data.augment'),
     **dict.fromkeys(("cache", "workers", "broken"), _WITH_FILES),
     "cache_gb": f'{_WITH_FILES} and data.cache = "auto"',
@@ -45,13 +46,14 @@ class DataRecipe:
     train_limit: int | None = None
     """Use only so many training images, as evenly over the classes as they allow, drawn by seed."""
     test_limit: int | None = None
-    """The same for the test images."""
+    """Use only so many test images, as evenly over the classes as they allow, drawn by split_seed."""
     val_fraction: float = 0.1
     """Share of the training images held out by seed; 0 trains on all of them, as the published protocol does."""
     test_fraction: float | None = None
     """Share of every class that is the test split, where the files have none. Default: 0.2"""
     split_seed: int | None = None
-    """Draws that test split, whatever train.seed is: a teacher of another seed has not seen it. Default: 0"""
+    """Draws that test split, and the images of test_limit, whatever train.seed is: runs of several seeds are judged on
+    the same images, and no teacher of another seed has seen them. Default: 0"""
     augment: tuple[str, ...] | None = None
     """Any of crop (zero padding, random position) or resized_crop (random area and aspect), flip (left to right) and
     randaugment. Default: crop and flip; for files resized_crop and flip."""
@@ -132,7 +134,7 @@ class DataRecipe:
             "image_size": self.name not in ("cifar10", "cifar100"),
             "crop_fraction": self.of_files,
             "test_fraction": with_splits_to_make and self.test_root is None,
-            "split_seed": with_splits_to_make and self.test_root is None,
+            "split_seed": (with_splits_to_make and self.test_root is None) or self.test_limit is not None,
             "randaugment_ops": randaugment,
             "randaugment_magnitude": randaugment,
             "cache": self.of_files,

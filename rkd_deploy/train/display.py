@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rkd_deploy.errors import require
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.storage import storage_error, write_bytes
+from rkd_deploy.train.facts import PhaseMetrics, RunFacts, RunMetrics
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS
 from rkd_deploy.train.runs import Run, read_log
@@ -117,49 +118,48 @@ def print_series(series: Series, console: Console) -> None:
         console.print(verdict.sentence())
 
 
-def _print_phases(phases: dict[str, Any], console: Console) -> None:
+def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
     """The last epoch is what is kept; the best one tells how much was lost by that."""
     from rich.table import Table
 
     # Without held-out images there is none, and scheme progressive classifies from its last stage on.
-    held_out = {name: phase for name, phase in phases.items() if phase["val_top1_last"] is not None}
+    held_out = {name: phase for name, phase in phases.items() if phase.val_top1_last is not None}
     if not held_out:
         return
     table = Table(title="Held-out images, top-1 in %")
     for title in ("", "Epochs", "Last epoch", "Best epoch"):
         table.add_column(title, justify="right" if title else "left")
     for name, phase in held_out.items():
-        best = f"{phase['val_top1_best']:.2f} ({phase['best_epoch']})"
-        table.add_row(name, str(phase["epochs"]), f"{phase['val_top1_last']:.2f}", best)
+        best = f"{phase.val_top1_best:.2f} ({phase.best_epoch})"
+        table.add_row(name, str(phase.epochs), f"{phase.val_top1_last:.2f}", best)
     console.print(table)
 
 
-def print_parts(metrics: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
+def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
     """The table that ends a training run: every network of metrics.json, and the account of the budget."""
     from rich.table import Table
 
-    images = next(iter(metrics["parts"].values()))["test_images"]
-    table = Table(title=f"{facts['data']}, {images:,} test images")
+    images = next(iter(metrics.parts.values())).test_images
+    table = Table(title=f"{facts.data}, {images:,} test images")
     table.add_column("")
     for title in ("Top-1, %", "MACs, M", "Parameters, M"):
         table.add_column(title, justify="right")
     for part, name in reversed(PARTS.items()):
-        if (row := metrics["parts"].get(part)) is not None:
-            table.add_row(name, f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.3f}")
-    _print_phases(metrics["phases"], console)
+        if (row := metrics.parts.get(part)) is not None:
+            table.add_row(name, f"{row.test_top1:.2f}", f"{row.macs / 1e6:.2f}", f"{row.parameters / 1e6:.3f}")
+    _print_phases(metrics.phases, console)
     console.print(table)
-    if facts.get("skipped"):
-        console.print(f"{facts['skipped']:,} broken images were left out; facts.json names the first of them.")
+    if facts.skipped:
+        console.print(f"{facts.skipped:,} broken images were left out; facts.json names the first of them.")
     if (verdict := of_metrics(metrics, PARTS)) is not None:
         console.print(verdict.sentence())
-    budget = facts.get("separation")  # a baseline has none
-    if budget is not None:
-        console.print(f"Budget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}.")
-        if (latency := budget.get("latency")) is not None:
-            console.print(
-                f"Latency of S + A over that of S0, measured: {latency['fused']['worst_ratio']:.3f} at worst, "
-                f"fused at level {latency['fused']['level']}."
-            )
+    if (account := facts.separation) is None:  # a baseline has none
+        return
+    console.print(f"Budget: S + A cost {account.cost:,} of S0's {account.budget:,} {account.unit}.")
+    if (measured := account.measured_ratio) is not None:
+        console.print(
+            f"Latency of S + A over that of S0, measured: {measured[0]:.3f} at worst, fused at level {measured[1]}."
+        )
 
 
 _NO_VALUES = ("event", "phase", "epoch")

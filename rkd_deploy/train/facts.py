@@ -1,212 +1,231 @@
-"""The facts of a run: what building its networks needs and its recipe does not say."""
+"""What a run knows of itself beyond its recipe: its facts, results and weights, typed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from rkd_deploy.backends import RunOn
-from rkd_deploy.data.files import LISTED
-from rkd_deploy.data.sources import ImageSet
-from rkd_deploy.errors import RecipeError
-from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.measuring import ExportStopwatch
-from rkd_deploy.models.external import External
-from rkd_deploy.models.progressive import paired_channels
-from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation.pruning import narrowable
-from rkd_deploy.models.separation.separate import narrow, separate
-from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
-from rkd_deploy.recipe import DataRecipe, Recipe
-from rkd_deploy.train.networks import created, linear_head, needs_teacher_head
-from rkd_deploy.train.runs import Run
-from rkd_deploy.train.weights import load_foreign
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSizes:
+    """Numbers of images of the three splits."""
+
+    train: int
+    val: int
+    test: int
 
 
-def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
-    """Table `[data]` with the normalisation filled in, where it is not measured here for the first time.
+@dataclass(frozen=True, kw_only=True)
+class SeparationFacts:
+    """What S and A were cut for, and what they cost.
 
-    Args:
-        recipe: Says whose normalisation it is.
-        run: One that has begun: what was measured or read for it stands in its facts, and is not looked for again.
-
-    Raises:
-        RecipeError: It is to be the teacher's, and nothing states that.
-        CheckpointError: The teacher's weights are missing or damaged.
+    Attributes:
+        unit: What `budget` and `cost` count: ``"macs"`` or ``"params"``.
+        level: Level of fusion that S and A were cut for.
+        budget: Cost of S0.
+        cost: Cost of S + A, at most the budget.
+        parts: Cost of S, the assistants, the adapters and the head, by name.
+        latency: Where the budget is latency, everything that was measured (`rkd_deploy.models.separation`).
     """
-    stated: Mapping[str, Any]
-    if run is not None and (recipe.data.of_files or recipe.data.normalisation == "teacher"):
-        stated = run.read_json("facts.json")
-    elif recipe.data.normalisation == "teacher":
-        stated = _teacher_normalisation(recipe)
-    else:
-        return recipe.data
-    mean, std = tuple(stated["mean"]), tuple(stated["std"])
-    return dataclasses.replace(recipe.data, mean=mean, std=std, normalisation="data")
+
+    unit: str
+    level: str
+    budget: int
+    cost: int
+    parts: Mapping[str, int]
+    latency: Mapping[str, Mapping[str, Any]] | None = None
+
+    @property
+    def measured_ratio(self) -> tuple[float, str] | None:
+        """The latency of S + A over that of S0 at the worst batch size, and the level of fusion it was measured at."""
+        fused = (self.latency or {}).get("fused")
+        return None if fused is None else (float(fused["worst_ratio"]), str(fused["level"]))
 
 
-def _teacher_normalisation(recipe: Recipe) -> dict[str, Any]:
-    teacher = recipe.teacher
-    own = {} if teacher.checkpoint is None else load_foreign(Path(teacher.checkpoint))[1]
-    stated = {key: getattr(teacher, key) or own.get(key) for key in ("mean", "std")}
-    if not all(stated.values()):
-        raise RecipeError(
-            f'data.normalisation = "teacher", and {teacher.checkpoint} does not say how its images were normalised. '
-            "Set teacher.mean and teacher.std, or leave data.normalisation out."
-        )
-    return stated
+@dataclass(frozen=True, kw_only=True)
+class NamedFile:
+    """A weights file that the recipe named: what it was called, and the SHA-256 of its bytes."""
+
+    file: str
+    sha256: str
 
 
-def gather_facts(recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """What building the networks needs and the recipe does not say; written to facts.json.
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """All that building a run's networks and feeding them needs and its recipe does not say; facts.json.
 
-    Args:
-        recipe: What is asked for.
-        images: What it is trained on.
-        note: Told what is being measured, where the budget is latency.
-
-    Raises:
-        BudgetError: No S and A fit.
-        UsageError: Unknown network.
-        RecipeError: T's head cannot be reused.
+    Attributes:
+        data: Name of the data set.
+        classes: Names of the classes, in the order of the logits.
+        mean: Mean that images are normalised with, per channel, in units of [0, 1].
+        std: Standard deviation that images are normalised with, per channel, in units of [0, 1].
+        image_size: Height and width in pixels.
+        images: Sizes of the splits.
+        crop_fraction: Share of the resized image that is kept outside training; None for sets without files.
+        sources: Where each split of a set of files comes from, in words.
+        skipped: How many broken files were left out.
+        first_skipped: The first of them, with what is wrong.
+        channels: C_T, channels of T's last map.
+        teacher_stages: Where the stages of an external T end.
+        student_stages: Where the stages of an external S0 end.
+        stage_channels: Channels of T's stage maps that have a partner in S0, where maps are compared at several stages.
+        given_widths: Widths of S0 (`Staged.widths`), where it is narrowed or S and A are cut from it.
+        student_widths: Widths of S.
+        assistant_widths: Widths of each A.
+        shared_stages: How many stages of S0 S and A share, where their layout is a trunk.
+        separation: The account of the budget, where S and A are trained.
+        given: The weights files that the recipe named for T and S0 (``"teacher"``, ``"s0"``).
     """
-    facts: dict[str, Any] = {
-        "data": images.name,
-        "classes": list(images.classes),
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "image_size": list(images.image_size),
-        "images": {name: len(getattr(images, name)) for name in ("train", "val", "test")},
-    }
-    if images.sources:
-        facts |= {"crop_fraction": images.crop_fraction, "sources": dict(images.sources)}
-        facts |= {"skipped": len(images.skipped), "first_skipped": list(images.skipped[:LISTED])}
-    teacher = created(recipe.teacher, facts)
-    facts["channels"] = teacher.channels
-    given = teacher if recipe.student.fraction is not None else created(recipe.student, facts)
-    for table, network in (("teacher", teacher), ("student", given)):
-        if isinstance(network, External):
-            facts[f"{table}_stages"] = list(network.stages)
-    if needs_teacher_head(recipe):
-        _check_head(recipe, teacher)
-    if recipe.method.scheme == "progressive" or recipe.method.stages:
-        facts["stage_channels"] = _stage_channels(recipe, images, teacher, given)
-    with _stopwatch(recipe, images, note) as stopwatch:
-        if recipe.method.residual:
-            return facts | _separation_facts(recipe, images, facts, teacher, given, stopwatch)
-        if recipe.student.fraction is not None:
-            facts["given_widths"] = list(_given_widths(recipe, images, teacher, stopwatch))
-    return facts
+
+    data: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    images: SplitSizes
+    crop_fraction: float | None = None
+    sources: Mapping[str, str] | None = None
+    skipped: int | None = None
+    first_skipped: tuple[str, ...] | None = None
+    channels: int
+    teacher_stages: tuple[str, ...] | None = None
+    student_stages: tuple[str, ...] | None = None
+    stage_channels: tuple[int, ...] | None = None
+    given_widths: tuple[int, ...] | None = None
+    student_widths: tuple[int, ...] | None = None
+    assistant_widths: tuple[int, ...] | None = None
+    shared_stages: int | None = None
+    separation: SeparationFacts | None = None
+    given: Mapping[str, NamedFile] = field(default_factory=dict)
+
+    @property
+    def fusion_level(self) -> str:
+        """The level of fusion that S and A were cut for; tail where there is no separation."""
+        return "tail" if self.separation is None else self.separation.level
+
+    @property
+    def test_split(self) -> str:
+        """The test split in words."""
+        origin = (self.sources or {}).get("test")
+        return f"{self.data} test" if origin is None else f"{self.data} test: {origin}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of facts.json: what does not apply is left out."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def _stage_channels(recipe: Recipe, images: ImageSet, T: FeatureNetwork, S0: FeatureNetwork) -> list[int]:
-    """Channels of T's stage maps that have a partner among S's, counted from the deepest."""
-    if recipe.method.scheme == "progressive":
-        narrowable(S0, images.image_size).stages()  # refuses here what cannot be cut
-    maps_T, maps_S0 = (stage_shapes(network, images.image_size) for network in (T, S0))
-    channels, stages, last = paired_channels(maps_T, maps_S0), recipe.method.stages, len(maps_S0)
-    first = last - len(channels) + 1
-    if stages and (stages[0] < first or stages[-1] != last):
-        raise RecipeError(
-            f"method.stages = {list(stages)}: {recipe.student.name} has stages 1 to {last}, of which {first} to {last} "
-            f"have a partner in {recipe.teacher.name}. Name any of these, and {last} among them: its map is classified."
-        )
-    return channels
+@dataclass(frozen=True, kw_only=True)
+class PartMetrics:
+    """Results of one network of a run.
+
+    Attributes:
+        test_top1: Accuracy on the test images in percent.
+        test_images: How many there are.
+        parameters: Numbers that the network stores.
+        macs: Multiply-adds for one image.
+        unsupported_operators: Operators that `macs` does not count.
+        test_top1_ema: Accuracy of the averaged weights in percent, where others ship.
+        test_top1_last: Accuracy of the last weights in percent, where the average ships.
+    """
+
+    test_top1: float
+    test_images: int
+    parameters: int
+    macs: int
+    unsupported_operators: tuple[str, ...] = ()
+    test_top1_ema: float | None = None
+    test_top1_last: float | None = None
 
 
-@contextmanager
-def _stopwatch(
-    recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None
-) -> Iterator[ExportStopwatch | None]:
-    """What measures, where anything is measured."""
-    student = recipe.student
-    if student.budget != "latency" or not (recipe.method.residual or student.fraction is not None):
-        yield None
-        return
-    with ExportStopwatch(
-        RunOn(student.backend or "onnxruntime", threads=student.latency_threads),
-        student.latency_batches or (1, 8),
-        input_size=images.image_size,
-        note=note,
-    ) as stopwatch:
-        yield stopwatch
+@dataclass(frozen=True, kw_only=True)
+class PhaseMetrics:
+    """A phase of training in short; accuracies are those on the held-out images in percent.
+
+    Attributes:
+        epochs: How many it took.
+        seconds: Their time.
+        val_top1_last: Accuracy after the last epoch; None where nothing is held out or classified.
+        val_top1_ema_last: That of the averaged weights.
+        val_top1_best: The highest accuracy after any epoch.
+        best_epoch: The epoch of the highest accuracy, from 1.
+    """
+
+    epochs: int
+    seconds: float
+    val_top1_last: float | None = None
+    val_top1_ema_last: float | None = None
+    val_top1_best: float | None = None
+    best_epoch: int | None = None
 
 
-def _given_widths(
-    recipe: Recipe, images: ImageSet, teacher: FeatureNetwork, stopwatch: ExportStopwatch | None
-) -> tuple[int, ...]:
-    """Widths of an S0 that is a fraction of the teacher and is not split."""
-    assert recipe.student.fraction is not None
-    return narrow(
-        teacher,
-        recipe.student.fraction,
-        num_classes=len(images.classes),
-        input_size=images.image_size,
-        budget=recipe.student.budget,
-        round_to=recipe.student.round_to,
-        stopwatch=stopwatch,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Numbers of test images that only one of two networks classifies right.
+
+    Attributes:
+        gained: Right by S + A alone.
+        lost: Right by the control alone.
+    """
+
+    gained: int
+    lost: int
 
 
-def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
-    if recipe.method.scheme == "progressive" and not linear_head(recipe, teacher):
-        raise RecipeError(
-            f'method.scheme = "progressive" needs a linear head, and that of {recipe.teacher.name} is another. '
-            'Set method.head = "trained".'
-        )
-    if teacher.fc is None:
-        what, instead = (
-            (f'method.head = "{recipe.method.classifier}"', 'Set method.head = "trained".')
-            if recipe.method.residual
-            else ('method.name = "simkd"', "Choose another method, or another teacher.")
-        )
-        raise RecipeError(
-            f"{what} classifies pooled maps by T's head, and the logits of {recipe.teacher.name} are no function of "
-            f"its pooled last map (a class token, a flattened map, another layer in between). {instead}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class RunMetrics:
+    """Results of a finished run; metrics.json.
+
+    Attributes:
+        parts: Results of every network, by its part (`networks.PARTS`).
+        pairs: S + A against each control, image by image; empty where there is no S + A, and in older runs.
+        phases: Every phase that was trained, by name.
+        training_seconds: Time of all epochs.
+        evaluation_seconds: Time of the evaluation at the end.
+        peak_memory_mb: Largest memory of the device, or of the process on a CPU, in 10^6 bytes.
+        test_sha256: Hash of the images that were judged (`evaluation.SplitHash`); empty in older runs.
+        files: SHA-256 of facts.json and of every weights file, by path in the folder; empty in older runs.
+    """
+
+    parts: Mapping[str, PartMetrics]
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
+    phases: Mapping[str, PhaseMetrics]
+    training_seconds: float
+    evaluation_seconds: float
+    peak_memory_mb: float
+    test_sha256: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of metrics.json: what does not apply is left out, but for `val_top1_last`, which is null then."""
+        content = dataclasses.asdict(self)
+        for part in content["parts"].values():
+            _drop_none(part)
+        for phase in content["phases"].values():
+            _drop_none(phase, but="val_top1_last")
+        if not self.pairs:
+            del content["pairs"]
+        return content
 
 
-def _separation_facts(
-    recipe: Recipe,
-    images: ImageSet,
-    facts: Mapping[str, Any],
-    teacher: FeatureNetwork,
-    given: FeatureNetwork,
-    stopwatch: ExportStopwatch | None,
-) -> dict[str, Any]:
-    separation = separate(
-        # By its name where it has one, which is the same each time: tests remember separations.
-        recipe.student.name if isinstance(given, Staged) and given is not teacher else given,
-        num_classes=len(images.classes),
-        input_size=images.image_size,
-        budget=recipe.student.budget,
-        layout=recipe.student.layout,
-        shared_stages=recipe.student.shared_stages,
-        assistant_share=recipe.student.assistant_share,
-        assistants=recipe.student.assistants,
-        round_to=recipe.student.round_to,
-        channels=teacher.channels,
-        head=None if linear_head(recipe, teacher) else teacher.fc,
-        fraction=recipe.student.fraction,
-        stopwatch=stopwatch,
-        stage_channels=tuple(facts["stage_channels"]) if recipe.method.scheme == "progressive" else None,
-    )
-    if separation.level == "wide":  # refuses here, and not after the training, what cannot be merged
-        fuse(ResidualStudent(separation.student, separation.assistants, teacher.channels, len(images.classes)), "wide")
-    return {
-        "given_widths": list(separation.s0_widths),
-        "student_widths": list(separation.student.widths),
-        "assistant_widths": list(separation.assistant.widths),
-        **({"shared_stages": separation.shared_stages} if separation.shared_stages else {}),
-        "separation": {
-            "unit": separation.unit,
-            "level": separation.level,
-            "budget": separation.budget,
-            "cost": separation.cost,
-            "parts": separation.parts,
-            "latency": separation.latency,
-        },
-    }
+@dataclass(frozen=True, kw_only=True)
+class WeightsFacts:
+    """Header of a weights file that this package wrote; all None in a file of others.
+
+    Attributes:
+        network: The phase, or the part, whose weights these are.
+        classes: Names of the classes, in the order of the logits.
+        mean: Mean that its images are normalised with, per channel, in units of [0, 1].
+        std: Standard deviation that its images are normalised with.
+    """
+
+    network: str | None = None
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def _drop_none(content: dict[str, Any], but: str = "") -> None:
+    for key in [key for key, value in content.items() if value is None and key != but]:
+        del content[key]

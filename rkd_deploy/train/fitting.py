@@ -7,20 +7,20 @@ checkpoint. The test images are used once, at the end.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.machine import provenance
@@ -35,22 +35,22 @@ from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
-from rkd_deploy.train.evaluation import batches, predictions
-from rkd_deploy.train.facts import data_of, gather_facts
+from rkd_deploy.train.evaluation import SplitHash, batches, predictions
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
 from rkd_deploy.train.loop import Display, train_phase
+from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
-from rkd_deploy.train.state import Phase
-from rkd_deploy.train.verdict import CONTROLS, pairs
-from rkd_deploy.train.weights import (
+from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, Series, create_run, read_log, runs_of
+from rkd_deploy.train.starting_weights import (
     load_published_weights,
-    load_tensors,
-    load_weights,
     load_weights_from,
     refuse_guessing,
-    save_tensors,
     teacher_warning,
 )
+from rkd_deploy.train.state import Phase
+from rkd_deploy.train.verdict import CONTROLS, pairs_of
+from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 
 
 def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = None) -> Run:
@@ -77,14 +77,17 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
+        group.on_main(lambda: check_named_files(recipe))
         images = _load_images(recipe, group)
         display = display or Silent()
-        facts = group.on_main(lambda: gather_facts(recipe, images, display.note))
-        # Loads the given weights, so that bad ones leave no run behind.
-        trainer = _Trainer(recipe, facts, images, device, group)
+        originals = _originals(recipe, images)
+        facts = group.on_main(lambda: gather_facts(recipe, images, originals, display.note))
+        # Loads the named weights, so that bad ones leave no run behind.
+        trainer = _Trainer(recipe, facts, originals, images, device, group, display.note)
         run = group.on_main(lambda: create_run(root, recipe))
-        group.on_main(lambda: _write_facts(run, facts | {"given": _given_files(recipe)}))
-        return trainer.run(run, display)
+        with _held(run, group):
+            group.on_main(lambda: _write_facts(run, facts))
+            return trainer.run(run, display)
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
@@ -92,12 +95,27 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     with process_group() as group:
         if group.on_main(lambda: run.finished):
             return run
-        recipe = run.recipe
-        images = _load_images(recipe, group, run)
-        display = display or Silent()
-        facts = group.on_main(lambda: _facts(run, images, display))
-        trainer = _Trainer(recipe, facts, images, _device(recipe.train, group), group)
-        return trainer.run(run, display)
+        with _held(run, group):
+            if group.on_main(lambda: run.finished):  # by another process, just now
+                return run
+            recipe = run.recipe
+            images = _load_images(recipe, group, run)
+            display = display or Silent()
+            originals = _originals(recipe, images)
+            facts = group.on_main(lambda: _facts(run, images, originals, display))
+            trainer = _Trainer(recipe, facts, originals, images, _device(recipe.train, group), group, display.note)
+            return trainer.run(run, display)
+
+
+@contextmanager
+def _held(run: Run, group: Group) -> Iterator[None]:
+    """Keep other commands from going on with the run; one lock for all processes of this one."""
+    lock = RunLock(run)
+    group.on_main(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
@@ -107,33 +125,33 @@ def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageS
     return load_images(data, recipe.train.seed)
 
 
-def _facts(run: Run, images: ImageSet, display: Display) -> dict[str, Any]:
+def _originals(recipe: Recipe, images: ImageSet) -> Originals:
+    return networks.build_originals(recipe, len(images.classes), images.image_size)
+
+
+def _facts(run: Run, images: ImageSet, originals: Originals, display: Display) -> RunFacts:
     if not (run.folder / "facts.json").exists():  # killed in its first moments
-        facts = gather_facts(run.recipe, images, display.note)
-        _write_facts(run, facts | {"given": _given_files(run.recipe)})
-    return run.read_json("facts.json")
+        _write_facts(run, gather_facts(run.recipe, images, originals, display.note))
+    return run.facts
 
 
-def _write_facts(run: Run, facts: dict[str, Any]) -> None:
+def _write_facts(run: Run, facts: RunFacts) -> None:
     write_json(run.folder / "environment.json", dataclasses.asdict(provenance()))
-    write_json(run.folder / "facts.json", facts)
-
-
-def _given_files(recipe: Recipe) -> dict[str, Any]:
-    """Where the given weights came from; the run keeps copies, and goes by these from now on."""
-    tables = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
-    files = {name: Path(checkpoint) for name, checkpoint in tables.items() if checkpoint is not None}
-    return {
-        name: {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for name, path in files.items()
-    }
+    write_json(run.folder / "facts.json", facts.to_json())
 
 
 class _Trainer:
     """Holds the networks and the data of one `fit`."""
 
     def __init__(
-        self, recipe: Recipe, facts: dict[str, Any], images: ImageSet, device: torch.device, group: Group
+        self,
+        recipe: Recipe,
+        facts: RunFacts,
+        originals: Originals,
+        images: ImageSet,
+        device: torch.device,
+        group: Group,
+        note: Callable[[str], None],
     ) -> None:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
@@ -142,12 +160,12 @@ class _Trainer:
         self.train, self.val, self.test = (
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
-        _check_pieces(recipe.train, len(self.train), group)
-        self.nets = networks.build_networks(recipe, facts, device)
+        self.nets = networks.build_networks(recipe, facts, originals, device)
+        _check_pieces(recipe.train, len(self.train), group, self.nets)
         self.planner = Planner(recipe, facts, self.nets)
         self.planner.check()
         self.ready: dict[str, nn.Module] = {}
-        self._load_given_weights()
+        self._load_starting_weights(note if group.rank == 0 else lambda text: None)
 
     def run(self, run: Run, display: Display) -> Run:
         """Every phase that is not done yet, then the evaluation."""
@@ -176,13 +194,13 @@ class _Trainer:
             self.recipe.data,
             self.train,
             self.normalise,
-            classes=len(self.facts["classes"]),
+            classes=len(self.facts.classes),
             batch_size=self.recipe.train.batch_size,
             seed=networks.derived_seed(self.recipe.train.seed, phase),
             share=Share(self.group.rank, self.group.size),
         )
 
-    def _load_given_weights(self) -> None:
+    def _load_starting_weights(self, note: Callable[[str], None]) -> None:
         recipe = self.recipe
         if recipe.student.checkpoint is not None and self.nets.s0 is None:
             raise RecipeError("student.checkpoint is set and student.baseline is false: set one of them otherwise.")
@@ -199,24 +217,22 @@ class _Trainer:
             checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
-            known = load_weights_from(module, table, checkpoint, recipe, self.facts)
+            known = load_weights_from(module, table, checkpoint, recipe, self.facts, note)
             self.ready[part] = module
             self._check_sanity(module, table, checkpoint, known)
 
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
-        seen = self.val or self.train
-        seen = seen.take(torch.arange(min(1000, len(seen))))
-        refuse_guessing(f"{table} {checkpoint}", self._top1(module, seen, name=table), len(seen), self.facts, known)
+        split = self.val or self.train
+        split = split.take(torch.arange(min(1000, len(split))))
+        refuse_guessing(f"{table} {checkpoint}", self._top1(module, split, name=table), len(split), self.facts, known)
 
     def _val_top1(self, module: nn.Module | None) -> float | None:
         if module is None or not len(self.val):
             return None
         return self._top1(module, self.val)
 
-    def _top1(
-        self, module: nn.Module, split: AnySplit, step: Callable[[], None] | None = None, name: str | None = None
-    ) -> float:
-        return top1(predictions(module, split, self.normalise, step, name).numpy(), split.labels_N.cpu().numpy())
+    def _top1(self, module: nn.Module, split: AnySplit, name: str | None = None) -> float:
+        return top1(predictions(module, split, self.normalise, name=name).numpy(), split.labels_N.cpu().numpy())
 
     def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
@@ -236,65 +252,95 @@ class _Trainer:
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
         last_epoch = read_log(run.log.path)[-1]
-        if warning := teacher_warning(last_epoch, len(self.val), self.facts["classes"], self.recipe):
+        if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
 
     def _keep(self, run: Run, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        own = {key: self.facts[key] for key in ("classes", "mean", "std")}
-        save_tensors(run.weights(name), state, {"network": name, **own})
+        facts = WeightsFacts(network=name, classes=self.facts.classes, mean=self.facts.mean, std=self.facts.std)
+        save_tensors(run.weights(name), state, dataclasses.asdict(facts))
 
     def _finish(self, run: Run, display: Display) -> None:
         run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
-        write_json(run.metrics_path, self._metrics(run, display))
+        write_json(run.metrics_path, self._metrics(run, display).to_json())
 
-    def _metrics(self, run: Run, display: Display) -> dict[str, Any]:
+    def _metrics(self, run: Run, display: Display) -> RunMetrics:
         began, names = time.perf_counter(), networks.parts_of(self.recipe)
         display.phase("test", 1, len(names) * batches(self.test), 0)
         right: dict[str, npt.NDArray[np.bool_]] = {}
-        parts = {part: self._tested(run, part, display, right) for part in names}
+        judged = SplitHash(self.test.image_size)
+        parts = {}
+        for part in names:
+            # All parts are judged on the same images, which are decoded anew for each: hashed along with the first.
+            add = judged.add if part == names[0] else lambda images_NCHW: None
+            parts[part] = self._tested(run, part, display, right, add)
         phases = _phases(run)
-        known = {}
+        pairs = {}
         if (fused := right.get("fused")) is not None:
-            known = {part: pairs(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
-        return {
-            "parts": parts,
-            **({"pairs": known} if known else {}),
-            "phases": phases,
-            "training_seconds": sum(phase["seconds"] for phase in phases.values()),
-            "evaluation_seconds": time.perf_counter() - began,
-            "peak_memory_mb": _peak_memory_mb(self.device),
-        }
+            pairs = {part: pairs_of(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
+        return RunMetrics(
+            parts=parts,
+            pairs=pairs,
+            phases=phases,
+            training_seconds=sum(phase.seconds for phase in phases.values()),
+            evaluation_seconds=time.perf_counter() - began,
+            peak_memory_mb=_peak_memory_mb(self.device),
+            test_sha256=judged.finish(self.test.labels_N),
+            files=run.sealed_files(),
+        )
 
-    def _tested(self, run: Run, part: str, display: Display, right: dict[str, npt.NDArray[np.bool_]]) -> dict[str, Any]:
+    def _tested(
+        self,
+        run: Run,
+        part: str,
+        display: Display,
+        right: dict[str, npt.NDArray[np.bool_]],
+        add: Callable[[torch.Tensor], None],
+    ) -> PartMetrics:
+        def step(images_NCHW: torch.Tensor) -> None:
+            add(images_NCHW)
+            display.step()
+
         module = networks.load_part(run, part).to(self.device)
-        cost = count(module, tuple(self.facts["image_size"]))
-        predicted = predictions(module, self.test, self.normalise, display.step, networks.PARTS[part]).numpy()
+        cost = count(module, self.facts.image_size)
+        predicted = predictions(module, self.test, self.normalise, step, networks.PARTS[part]).numpy()
         labels = self.test.labels_N.cpu().numpy()
         right[part] = predicted == labels
-        found = {
-            "test_top1": top1(predicted, labels),
-            "test_images": len(self.test),
-            "parameters": cost.parameters,
-            "macs": cost.macs,
-            "unsupported_operators": list(cost.unsupported),
-        }
+        metrics = PartMetrics(
+            test_top1=top1(predicted, labels),
+            test_images=len(self.test),
+            parameters=cost.parameters,
+            macs=cost.macs,
+            unsupported_operators=tuple(cost.unsupported),
+        )
         other = networks.other_weights(self.recipe)
-        if other is not None and run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
-            module = networks.load_part(run, part, other).to(self.device)
-            found[f"test_top1_{other}"] = self._top1(module, self.test, name=networks.PARTS[part])
-        return found
+        if other is None or not run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
+            return metrics
+        module = networks.load_part(run, part, other).to(self.device)
+        top1_of_other = self._top1(module, self.test, name=networks.PARTS[part])
+        return (
+            replace(metrics, test_top1_ema=top1_of_other)
+            if other == "ema"
+            else replace(metrics, test_top1_last=top1_of_other)
+        )
 
 
-def _phases(run: Run) -> dict[str, Any]:
+def _phases(run: Run) -> dict[str, PhaseMetrics]:
     """Last and best epoch of every phase on the held-out images; the last one is what is kept."""
-    phases: dict[str, Any] = {}
+    phases: dict[str, PhaseMetrics] = {}
     for row in read_log(run.log.path):
-        entry = phases.setdefault(row["phase"], {"epochs": 0, "seconds": 0.0})
-        entry |= {"epochs": row["epoch"], "seconds": entry["seconds"] + row["seconds"]}
-        entry |= {f"{key}_last": row[key] for key in ("val_top1", "val_top1_ema") if key in row}
-        if row["val_top1"] is not None and row["val_top1"] > entry.get("val_top1_best", -1.0):
-            entry |= {"val_top1_best": row["val_top1"], "best_epoch": row["epoch"]}
+        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
+        top1 = row["val_top1"]
+        phase = replace(
+            phase,
+            epochs=row["epoch"],
+            seconds=phase.seconds + row["seconds"],
+            val_top1_last=top1,
+            val_top1_ema_last=row.get("val_top1_ema"),
+        )
+        if top1 is not None and top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
+            phase = replace(phase, val_top1_best=top1, best_epoch=row["epoch"])
+        phases[row["phase"]] = phase
     return phases
 
 
@@ -334,12 +380,26 @@ def _check_device(recipe: TrainRecipe, device: torch.device, group: Group) -> No
         raise RecipeError(f"train.cuda_graphs = true is for one process, and there are {group.size}. Leave it out.")
 
 
-def _check_pieces(recipe: TrainRecipe, images: int, group: Group) -> None:
+def _check_pieces(recipe: TrainRecipe, images: int, group: Group, nets: Networks) -> None:
+    """Refuse batches that cannot be cut into pieces, or into pieces too small for batch norm.
+
+    Raises:
+        RecipeError: The batch is no multiple of the pieces, or a piece is one image and a network has batch norm.
+    """
     pieces, batch = group.size * recipe.accumulate, min(recipe.batch_size, images)
     if batch % pieces:
         raise RecipeError(
             f"train.batch_size = {batch} counts the images of all processes: {group.size} processes with "
             f"train.accumulate = {recipe.accumulate} need a multiple of {pieces}."
+        )
+    trained = (nets.teacher, nets.s0, nets.model, nets.control)
+    norms = (m for net in trained if net is not None for m in net.modules() if isinstance(m, _BatchNorm))
+    # The variance of one value is nothing: PyTorch refuses it where maps are 1 x 1, and else normalises image by image.
+    if batch == pieces and not recipe.sync_batchnorm and next(norms, None) is not None:
+        raise RecipeError(
+            f"train.batch_size = {batch} in {pieces} pieces (processes times train.accumulate = {recipe.accumulate}) "
+            f"leaves one image in each, and batch norm needs two or more. Set train.batch_size to {2 * pieces} or "
+            "more, or train.accumulate to less."
         )
 
 
@@ -380,12 +440,17 @@ def fit_series(
 
 
 def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:
-    metrics = [run.read_json("metrics.json")["parts"] for run in runs]
     parts = {}
-    for part, facts in metrics[0].items():
-        accuracies = [one[part]["test_top1"] for one in metrics]
-        own = {"test_top1": accuracies, "mean": mean(accuracies), "std": stdev(accuracies)}
-        parts[part] = own | {key: facts[key] for key in ("test_images", "macs", "parameters")}
+    for part, first in runs[0].metrics.parts.items():
+        accuracies = [run.metrics.parts[part].test_top1 for run in runs]
+        parts[part] = {
+            "test_top1": accuracies,
+            "mean": mean(accuracies),
+            "std": stdev(accuracies),
+            "test_images": first.test_images,
+            "macs": first.macs,
+            "parameters": first.parameters,
+        }
     series = Series(seeds, runs, parts, root / f"series-{runs[0].folder.name}.json")
     write_json(series.path, series.to_dict())
     return series

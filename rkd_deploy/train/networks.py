@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from rkd_deploy.errors import CheckpointError, UsageError, command_line, unknown_name
+from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
@@ -21,6 +21,7 @@ from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.models.trunk import parted
 from rkd_deploy.recipe import Recipe, StudentRecipe, TeacherRecipe
+from rkd_deploy.train.facts import RunFacts
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.weights import load_tensors, load_weights
@@ -93,9 +94,43 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def _original(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
-    """The network that S0 is, or is cut from."""
-    return created(recipe.student if recipe.student.fraction is None else recipe.teacher, facts)
+@dataclass(frozen=True)
+class Originals:
+    """T and S0 as their tables name them, with fresh weights or a user's own: what everything else is derived from.
+
+    An external network takes seconds to be built and traced, so a run builds each once and hands it on.
+
+    Attributes:
+        teacher: T.
+        s0: S0; T itself where S0 is a fraction of it.
+    """
+
+    teacher: FeatureNetwork
+    s0: FeatureNetwork
+
+
+def build_originals(recipe: Recipe, classes: int, image_size: tuple[int, int]) -> Originals:
+    """Build T and S0 for a number of classes and images of a height and width.
+
+    Raises:
+        UsageError: Unknown network, or one that gives another number of logits.
+        MissingDependencyError: timm is not installed.
+    """
+    T = build_teacher(recipe, classes, image_size)
+    if recipe.student.fraction is not None:
+        return Originals(T, T)
+    with seeded(recipe.train.seed, "init/s0"):
+        return Originals(T, _create(recipe.student, classes, image_size))
+
+
+def _create(table: TeacherRecipe | StudentRecipe, classes: int, image_size: tuple[int, int]) -> FeatureNetwork:
+    return zoo.create(table.name, classes, input_size=image_size, stages=table.stages)
+
+
+def _source_of_s0(recipe: Recipe, facts: RunFacts) -> FeatureNetwork:
+    """The network that S0 is, or is narrowed from, built anew."""
+    table = recipe.student if recipe.student.fraction is None else recipe.teacher
+    return _create(table, len(facts.classes), facts.image_size)
 
 
 def needs_teacher_head(recipe: Recipe) -> bool:
@@ -103,86 +138,130 @@ def needs_teacher_head(recipe: Recipe) -> bool:
     return recipe.method.classifier != "trained" if recipe.method.residual else recipe.method.name == "simkd"
 
 
-def created(table: TeacherRecipe | StudentRecipe, facts: Mapping[str, Any]) -> FeatureNetwork:
-    """The network that a table names, with fresh weights, for the classes and the image size of the facts."""
-    return zoo.create(table.name, len(facts["classes"]), input_size=facts["image_size"], stages=table.stages)
-
-
 def linear_head(recipe: Recipe, teacher: FeatureNetwork) -> bool:
     """Whether h is one linear layer: a fresh head, and that of most teachers."""
     return not needs_teacher_head(recipe) or (type(teacher.fc) is nn.Linear and teacher.fc.bias is not None)
 
 
-def _head(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:
+def _head(recipe: Recipe, facts: RunFacts, originals: Originals | None) -> nn.Module:
     """The head h with fresh weights, built as T's where T's is to be its start."""
     if zoo.is_external(recipe.teacher.name) and needs_teacher_head(recipe):
-        teacher = created(recipe.teacher, facts)
-        if not linear_head(recipe, teacher):
-            return copy.deepcopy(cast(nn.Module, teacher.fc))
-    return nn.Linear(facts["channels"], len(facts["classes"]))
+        T = originals.teacher if originals else _create(recipe.teacher, len(facts.classes), facts.image_size)
+        if not linear_head(recipe, T):
+            return copy.deepcopy(cast(nn.Module, T.fc))
+    return nn.Linear(facts.channels, len(facts.classes))
 
 
-def build_teacher(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
+def build_teacher(recipe: Recipe, classes: int, image_size: tuple[int, int]) -> FeatureNetwork:
     """T with fresh weights."""
     with seeded(recipe.train.seed, "init/teacher"):
-        return created(recipe.teacher, facts)
+        return _create(recipe.teacher, classes, image_size)
 
 
-def build_s0(recipe: Recipe, facts: Mapping[str, Any]) -> FeatureNetwork:
-    """S0 with fresh weights; as SimKD ships it, where that is the method."""
+def build_s0(recipe: Recipe, facts: RunFacts, originals: Originals | None = None) -> FeatureNetwork:
+    """S0 with fresh weights; as SimKD ships it, where that is the method.
+
+    Args:
+        recipe: The whole run.
+        facts: Classes, image size and widths.
+        originals: T and S0, where they are built already; S0 is used and not copied.
+
+    Raises:
+        ModelFileError: The facts lack the widths of a narrowed S0.
+    """
+    if originals is not None and recipe.student.fraction is None and recipe.method.name != "simkd":
+        return originals.s0
+    # Everything below draws from one stream of random numbers, so the source is built again: a resumed run, which may
+    # have no originals, has to draw the same weights.
     with seeded(recipe.train.seed, "init/s0"):
-        given = _original(recipe, facts)
+        s0 = _source_of_s0(recipe, facts)
         if recipe.student.fraction is not None:
-            given = narrowable(given, tuple(facts["image_size"])).rebuilt(facts["given_widths"], len(facts["classes"]))
+            widths = _present("given_widths", facts.given_widths)
+            s0 = narrowable(s0, facts.image_size).rebuilt(widths, len(facts.classes))
         if recipe.method.name != "simkd":
-            return given
-        head = _head(recipe, facts)
-        return ReusedClassifier(given.without_head(), facts["channels"], head, recipe.method.simkd_factor)
+            return s0
+        head = _head(recipe, facts, originals)
+        return ReusedClassifier(s0.without_head(), facts.channels, head, recipe.method.simkd_factor)
 
 
-def build_residual(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent | ProgressiveStudent:
-    """S and its assistants with fresh weights, at the widths of the facts."""
-    classes = len(facts["classes"])
+def build_residual(
+    recipe: Recipe, facts: RunFacts, originals: Originals | None = None
+) -> ResidualStudent | ProgressiveStudent:
+    """S and its assistants with fresh weights, at the widths of the facts.
+
+    Args:
+        recipe: The whole run.
+        facts: Classes, image size, channels and widths.
+        originals: T and S0, where they are built already; both are left as they are.
+
+    Raises:
+        ModelFileError: The facts lack widths or channels of a stage.
+    """
+    classes, size = len(facts.classes), facts.image_size
+    widths = [_present("student_widths", facts.student_widths)]
+    widths += [_present("assistant_widths", facts.assistant_widths)] * recipe.student.assistants
     with seeded(recipe.train.seed, "init/residual"):
-        given = narrowable(_original(recipe, facts), tuple(facts["image_size"]))
-        student = given.rebuilt(facts["student_widths"], None)
-        assistants = [given.rebuilt(facts["assistant_widths"], None) for _ in range(recipe.student.assistants)]
+        s0 = narrowable(_source_of_s0(recipe, facts), size)
+        student, *assistants = [s0.rebuilt(branch, None) for branch in widths]
         if recipe.method.scheme == "progressive":
-            return progressive_student(student, assistants, facts["stage_channels"], classes, facts["image_size"])
-        head, shared = _head(recipe, facts), facts.get("shared_stages")
+            channels = _present("stage_channels", facts.stage_channels)
+            return progressive_student(student, assistants, channels, classes, size)
+        head, shared = _head(recipe, facts, originals), facts.shared_stages
         if shared is None:
-            model = ResidualStudent(student, assistants, facts["channels"], classes, head)
+            model = ResidualStudent(student, assistants, facts.channels, classes, head)
         else:
-            model = parted(student, assistants, shared, facts["channels"], classes, head)
+            model = parted(student, assistants, shared, facts.channels, classes, head)
         _add_stage_adapters(model, recipe, facts)
         return model
 
 
-def build_control(recipe: Recipe, facts: Mapping[str, Any]) -> ResidualStudent:
-    """S0 as a student without assistants, with fresh weights."""
+def build_control(recipe: Recipe, facts: RunFacts, originals: Originals | None = None) -> ResidualStudent:
+    """S0 as a student without assistants, with fresh weights; arguments and errors are those of `build_residual`."""
     with seeded(recipe.train.seed, "init/control"):
-        given = narrowable(_original(recipe, facts), tuple(facts["image_size"]))
-        student = given.rebuilt(facts["given_widths"], None)
-        model = ResidualStudent(student, (), facts["channels"], len(facts["classes"]), _head(recipe, facts))
+        s0 = narrowable(_source_of_s0(recipe, facts), facts.image_size)
+        student = s0.rebuilt(_present("given_widths", facts.given_widths), None)
+        head = _head(recipe, facts, originals)
+        model = ResidualStudent(student, (), facts.channels, len(facts.classes), head)
         _add_stage_adapters(model, recipe, facts)
         return model
 
 
-def _add_stage_adapters(model: ResidualStudent, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def _add_stage_adapters(model: ResidualStudent, recipe: Recipe, facts: RunFacts) -> None:
     if early := recipe.method.stages[:-1]:
-        own = model.stage_channels(facts["image_size"])
-        channels = [facts["stage_channels"][j - 1 - len(own[0])] for j in early]
-        model.stage_adapters = StageAdapters(early, own, channels)
+        of_branches = model.stage_channels(facts.image_size)
+        of_T = _present("stage_channels", facts.stage_channels)
+        channels_T = [of_T[stage - 1 - len(of_branches[0])] for stage in early]
+        model.stage_adapters = StageAdapters(early, of_branches, channels_T)
 
 
-def build_networks(recipe: Recipe, facts: Mapping[str, Any], device: torch.device) -> Networks:
-    """Every network that the recipe asks for, with fresh weights, on a device."""
+def _present(key: str, value: tuple[int, ...] | None) -> tuple[int, ...]:
+    if value is None:
+        raise ModelFileError(
+            f"facts.json has no {key}, and networks of this recipe are built by it: recipe.toml or facts.json is of "
+            "another run. Restore the folder from a copy, or train again."
+        )
+    return value
+
+
+def build_networks(recipe: Recipe, facts: RunFacts, originals: Originals, device: torch.device) -> Networks:
+    """Every network that the recipe asks for, with fresh weights, on a device.
+
+    Args:
+        recipe: The whole run.
+        facts: Classes, image size, channels and widths.
+        originals: T and S0; used, not copied.
+        device: Where the networks go.
+    """
     parts = parts_of(recipe)
+    # T goes to the device last: S and A may take copies of its head.
+    model = build_residual(recipe, facts, originals) if "fused" in parts else None
+    control = build_control(recipe, facts, originals) if "control" in parts else None
+    s0 = build_s0(recipe, facts, originals) if "s0" in parts else None
     return Networks(
-        teacher=build_teacher(recipe, facts).to(device) if "teacher" in parts else None,
-        s0=build_s0(recipe, facts).to(device) if "s0" in parts else None,
-        model=build_residual(recipe, facts).to(device) if "fused" in parts else None,
-        control=build_control(recipe, facts).to(device) if "control" in parts else None,
+        teacher=originals.teacher.to(device) if "teacher" in parts else None,
+        s0=None if s0 is None else s0.to(device),
+        model=None if model is None else model.to(device),
+        control=None if control is None else control.to(device),
     )
 
 
@@ -206,9 +285,10 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
             f"{run.folder} has no weights of phase {part!r}. It was left out by the recipe, which asks for "
             f"{', '.join(parts_of(recipe))}."
         )
-    facts = run.read_json("facts.json")
+    facts = run.facts
     if part in ("teacher", "s0"):
-        module = build_teacher(recipe, facts) if part == "teacher" else build_s0(recipe, facts)
+        classes, size = len(facts.classes), facts.image_size
+        module = build_teacher(recipe, classes, size) if part == "teacher" else build_s0(recipe, facts)
         return _restored(run, _weights_name(part, other), module)
     build = build_control if part == "control" else build_residual
     model = _restored(run, _weights_name(phase_of(recipe, part), other), build(recipe, facts))
@@ -234,6 +314,7 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
             f"{run.folder} has no weights of phase {phase!r}: the run is not finished. Go on with: "
             f"{command_line('train', run.folder, '--resume')}"
         )
+    run.check_file(path)
     state, _ = load_tensors(path)
     load_weights(module, with_norms(state, module), str(path), phase)
     return module.eval()

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -27,6 +26,7 @@ from rkd_deploy.models.separation.pruning import inherit_weights
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
+from rkd_deploy.train.facts import RunFacts
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.base import Method, WeightedLoss
 from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
@@ -59,7 +59,7 @@ class Planner:
     """
 
     recipe: Recipe
-    facts: Mapping[str, Any]
+    facts: RunFacts
     nets: networks.Networks
 
     def plans(self, ready: set[str]) -> Iterator[Plan]:
@@ -91,7 +91,7 @@ class Planner:
         if self.recipe.student.inherits and isinstance(model, ResidualStudent):
             source = self._teacher() if self.recipe.student.fraction is not None else self.nets.s0
             assert isinstance(source, FeatureNetwork)
-            inherit_weights([branch for branch, _ in model.branches()], source, tuple(self.facts["image_size"]))
+            inherit_weights([branch for branch, _ in model.branches()], source, self.facts.image_size)
         return method()
 
     def check(self) -> None:
@@ -141,7 +141,7 @@ class Planner:
         method = self.recipe.method
         if self.recipe.student.fraction is not None and self.recipe.student.inherits:
             narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
-            inherit_weights([narrowed], self._teacher(), tuple(self.facts["image_size"]))
+            inherit_weights([narrowed], self._teacher(), self.facts.image_size)
         if method.loss == "none":
             return CrossEntropy(given)
         if isinstance(given, ReusedClassifier):
@@ -229,7 +229,7 @@ class Planner:
 
     def _borrowed(self, network: nn.Module) -> WeightedLoss:
         recipe = self.recipe
-        return base_loss(recipe.method, self._teacher(), network, self.facts["image_size"], recipe.train.epochs)
+        return base_loss(recipe.method, self._teacher(), network, self.facts.image_size, recipe.train.epochs)
 
     def _freshen(self, head: nn.Module) -> None:
         assert isinstance(head, nn.Linear)

@@ -9,7 +9,7 @@ tensorboard/             the log for TensorBoard, where that is installed
 checkpoint.safetensors   state of the phase in progress; gone when the run is finished
 weights/NAME.safetensors what each finished phase gave and ships; with train.ema_decay the other weights are beside it
                          as NAME_ema, or as NAME_last where the average ships
-metrics.json             written last: a run that has it is finished
+metrics.json             written last: a run that has it is finished; with the SHA-256 of facts.json and all weights
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-from rkd_deploy.errors import ModelFileError, UsageError, command_line
+from rkd_deploy.decoding import DecodingError, decode, read_json
+from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line
 from rkd_deploy.recipe import Recipe, read_recipe
-from rkd_deploy.storage import storage_error, write_text
+from rkd_deploy.storage import sha256_of, storage_error, write_text
+from rkd_deploy.train.facts import RunFacts, RunMetrics
+
+try:
+    import fcntl
+
+    _LOCKS = True
+except ImportError:  # Windows: nothing holds two processes apart
+    _LOCKS = False
+
+_T = TypeVar("_T")
 
 
 class RunLog:
@@ -117,22 +128,109 @@ class Run:
         """What a phase gave, or will give."""
         return self.folder / "weights" / f"{phase}.safetensors"
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """One of the run's JSON files.
+    @cached_property
+    def facts(self) -> RunFacts:
+        """What building the networks needs, read once.
 
         Raises:
-            ModelFileError: Missing or damaged.
+            ModelFileError: facts.json is missing or damaged.
+            CheckpointError: facts.json is not the one that the run ended with.
         """
+        self.check_file(self.folder / "facts.json")
+        return self._read("facts.json", RunFacts)
+
+    @cached_property
+    def metrics(self) -> RunMetrics:
+        """The results, read once.
+
+        Raises:
+            ModelFileError: metrics.json is missing, because the run is not finished, or damaged.
+        """
+        return self._read("metrics.json", RunMetrics)
+
+    def sealed_files(self) -> dict[str, str]:
+        """SHA-256 of facts.json and of every weights file, by path in the folder, as they are now."""
+        files = [self.folder / "facts.json", *sorted((self.folder / "weights").glob("*.safetensors"))]
+        return {file.relative_to(self.folder).as_posix(): sha256_of(file) for file in files}
+
+    def check_file(self, path: Path) -> None:
+        """Refuse a file of a finished run that has changed since; older runs recorded no checksums.
+
+        Raises:
+            CheckpointError: The file is another than the one that the run ended with.
+            ModelFileError: metrics.json is damaged.
+        """
+        if not self.finished or not path.is_file():
+            return
+        recorded = self.metrics.files.get(path.relative_to(self.folder).as_posix())
+        if recorded is not None and (now := sha256_of(path)) != recorded:
+            raise CheckpointError(
+                f"{path} is not the file that this run ended with: its SHA-256 is {now[:12]}.., and metrics.json has "
+                f"{recorded[:12]}... It was damaged or changed. Restore it from a copy, or train again."
+            )
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in one of the run's JSON files.
+
+        Raises:
+            ModelFileError: The file is missing or damaged.
+        """
+        return self._read(name, dict[str, Any])
+
+    def _read(self, name: str, kind: type[_T]) -> _T:
         path = self.folder / name
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            hint = (
-                "" if self.finished else f" The run is not finished: {command_line('train', self.folder, '--resume')}"
-            )
+            return decode(kind, read_json(path))
+        except DecodingError as error:
+            go_on = command_line("train", self.folder, "--resume")
+            hint = "" if self.finished else f" The run is not finished: {go_on}"
             raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
-        assert isinstance(content, dict)
-        return content
+
+
+class RunLock:
+    """Keeps two processes from training one run: each would write its checkpoint over the other's, and log twice.
+
+    The lock lies on recipe.toml, which is never written again, and ends with the process, however that ends.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stream: BinaryIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UsageError: Another process has it.
+            StorageError: The run folder cannot be written into.
+        """
+        if not _LOCKS:
+            return
+        path = self._run.folder / "recipe.toml"
+        try:
+            stream = path.open("r+b")
+        except OSError as error:
+            raise storage_error(path, error) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            raise UsageError(
+                f"{self._run.folder} is being trained by another process. Wait for it to end, or stop it first."
+            ) from error
+        except OSError:  # a file system without locks
+            stream.close()
+            return
+        self._stream = stream
+
+    def release(self) -> None:
+        """Give the lock back, where it was taken."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def create_run(root: Path, recipe: Recipe) -> Run:

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rkd_deploy.train.facts import Pairs, RunMetrics
+
 CONTROLS = ("s0", "control", "student")
 """Parts that S + A must beat to be worth shipping: S0 with its own head, S0 with the same losses, S alone."""
 
@@ -87,12 +89,17 @@ class Verdict:
         )
 
 
-def pairs(ours: Sequence[bool], others: Sequence[bool]) -> dict[str, int]:
-    """Test images that only one of two networks has right: by ours, ``"gained"``, by the other, ``"lost"``."""
-    return {
-        "gained": sum(mine and not other for mine, other in zip(ours, others, strict=True)),
-        "lost": sum(other and not mine for mine, other in zip(ours, others, strict=True)),
-    }
+def pairs_of(ours: Sequence[bool], others: Sequence[bool]) -> Pairs:
+    """Count the test images that only one of two networks classifies right.
+
+    Args:
+        ours: For each image, whether S + A is right.
+        others: For each image, whether the control is.
+    """
+    return Pairs(
+        gained=sum(mine and not other for mine, other in zip(ours, others, strict=True)),
+        lost=sum(other and not mine for mine, other in zip(ours, others, strict=True)),
+    )
 
 
 def gain_of_pairs(gained: int, lost: int, images: int) -> Gain:
@@ -135,23 +142,23 @@ def gain_of_samples(ours: float, others: float, images: int) -> Gain:
     return Gain(points=ours - others, low=ours - others - half, high=ours - others + half, seeds=1)
 
 
-def of_metrics(metrics: Mapping[str, Any], names: Mapping[str, str]) -> Verdict | None:
-    """The verdict on one run, from its metrics.json; None where there is no S + A, or no control to hold it against.
+def of_metrics(metrics: RunMetrics, names: Mapping[str, str]) -> Verdict | None:
+    """The verdict on one run, from its results; None where there is no S + A, or no control to hold it against.
 
     Args:
-        metrics: With `parts`, and `pairs` of S + A with each control.
+        metrics: Results of the run.
         names: Of the parts, for people.
     """
-    parts, known = metrics["parts"], metrics.get("pairs", {})
-    if not known:
+    parts, pairs = metrics.parts, metrics.pairs
+    if not pairs:
         return None
-    control = max(known, key=lambda part: (parts[part]["test_top1"], part))
+    control = max(pairs, key=lambda part: (parts[part].test_top1, part))
     return Verdict(
         network=names["fused"],
         control=control,
         control_name=names[control],
-        gain=gain_of_pairs(known[control]["gained"], known[control]["lost"], parts["fused"]["test_images"]),
-        cost_ratio=parts["fused"]["macs"] / parts[control]["macs"],
+        gain=gain_of_pairs(pairs[control].gained, pairs[control].lost, parts["fused"].test_images),
+        cost_ratio=parts["fused"].macs / parts[control].macs,
     )
 
 
@@ -175,6 +182,6 @@ def of_series(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) 
     )
 
 
-def told(verdict: Verdict | None) -> dict[str, Any]:
+def verdict_json(verdict: Verdict | None) -> dict[str, Any]:
     """A verdict for JSON, under its key; nothing where there is none."""
     return {} if verdict is None else {"verdict": {**asdict(verdict), "outcome": verdict.outcome}}

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from preparing import reseal
 
 from rkd_deploy.compare import compare_runs
 from rkd_deploy.errors import ModelFileError, UsageError
@@ -111,6 +112,7 @@ def test_runs_tested_on_other_images_are_refused(finished, copied):
     facts = json.loads((other.folder / "facts.json").read_text())
     facts["images"]["test"] = 49
     (other.folder / "facts.json").write_text(json.dumps(facts))
+    reseal(other.folder)
     with pytest.raises(UsageError, match=r"number of test images 50 and 49.*data\.test_limit"):
         compare_runs([finished["seed0"], other])
 
@@ -125,7 +127,7 @@ def test_runs_judged_on_other_images_of_the_same_number_are_refused_by_their_has
     metrics = json.loads(runs[1].metrics_path.read_text())
     del metrics["test_sha256"]  # an older run does not say what it was judged on
     runs[1].metrics_path.write_text(json.dumps(metrics))
-    assert compare_runs(runs).rows
+    assert compare_runs([Run(run.folder) for run in runs]).rows
 
 
 def with_given(run, folder, weights):

@@ -14,7 +14,7 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.precision.images import Calibration, Lowering
+from rkd_deploy.export.precision.images import Calibration, PrecisionJob
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.families import cifar_resnet
 from rkd_deploy.models.residual import ResidualStudent
@@ -85,10 +85,10 @@ class Trained:
     calibration: Calibration
     held_out: list[tuple[np.ndarray, np.ndarray]]
 
-    def lowering(self, **options: Any) -> Lowering:
+    def job(self, **options: Any) -> PrecisionJob:
         chosen = PrecisionOptions(**options)
         calibration = self.calibration if chosen.precision in ("int8", "fp8") else None
-        return Lowering(options=chosen, held_out=self.held_out, held_out_source="digits", calibration=calibration)
+        return PrecisionJob(options=chosen, held_out=self.held_out, held_out_source="digits", calibration=calibration)
 
     def logits(self, x_NHWC: np.ndarray) -> np.ndarray:
         """What PyTorch says, normalised by hand."""

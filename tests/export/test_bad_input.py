@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from preparing import reseal
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -64,6 +65,7 @@ def test_weights_that_are_not_finite(rkd, runs, bundle, tmp_path, value):
             metadata, weights = stored.metadata(), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         next(one for one in weights.values() if one.ndim == 4).view(-1)[0] = value
         save_file(weights, file, metadata)
+    reseal(runs)
     refused(rkd, tmp_path, 1, ["NaN or infinite weights (first: ", "lower train.lr"], "export", "--random-images")
 
 
@@ -86,6 +88,7 @@ def test_data_of_other_classes_than_the_run_was_trained_on(rkd, runs, bundle, tm
     facts = json.loads((runs / "facts.json").read_text())
     facts["classes"][9] = "nine"
     (runs / "facts.json").write_text(json.dumps(facts))
+    reseal(runs)
     words = ["was trained on 10 classes, and its data now have 10; the difference is 9, nine", "--random-images"]
     refused(rkd, tmp_path, 1, words, "export")
     refused(rkd, tmp_path, 1, words, "export", "--random-images", "--precision", "int8")
@@ -148,6 +151,7 @@ def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, tiny_
     weights["layer2.0.conv2.weight"][:, 0] /= 3000
     assert all(torch.isfinite(one).all() for one in weights.values())
     save_file(weights, file, metadata)
+    reseal(runs)
     before = contents(tmp_path)
     asked = ["export", "--part", "teacher", "--precision", "int8", "--target", "tensorrt", "--min-agreement", "97"]
     asked += ["--max-drop", "100", "--random-images", "--seed", "3", "--calibration-count", "64"]
@@ -178,4 +182,6 @@ def test_weights_that_were_zeroed_do_not_pass_for_those_that_were_tested(rkd, ru
     content = bytearray(weights.read_bytes())
     content[-20_000:] = bytes(20_000)
     weights.write_bytes(content)
+    refused(rkd, tmp_path, 1, ["is not the file that this run ended with"], "export", str(runs))
+    reseal(runs)  # as of an earlier version, which recorded no checksums
     refused(rkd, tmp_path, 3, ["was tested at", "Its weights or the images were changed"], "export", str(runs))

@@ -14,8 +14,8 @@ from rkd_deploy import load
 from rkd_deploy.errors import GateError, UsageError
 from rkd_deploy.export import early_exit
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.early_exit import EarlyExit, Exits
-from rkd_deploy.export.precision.convert import lower_sum
+from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs
+from rkd_deploy.export.precision.convert import convert_sum
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.proving import reference_of
 from rkd_deploy.models.residual import StudentAlone
@@ -36,8 +36,8 @@ def lowered(trained, model, tmp_path_factory):
     """The folder of a bundle in int8, and its card."""
     folder, seen = tmp_path_factory.mktemp("exits") / "bundle", trained.held_out
     asked = EarlyExit(held_out=seen, test=[(seen[0][0][:100], seen[0][1][:100])])
-    lowering = trained.lowering(precision="int8", agreement=50.0, drop=50.0)
-    export_bundle(model, trained.card, folder, batches=asked.test, early_exit=asked, lowering=lowering)
+    job = trained.job(precision="int8", agreement=50.0, drop=50.0)
+    export_bundle(model, trained.card, folder, batches=asked.test, early_exit=asked, job=job)
     return folder, json.loads((folder / "model.json").read_text())
 
 
@@ -89,9 +89,9 @@ def test_a_sum_that_loses_too_much_stops_the_export(trained, model, tmp_path, mo
     """The judge of the export: it holds the sums against the opposite of PyTorch's, which they are not."""
     opposite = lambda network, card: reference_of(nn.Sequential(network, Negative()), card)  # noqa: E731
     monkeypatch.setattr(early_exit, "reference_of", opposite)
-    lowering = trained.lowering(precision="int8", agreement=50.0, drop=50.0)
+    job = trained.job(precision="int8", agreement=50.0, drop=50.0)
     with pytest.raises(GateError, match=r"int8 loses too much: .*bundle\.report\.json"):
-        export_bundle(model, trained.card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.5), lowering=lowering)
+        export_bundle(model, trained.card, tmp_path / "bundle", early_exit=EarlyExit(threshold=0.5), job=job)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.report.json"]
     report = json.loads((tmp_path / "bundle.report.json").read_text())
     assert [step["passed"] for step in report["steps"]] == [False, False]
@@ -103,29 +103,29 @@ class Negative(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def summands(trained, model, lowered, tmp_path_factory):
+def branches(trained, model, lowered, tmp_path_factory):
     """The float32 graphs of S and A, and what PyTorch says of S alone and of both."""
-    exits = Exits(tmp_path_factory.mktemp("float32"), model, trained.card, [trained.held_out[0]], 1e-4)
+    exits = ExitGraphs(tmp_path_factory.mktemp("float32"), model, trained.card, [trained.held_out[0]], 1e-4)
     references = [reference_of(one, trained.card) for one in (StudentAlone(model), model)]
     return exits.branches, [HeldOut(one, trained.held_out, trained.card) for one in references]
 
 
-def test_s_alone_is_judged_though_the_whole_sum_passes(trained, summands):
-    branches, (alone, whole) = summands
+def test_s_alone_is_judged_though_the_whole_sum_passes(trained, branches):
+    branches, (alone, whole) = branches
 
     def judged(held_out, limit):
-        options = trained.lowering(precision="int8", agreement=limit, drop=100.0).options
+        options = trained.job(precision="int8", agreement=limit, drop=100.0).options
         images = trained.calibration.images_NHWC
-        return lower_sum(branches, trained.card.preprocess, images, held_out, options)
+        return convert_sum(branches, trained.card.preprocess, images, held_out, options)
 
     right, wrong = judged([alone, whole], 0.0), judged([whole, whole], 0.0)  # S held against itself, and against S + A
-    limit = (min(one.agreement for one in right.judgements) + wrong.judgements[0].agreement) / 2
-    assert wrong.judgements[0].agreement < limit - 2
+    limit = (min(one.agreement for one in right.results) + wrong.results[0].agreement) / 2
+    assert wrong.results[0].agreement < limit - 2
     assert judged([alone, whole], limit).passed
     failed = judged([whole, whole], limit)
-    assert [one.passed for one in failed.judgements] == [False, True]
+    assert [one.passed for one in failed.results] == [False, True]
     assert not failed.passed
-    assert failed.judgement == failed.judgements[0]
+    assert failed.result == failed.results[0]
 
 
 def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
@@ -137,23 +137,23 @@ def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
         block.bn1.weight[0] *= 3000
         block.bn1.bias[0] *= 3000
         block.conv2.weight[:, 0] /= 3000
-    references = [reference_of(one, trained.card) for one in (StudentAlone(uneven), uneven)]
-    held_out = [HeldOut(one, trained.held_out, trained.card) for one in references]
-    branches = Exits(tmp_path, uneven, trained.card, [trained.held_out[0]], 1e-2).branches
-    options = trained.lowering(precision="int8", target="tensorrt", agreement=95.0, drop=100.0, keep=("auto",)).options
-    found = lower_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
+    references = [reference_of(network, trained.card) for network in (StudentAlone(uneven), uneven)]
+    held_out = [HeldOut(reference, trained.held_out, trained.card) for reference in references]
+    branches = ExitGraphs(tmp_path, uneven, trained.card, [trained.held_out[0]], 1e-2).branches
+    options = trained.job(precision="int8", target="tensorrt", agreement=95.0, drop=100.0, keep=("auto",)).options
+    found = convert_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
     assert found.passed
     assert found.kept == ("branches.backbones.1.layer2.0.conv2",)
-    assert next(iter(found.harms)) == found.kept[0]
-    assert {name.split(".")[2] for name in found.harms if "backbones" in name} == {"0", "1"}
+    assert next(iter(found.sensitivities)) == found.kept[0]
+    assert {name.split(".")[2] for name in found.sensitivities if "backbones" in name} == {"0", "1"}
 
 
-def test_a_layer_has_one_name_in_every_graph(trained, model, summands, tmp_path):
-    branches, held_out = summands
+def test_a_layer_has_one_name_in_every_graph(trained, model, branches, tmp_path):
+    branches, held_out = branches
     images, preprocess = trained.calibration.images_NHWC, trained.card.preprocess
     name = "branches.backbones.1.layer1.0.conv1"
-    options = trained.lowering(precision="int8", agreement=0.0, drop=100.0, keep=(name,)).options
-    S, A = lower_sum(branches, preprocess, images, held_out, options).protos
+    options = trained.job(precision="int8", agreement=0.0, drop=100.0, keep=(name,)).options
+    S, A = convert_sum(branches, preprocess, images, held_out, options).protos
     kept = {tensor.name for tensor in A.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     assert "network.branches.backbones.0.layer1.0.conv1.weight" in kept
     assert "network.branches.backbones.0.layer1.0.conv2.weight" not in kept
@@ -165,6 +165,6 @@ def test_a_layer_has_one_name_in_every_graph(trained, model, summands, tmp_path)
             tmp_path / "bundle",
             level="sum",
             early_exit=EarlyExit(threshold=0.5),
-            lowering=trained.lowering(precision="int8", keep=(name,)),
+            job=trained.job(precision="int8", keep=(name,)),
         )
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.card import METADATA_KEY, Preprocess
-from rkd_deploy.export.exporter import quick_exporter
+from rkd_deploy.export.exporter import fast_exporter
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx
 
 FLOATS = Preprocess(height=4, width=4, mean=(0.5,) * 3, std=(0.5,) * 3, embedded=False)
@@ -41,7 +41,7 @@ def test_an_activation_that_overwrites_what_is_read_again_is_exported_as_it_is(i
 
 def test_activations_overwrite_again_afterwards_and_not_meanwhile():
     network = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True)).eval()
-    with quick_exporter(network, torch.randn(1, 3, 4, 4)):
+    with fast_exporter(network, torch.randn(1, 3, 4, 4)):
         assert network[1].inplace is False
     assert network[1].inplace is True
 

@@ -15,7 +15,7 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.export import measuring
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.measuring import Target, fastest_level, judge_levels
-from rkd_deploy.export.precision.images import Calibration, Lowering
+from rkd_deploy.export.precision.images import Calibration, PrecisionJob
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.residual import StudentAlone
 
@@ -82,7 +82,7 @@ def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
 
 def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, tmp_path, monkeypatch):
     x = np.random.default_rng(0).integers(0, 256, (32, *card.preprocess.input_shape), dtype=np.uint8)
-    lowering = Lowering(
+    job = PrecisionJob(
         options=PrecisionOptions(precision="int8", agreement=0),
         held_out=[(x, np.full(32, -1))],
         held_out_source="noise",
@@ -97,7 +97,7 @@ def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, t
     monkeypatch.setattr(measuring, "bench", bench_of)  # looks at the files on their way
     folder = tmp_path / "bundle"
     target = Target(RunOn(threads=1), batches=(1, 2), min_seconds=0.01)
-    export_bundle(model, card, folder, level="auto", target=target, lowering=lowering)
+    export_bundle(model, card, folder, level="auto", target=target, job=job)
     assert len(measured) == 3
     assert all("QuantizeLinear" in {node.op_type for node in proto.graph.node} for proto in measured)
     written = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
@@ -121,14 +121,14 @@ def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, t
 )
 def test_what_auto_cannot_compare_is_refused(model, card, tmp_path, options, target, message):
     x = np.zeros((16, *card.preprocess.input_shape), np.uint8)
-    lowering = Lowering(
+    job = PrecisionJob(
         options=PrecisionOptions(precision="int8", **options),
         held_out=[(x, np.zeros(16, np.int64))],
         held_out_source="black",
         calibration=Calibration(x, "black", 0),
     )
     with pytest.raises(UsageError, match=message):
-        export_bundle(model, card, tmp_path / "bundle", level="auto", target=target, lowering=lowering)
+        export_bundle(model, card, tmp_path / "bundle", level="auto", target=target, job=job)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,11 +22,11 @@ import matplotlib.figure
 import matplotlib.ticker  # noqa: F401
 import torch
 import torch.utils.tensorboard
+from preparing import facts_of
 
-from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import ModelFileError, RkdError
 from rkd_deploy.recipe import parse_recipe
-from rkd_deploy.train import facts
+from rkd_deploy.train import preparation
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.runs import newest_run
@@ -63,7 +63,7 @@ def train(task: dict[str, Any], pipe: int) -> int:
 def supervise(task: dict[str, Any]) -> tuple[int, float]:
     """Fork a child, wait until it trains, send the signal when it is time, and wait for its end."""
     recipe = parse_recipe(tomllib.loads(task["recipe"]))
-    facts.gather_facts(recipe, load_images(recipe.data, recipe.train.seed))  # the children inherit what it remembers
+    facts_of(recipe)  # the children inherit what it remembers
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -82,7 +82,7 @@ def supervise(task: dict[str, Any]) -> tuple[int, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # so that no pool of threads is begun before a fork
-    facts.separate = functools.cache(facts.separate)
+    preparation.separate = functools.cache(preparation.separate)
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(supervise(json.loads(line))), flush=True)

@@ -9,7 +9,7 @@ import torch
 
 from rkd_deploy.data.sources import load_images
 from rkd_deploy.models.separation.separate import separate
-from rkd_deploy.train import facts, fitting
+from rkd_deploy.train import fitting, preparation
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.weights import load_tensors
 
@@ -23,7 +23,7 @@ def what_is_the_same_each_time_is_remembered() -> Iterator[None]:
     Of a separation only the widths are used in training; that search and that reading have tests of their own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "separate", separate_once)
+        patch.setattr(preparation, "separate", separate_once)
         patch.setattr(fitting, "load_images", load_once)
         yield
 

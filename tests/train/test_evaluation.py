@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from rkd_deploy.data.sources import ImageSet, Split
 from rkd_deploy.data.splits import EVALUATED_AT_ONCE as BATCH
 from rkd_deploy.data.splits import evaluation_batch
 from rkd_deploy.models import zoo
-from rkd_deploy.train.evaluation import predictions
-from rkd_deploy.train.weights import load_foreign, load_weights
+from rkd_deploy.train.checkpoints import load_checkpoint
+from rkd_deploy.train.evaluation import SplitHash, predictions
+from rkd_deploy.train.weights import load_weights
 
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
 PIXELS = Normaliser((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
@@ -56,7 +58,7 @@ def test_batch_norm_is_not_moved() -> None:
 def pretrained(shared_data: Path, name: str) -> nn.Module:
     path = shared_data / "weights" / f"cifar100_{name}.pth"
     model = zoo.create(name, 100)
-    load_weights(model, load_foreign(path)[0], str(path), name)
+    load_weights(model, load_checkpoint(path).state, str(path), name)
     return model.eval()
 
 
@@ -83,3 +85,15 @@ def test_a_pretrained_network_has_its_published_accuracy(shared_data: Path, cifa
 def test_large_images_are_evaluated_fewer_at_once() -> None:
     """So that the maps of a batch stay within the memory that small ones take."""
     assert [evaluation_batch((side, side)) for side in (8, 32, 91, 224, 4096)] == [500, 500, 500, 83, 1]
+
+
+def test_the_hash_of_a_split_is_of_its_pixels_and_labels_however_they_are_cut() -> None:
+    images_NCHW = torch.randint(0, 256, (7, 3, 2, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels_N = torch.arange(7)
+    expected = hashlib.sha256(b"(2, 4)" + images_NCHW.numpy().tobytes() + labels_N.numpy().tobytes()).hexdigest()
+    for size in (1, 3, 7):
+        split_hash = SplitHash((2, 4))
+        for batch in images_NCHW.split(size):
+            split_hash.add(batch)
+        assert split_hash.finish(labels_N) == expected
+    assert SplitHash((4, 2)).finish(labels_N) != SplitHash((2, 4)).finish(labels_N)

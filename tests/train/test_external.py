@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from preparing import facts_of
 from torch import nn
 
 from rkd_deploy.data.sources import load_images
@@ -19,7 +20,6 @@ from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.recipe.method import BASE_LOSSES
-from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.baseline import Distilled
@@ -157,9 +157,9 @@ def test_external_teacher_of_a_family(own, tiny_recipe, tmp_path):
     T, model = load_part(run, "teacher"), load_part(run, "fused")
     assert type(model.head) is type(T.fc)
     torch.testing.assert_close(model.head.state_dict(), T.fc.state_dict(), rtol=0, atol=0)
-    facts = run.read_json("facts.json")
-    assert facts["separation"]["parts"]["head"] == count_head(T.fc, T.channels).macs
-    assert count(model, 32).macs <= facts["separation"]["budget"]
+    account = run.facts.separation
+    assert account.parts["head"] == count_head(T.fc, T.channels).macs
+    assert count(model, 32).macs <= account.budget
     for level in ("sum", "tail"):
         export_run(run, level=level, folder=tmp_path / level)
 
@@ -173,9 +173,9 @@ def test_a_head_that_cannot_be_reused_is_refused_before_anything_is_computed(tin
         ("method.name=simkd", 'method.name = "simkd" classifies .* another teacher'),
     ):
         with pytest.raises(RecipeError, match=message):
-            gather_facts(tiny_recipe(*settings, setting), images)
+            facts_of(tiny_recipe(*settings, setting), images)
     recipe = tiny_recipe(*settings, "method.head=trained")
-    assert type(build_residual(recipe, gather_facts(recipe, images)).head) is nn.Linear
+    assert type(build_residual(recipe, facts_of(recipe, images)).head) is nn.Linear
 
 
 def test_checkpoints_of_others_and_our_own_load(own, tiny_recipe, tmp_path):

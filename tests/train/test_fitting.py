@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rkd_deploy.data import splits
 from rkd_deploy.data.sources import ImageSet, Split, load_images
 from rkd_deploy.errors import CheckpointError, DivergenceError, StorageError, UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import evaluation, fitting
+from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS, load_part, seeded
@@ -218,10 +219,10 @@ def test_the_test_images_are_read_once_for_each_part_at_the_end(
     reads: list[tuple[bool, int]] = []
     predictions = fitting.predictions
 
-    def noting(module: nn.Module, split: Split, *rest: Any) -> Tensor:
+    def noting(module: nn.Module, split: Split, *rest: Any, **named: Any) -> Tensor:
         is_test = torch.equal(split.images_NCHW, test.images_NCHW) if len(split) == len(test) else False
         reads.append((is_test, len(list(tmp_path.glob("*/weights/*.safetensors")))))
-        return predictions(module, split, *rest)
+        return predictions(module, split, *rest, **named)
 
     monkeypatch.setattr(fitting, "predictions", noting)
     fit(recipe, root=tmp_path)
@@ -346,7 +347,7 @@ class Told(Silent):
 def test_the_evaluation_at_the_end_moves_a_bar_to_its_end(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "BATCH", 8)  # of 20 images: 3 batches for each of two parts
+    monkeypatch.setattr(splits, "EVALUATED_AT_ONCE", 8)  # of 20 images: 3 batches for each of two parts
     display = Told()
     run = fit(tiny_recipe(*QUICK, "method.name=kd"), root=tmp_path, display=display)
     assert display.seen[-1] == ("test", 1, 6, 6)

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from preparing import facts_of
 
-from rkd_deploy.data.sources import load_images
 from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent
-from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import build_s0, build_teacher, load_part
 from rkd_deploy.train.runs import Run, newest_run
@@ -131,11 +130,12 @@ def test_a_fraction_of_the_teacher_is_used_and_not_exceeded(
 ) -> None:
     keys = (f"student.fraction={fraction}", f"student.budget={unit}", "student.name=teacher", "method.name=kd")
     recipe = tiny_recipe(f"teacher.name={name}", *keys, "data.image_size=32", "student.round_to=4")
-    facts = gather_facts(recipe, load_images(recipe.data, 0))
-    costs: list[Any] = [count(build(recipe, facts), 32) for build in (build_s0, build_teacher)]
+    facts = facts_of(recipe)
+    T = build_teacher(recipe, 10, (32, 32))
+    costs: list[Any] = [count(network, 32) for network in (build_s0(recipe, facts), T)]
     given, teacher = (cost.macs if unit == "macs" else cost.parameters for cost in costs)
     assert given / teacher <= fraction
     if fraction > 0.65 and (name, unit) == ("tv:mobilenet_v3_small", "params"):  # 0.61 of T's lie before its own head
-        assert facts["given_widths"] == list(narrowable(build_teacher(recipe, facts), (32, 32)).widths)
+        assert facts.given_widths == narrowable(T, (32, 32)).widths
     else:
         assert given / teacher >= 0.9 * fraction

@@ -12,9 +12,10 @@ from rkd_deploy.errors import DataError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
+from rkd_deploy.train.facts import RunFacts, SplitSizes
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.runs import Run, newest_run, read_log
-from rkd_deploy.train.weights import near_chance, refuse_guessing, teacher_warning
+from rkd_deploy.train.starting_weights import near_chance, refuse_guessing, teacher_warning
 
 
 class Noting(Silent):
@@ -37,7 +38,15 @@ def test_near_chance_is_where_guessing_is(classes: int, guessed: float, learnt: 
 
 def test_a_given_network_of_two_classes_that_has_learnt_is_used() -> None:
     """Three times chance would be 150 %."""
-    facts = {"classes": ["cat", "dog"], "mean": [0.5] * 3}
+    facts = RunFacts(
+        data="pets",
+        classes=("cat", "dog"),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        image_size=(8, 8),
+        images=SplitSizes(train=100, val=0, test=10),
+        channels=64,
+    )
     refuse_guessing("teacher t.pth", 90.0, 100, facts, known=True)
     with pytest.raises(DataError, match=r"^teacher t\.pth classifies 52\.0 % of 100 .* chance is 50\.0 %"):
         refuse_guessing("teacher t.pth", 52.0, 100, facts, known=True)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import torch
+from preparing import facts_of
 
-from rkd_deploy.data.sources import load_images
+from rkd_deploy.decoding import decode
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import facts as run_facts
-from rkd_deploy.train.facts import gather_facts
+from rkd_deploy.train import preparation
+from rkd_deploy.train.facts import RunFacts
 from rkd_deploy.train.networks import build_residual, build_s0, build_teacher, derived_seed, seeded
 
 MakeRecipe = Callable[..., Recipe]
@@ -39,8 +41,8 @@ def test_what_is_drawn_inside_depends_on_seed_and_purpose_alone_and_leaves_no_tr
 
 def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("student.name=resnet14", "teacher.name=resnet8x4", "data.val_fraction=0.2")
-    facts = gather_facts(recipe, load_images(recipe.data, 0))
-    made = run_facts.separate(  # with every argument, so that it is the one that is remembered
+    facts = facts_of(recipe)
+    made = preparation.separate(  # with every argument, so that it is the one that is remembered
         "resnet14",
         num_classes=10,
         input_size=(8, 8),
@@ -52,7 +54,7 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         fraction=None,
         stopwatch=None,
     )
-    assert facts == {
+    assert json.loads(json.dumps(facts.to_json())) == {
         "data": "digits",
         "classes": [str(digit) for digit in range(10)],
         "mean": [0.305] * 3,
@@ -71,10 +73,12 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
             "parts": made.parts,
             "latency": None,
         },
+        "given": {},
     }
+    assert decode(RunFacts, json.loads(json.dumps(facts.to_json()))) == facts
     model = build_residual(recipe, facts)
     assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)
     assert model.head.weight.shape == (10, 256)
-    assert build_teacher(recipe, facts).channels == 256
+    assert build_teacher(recipe, 10, (8, 8)).channels == 256
     assert build_s0(recipe, facts).widths == (16, 16, 32, 64)
     assert torch.equal(model.head.weight, build_residual(recipe, facts).head.weight)

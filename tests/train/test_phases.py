@@ -20,7 +20,7 @@ from rkd_deploy.models.cost import NetworkCost, count
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import facts, fitting
+from rkd_deploy.train import fitting, preparation
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods.simkd import ReusedClassifier
@@ -53,7 +53,7 @@ def costs_are_remembered() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "separate", functools.cache(separate))
+        patch.setattr(preparation, "separate", functools.cache(separate))
         patch.setattr(fitting, "count", counted)
         yield
 

@@ -15,9 +15,9 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.train import networks
-from rkd_deploy.train.facts import gather_facts
 from rkd_deploy.train.methods.baseline import CrossEntropy
 from rkd_deploy.train.phases import Planner
+from rkd_deploy.train.preparation import gather_facts
 from rkd_deploy.train.stepping import Stepper, learning_rate
 
 RECIPES = sorted((Path(__file__).parents[2] / "train").glob("*.toml"))
@@ -94,10 +94,12 @@ def test_two_steps_of_imagenets_recipe_on_photos_in_its_layout(photos: Path) -> 
 
 def two_steps_of_every_phase(recipe: Recipe, images: ImageSet) -> list[str]:
     """As `fit` takes them, but for the epochs and the evaluation: the teachers are too heavy for those here."""
-    facts = gather_facts(recipe, images)
-    assert facts["separation"]["cost"] <= facts["separation"]["budget"]
+    originals = networks.build_originals(recipe, len(images.classes), images.image_size)
+    facts = gather_facts(recipe, images, originals)
+    assert facts.separation is not None
+    assert facts.separation.cost <= facts.separation.budget
     device = torch.device("cpu")
-    nets = networks.build_networks(recipe, facts, device)
+    nets = networks.build_networks(recipe, facts, originals, device)
     for net in (nets.teacher, nets.s0, nets.model):
         assert net is not None
         for layer in net.modules():

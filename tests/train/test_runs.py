@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from rkd_deploy.errors import ModelFileError, StorageError, UsageError
+from rkd_deploy.errors import CheckpointError, ModelFileError, StorageError, UsageError
 from rkd_deploy.recipe import Recipe, TrainRecipe, read_recipe
+from rkd_deploy.train.networks import load_part
 from rkd_deploy.train.runs import Run, RunLog, create_run, newest_run, open_run, read_log
 
 
@@ -144,3 +146,48 @@ def test_a_phase_is_forgotten_and_those_before_it_are_not(
 def test_a_full_disk_is_an_error_of_storage() -> None:
     with pytest.raises(StorageError, match=r"Could not write /dev/full: No space left on device"):
         RunLog(Path("/dev/full")).append("epoch", epoch=1)
+
+
+# Typed readers: whatever a file of a run may hold, one error that names it
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '"x"', "[" * 100_000, '{"parts": NaN}'])
+@pytest.mark.parametrize("name", ["facts", "metrics"])
+def test_a_file_without_what_it_must_have_is_one_error(tmp_path: Path, name: str, content: str) -> None:
+    run = create_run(tmp_path, Recipe(name="a"))
+    (run.folder / f"{name}.json").write_text(content)
+    with pytest.raises(ModelFileError, match=rf"{name}\.json cannot be read \("):
+        getattr(run, name)
+
+
+def test_facts_and_metrics_come_back_as_they_were_written(tiny_run: Run) -> None:
+    for name in ("facts", "metrics"):
+        text = (tiny_run.folder / f"{name}.json").read_text()
+        assert json.loads(json.dumps(getattr(tiny_run, name).to_json())) == json.loads(text)
+
+
+def test_facts_and_metrics_of_an_older_run_are_read(tiny_run: Run, tmp_path: Path) -> None:
+    """Runs of earlier versions have no hashes; baselines have no separation."""
+    shutil.copytree(tiny_run.folder, tmp_path / "old")
+    for name, keys in (("metrics", ("test_sha256", "files")), ("facts", ("separation", "given"))):
+        content = json.loads((tmp_path / "old" / f"{name}.json").read_text())
+        for key in keys:
+            content.pop(key, None)
+        (tmp_path / "old" / f"{name}.json").write_text(json.dumps(content))
+    old = Run(tmp_path / "old")
+    assert old.facts.separation is None
+    assert old.metrics.parts["fused"].test_top1 == tiny_run.metrics.parts["fused"].test_top1
+
+
+def test_a_file_that_changed_since_the_run_ended_is_refused(tiny_run: Run, tmp_path: Path) -> None:
+    """One bit of the weights, or a class of another name: the accuracy in metrics.json is no longer that of the run."""
+    for name in ("weights/teacher.safetensors", "weights/assistant.safetensors", "facts.json"):
+        shutil.copytree(tiny_run.folder, tmp_path / name / "run")
+        run = Run(tmp_path / name / "run")
+        for part in ("teacher", "fused"):
+            load_part(run, part)
+        content = bytearray((run.folder / name).read_bytes())
+        content[-20] ^= 1
+        (run.folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{name} is not the file that this run ended with"):
+            load_part(Run(run.folder), "teacher" if "teacher" in name else "fused")

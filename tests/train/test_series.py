@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rkd_deploy.compare import compare_runs
 from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent, print_series
-from rkd_deploy.train.fitting import fit_series
+from rkd_deploy.train.fitting import fit, fit_series
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1", "method.name=cross_entropy")
@@ -38,6 +39,11 @@ def test_seeds_make_one_run_each_and_one_summary(tmp_path: Path, tiny_recipe: Ma
     assert part["mean"] == pytest.approx(np.mean(accuracies))
     assert part["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert json.loads(series.path.read_text()) == series.to_dict()
+    assert len({run.metrics.test_sha256 for run in series.runs}) == 1  # every seed is judged on the same images
+    other = fit(tiny_recipe(*QUICK, "data.split_seed=1"), root=tmp_path / "other")
+    assert other.metrics.test_sha256 not in ("", series.runs[0].metrics.test_sha256)
+    with pytest.raises(UsageError, match=r"different images: images and labels, SHA-256 .*data\.split_seed"):
+        compare_runs([series.runs[0], other])
     assert series.path == tmp_path / "series-tiny-001.json"
 
 

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from rkd_deploy.decoding import decode
+from rkd_deploy.train.facts import Pairs, RunMetrics
 from rkd_deploy.train.verdict import (
     Gain,
     Verdict,
@@ -14,7 +16,7 @@ from rkd_deploy.train.verdict import (
     gain_of_seeds,
     of_metrics,
     of_series,
-    pairs,
+    pairs_of,
 )
 
 NAMES = {"fused": "S + A", "s0": "S0", "control": "S0, same losses", "student": "S alone"}
@@ -22,8 +24,8 @@ NAMES = {"fused": "S + A", "s0": "S0", "control": "S0, same losses", "student": 
 
 def test_pairs_count_what_only_one_has_right() -> None:
     ours, others = [True, True, False, True, False], [True, False, True, False, False]
-    assert pairs(ours, others) == {"gained": 2, "lost": 1}
-    assert pairs(ours, ours) == {"gained": 0, "lost": 0}
+    assert pairs_of(ours, others) == Pairs(gained=2, lost=1)
+    assert pairs_of(ours, ours) == Pairs(gained=0, lost=0)
 
 
 def test_the_interval_of_pairs_is_that_of_agresti_and_min() -> None:
@@ -78,12 +80,14 @@ def test_the_best_control_is_the_one_to_beat() -> None:
         part: {"test_top1": top1, "macs": 10, "test_images": 200}
         for part, top1 in (("fused", 60.0), ("s0", 50.0), ("control", 58.0), ("student", 55.0), ("teacher", 90.0))
     }
-    known = {part: {"gained": 10, "lost": 6} for part in ("s0", "control", "student")}
-    verdict = of_metrics({"parts": parts, "pairs": known}, NAMES)
+    seconds = {"training_seconds": 1.0, "evaluation_seconds": 1.0, "peak_memory_mb": 1.0}
+    of_run = {"parts": {part: {"parameters": 1} | results for part, results in parts.items()}, "phases": {}, **seconds}
+    pairs = {part: {"gained": 10, "lost": 6} for part in ("s0", "control", "student")}
+    verdict = of_metrics(decode(RunMetrics, of_run | {"pairs": pairs}), NAMES)
     assert verdict is not None
     assert verdict.control == "control"
     assert verdict.gain.points == 2.0
-    assert of_metrics({"parts": parts}, NAMES) is None  # a run of before, or without S + A
+    assert of_metrics(decode(RunMetrics, of_run), NAMES) is None  # a run of before, or without S + A
     series = {
         part: {**facts, "mean": facts["test_top1"], "test_top1": [facts["test_top1"]] * 2}
         for part, facts in parts.items()

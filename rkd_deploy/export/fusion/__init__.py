@@ -1,4 +1,4 @@
-"""S and A as one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
+"""Fuses S and A into one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
 
 Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
     P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/adapters.py`)
@@ -17,7 +17,12 @@ Level `tail` uses that GAP, adapters and head are all linear and so commute:
 One matrix [K, C_S + C_A] on the concatenated pooled maps is left: the adapters cost nothing at run time, and the sum of
 maps no longer exists, so it cannot be an output. Any number of branches is folded alike: a chain of k assistants adds
 columns W U_1 .. W U_k and shifts W c_1 .. W c_k; with one branch (S alone) both levels are the same without A. Where S
-and A exchange their maps at every stage (`exchange.py`), level `tail` folds those adapters too.
+and A exchange their maps at every stage (scheme progressive), level `tail` folds those adapters too: a stage's maps s_b
+are summed at T's width and brought back to the width of each branch, with Q_b s = V_b s + d_b, so that
+
+    Q_b (sum_i U_i s_i + c_i) = V_b [U_S | U_1 | ..] [s_S; s_1; ..]  +  (V_b c + d_b),    c = c_S + c_1 + ..
+
+is one 1x1 convolution on the concatenated maps. It is taken where its matrix is no larger than those that it replaces.
 
 Level `wide` has the tail of `tail`, and each pair of layers of S and A as one (`wide.py`): half as many operations, and
 as many multiplications more as the weights got zeros. With p_S, p_A the places of their channels in the merged map m,
@@ -25,7 +30,7 @@ as many multiplications more as the weights got zeros. With p_S, p_A the places 
     z = V GAP(m) + (b + W (c_S + c_A)),    V[:, p_S] = W U_S,  V[:, p_A] = W U_A
 
 `wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
-level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`selection.py`).
+level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`export/measuring.py`).
 
 Batch norm is folded into the convolution before it in every level (`batch_norm.py`); where a network cannot be traced,
 or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
@@ -59,30 +64,31 @@ from rkd_deploy.models.residual import ResidualStudent, StudentAlone
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
-def joined(adapters: Sequence[nn.Conv2d]) -> tuple[Tensor, Tensor]:
-    """[U_S | U_1 | ..] and c_S + c_1 + .. of 1x1 convolutions whose results are summed."""
+def concatenated(adapters: Sequence[nn.Conv2d]) -> tuple[Tensor, Tensor]:
+    """Matrix [U_S | U_1 | ..] and shift c_S + c_1 + .. of 1x1 convolutions whose results are summed."""
     U = torch.cat([adapter.weight.flatten(1) for adapter in adapters], dim=1)
     return U, torch.stack([cast(Tensor, adapter.bias) for adapter in adapters]).sum(0)
 
 
-class ExchangingBranches(nn.Module):
-    """Images to the last maps of all branches.
+class ProgressiveBranches(nn.Module):
+    """Branches that exchange their maps after every stage (scheme progressive): images to all last maps.
 
     Args:
-        model: Its layers are used, not copied.
-        folded: Fold the adapters between stages where that is no dearer.
+        model: S and A; its layers are used, not copied.
+        fold_stage_adapters: Whether the adapters between two stages become one convolution where that is no dearer.
     """
 
-    def __init__(self, model: ProgressiveStudent, *, folded: bool) -> None:
+    def __init__(self, model: ProgressiveStudent, *, fold_stage_adapters: bool) -> None:
         super().__init__()
         rows = model.rows()
         self.stages = nn.ModuleList(nn.ModuleList(step.stage for step in row) for row in rows)
         self.exchanges = nn.ModuleList(
-            _Folded(*pair) if folded and _cheaper(*pair) else _AsTrained(*pair) for pair in pairwise(rows)
+            _FoldedStageAdapters(*pair) if fold_stage_adapters and _cheaper(*pair) else _StageAdapters(*pair)
+            for pair in pairwise(rows)
         )
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """f_S^K, f_1^K, .."""
+        """Last maps f_S, f_1, .. of all branches, each [N, C_b, H', W']."""
         stages = cast("list[nn.ModuleList]", list(self.stages))
         maps = tuple(stage(x_NCHW) for stage in stages[0])
         for exchange, row in zip(self.exchanges, stages[1:], strict=True):
@@ -90,8 +96,8 @@ class ExchangingBranches(nn.Module):
         return maps
 
 
-class _AsTrained(nn.Module):
-    """Sum over branches, then back to the width of each."""
+class _StageAdapters(nn.Module):
+    """The exchange as it was trained: the sum over branches, then back to the width of each."""
 
     def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
@@ -103,12 +109,12 @@ class _AsTrained(nn.Module):
         return tuple(back(s) for back in self.backs)
 
 
-class _Folded(nn.Module):
-    """One 1x1 convolution on the concatenated maps, its result split again."""
+class _FoldedStageAdapters(nn.Module):
+    """The exchange as one 1x1 convolution on the concatenated maps, its result split again."""
 
     def __init__(self, before: list[BranchStage], after: list[BranchStage]) -> None:
         super().__init__()
-        U, c = joined([step.adapter for step in before])
+        U, c = concatenated([step.adapter for step in before])
         V, d = zip(*(_back_matrix(step.back, c) for step in after), strict=True)
         self.widths = [len(rows) for rows in V]
         self.conv = nn.Conv2d(U.shape[1], sum(self.widths), 1, dtype=U.dtype, device=U.device)
@@ -122,25 +128,25 @@ class _Folded(nn.Module):
 
 
 def _back_matrix(back: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """V and d of Q; `like` has C_T numbers."""
+    """V and d of Q_b; the identity where a branch has T's width already. `like` has C_T numbers."""
     if isinstance(back, nn.Conv2d):
         return back.weight.flatten(1), cast(Tensor, back.bias)
     return torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
 
 
 def _cheaper(before: list[BranchStage], after: list[BranchStage]) -> bool:
-    own = sum(step.adapter.in_channels for step in before)
+    width = sum(step.adapter.in_channels for step in before)
     as_trained = sum(step.adapter.weight.numel() for step in before)
     as_trained += sum(step.back.weight.numel() for step in after if isinstance(step.back, nn.Conv2d))
     following = sum(_back_matrix(step.back, cast(Tensor, before[0].adapter.bias))[0].shape[0] for step in after)
-    return own * following <= as_trained
+    return width * following <= as_trained
 
 
 LEVELS = ("sum", "tail", "wide", "wide-grouped")
 
 
 class SummedBranches(nn.Module):
-    """Level `sum`.
+    """Level `sum`: adapters, their sum, pooling and head, as they were trained.
 
     Args:
         branches: Images to the last maps of all branches.
@@ -163,7 +169,7 @@ class SummedBranches(nn.Module):
 
 
 class FoldedTail(nn.Module):
-    """Level `tail`.
+    """Level `tail`: the maps are pooled and concatenated, and one matrix is left of adapters and head.
 
     Args:
         branches: Images to the last maps of all branches.
@@ -184,7 +190,7 @@ class FoldedTail(nn.Module):
 
 
 class WideBranches(nn.Module):
-    """Level `wide`.
+    """Level `wide`: all branches as one backbone, with the tail of level `tail`.
 
     Args:
         merged: All backbones as one.
@@ -208,8 +214,8 @@ class WideBranches(nn.Module):
 
 
 def _tail(adapters: Sequence[nn.Conv2d], head: nn.Module) -> nn.Sequential:
-    """From all pooled maps, one after the other, to logits: one matrix, and h after it where h is more than that."""
-    U, c = joined(adapters)
+    """The layers from all pooled maps, concatenated, to logits: one matrix, and h after it where h is not linear."""
+    U, c = concatenated(adapters)
     if type(head) is not nn.Linear:
         return nn.Sequential(_linear(U, c), head)
     W, b = head.weight, head.bias
@@ -225,7 +231,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 class _LastMaps(nn.Module):
-    """S and its assistants as one function from images to their last stage maps."""
+    """Branches as one function from images to their last stage maps."""
 
     def __init__(self, backbones: Sequence[FeatureNetwork], trunk: FeatureNetwork | None) -> None:
         super().__init__()
@@ -238,7 +244,7 @@ class _LastMaps(nn.Module):
 
 
 class _LastMap(nn.Module):
-    """One branch as a function from images to its last stage map."""
+    """A branch as a function from images to its last stage map."""
 
     def __init__(self, backbone: FeatureNetwork) -> None:
         super().__init__()
@@ -249,12 +255,12 @@ class _LastMap(nn.Module):
 
 
 def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
-    """One network to export, in eval mode, equal in value to the model's up to rounding.
+    """Bring a network to a fusion level: one network to export, in eval mode, equal in value up to rounding.
 
     Args:
         model: S with its assistants (`ResidualStudent`, `ProgressiveStudent`), S alone, or any classifier, of which
             only batch norm is folded. Left as it is.
-        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `selection.choose_level`.
+        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `measuring.choose_level`.
 
     Raises:
         UsageError: Unknown level, or a level that these branches cannot be brought to.
@@ -265,14 +271,14 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         return _wide(model, grouped=level == "wide-grouped")
     branches: nn.Module
     if isinstance(model, ProgressiveStudent):
-        branches, adapters = ExchangingBranches(model, folded=level == "tail"), model.last_adapters()
+        branches, adapters = ProgressiveBranches(model, fold_stage_adapters=level == "tail"), model.last_adapters()
     elif isinstance(model, ResidualStudent | StudentAlone):
         branches = _LastMaps([backbone for backbone, _ in model.branches()], model.trunk)
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return fold_batch_norms(model.eval())
-    owner = SummedBranches if level == "sum" else FoldedTail
-    return owner(fold_batch_norms(branches.eval()), adapters, model.head).eval()
+    kind = SummedBranches if level == "sum" else FoldedTail
+    return kind(fold_batch_norms(branches.eval()), adapters, model.head).eval()
 
 
 def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped: bool) -> nn.Module:

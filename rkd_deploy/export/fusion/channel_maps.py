@@ -1,4 +1,4 @@
-"""The maps of the merged graph: which channels are where, and how they come into one piece and one order.
+"""Keeps account of which channel is where in a merged graph.
 
 Letters and ideas are those of `wide.py`. Every channel has a number, from the operation that computed it, wherever it
 is moved afterwards. What a branch's map holds is written as addresses [N, C, H, W]: number times `PLACES` plus place.

@@ -1,4 +1,6 @@
-"""Layers of several branches as one layer, in the letters of `wide.py`.
+"""Merges a convolution or a batch norm of each branch into one layer.
+
+The letters are those of `wide.py`.
 
 A branch's convolution of g groups is g blocks: block k maps its input channels to its output channels and to no others.
 A merged convolution of G groups needs these blocks in G sets, each with as many input and as many output channels as

@@ -1,4 +1,4 @@
-"""What an operation of a traced network is to merging (`wide.py`).
+"""Sorts the operations of a traced network by how they can be merged (`wide.py`).
 
     convolution, norm     merged by their weights
     channelwise           on each channel alone, of no weights: activations, pooling

@@ -1,4 +1,6 @@
-"""Level `wide`: several backbones of one topology as one, each pair of layers side by side in one layer.
+"""Merges backbones of one topology: each pair of layers side by side in one layer.
+
+This is fusion level `wide`.
 
 Letters: branch b = S, A_1, .. A_k has the map x_b [N, C_b, H, W]. The merged map X [N, C, H, W] holds the channels of
 all branches; channel i of branch b is at position p_b(i):
@@ -13,7 +15,7 @@ At the image all branches have the same p: it is there once. By this every opera
     convolution:        y_b = W_b * x_b + c_b becomes Y = W * X + c with
                             W[q_b(o), p_b(i)] = W_b[o, i], zero elsewhere,  c[q_b(o)] = c_b[o]
                         Of one input shared by all branches W is their weights one below the other, without a zero.
-                        Else it is block-diagonal, up to the order of the channels. `wide_layers.py` says when a grouped
+                        Else it is block-diagonal, up to the order of the channels. `layers.py` says when a grouped
                         convolution, which has no zeros, takes its place.
     batch norm:         into the convolution before it; where there is none (after an addition, in a Wide ResNet)
                         per channel, all branches in one.

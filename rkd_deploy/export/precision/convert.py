@@ -1,15 +1,15 @@
-"""From proven float32 graphs to files of lower precision, judged on held-out images.
+"""Converts proven float32 graphs to a lower precision and judges the result on held-out images.
 
-One graph gives the logits, or several whose logits add up (`early_exit.py`): then each partial sum is judged, because
-an image may leave with it, and layers to keep are looked for in all of them at once. What one graph adds, it adds to
-the same logits, so the harms of all layers are on one scale.
+There is one graph that gives the logits, or there are several whose logits add up (`early_exit.py`). In the second case
+every partial sum is judged, because an image may leave with it, and layers to keep in float32 are searched for in all
+graphs at once: what one graph adds, it adds to the same logits, so that all sensitivities are on one scale.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,28 +22,33 @@ import torch
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require
 from rkd_deploy.export.graph import OPSET, ExportGraph, to_onnx
-from rkd_deploy.export.precision.gate import HeldOut, Judgement, failed
-from rkd_deploy.export.precision.images import Lowering
-from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest, harms
-from rkd_deploy.export.precision.layers import WEIGHTED, chosen, preprocessing, quantisable, summand
+from rkd_deploy.export.precision.gate import GateResult, HeldOut, gate_error
+from rkd_deploy.export.precision.images import PrecisionJob
+from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest_kept, sensitivities
+from rkd_deploy.export.precision.layers import WEIGHTED, branch_layers, preprocessing, quantisable, resolve_layers
 from rkd_deploy.export.precision.options import AUTO, QUANTISED, PrecisionOptions
 from rkd_deploy.storage import write_json
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BF16_OPSET = 22
-"""The first whose convolutions are defined for bf16."""
+"""The first opset whose convolutions are defined for bf16."""
+
+Array = npt.NDArray[Any]
 
 
 def to_half(graph: ExportGraph, preprocess: Preprocess, precision: str) -> Any:
-    """The graph exported again with its network in 16 bits.
+    """Export a graph again with its network in 16 bits.
 
     Args:
         graph: Pre-processing, network and outputs; left as it is.
         preprocess: For the type and shape of the input.
         precision: fp16 or bf16.
 
+    Returns:
+        An onnx.ModelProto with float32 pre-processing and outputs.
+
     Raises:
-        UsageError: fp16, which ends at 65,504, cannot hold a weight.
+        UsageError: A weight is larger than fp16 can hold (65,504).
     """
     dtype = DTYPES[precision]
     limit = torch.finfo(dtype).max
@@ -53,14 +58,14 @@ def to_half(graph: ExportGraph, preprocess: Preprocess, precision: str) -> Any:
                 f"--precision {precision} ends at {limit:g}, and {name} holds {largest:g}. "
                 "Choose --precision bf16, whose range is that of float32."
             )
-    return to_onnx(graph.lowered(dtype), preprocess, opset=BF16_OPSET if precision == "bf16" else OPSET)
+    return to_onnx(graph.in_dtype(dtype), preprocess, opset=BF16_OPSET if precision == "bf16" else OPSET)
 
 
-def to_fp8(proto: Any, inputs: npt.NDArray[Any], keep: Sequence[str] = ()) -> Any:
-    """A copy of a float32 graph with FP8 Q/DQ pairs before its layers.
+def to_fp8(proto: Any, inputs: Array, keep: Sequence[str] = ()) -> Any:
+    """Quantise a float32 graph to FP8 with NVIDIA's ModelOpt: Q/DQ pairs before its layers.
 
     Args:
-        proto: An exported graph.
+        proto: The exported graph; left as it is.
         inputs: Calibration images as the graph takes them.
         keep: Nodes to leave in float32.
 
@@ -85,142 +90,163 @@ def to_fp8(proto: Any, inputs: npt.NDArray[Any], keep: Sequence[str] = ()) -> An
         return onnx.load(target)
 
 
-Array = npt.NDArray[Any]
-Keep = Sequence[str]
-
-
 @dataclass(frozen=True)
 class Exportable:
-    """A network as PyTorch has it and as a float32 ONNX graph."""
+    """A network as PyTorch has it, and the float32 ONNX graph that was made of it."""
 
     graph: ExportGraph
     proto: Any
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """Graphs of lower precision.
+class PrecisionRecord:
+    """What was asked for, done and measured when a precision was lowered; the card and the report hold it.
 
     Attributes:
-        protos: The graphs, without a card.
-        judgements: What the gate saw of each partial sum of their logits; of a single graph just of that.
+        job: Options and images.
+        results: Of the gate, for each partial sum of the logits, the whole last.
         kept: Layers left in float32.
-        harms: Of every layer, the worst first, where they were searched for.
+        sensitivities: Mean squared change of the logits by each layer alone, the largest first; None: not searched.
     """
 
-    protos: tuple[Any, ...]
-    judgements: tuple[Judgement, ...]
+    job: PrecisionJob
+    results: tuple[GateResult, ...]
     kept: tuple[str, ...]
-    harms: dict[str, float] | None = None
+    sensitivities: Mapping[str, float] | None = None
 
     @property
-    def proto(self) -> Any:
-        """The only graph."""
-        (only,) = self.protos
-        return only
+    def result(self) -> GateResult:
+        """The result that decides over all sums: the first that did not pass, else the last, which is the whole."""
+        return _deciding(self.results)
 
-    @property
-    def judgement(self) -> Judgement:
-        """Of the first sum that did not pass, else of the last one, which is the whole."""
-        return next((one for one in self.judgements if not one.passed), self.judgements[-1])
-
-    @property
-    def passed(self) -> bool:
-        """Whether every sum did."""
-        return all(one.passed for one in self.judgements)
-
-    def account(self, lowering: Lowering) -> dict[str, Any]:
-        """Everything that was asked, done and found, for the card and the report."""
-        options, calibration = lowering.options, lowering.calibration
+    def to_record(self) -> dict[str, Any]:
+        """The fields as JSON has them; ``harms`` is the name that cards gave to sensitivities from the first on."""
+        options, calibration = self.job.options, self.job.calibration
         return {
             "precision": options.precision,
             "target": options.runtime,
             "proven_on": options.prover,
             "kept": list(self.kept),
-            "harms": self.harms,
+            "harms": None if self.sensitivities is None else dict(self.sensitivities),
             "calibration": None if calibration is None else calibration.to_dict(),
-            "held_out": lowering.held_out_source,
-            "gate": self.judgement.to_dict(),
-            **({"steps": [one.to_dict() for one in self.judgements]} if len(self.judgements) > 1 else {}),
+            "held_out": self.job.held_out_source,
+            "gate": self.result.to_dict(),
+            **({"steps": [result.to_dict() for result in self.results]} if len(self.results) > 1 else {}),
         }
 
 
-def lower(
+def _deciding(results: Sequence[GateResult]) -> GateResult:
+    return next((result for result in results if not result.passed), results[-1])
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Graphs of lower precision and what the gate measured of them, passed or not.
+
+    Attributes:
+        protos: The graphs, without a card.
+        results: What the gate measured of each partial sum of the graphs' logits; one result for a single graph.
+        kept: Layers left in float32.
+        sensitivities: Sensitivity of every layer, the largest first, where layers to keep were searched for.
+    """
+
+    protos: tuple[Any, ...]
+    results: tuple[GateResult, ...]
+    kept: tuple[str, ...]
+    sensitivities: dict[str, float] | None = None
+
+    @property
+    def proto(self) -> Any:
+        """The graph, where it is a single one."""
+        (only,) = self.protos
+        return only
+
+    @property
+    def result(self) -> GateResult:
+        """The result that decides over all sums: the first that did not pass, else the last, which is the whole."""
+        return _deciding(self.results)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every sum passed."""
+        return all(result.passed for result in self.results)
+
+    def record(self, job: PrecisionJob) -> PrecisionRecord:
+        """What is written of this conversion."""
+        return PrecisionRecord(job, self.results, self.kept, self.sensitivities)
+
+
+def convert(
     graph: ExportGraph,
     proto: Any,
     preprocess: Preprocess,
     inputs: Array | None,
     held_out: HeldOut,
     options: PrecisionOptions,
-) -> Lowered:
-    """Convert one graph, and judge: `lower_sum` of a single summand.
+) -> Converted:
+    """Convert one graph to a lower precision and judge it: `convert_sum` of a single branch.
 
     Args:
         graph: What `proto` was exported from.
         proto: The float32 ONNX graph; left as it is.
         preprocess: How the graph takes images.
         inputs: Calibration images as the graph takes them, for int8 and fp8.
-        held_out: To judge on.
+        held_out: Images to judge on.
         options: Precision, target, layers to keep, limits.
-
-    Returns:
-        The graph, whether or not it passed: its judgement says.
     """
-    return lower_sum([Exportable(graph, proto)], preprocess, inputs, [held_out], options)
+    return convert_sum([Exportable(graph, proto)], preprocess, inputs, [held_out], options)
 
 
-def lower_sum(
-    summands: Sequence[Exportable],
+def convert_sum(
+    branches: Sequence[Exportable],
     preprocess: Preprocess,
     inputs: Array | None,
     held_out: Sequence[HeldOut],
     options: PrecisionOptions,
-) -> Lowered:
-    """Convert, and judge.
+) -> Converted:
+    """Convert networks whose logits add up to a lower precision, and judge every partial sum.
 
     Args:
-        summands: Networks whose logits add up, or a single one; left as they are.
+        branches: The networks, or a single one; left as they are.
         preprocess: How the graphs take images.
         inputs: Calibration images as the graphs take them, for int8 and fp8.
-        held_out: To judge each partial sum on, with the reference's answers to it.
+        held_out: For each partial sum, images and the reference's answers to them.
         options: Precision, target, layers to keep, limits.
-
-    Returns:
-        The graphs, whether or not they passed: their judgements say.
 
     Raises:
         UsageError: A layer to keep is unknown, or the precision cannot hold the network.
         MissingDependencyError: What converts to it, or runs it here, is not installed.
     """
     if options.precision not in QUANTISED:
-        protos = [to_half(one.graph, preprocess, options.precision) for one in summands]
+        protos = [to_half(branch.graph, preprocess, options.precision) for branch in branches]
         return _judged(protos, held_out, options)
-    assert inputs is not None  # Lowering has seen to it
+    assert inputs is not None  # PrecisionJob refuses quantisation without calibration images
     if options.precision == "int8":
-        return _int8(summands, inputs, held_out, options)
-    nodes = [summand(quantisable(one.proto, WEIGHTED), number) for number, one in enumerate(summands)]
-    excluded = chosen(nodes, options.keep)
-    protos = [to_fp8(one.proto, inputs, without) for one, without in zip(summands, excluded, strict=True)]
+        return _int8(branches, inputs, held_out, options)
+    layers = [branch_layers(quantisable(branch.proto, WEIGHTED), number) for number, branch in enumerate(branches)]
+    excluded = resolve_layers(layers, options.keep)
+    protos = [to_fp8(branch.proto, inputs, nodes) for branch, nodes in zip(branches, excluded, strict=True)]
     return _judged(protos, held_out, options, options.keep)
 
 
-def insist(lowered: Lowered, lowering: Lowering, card: ModelCard, folder: Path) -> None:
-    """Let what passed its gate through; else leave a report beside the bundle's folder.
+def require_passed(converted: Converted, job: PrecisionJob, card: ModelCard, folder: Path) -> None:
+    """Stop an export whose file did not pass its gate, and leave a report beside the bundle's folder.
 
     Raises:
         GateError: It did not pass; the message names FOLDER.report.json.
     """
-    if lowered.passed:
+    if converted.passed:
         return
     report = folder.with_name(f"{folder.name}.report.json")
-    write_json(report, {"name": card.name, **lowered.account(lowering), "versions": dict(card.versions)})
-    raise failed(lowered.judgement, lowering.options.precision, lowered.kept, report)
+    record = converted.record(job)
+    write_json(report, {"name": card.name, **record.to_record(), "versions": dict(card.versions)})
+    raise gate_error(converted.result, job.options.precision, converted.kept, report)
 
 
-def unjudged(
+def convert_ungated(
     graph: ExportGraph, proto: Any, preprocess: Preprocess, inputs: Array | None, options: PrecisionOptions
 ) -> Any:
-    """The file of lower precision before any layer is kept, which is what fusion levels are measured by.
+    """Convert a graph with no layer kept and no gate: the file that fusion levels are timed by.
 
     Args:
         graph: What `proto` was exported from.
@@ -231,7 +257,7 @@ def unjudged(
     """
     if options.precision not in QUANTISED:
         return to_half(graph, preprocess, options.precision)
-    assert inputs is not None  # Lowering has seen to it
+    assert inputs is not None  # PrecisionJob refuses quantisation without calibration images
     if options.precision == "fp8":
         return to_fp8(proto, inputs)
     with Int8Quantiser(proto, inputs, options.runtime) as quantiser:
@@ -239,53 +265,55 @@ def unjudged(
 
 
 def _int8(
-    summands: Sequence[Exportable], inputs: Array, held_out: Sequence[HeldOut], options: PrecisionOptions
-) -> Lowered:
-    with ExitStack() as opened:
-        quantisers = [opened.enter_context(Int8Quantiser(one.proto, inputs, options.runtime)) for one in summands]
-        nodes = [summand(quantiser.nodes, number) for number, quantiser in enumerate(quantisers)]
+    branches: Sequence[Exportable], inputs: Array, held_out: Sequence[HeldOut], options: PrecisionOptions
+) -> Converted:
+    with ExitStack() as stack:
+        quantisers = [stack.enter_context(Int8Quantiser(branch.proto, inputs, options.runtime)) for branch in branches]
+        layers = [branch_layers(quantiser.nodes, number) for number, quantiser in enumerate(quantisers)]
 
-        def attempt(keep: Keep) -> Lowered:
-            excluded = chosen(nodes, keep)
-            protos = [one.quantised(without=without) for one, without in zip(quantisers, excluded, strict=True)]
+        def attempt(keep: Sequence[str]) -> Converted:
+            excluded = resolve_layers(layers, keep)
+            protos = [quantiser.quantised(without=nodes) for quantiser, nodes in zip(quantisers, excluded, strict=True)]
             return _judged(protos, held_out, options, keep)
 
         if options.keep != (AUTO,):
             return attempt(options.keep)
-        return _searched(attempt, lambda: _ranked(summands, quantisers, nodes, inputs, options))
+        return _searched(attempt, lambda: _ranked(branches, quantisers, layers, inputs, options))
 
 
-def _searched(attempt: Callable[[Keep], Lowered], ranked: Callable[[], dict[str, float]]) -> Lowered:
-    """With the fewest layers kept that let the gate pass."""
-    tried: dict[tuple[str, ...], Lowered] = {(): attempt(())}
-    if tried[()].passed:
-        return tried[()]
+def _searched(attempt: Callable[[Sequence[str]], Converted], ranked: Callable[[], dict[str, float]]) -> Converted:
+    """The conversion that keeps the fewest layers in float32 and passes its gate."""
+    attempts: dict[tuple[str, ...], Converted] = {(): attempt(())}
+    if attempts[()].passed:  # to measure every layer's sensitivity costs as many conversions as there are layers
+        return attempts[()]
 
-    def passes(keep: Keep) -> bool:
-        tried[tuple(keep)] = attempt(keep)
-        return tried[tuple(keep)].passed
+    def passes(keep: Sequence[str]) -> bool:
+        attempts[tuple(keep)] = attempt(keep)
+        return attempts[tuple(keep)].passed
 
-    found = ranked()
-    return replace(tried[tuple(fewest(list(found), passes))], harms=found)
+    ranking = ranked()
+    return replace(attempts[tuple(fewest_kept(list(ranking), passes))], sensitivities=ranking)
 
 
 def _ranked(
-    summands: Sequence[Exportable],
+    branches: Sequence[Exportable],
     quantisers: Sequence[Int8Quantiser],
-    nodes: Sequence[dict[str, str]],
+    layers: Sequence[dict[str, str]],
     inputs: Array,
     options: PrecisionOptions,
 ) -> dict[str, float]:
-    """Harms of all layers, the worst first; where graphs share a name, as they do that of the head, their sum."""
-    found: dict[str, float] = defaultdict(float)
-    for one, quantiser, named in zip(summands, quantisers, nodes, strict=True):
-        for name, harm in harms(quantiser, named, one.proto, inputs, options.prover).items():
-            found[name] += harm
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    """Sensitivities of all layers, the largest first; a name that graphs share, as that of the head, has their sum."""
+    total: dict[str, float] = defaultdict(float)
+    for branch, quantiser, nodes in zip(branches, quantisers, layers, strict=True):
+        for name, value in sensitivities(quantiser, nodes, branch.proto, inputs, options.prover).items():
+            total[name] += value
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _judged(protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Keep = ()) -> Lowered:
-    added = [step.answers(proto, options.prover) for proto, step in zip(protos, held_out, strict=True)]
-    sums = np.cumsum(added, axis=0)
-    judgements = [step.judge(z_NK, options.gates) for step, z_NK in zip(held_out, sums, strict=True)]
-    return Lowered(tuple(protos), tuple(judgements), tuple(keep))
+def _judged(
+    protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Sequence[str] = ()
+) -> Converted:
+    parts = [images.logits(proto, options.prover) for proto, images in zip(protos, held_out, strict=True)]
+    sums = np.cumsum(parts, axis=0)
+    results = [images.judge(z_NK, options.gates) for images, z_NK in zip(held_out, sums, strict=True)]
+    return Converted(tuple(protos), tuple(results), tuple(keep))

@@ -1,4 +1,4 @@
-"""The gate of lower precision: does the file classify held-out images as the trained network does?
+"""Judges whether a file of lower precision classifies as the trained network does.
 
 Letters: N images, K classes.
 """
@@ -27,8 +27,8 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the gate saw.
+class GateResult:
+    """What the gate of lower precision measured of a file on held-out images.
 
     Attributes:
         images: N.
@@ -102,11 +102,11 @@ class HeldOut:
                 "Judge on images of the classes that the network was trained for."
             )
 
-    def answers(self, proto: Any, backend: str) -> Array:
-        """Logits of a graph, [N, K]."""
-        return answers(proto, self.inputs, backend)
+    def logits(self, proto: Any, backend: str) -> Array:
+        """Logits [N, K] of a graph in memory for these images."""
+        return logits_of(proto, self.inputs, backend)
 
-    def judge(self, logits_NK: Array, gates: Gates) -> Judgement:
+    def judge(self, logits_NK: Array, gates: Gates) -> GateResult:
         """Hold a file's logits against the reference's."""
         difference = np.abs(logits_NK.astype(np.float64) - self.logits_NK)
         finite = bool(np.isfinite(difference).all())
@@ -120,7 +120,7 @@ class HeldOut:
         differing, lost = _allowed(100 - gates.agreement, count), _allowed(gates.drop, count)
         right_N = logits_NK.argmax(1) == self.labels_N
         was_right_N = self.logits_NK.argmax(1) == self.labels_N
-        return Judgement(
+        return GateResult(
             images=count,
             agreement=agreement,
             reference_top1=before,
@@ -169,7 +169,7 @@ def _allowed(share: float, count: int) -> int:
     return math.ceil(share * count / 100 - 1e-6)
 
 
-def answers(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
+def logits_of(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
     """Logits [N, K] of a graph in memory for batches [n, ...] as it takes them."""
     with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder:
         file = Path(folder) / ONNX_NAME
@@ -178,11 +178,11 @@ def answers(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
             return np.concatenate([infer_many(candidate, x) for x in inputs])
 
 
-def failed(judgement: Judgement, precision: str, kept: Sequence[str], report: Path) -> GateError:
-    """The error for a file that lost too much."""
-    stays = f" with {len(kept)} layers kept in float32" if kept else ""
+def gate_error(result: GateResult, precision: str, kept: Sequence[str], report: Path) -> GateError:
+    """The error for a file that lost too much, with the ways out that are left."""
+    stay = f" with {len(kept)} layers kept in float32" if kept else ""
     way_out = " or let --keep auto leave out the layers that hurt" if precision == "int8" and not kept else ""
     return GateError(
-        f"{precision} loses too much{stays}: {judgement.in_words()}. Report: {report}. Choose a higher precision"
+        f"{precision} loses too much{stay}: {result.in_words()}. Report: {report}. Choose a higher precision"
         f"{way_out}; where the loss is acceptable, state other limits with --min-agreement and --max-drop."
     )

@@ -1,4 +1,4 @@
-"""Images that the ranges of activations are measured on: from a folder, or drawn from a data set.
+"""Images that a lower precision is calibrated on and judged on.
 
 Letters: N images, C channels, H height, W width.
 """
@@ -65,7 +65,9 @@ class Calibration:
         return {"images": len(self.images_NHWC), "source": self.source, "seed": self.seed, "sha256": self.sha256}
 
 
-def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, seed: int = 0) -> Calibration:
+def calibration_from_folder(
+    folder: Path, preprocess: Preprocess, count: int | None = None, seed: int = 0
+) -> Calibration:
     """Draw images from a folder and the folders in it, cropped to the model's size as `load` does.
 
     Args:
@@ -84,7 +86,7 @@ def from_folder(folder: Path, preprocess: Preprocess, count: int | None = None, 
     names = sorted(Path(path).relative_to(folder).as_posix() for path in below.paths)
     if not names:
         raise _no_images(folder, f"holds no image{left_out}")
-    chosen = draw(len(names), count, seed, f"the folder {folder}")
+    chosen = draw_indices(len(names), count, seed, f"the folder {folder}")
     pixels = np.stack([to_array(folder / names[index], preprocess) for index in chosen])
     return Calibration(pixels, f"folder {folder.resolve().name}{left_out}", seed)
 
@@ -96,7 +98,7 @@ def _no_images(folder: Path, reason: str) -> DataError:
     )
 
 
-def draw(available: int, count: int | None, seed: int, source: str) -> npt.NDArray[np.int64]:
+def draw_indices(available: int, count: int | None, seed: int, source: str) -> npt.NDArray[np.int64]:
     """Positions of the images to calibrate on, in rising order.
 
     Raises:
@@ -112,8 +114,8 @@ def draw(available: int, count: int | None, seed: int, source: str) -> npt.NDArr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lowering:
-    """An export's options with the images that they need.
+class PrecisionJob:
+    """A conversion to a lower precision: its options with the images that they need.
 
     Attributes:
         options: What is asked for.

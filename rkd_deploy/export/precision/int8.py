@@ -1,7 +1,8 @@
-"""INT8 with ONNX Runtime's own quantiser: ranges from calibration images, Q/DQ pairs in the graph.
+"""Quantises a graph to INT8 by ONNX Runtime's quantiser, with ranges measured here.
 
-Ranges are those of least squared error (`ranges.py`). Weights are quantised per output channel. Logits are left in
-float32: to round them costs as many classes as a whole layer does, and nothing is won.
+An activation's range is [a lo, a hi]: its extremes, shrunk by the a of least squared rounding error E(a), because one
+outlier would cost all other values their steps. Weights are quantised per output channel. Logits are left in float32:
+to round them costs as many classes as a whole layer does, and nothing is won.
 
 For TensorRT, whose zero points are all 0, ReLU's values have 127 steps. What convolutions and matrix products read is
 rounded to them; what an addition reads is not, so that a chain of residual blocks carries no rounding from one to the
@@ -20,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.errors import require
-from rkd_deploy.export.precision.gate import answers
+from rkd_deploy.export.precision.gate import logits_of
 from rkd_deploy.export.precision.layers import WEIGHTED, preprocessing, quantisable
 
 BATCH = 8
 """Images at a time: every activation of them is held in memory."""
 VALUES_PER_IMAGE = 256
 """Drawn from each tensor for each image."""
-SHARES_OF_EXTREMES = np.linspace(0.2, 1.0, 41)
-"""Values of a that are tried."""
+SHRINKAGES = np.linspace(0.2, 1.0, 41)
+"""Values of a that are tried: shares of the extremes."""
 STEPS = 255
 """Of 8 bits; symmetric int8 leaves -128 out, and has one less."""
 
@@ -37,10 +38,10 @@ Range = tuple[float, float]
 
 
 def best_ranges(proto: Any, tensors: Iterable[str], inputs: Array, *, symmetric: bool) -> dict[str, Range]:
-    """Measure the float32 graph.
+    """Ranges of activations, measured on the float32 graph.
 
     Args:
-        proto: It.
+        proto: The exported float32 graph.
         tensors: Names of activations; those that are not float32 are left out.
         inputs: Calibration images as the graph takes them.
         symmetric: Whether 0 must lie in the middle of each range, as TensorRT wants it.
@@ -65,8 +66,8 @@ def best_range(x: Array, extremes: Range, *, symmetric: bool) -> Range:
     if lo == hi:
         return lo, hi
     x = x.astype(np.float32)
-    errors = [_error(x, a * lo, a * hi, STEPS - 1 if symmetric else STEPS) for a in SHARES_OF_EXTREMES]
-    a = float(SHARES_OF_EXTREMES[int(np.argmin(errors))])
+    errors = [_error(x, a * lo, a * hi, STEPS - 1 if symmetric else STEPS) for a in SHRINKAGES]
+    a = float(SHRINKAGES[int(np.argmin(errors))])
     return a * lo, a * hi
 
 
@@ -113,10 +114,10 @@ class Int8Quantiser:
 
     def __init__(self, proto: Any, inputs: npt.NDArray[Any], target: str) -> None:
         self._strict, self._preprocessing = target == "tensorrt", preprocessing(proto)
-        kept = WEIGHTED if self._strict else (*WEIGHTED, *_ARITHMETIC)
-        self._kinds = kept if self._strict else (*kept, *_PASSING, *_SHAPING)
-        self.nodes = quantisable(proto, kept)
-        """What can be kept in float32: name for people to name of the node."""
+        kinds = WEIGHTED if self._strict else (*WEIGHTED, *_ARITHMETIC)
+        self._kinds = kinds if self._strict else (*kinds, *_PASSING, *_SHAPING)
+        self.nodes = quantisable(proto, kinds)
+        """Layers that can be kept in float32: name for people to name of the node."""
         self._folder = tempfile.TemporaryDirectory(prefix="rkd-deploy-int8-")
         self._source = Path(self._folder.name) / "float32.onnx"
         self._source.write_bytes(_prepared(proto).SerializeToString())
@@ -170,8 +171,8 @@ class Int8Quantiser:
         nodes = [node for node in proto.graph.node if node.op_type in self._kinds]
         tensors = dict.fromkeys(name for node in nodes for name in (*node.input, *node.output))
         activations = [name for name in tensors if name not in constants]
-        found = best_ranges(proto, activations, inputs, symmetric=self._strict)
-        ranges = {name: (np.float32(lo), np.float32(hi)) for name, (lo, hi) in found.items()}
+        measured = best_ranges(proto, activations, inputs, symmetric=self._strict)
+        ranges = {name: (np.float32(lo), np.float32(hi)) for name, (lo, hi) in measured.items()}
         data = calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, ranges)
         calibrate.save_tensors_data(data, self._ranges)
 
@@ -210,14 +211,14 @@ def _give_others_float(proto: Any) -> None:
                 node.input[number] = produced[dequantise.input[0]].input[0]
 
 
-IMAGES = 64
-"""Calibration images that harm is measured on: it only has to rank."""
+SENSITIVITY_IMAGES = 64
+"""Calibration images that sensitivities are measured on: few are enough to rank layers."""
 
 
-def harms(
+def sensitivities(
     quantiser: Int8Quantiser, nodes: dict[str, str], reference: Any, inputs: Array, backend: str
 ) -> dict[str, float]:
-    """Mean squared change of the logits for every layer quantised alone.
+    """The sensitivity of every layer: the mean squared change of the logits where it alone is quantised.
 
     Args:
         quantiser: Of the graph.
@@ -226,20 +227,20 @@ def harms(
         inputs: Calibration images as the graph takes them.
         backend: What the file is proven on.
     """
-    inputs = inputs[:IMAGES]
-    expected_NK = answers(reference, [inputs], backend)
-    found = {}
+    inputs = inputs[:SENSITIVITY_IMAGES]
+    expected_NK = logits_of(reference, [inputs], backend)
+    changes = {}
     for name, node in nodes.items():
-        found_NK = answers(quantiser.quantised(only=[node]), [inputs], backend)
-        found[name] = float(np.mean((found_NK - expected_NK) ** 2))
-    return found
+        quantised_NK = logits_of(quantiser.quantised(only=[node]), [inputs], backend)
+        changes[name] = float(np.mean((quantised_NK - expected_NK) ** 2))
+    return changes
 
 
-def fewest(ranked: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> Sequence[str]:
+def fewest_kept(ranked: Sequence[str], passes: Callable[[Sequence[str]], bool]) -> Sequence[str]:
     """The shortest beginning of a ranking that passes.
 
     Args:
-        ranked: Layers, the most harmful first; to keep none of them is known not to pass.
+        ranked: Layers, the most sensitive first; to keep none of them is known not to pass.
         passes: Whether the gate passes with these layers kept; asked at most 2 log2(len(ranked)) + 2 times.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The layers of an exported graph, by the names that people know them by.
+"""Names the layers of an exported graph as people know them.
 
 A layer is a convolution or a matrix product with weights; its name is that of its module in PyTorch, as its weight
 carries it ("network.layer1.0.conv1.weight" -> "layer1.0.conv1"). Other nodes keep the exporter's name.
@@ -31,16 +31,16 @@ def quantisable(proto: Any, kinds: Iterable[str]) -> dict[str, str]:
     """Nodes of these kinds behind the pre-processing: name for people to name of the node."""
     weights = {tensor.name for tensor in proto.graph.initializer}
     before, kinds = set(preprocessing(proto)), set(kinds)
-    found: dict[str, str] = {}
+    layers: dict[str, str] = {}
     for node in proto.graph.node:
         if node.op_type in kinds and node.name not in before:
-            own = _module(node, weights)
-            found[node.name if own in found or not own else own] = node.name
-    return found
+            module = _module(node, weights)
+            layers[node.name if module in layers or not module else module] = node.name
+    return layers
 
 
-def summand(nodes: dict[str, str], number: int) -> dict[str, str]:
-    """The layers of one of several graphs whose logits add up (`early_exit.py`), named as in the fused graph.
+def branch_layers(nodes: dict[str, str], number: int) -> dict[str, str]:
+    """Rename the layers of one of several graphs whose logits add up (`early_exit.py`) as the fused graph has them.
 
     Args:
         nodes: As `quantisable` gives them of the graph of branch b = `number`, which is its only branch.
@@ -48,17 +48,17 @@ def summand(nodes: dict[str, str], number: int) -> dict[str, str]:
     """
     if number == 0:
         return nodes
-    return {_in_summand(name, name == node, number): node for name, node in nodes.items()}
+    return {_in_branch(name, name == node, number): node for name, node in nodes.items()}
 
 
-def _in_summand(name: str, is_anonymous: bool, number: int) -> str:
+def _in_branch(name: str, is_anonymous: bool, number: int) -> str:
     if is_anonymous:  # the exporter numbers such nodes in each graph anew
         return f"assistant_{number}.{name}"
     return name.replace("backbones.0.", f"backbones.{number}.")
 
 
-def chosen(nodes: Sequence[dict[str, str]], names: Iterable[str]) -> list[list[str]]:
-    """Node names, of each graph, of layers given by either name; of the first graph also by that of the node.
+def resolve_layers(nodes: Sequence[dict[str, str]], names: Iterable[str]) -> list[list[str]]:
+    """Resolve names of layers to node names, for each graph; the first graph's node names are taken as well.
 
     Raises:
         UsageError: There is no such layer in any graph.

@@ -122,11 +122,11 @@ class PrecisionOptions:
         """
         if self.precision == "fp8":
             require("modelopt", "quant")
-        if self.lowered:
+        if self.is_lower:
             check_backend(self.prover)
 
     @property
-    def lowered(self) -> bool:
+    def is_lower(self) -> bool:
         """Whether this is anything else than float32."""
         return self.precision != "fp32"
 

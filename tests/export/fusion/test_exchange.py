@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.export.fusion import _AsTrained, _Folded, fuse
+from rkd_deploy.export.fusion import _FoldedStageAdapters, _StageAdapters, fuse
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
@@ -70,7 +70,7 @@ def test_a_narrow_teacher_keeps_its_adapters() -> None:
     exchanges = fuse(model, "tail").branches.exchanges
     assert not any(hasattr(layer, "conv") for layer in exchanges.children())
     maps = [torch.randn(2, step.adapter.in_channels, 4, 4, dtype=torch.float64) for step in rows[0]]
-    kept, folded = _AsTrained(rows[0], rows[1]), _Folded(rows[0], rows[1])
+    kept, folded = _StageAdapters(rows[0], rows[1]), _FoldedStageAdapters(rows[0], rows[1])
     for one, other in zip(kept(tuple(maps)), folded(tuple(maps)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     assert sum(p.numel() for p in folded.parameters()) > sum(p.numel() for p in kept.parameters())

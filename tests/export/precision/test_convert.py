@@ -18,24 +18,22 @@ from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import CheckpointError, DataError, GateError, MissingDependencyError, ModelFileError, UsageError
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.precision.convert import lower, to_half
+from rkd_deploy.export.precision.convert import convert, to_half
 from rkd_deploy.export.precision.gate import HeldOut, _drop_interval
 from rkd_deploy.export.precision.int8 import Int8Quantiser
 from rkd_deploy.export.precision.options import Gates
 
 
 def lowered(trained, **options):
-    asked = trained.lowering(**options)
+    asked = trained.job(**options)
     reference = PyTorchBackend(trained.graph, input_shape=(None, 8, 8, 3), input_dtype="uint8")
     held_out = HeldOut(reference, trained.held_out, trained.card)
     inputs = None if asked.calibration is None else asked.calibration.images_NHWC
-    return lower(trained.graph, trained.proto, trained.card.preprocess, inputs, held_out, asked.options)
+    return convert(trained.graph, trained.proto, trained.card.preprocess, inputs, held_out, asked.options)
 
 
 def exported(trained, folder, **options):
-    proof = export_bundle(
-        trained.model, trained.card, folder, batches=trained.held_out, lowering=trained.lowering(**options)
-    )
+    proof = export_bundle(trained.model, trained.card, folder, batches=trained.held_out, job=trained.job(**options))
     return proof, ModelCard.from_json((folder / "model.json").read_text(), "card")
 
 
@@ -106,7 +104,7 @@ def test_16_bits_for_the_network_and_float32_around_it(trained, precision, kind,
 
 
 def test_fp16_refuses_a_weight_that_it_cannot_hold(trained):
-    graph = trained.graph.lowered(torch.float32)  # a copy
+    graph = trained.graph.in_dtype(torch.float32)  # a copy
     weight = next(tensor for name, tensor in graph.network.state_dict().items() if name.endswith("conv1.weight"))
     weight.view(-1)[0] = 1e5
     with pytest.raises(UsageError, match=r"ends at 65504, and conv1\.weight holds 100000.+bf16"):
@@ -170,15 +168,15 @@ def test_a_layer_named_is_kept_and_a_wrong_name_refused(trained):
 def test_auto_keeps_the_one_layer_that_ruins_the_network(uneven):
     options = {"precision": "int8", "target": "tensorrt", "agreement": 97.0}
     without, found = lowered(uneven, **options), lowered(uneven, **options, keep=("auto",))
-    assert not without.judgement.passed
-    assert found.judgement.passed
+    assert not without.result.passed
+    assert found.result.passed
     assert found.kept == ("layer2.0.conv2",)
-    assert next(iter(found.harms)) == "layer2.0.conv2"
+    assert next(iter(found.sensitivities)) == "layer2.0.conv2"
 
 
 def test_auto_keeps_nothing_where_nothing_hurts(trained):
     found = lowered(trained, precision="int8", keep=("auto",))
-    assert (found.judgement.passed, found.kept, found.harms) == (True, (), None)
+    assert (found.result.passed, found.kept, found.sensitivities) == (True, (), None)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
@@ -233,7 +231,7 @@ def test_a_float32_program_beside_a_lower_file_is_refused(trained, tmp_path):
             trained.card,
             tmp_path / "bundle",
             with_pytorch=True,
-            lowering=trained.lowering(precision="fp16"),
+            job=trained.job(precision="fp16"),
         )
 
 
@@ -252,7 +250,7 @@ def test_unlabelled_images_are_judged_by_agreement_alone(trained):
     x = trained.held_out[0][0][:50]
     held_out = HeldOut(reference, [(x, np.full(50, -1))], trained.card)
     own = held_out.logits_NK
-    gates = trained.lowering(precision="int8", agreement=98.0).options.gates
+    gates = trained.job(precision="int8", agreement=98.0).options.gates
     for changed, passes in ((1, True), (2, False)):
         found = own.copy()
         found[:changed] = -found[:changed]
@@ -286,7 +284,7 @@ def test_fp8_says_what_to_install(trained, monkeypatch):
 
 def test_fp8_by_modelopt(trained):
     found = lowered(trained, precision="fp8", target="tensorrt", keep=("layer1.0.conv1",), drop=2.0)
-    assert found.judgement.passed
+    assert found.result.passed
     types = {tensor.data_type for tensor in found.proto.graph.initializer}
     assert onnx.TensorProto.FLOAT8E4M3FN in types
     assert preprocessing(found.proto) == ["Cast", "Transpose", "Mul", "Add"]

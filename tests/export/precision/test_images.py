@@ -14,9 +14,9 @@ from PIL import Image
 from rkd_deploy.card import Preprocess
 from rkd_deploy.data.sources import ImageSet, Split
 from rkd_deploy.errors import DataError
-from rkd_deploy.export.precision.images import Calibration, draw, from_folder
+from rkd_deploy.export.precision.images import Calibration, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import PrecisionOptions
-from rkd_deploy.pipeline import draw_lowering
+from rkd_deploy.pipeline import precision_job
 
 PREPROCESS = Preprocess(height=4, width=4, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 
@@ -37,8 +37,8 @@ def greys(calibration):
 
 
 def test_a_folder_gives_the_images_that_its_seed_draws(folder):
-    one, again = (from_folder(folder, PREPROCESS, 20, seed=3) for _ in range(2))
-    other = from_folder(folder, PREPROCESS, 20, seed=4)
+    one, again = (calibration_from_folder(folder, PREPROCESS, 20, seed=3) for _ in range(2))
+    other = calibration_from_folder(folder, PREPROCESS, 20, seed=4)
     assert one.images_NHWC.shape == (20, 4, 4, 3)
     assert len(set(greys(one))) == 20
     assert greys(one) == greys(again) != greys(other)
@@ -46,7 +46,7 @@ def test_a_folder_gives_the_images_that_its_seed_draws(folder):
 
 
 def test_the_hash_is_of_shape_and_pixels(folder):
-    found = from_folder(folder, PREPROCESS)
+    found = calibration_from_folder(folder, PREPROCESS)
     assert len(found.images_NHWC) == 40
     assert found.to_dict() == {
         "images": 40,
@@ -59,9 +59,9 @@ def test_the_hash_is_of_shape_and_pixels(folder):
 def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no image.+\.png.+--calibration FOLDER"):
-        from_folder(tmp_path / "empty", PREPROCESS)
+        calibration_from_folder(tmp_path / "empty", PREPROCESS)
     with pytest.raises(DataError, match="is no folder"):
-        from_folder(tmp_path / "missing", PREPROCESS)
+        calibration_from_folder(tmp_path / "missing", PREPROCESS)
 
 
 @pytest.mark.parametrize("locked", ["", "inside"])
@@ -77,7 +77,7 @@ def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(request, 
         os.seteuid(65534)
     try:
         with pytest.raises(DataError, match=rf"{folder.name} cannot be read: Permission denied.*{locked}.*Mend its"):
-            from_folder(folder, PREPROCESS)
+            calibration_from_folder(folder, PREPROCESS)
     finally:
         os.seteuid(was)
         (folder / locked).chmod(0o755)
@@ -86,19 +86,19 @@ def test_a_folder_that_may_not_be_read_is_an_error_and_not_passed_over(request, 
 def test_a_broken_image_is_named(folder):
     (folder / "odd/07.png").write_bytes(b"no png at all")
     with pytest.raises(DataError, match=r"07\.png cannot be read as an image"):
-        from_folder(folder, PREPROCESS)
+        calibration_from_folder(folder, PREPROCESS)
 
 
 def test_too_few_images_are_refused(folder):
     with pytest.raises(DataError, match=r"--calibration-count 41 is more than the 40 images of the folder"):
-        from_folder(folder, PREPROCESS, 41)
+        calibration_from_folder(folder, PREPROCESS, 41)
     with pytest.raises(DataError, match=r"8 images of folder photos .*are too few .+ at least 16"):
-        from_folder(folder, PREPROCESS, 8)
+        calibration_from_folder(folder, PREPROCESS, 8)
 
 
 def test_by_default_256_are_drawn_or_all_where_there_are_fewer():
-    assert len(draw(1000, None, 0, "x")) == 256
-    assert draw(100, None, 0, "x").tolist() == list(range(100))
+    assert len(draw_indices(1000, None, 0, "x")) == 256
+    assert draw_indices(100, None, 0, "x").tolist() == list(range(100))
 
 
 def image_set(train, val):
@@ -118,29 +118,29 @@ def image_set(train, val):
 @pytest.mark.parametrize("val", [0, 20])
 def test_calibrated_judged_and_tested_on_three_sets_without_a_common_image(val):
     options = PrecisionOptions(precision="int8", count=40)
-    lowering = draw_lowering(image_set(90, val), options, PREPROCESS)
-    held_out = np.concatenate([labels_n for _, labels_n in lowering.held_out])
-    pixels = np.concatenate([images_NHWC[:, 0, 0, 0] for images_NHWC, _ in lowering.held_out])
+    job = precision_job(image_set(90, val), options, PREPROCESS)
+    held_out = np.concatenate([labels_n for _, labels_n in job.held_out])
+    pixels = np.concatenate([images_NHWC[:, 0, 0, 0] for images_NHWC, _ in job.held_out])
     assert held_out.tolist() == pixels.tolist()  # an image keeps its label
-    assert len(greys(lowering.calibration)) == 40
-    assert max(greys(lowering.calibration)) < 90
+    assert len(greys(job.calibration)) == 40
+    assert max(greys(job.calibration)) < 90
     if val:
         assert sorted(held_out) == list(range(100, 120))
-        assert lowering.held_out_source == "numbers validation images"
+        assert job.held_out_source == "numbers validation images"
     else:
-        assert sorted([*held_out, *greys(lowering.calibration)]) == list(range(90))
-        assert lowering.held_out_source == "numbers training images not calibrated on"
+        assert sorted([*held_out, *greys(job.calibration)]) == list(range(90))
+        assert job.held_out_source == "numbers training images not calibrated on"
 
 
 def test_a_folder_takes_the_place_of_training_images(folder):
     options = PrecisionOptions(precision="int8", calibration=folder)
-    lowering = draw_lowering(image_set(90, 0), options, PREPROCESS)
-    assert lowering.calibration.source == "folder photos (left out: 1 .txt)"
-    assert sum(len(labels_n) for _, labels_n in lowering.held_out) == 90
+    job = precision_job(image_set(90, 0), options, PREPROCESS)
+    assert job.calibration.source == "folder photos (left out: 1 .txt)"
+    assert sum(len(labels_n) for _, labels_n in job.held_out) == 90
 
 
 def test_16_bit_floats_calibrate_nothing():
-    assert draw_lowering(image_set(90, 20), PrecisionOptions(precision="fp16"), PREPROCESS).calibration is None
+    assert precision_job(image_set(90, 20), PrecisionOptions(precision="fp16"), PREPROCESS).calibration is None
 
 
 def test_calibration_of_nothing_is_refused():

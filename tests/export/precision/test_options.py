@@ -19,7 +19,7 @@ FITS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_precision_is_taken_where_it_applies_and_refused_elsewhere(precision, target):
     if target in FITS[precision]:
-        assert PrecisionOptions(precision=precision, target=target).lowered
+        assert PrecisionOptions(precision=precision, target=target).is_lower
         return
     with pytest.raises(
         UsageError, match=rf"{precision} does not apply to --target {target}: .+ Choose --target"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest, harms
+from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest_kept, sensitivities
 
 
 @given(count=st.integers(1, 60), needed=st.integers(1, 80))
@@ -16,7 +16,7 @@ def test_the_shortest_beginning_that_passes_is_found_with_few_questions(count, n
         asked.append(tuple(keep))
         return len(keep) >= needed
 
-    found = fewest(ranked, passes)
+    found = fewest_kept(ranked, passes)
     assert list(found) == ranked[: min(needed, count)]
     assert tuple(found) in asked
     assert len(asked) == len(set(asked)) <= 2 * np.log2(count) + 2
@@ -24,7 +24,7 @@ def test_the_shortest_beginning_that_passes_is_found_with_few_questions(count, n
 
 def test_the_layer_that_reads_the_uneven_map_does_the_most_harm(uneven):
     with Int8Quantiser(uneven.proto, uneven.calibration.images_NHWC, "tensorrt") as quantiser:
-        found = harms(quantiser, quantiser.nodes, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
+        found = sensitivities(quantiser, quantiser.nodes, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
     layers = {name for name, module in uneven.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert set(found) == layers
     first, second, *_ = sorted(found, key=lambda name: -found[name])
