@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from rkd_deploy.backends.files import with_checksums
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
@@ -210,10 +211,14 @@ def test_verify_notices_a_changed_file(trained, tmp_path):
     onnx.save(proto, tmp_path / "changed/model.onnx")
     with pytest.raises(ModelFileError, match=r"model\.onnx"):
         verify(tmp_path / "changed", "onnxruntime")
-    (tmp_path / "changed/model.json").unlink()  # without its sums there is still the proof
+    (tmp_path / "changed/model.json").unlink()
+    with pytest.raises(ModelFileError, match="has no checksums"):
+        verify(tmp_path / "changed", "onnxruntime")
+    card = ModelCard.from_json((tmp_path / "bundle/model.json").read_text(), "model.json")
+    (tmp_path / "changed/model.json").write_text(with_checksums(card, tmp_path / "changed"))
     for backend in ("onnxruntime", "openvino"):
         assert verify(tmp_path / "bundle", backend).passed
-        assert not verify(tmp_path / "changed", backend).passed
+        assert not verify(tmp_path / "changed", backend).passed  # with sums that fit there is still the proof
 
 
 def test_weights_that_are_not_finite_are_refused_before_anything_is_written(model, card, tmp_path):
