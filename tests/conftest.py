@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import hypothesis
 import numpy as np
 import pytest
+from sharing import made_once
 
 if TYPE_CHECKING:
     from rkd_deploy.data.sources import ImageSet
@@ -109,21 +110,6 @@ def absent() -> Callable[[str], NoReturn]:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
     return end
-
-
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first process to ask for it fills, and that all processes of a test run then share."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    folder = root / f"shared-{name}"
-    with (root / f"shared-{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            filling = root / f"shared-{name}.tmp-{os.getpid()}"  # a name of its own: what fails is not taken for whole
-            make(filling)
-            filling.rename(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from PIL import Image
 from recorded import make_record
 
 from rkd_deploy import cli
+from rkd_deploy.backends.files import with_checksums
+from rkd_deploy.card import ModelCard
 from rkd_deploy.commands.options import output_folder
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.train.runs import Run
@@ -190,7 +192,8 @@ def test_a_changed_weight_in_the_bundle_exits_with_3(rkd, exported):
     outcome = rkd("verify", "--json")
     assert outcome.code == 1
     assert "model.onnx changed (by the checksums in model.json)" in outcome.err
-    (exported / "bundle/model.json").unlink()  # without its sums there is still the proof
+    card = ModelCard.from_json((exported / "bundle/model.json").read_text(), "model.json")
+    (exported / "bundle/model.json").write_text(with_checksums(card, exported / "bundle"))  # as a forger would
     outcome = rkd("verify", exported / "bundle", "--backend", "onnxruntime", "--json")
     assert outcome.code == 3
     assert "Parity failed" in outcome.err

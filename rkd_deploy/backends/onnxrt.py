@@ -34,8 +34,9 @@ from rkd_deploy.backends.protocol import (
     parse_device,
 )
 from rkd_deploy.backends.runtimes import RunOn
+from rkd_deploy.backends.telemetry import require_runtime
 from rkd_deploy.card import METADATA_KEY, ModelCard
-from rkd_deploy.errors import BackendError, require
+from rkd_deploy.errors import BackendError
 
 SMALL_INPUT_BYTES = 1 << 20
 """Up to here a copy into memory that is bound already costs less than ONNX Runtime's own binding of a new array."""
@@ -122,7 +123,7 @@ class OnnxRuntimeBackend(Backend):
         """See `Backend.prepare`. ONNX Runtime ends each run with a synchronisation of its own."""
         self._live()
         self._input.check(x)
-        ort = require("onnxruntime", "cpu")
+        ort = require_runtime("onnxruntime", "cpu")
         binding = self._live().io_binding()
         # On a CPU the OrtValue borrows the array's memory: our own copy keeps the caller's later writes out.
         value = ort.OrtValue.ortvalue_from_numpy(np.array(x, order="C"), self._kind, self._index)
@@ -193,7 +194,7 @@ class _BoundRun:
     """
 
     def __init__(self, session: Any, input_name: str, x: Array, output_name: str, logits: Array) -> None:
-        ort = require("onnxruntime", "cpu")
+        ort = require_runtime("onnxruntime", "cpu")
         self._session, self._x, self._logits = session, np.empty_like(x, order="C"), np.empty_like(logits, order="C")
         self._shape, self._dtype = x.shape, x.dtype
         self._binding = session.io_binding()
@@ -217,7 +218,7 @@ class _BoundRun:
 
 def devices() -> tuple[str, ...]:
     """Devices that ONNX Runtime would run on here."""
-    if PROVIDERS["cuda"] not in require("onnxruntime", "cpu").get_available_providers():
+    if PROVIDERS["cuda"] not in require_runtime("onnxruntime", "cpu").get_available_providers():
         return ("cpu",)
     try:
         ctypes.CDLL("libcuda.so.1")  # the provider is listed on machines without a driver too

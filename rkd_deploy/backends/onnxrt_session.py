@@ -14,7 +14,8 @@ import numpy as np
 from rkd_deploy.backends.files import failed_load, too_new
 from rkd_deploy.backends.protocol import Array, InputSpec, LayerRun, LayerTime
 from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.errors import BackendError, install_line, require
+from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.errors import BackendError, install_line
 
 CPU_FACTS = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -51,7 +52,7 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
         ModelFileError: The file is corrupt.
         BackendError: This build or machine cannot run it.
     """
-    ort = require("onnxruntime", "cpu")
+    ort = require_runtime("onnxruntime", "cpu")
     if PROVIDERS[kind] not in ort.get_available_providers():
         raise BackendError(
             f"{PROVIDERS[kind]} was asked for; the ONNX Runtime installed here ({ort.__version__}) is built without "
@@ -89,7 +90,7 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
 
 def session_options(threads: int | None) -> Any:
     """The SessionOptions of every session here; None leaves the threads to ONNX Runtime."""
-    ort = require("onnxruntime", "cpu")
+    ort = require_runtime("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.inter_op_num_threads = 1
@@ -194,7 +195,7 @@ def profiled_runs(file: Path, input_name: str, x: Array, threads: int | None, co
     Raises:
         BackendError: A run failed.
     """
-    ort = require("onnxruntime", "cpu")
+    ort = require_runtime("onnxruntime", "cpu")
     with tempfile.TemporaryDirectory(prefix="rkd-layers-") as folder:
         options = session_options(threads)
         options.enable_profiling = True

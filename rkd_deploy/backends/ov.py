@@ -25,8 +25,9 @@ from rkd_deploy.backends.protocol import (
     logits_first,
 )
 from rkd_deploy.backends.runtimes import RunOn
+from rkd_deploy.backends.telemetry import require_runtime
 from rkd_deploy.card import METADATA_KEY, ModelCard
-from rkd_deploy.errors import BackendError, require
+from rkd_deploy.errors import BackendError
 
 _KNOWN_TO_ALL = 21
 """Opset of ONNX 1.16, which is older than the oldest OpenVINO that is taken: nothing needs to be looked up for it."""
@@ -102,7 +103,9 @@ class OpenVinoBackend(Backend):
         self._input.check(x)
         request = self._live().create_infer_request()
         # A copy that the tensor owns: bound once, and nobody else can write or free it.
-        request.set_input_tensor(require("openvino", "openvino").Tensor(np.ascontiguousarray(x), shared_memory=False))
+        request.set_input_tensor(
+            require_runtime("openvino", "openvino").Tensor(np.ascontiguousarray(x), shared_memory=False)
+        )
 
         checked = False
 
@@ -124,7 +127,7 @@ class OpenVinoBackend(Backend):
         """See `Backend.layer_runs`: the operators that ran, of the model compiled once more with counters."""
         self._live()
         self._input.check(x)
-        file, core = self._info.file, require("openvino", "openvino").Core()
+        file, core = self._info.file, require_runtime("openvino", "openvino").Core()
         compiled = core.compile_model(str(file), "CPU", {**self._options, "PERF_COUNT": True})
         request, runs = compiled.create_infer_request(), []
         for _ in range(count):
@@ -163,13 +166,13 @@ class OpenVinoBackend(Backend):
 
 def devices() -> tuple[str, ...]:
     """Devices that this backend would run on here."""
-    require("openvino", "openvino")
+    require_runtime("openvino", "openvino")
     return ("cpu",)
 
 
 def _read(file: Path) -> Any:
     try:
-        model = require("openvino", "openvino").Core().read_model(str(file))
+        model = require_runtime("openvino", "openvino").Core().read_model(str(file))
     except RuntimeError as error:
         if "No conversion rule" in str(error):
             _check_opset(file)
@@ -191,7 +194,7 @@ def _check_opset(file: Path) -> None:
 
 
 def _library() -> str:
-    return f"OpenVINO {require('openvino', 'openvino').__version__.split('-')[0]}"
+    return f"OpenVINO {require_runtime('openvino', 'openvino').__version__.split('-')[0]}"
 
 
 @cache
@@ -200,7 +203,7 @@ def newest_opset() -> int | None:
 
     There is no function to ask: it is the newest of the operator tables of ONNX that are linked into its reader.
     """
-    folder = Path(str(require("openvino", "openvino").__file__)).parent
+    folder = Path(str(require_runtime("openvino", "openvino").__file__)).parent
     readers = [file for file in folder.rglob("*openvino_onnx_frontend*") if file.is_file()]
     versions = [int(match) for file in readers for match in re.findall(rb"OpSet_Onnx_ver(\d+)", file.read_bytes())]
     return max(versions, default=None)
@@ -222,7 +225,7 @@ def compile_options(threads: int | None) -> dict[str, Any]:
 
 def _compile(file: Path, model: Any, options: Mapping[str, Any]) -> Any:
     try:
-        return require("openvino", "openvino").Core().compile_model(model, "CPU", dict(options))
+        return require_runtime("openvino", "openvino").Core().compile_model(model, "CPU", dict(options))
     except RuntimeError as error:
         failure = failed_load(file, _library(), _reason(error))
         if isinstance(failure, BackendError):

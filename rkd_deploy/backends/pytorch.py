@@ -74,7 +74,7 @@ class PyTorchBackend(Backend):
             BackendError: CUDA was asked for and is not to be had here.
         """
         run_on = run_on or RunOn(self.name)
-        self._place = _place(run_on.where)
+        self._place, self._process = _place(run_on.where), os.getpid()
         if run_on.threads is not None:
             torch.set_num_threads(run_on.threads)
         if run_on.memory_limit is not None:
@@ -178,7 +178,19 @@ class PyTorchBackend(Backend):
     def _live(self) -> nn.Module:
         if self._module is None:
             raise closed_backend(self.name)
+        if os.getpid() != self._process:
+            self._check_fork()
         return self._module
+
+    def _check_fork(self) -> None:
+        # PyTorch's threads, and what a process has on a GPU, do not come along in a fork: a run would wait for ever.
+        if self._place.type == "cpu" and torch.get_num_threads() == 1:
+            return
+        raise BackendError(
+            f"The {self.name} backend was loaded in process {self._process}, and this is a fork of it, {os.getpid()}, "
+            "where PyTorch's threads are gone and a run would never end. Load the model after the fork, start the "
+            "process with multiprocessing's spawn, or load with threads=1 on the CPU."
+        )
 
     def _tensor(self, x: Array) -> Tensor:
         # from_numpy warns about read-only memory and refuses negative strides; such arrays are copied.

@@ -11,17 +11,20 @@ from typing import Any, cast
 
 from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_path, program_path
 from rkd_deploy.backends.protocol import Backend, parse_device
+from rkd_deploy.backends.telemetry import require_runtime
 from rkd_deploy.errors import (
     BackendError,
     MissingDependencyError,
     UsageError,
     install_line,
-    require,
     unknown_name,
 )
+from rkd_deploy.fields import check_number
 
 MOST_THREADS = 4096
 """More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
+MOST_MEMORY = 1 << 50
+"""Bytes that no GPU has."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ class RunOn:
         runtime = _runtime(self.backend)
         if self.device is not None:
             parse_device(self.device)
-        _check_count("threads", self.threads, MOST_THREADS)
-        _check_count("streams", self.streams, MOST_THREADS)
-        _check_count("memory_limit", self.memory_limit)
+        check_number("streams", self.streams, 1, MOST_THREADS, whole=True)
+        if self.threads is not None:
+            check_number("threads", self.threads, 1, MOST_THREADS, whole=True)
+        if self.memory_limit is not None:
+            check_number("memory_limit", self.memory_limit, 1, MOST_MEMORY, whole=True)
         if self.memory_limit is not None and (self.where == "cpu" or not runtime.limited):
             limited = ", ".join(name for name, other in _RUNTIMES.items() if other.limited)
             raise UsageError(
@@ -176,7 +181,7 @@ def check_backend(name: str) -> str:
         MissingDependencyError: The backend's library is not installed.
     """
     runtime = _runtime(name)
-    require(runtime.package, runtime.extra)
+    require_runtime(runtime.package, runtime.extra)
     return runtime.driver
 
 
@@ -193,14 +198,6 @@ def _runtime(name: str) -> _Runtime:
     if not isinstance(name, str) or name not in _RUNTIMES:
         raise UsageError(unknown_name("backend", name, _RUNTIMES))
     return _RUNTIMES[name]
-
-
-def _check_count(name: str, value: object, most: int | None = None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is None or (whole and value >= 1 and (most is None or value <= most)):  # type: ignore[operator]
-        return
-    limit = "must be at least 1" if most is None else f"must be at least 1 and at most {most}"
-    raise UsageError(f"{name} is {value!r}; it {limit}, a whole number, or left out.")
 
 
 @dataclass(frozen=True)
@@ -237,7 +234,7 @@ def _status(name: str) -> BackendStatus:
     runtime = _RUNTIMES[name]
     install = install_line(runtime.extra)
     try:
-        library = require(runtime.package, runtime.extra)
+        library = require_runtime(runtime.package, runtime.extra)
         devices = importlib.import_module(runtime.driver.partition(":")[0]).devices()
     except MissingDependencyError as error:
         return BackendStatus(name, False, None, (), str(error), install)

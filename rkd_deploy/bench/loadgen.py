@@ -1,4 +1,4 @@
-"""The four scenarios of MLPerf Inference, run by its own LoadGen: "LoadGen, unofficial".
+"""Runs the four scenarios of MLPerf Inference by its own LoadGen: "LoadGen, unofficial".
 
 LoadGen decides when queries come and takes the time itself; here is only the system under test. It stays unofficial
 whatever LoadGen says: runs are shorter than the 600 s that MLPerf asks for, inputs are noise, and nobody reviews it.
@@ -34,6 +34,7 @@ from rkd_deploy.bench.loading import Loaded, load_all, random_input
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError, require, unknown_name
+from rkd_deploy.fields import check_number
 from rkd_deploy.signals import handling
 from rkd_deploy.storage import new_folder
 
@@ -47,6 +48,10 @@ _MARGIN = 2
 """LoadGen makes its queries beforehand, as many as an estimate says: so many times that, lest they run out."""
 
 
+_MOST = 10**9
+"""No rate, time or number of queries of a real test comes near it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """How hard and how long LoadGen asks.
@@ -54,9 +59,9 @@ class Load:
     Attributes:
         min_seconds: LoadGen's min_duration; officially 600.
         min_queries: LoadGen's min_query_count.
-        target_qps: Of Server: queries per second; None: half of what one caller gets.
-        target_latency_ms: Of Server: the bound.
-        max_batch: Of Offline: images run at once; of Server: those that wait, answered at once.
+        target_qps: Server: queries per second; None: half of what one caller gets.
+        target_latency_ms: Server: the bound on the 99th percentile of latency.
+        max_batch: Offline: images run at once; Server: most waiting queries that are answered together.
     """
 
     min_seconds: float = 10.0
@@ -69,12 +74,17 @@ class Load:
         """Refuse what LoadGen would take for something else.
 
         Raises:
-            UsageError: A number that is not above 0.
+            UsageError: A number that is not finite and above 0, or a count that is no whole number.
         """
-        for name in ("min_seconds", "min_queries", "target_qps", "target_latency_ms", "max_batch"):
+        for name in ("min_seconds", "target_qps", "target_latency_ms"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} is {value}; LoadGen needs more than 0.")
+            if value is None:
+                continue
+            check_number(name, value, 0, _MOST)
+            if value == 0:
+                raise UsageError(f"{name} is 0; LoadGen needs more than that.")
+        for name in ("min_queries", "max_batch"):
+            check_number(name, getattr(self, name), 1, _MOST, whole=True)
 
 
 def check_scenarios(names: Sequence[str]) -> None:
@@ -106,12 +116,12 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
     Args:
         backend: A loaded model.
         inputs: From `library`.
-        scenario: Of `SCENARIOS`.
+        scenario: One of `SCENARIOS`.
         logs: Folder for LoadGen's logs; what lies there is replaced.
         load: How hard and how long.
 
     Returns:
-        The fields of `scenarios.ScenarioResult` that LoadGen and its settings give.
+        The fields of `ScenarioResult` that LoadGen and its settings give.
 
     Raises:
         BackendError: A run of the model failed; the logs are left out.
@@ -125,7 +135,7 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
         backend,
         inputs,
         min(load.max_batch, backend.info.max_batch or load.max_batch),
-        own_thread=scenario == "Server",
+        in_thread=scenario == "Server",
     )
     with new_folder(logs, replace=True) as written:
         output = lg.LogOutputSettings()
@@ -133,29 +143,29 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
         log = lg.LogSettings()
         log.log_output, log.enable_trace = output, False
         system.run(test, log)
-        found = read_log(written / "mlperf_log_detail.txt")
+        facts = read_log(written / "mlperf_log_detail.txt")
     server = scenario == "Server"
     return {
-        "valid": found["result_validity"] == "VALID",
-        "reason": (found.get("result_invalid_reason") or "").strip() or None,
-        "queries": int(found["result_query_count"]),
-        "samples_per_s": _samples_per_s(found),
-        **{f"p{q}_ms": found[f"result_{q}.00_percentile_latency_ns"] / 1e6 for q in (50, 90, 99)},
+        "valid": facts["result_validity"] == "VALID",
+        "reason": (facts.get("result_invalid_reason") or "").strip() or None,
+        "queries": int(facts["result_query_count"]),
+        "samples_per_s": _samples_per_s(facts),
+        **{f"p{q}_ms": facts[f"result_{q}.00_percentile_latency_ns"] / 1e6 for q in (50, 90, 99)},
         "target_qps": target_qps if server else None,
         "target_latency_ms": load.target_latency_ms if server else None,
     }
 
 
-def _samples_per_s(found: dict[str, Any]) -> float:
+def _samples_per_s(facts: dict[str, Any]) -> float:
     for key in ("result_samples_per_second", "result_completed_samples_per_sec", "result_qps_with_loadgen_overhead"):
-        if key in found:
-            return float(found[key])
+        if key in facts:
+            return float(facts[key])
     # MultiStream tells no rate: images of a query over its mean latency.
-    return MULTI_STREAM_IMAGES * 1e9 / float(found["result_mean_latency_ns"])
+    return MULTI_STREAM_IMAGES * 1e9 / float(facts["result_mean_latency_ns"])
 
 
 def read_log(file: Path) -> dict[str, Any]:
-    """The facts of mlperf_log_detail.txt: a line of JSON for each, after LoadGen's mark.
+    """The facts of mlperf_log_detail.txt, a line of JSON for each, behind LoadGen's mark.
 
     Raises:
         BackendError: There are none: LoadGen did not come to its end.
@@ -163,10 +173,10 @@ def read_log(file: Path) -> dict[str, Any]:
     mark = ":::MLLOG "
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     entries = [json.loads(line.removeprefix(mark)) for line in lines if line.startswith(mark)]
-    found: dict[str, Any] = {entry["key"]: entry["value"] for entry in entries}
-    if "result_validity" not in found:
+    facts: dict[str, Any] = {entry["key"]: entry["value"] for entry in entries}
+    if "result_validity" not in facts:
         raise BackendError(f"LoadGen wrote no result into {file.name}. Run it again, with a longer --seconds.")
-    return found
+    return facts
 
 
 def _test_settings(
@@ -190,7 +200,7 @@ def _test_settings(
 
 
 def _seconds(backend: Backend, x: Array, max_batch: int) -> float:
-    """Roughly how long a query takes: LoadGen has to be told beforehand."""
+    """Roughly how long a query takes in seconds: LoadGen needs an estimate beforehand."""
     infer_many(backend, x, max_batch)
     runs, started = 0, time.perf_counter()
     while (past := time.perf_counter() - started) < 0.2 or runs < 3:
@@ -206,7 +216,7 @@ class _System:
     with nothing, and `run` raises it.
     """
 
-    def __init__(self, lg: Any, backend: Backend, inputs: Sequence[Array], max_batch: int, *, own_thread: bool) -> None:
+    def __init__(self, lg: Any, backend: Backend, inputs: Sequence[Array], max_batch: int, *, in_thread: bool) -> None:
         self._lg, self._backend, self._max_batch = lg, backend, max_batch
         self._response, self._complete = lg.QuerySampleResponse, lg.QuerySamplesComplete
         self._inputs = inputs
@@ -215,7 +225,7 @@ class _System:
         # Another batch is another CUDA graph, whose capture takes longer than the queries that would be put together.
         self._at_once = 1 if backend.info.cuda_graph else 1 << (max_batch.bit_length() - 1)
         # Server goes on asking while a query is being answered.
-        self._waiting: queue.SimpleQueue[Any] | None = queue.SimpleQueue() if own_thread else None
+        self._waiting: queue.SimpleQueue[Any] | None = queue.SimpleQueue() if in_thread else None
 
     def run(self, test: Any, log: Any) -> None:
         lg, number = self._lg, len(self._inputs)
@@ -294,7 +304,7 @@ LABEL = "LoadGen, unofficial"
 
 @dataclass(frozen=True, kw_only=True)
 class ScenarioResult:
-    """What LoadGen said of one model in one scenario; durations in ms, None where the scenario has no such figure."""
+    """What LoadGen reported of a model in a scenario; durations in ms, None where the scenario has no such figure."""
 
     label: str = LABEL
     model: str
@@ -335,13 +345,13 @@ def run_scenarios(
     Args:
         models: As for `bench`.
         run_on: Where, one after the other, each with one stream: LoadGen's queries are its own.
-        scenarios: Of `SCENARIOS`.
+        scenarios: Some of `SCENARIOS`.
         folder: Where the logs go, a folder for each run.
         load: How hard and how long.
-        seed: Of the inputs.
+        seed: Seed of the inputs.
         shape: As for `bench`.
-        progress: Told what is being run.
-        on_result: Given each result as soon as it is there.
+        progress: Called with the scenario that is run, and the share of them that is done.
+        on_result: Called with each result as soon as it is there.
 
     Raises:
         RkdError: As `bench` raises it, and `check_scenarios`.
@@ -350,25 +360,25 @@ def run_scenarios(
     results = []
     for place in run_on:
         with ExitStack() as stack:
-            for one in load_all(models, place, stack, progress=progress):
+            for model in load_all(models, place, stack, progress=progress):
                 for number, scenario in enumerate(scenarios):
                     if progress is not None:
-                        progress(f"{place}: {one.key}, LoadGen {scenario}", number / len(scenarios))
-                    words = f"loadgen {scenario} {place.backend} {place.threads or ''} {one.key}"
+                        progress(f"{place}: {model.key}, LoadGen {scenario}", number / len(scenarios))
+                    words = f"loadgen {scenario} {place.backend} {place.threads or ''} {model.key}"
                     logs = re.sub(r"[^\w.+]+", "-", words)
-                    inputs = library(one.backend, one.card, seed, shape)
-                    facts = run_scenario(one.backend, inputs, scenario, folder / logs, load)
-                    results.append(_result(one, place, scenario, logs, facts))
+                    inputs = library(model.backend, model.card, seed, shape)
+                    facts = run_scenario(model.backend, inputs, scenario, folder / logs, load)
+                    results.append(_result(model, place, scenario, logs, facts))
                     if on_result is not None:
                         on_result(results[-1])
     return results
 
 
-def _result(one: Loaded, run_on: RunOn, scenario: str, logs: str, facts: Mapping[str, Any]) -> ScenarioResult:
+def _result(model: Loaded, run_on: RunOn, scenario: str, logs: str, facts: Mapping[str, Any]) -> ScenarioResult:
     return ScenarioResult(
-        model=one.name,
-        backend=one.backend.name,
-        device=one.backend.device,
+        model=model.name,
+        backend=model.backend.name,
+        device=model.backend.device,
         threads=run_on.threads,
         scenario=scenario,
         logs=logs,

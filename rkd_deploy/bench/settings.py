@@ -12,6 +12,7 @@ from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench.timing import check_limits
 from rkd_deploy.errors import UsageError
+from rkd_deploy.fields import check_number
 
 USUAL_BATCHES = (1, 8, 32)
 PathLike = str | os.PathLike[str]
@@ -48,10 +49,14 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         check_limits(self.min_seconds, self.min_runs, self.warmup_seconds)
-        if not self.run_on or self.batches == () or min(self.batches or (1,)) < 1:
+        check_number("seed", self.seed, 0, whole=True)
+        for name, numbers in (("batches", self.batches), ("shape", self.shape)):
+            for number in numbers or ():
+                check_number(name, number, 1, whole=True)
+        if not self.run_on or self.batches == ():
             raise UsageError(
                 f"A bench was given {len(self.run_on)} backends and the batch sizes {self.batches}; it needs at least "
-                "one of each, and no batch size below 1."
+                "one of each."
             )
 
     def to_record(self) -> dict[str, Any]:

@@ -84,10 +84,7 @@ def report_folder(report: Path | None, output: Path | None) -> Path | None:
     return report
 
 
-Backends = Annotated[
-    list[str] | None,
-    typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.", show_default="onnxruntime"),
-]
+Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]
 Shape = Annotated[
     str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
 ]
@@ -101,10 +98,10 @@ def bench(
         list[Path] | None,
         typer.Argument(help="Bundles, ONNX files, engines. Default: the newest bundle.", show_default=False),
     ] = None,
-    backends: Backends = None,
+    backends: Backends = ["onnxruntime"],  # noqa: B006 (Typer copies it)
     device: DeviceName = None,
     batches: Annotated[
-        str | None, typer.Option("--batch", help="Batch sizes.", show_default="1,8,32, or the model's own")
+        str | None, typer.Option("--batch", help="Batch sizes. Default: 1,8,32, or the model's own.")
     ] = None,
     threads: Annotated[
         str | None, typer.Option("--threads", help="CPU threads, e.g. 1,2. Default: the runtime's choice.")
@@ -136,7 +133,7 @@ def bench(
         float | None, typer.Option("--target-qps", help="Of Server. Default: half of what one caller gets.")
     ] = None,
     target_latency: Annotated[
-        float | None, typer.Option("--target-latency", help="Of Server: its bound, in ms.", show_default="15")
+        float | None, typer.Option("--target-latency", help="Of Server: its bound, in ms. Default: 15.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for bench.json, bench.md, a plot. Default: runs/bench-TIME.")
@@ -177,7 +174,7 @@ def bench(
 
     settings = BenchSettings(
         run_on=combinations(
-            backends or ["onnxruntime"],
+            backends,
             device=device,
             threads=None if threads is None else parse_ints("--threads", threads),
             streams=parse_ints("--streams", streams),

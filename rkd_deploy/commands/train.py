@@ -15,6 +15,7 @@ from rkd_deploy.commands.options import (
     Json,
     Root,
     Threads,
+    as_dict,
     batch_sizes,
     console_for,
     output_folder,
@@ -77,6 +78,9 @@ def train(
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Train once with each of these, e.g. 0,1,2: mean and deviation.")
     ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print every key of a recipe, as TOML, and train nothing.")
+    ] = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +88,11 @@ def train(
 
     Without one: the embedded example.
     """
+    if keys:
+        if recipe or overrides or budget or resume or seeds:
+            raise UsageError("--keys prints what a recipe can say, and trains nothing. Leave the other options out.")
+        _print_keys(as_json)
+        return
     require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
@@ -127,6 +136,14 @@ def train(
         verdict = verdict_json(of_metrics(run.metrics, PARTS))
         separation = run.facts.to_json().get("separation")
         print_json({"run": str(run.folder), **run.metrics.to_json(), "separation": separation, **verdict})
+
+
+def _print_keys(as_json: bool) -> None:
+    from rkd_deploy.recipe.keys import keys_as_toml, recipe_keys
+
+    typer.echo(keys_as_toml(), nl=False, err=as_json)
+    if as_json:
+        print_json({"keys": [as_dict(key) for key in recipe_keys()]})
 
 
 def compare(

@@ -235,6 +235,8 @@ def _use_own_copies(content: dict[str, Any], folder: Path) -> None:
         copy, values = folder / "weights" / f"{name}.safetensors", content.get(table)
         if isinstance(values, dict) and "checkpoint" in values and copy.is_file():
             values["checkpoint"] = str(copy)
+            for key in ("checkpoint_key", "labels"):  # the copy has one set, in the order of the data
+                values.pop(key, None)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -16,6 +16,11 @@ class TeacherRecipe:
     """A family's (resnet56), tv:NAME of torchvision, timm:NAME, or your own nn.Module as package.module:attribute."""
     checkpoint: str | None = None
     """Its weights (.safetensors, or .pth/.pt read with weights_only). Default: T is trained here first."""
+    checkpoint_key: str | None = None
+    """Which of several sets of weights in that file, e.g. "ema". Default: state_dict or model, else the first."""
+    labels: str | None = None
+    """File with that checkpoint's classes, one a line, in the order of its logits. Default: as it says itself, else the
+    order of the data. timm sorts folder 2 before 10."""
     pretrained: bool = False
     """Start from the weights that torchvision or timm publish. With other classes than theirs T is trained on here."""
     stages: tuple[str, ...] | None = None
@@ -25,8 +30,9 @@ class TeacherRecipe:
     lr: float | None = None
     """Peak learning rate of that training, where T's family wants another one than S0's. Default: train.lr."""
     mean: tuple[float, ...] | None = None
-    """The normalisation T was trained with, where it is known: checked against that of the data."""
+    """Mean per channel that T was trained with, where it is known: checked against that of the data."""
     std: tuple[float, ...] | None = None
+    """Standard deviation per channel that T was trained with, as `mean`."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None:
@@ -47,6 +53,10 @@ class StudentRecipe:
     """Only where name = "teacher": what S0 costs in units of T, by `budget`."""
     checkpoint: str | None = None
     """Trained weights of S0, for the baseline and to be inherited. Default: S0 is trained here."""
+    checkpoint_key: str | None = None
+    """Which of several sets of weights in that file, as for T."""
+    labels: str | None = None
+    """File with that checkpoint's classes, as for T."""
     weights: str | None = None
     """inherited: S and A (and S0 where name = "teacher") begin with the most important channels of the trained network
     they are cut from. fresh: they begin at random. Default: inherited where there is a trained one (scheme
@@ -182,6 +192,11 @@ def _external(table: str, network: TeacherRecipe | StudentRecipe) -> None:
             f"{table}.pretrained = true, and {name}: only tv:NAME and timm:NAME have published weights. "
             f"Give a file with {table}.checkpoint, or leave it out."
         )
+    for key in ("checkpoint_key", "labels"):
+        if (value := getattr(network, key)) is not None and network.checkpoint is None:
+            raise RecipeError(
+                f"{table}.{key} = {value!r} is about the file {table}.checkpoint, which is not set. Leave it out."
+            )
     if network.pretrained and network.checkpoint is not None:
         raise RecipeError(
             f"{table}.pretrained = true and {table}.checkpoint = {network.checkpoint!r} both give weights. "

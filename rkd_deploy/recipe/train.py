@@ -25,9 +25,11 @@ class TrainRecipe:
     lr: float = 0.1
     """Peak learning rate of SGD."""
     momentum: float = 0.9
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Whether that momentum is Nesterov's."""
     weight_decay: float = 5e-4
-    """Not applied to batch norm or biases."""
+    """Weight decay of SGD; not applied to batch norm or biases."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm where they exceed it; the log has the norm before as grad_norm.
     Default: not clipped."""
@@ -38,6 +40,7 @@ class TrainRecipe:
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs at which the step schedule decays."""
     lr_decay: float = 0.1
+    """Factor of the learning rate at each milestone of the step schedule."""
     ema_decay: float | None = None
     """Keep an exponential moving average of weights and batch-norm statistics too: at each update ema moves 1 - decay
     of the way to the weights. Default: none is kept."""
@@ -45,6 +48,7 @@ class TrainRecipe:
     """Which weights each phase hands on and export ships: last (of the last update) or ema. The others are kept beside
     them, and both are evaluated."""
     seed: int = 0
+    """Seed of weights, batches and augmentation; runs of one seed are the same to the bit on one machine."""
     amp: bool = False
     """bfloat16 autocast of the forward passes. Of use on GPUs, and on CPUs with AMX or AVX512-BF16."""
     channels_last: bool = False

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.machine import provenance
@@ -36,21 +38,19 @@ from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import SplitHash, batches, predictions
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
 from rkd_deploy.train.loop import Display, train_phase
-from rkd_deploy.train.networks import Originals
+from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, Series, create_run, read_log, runs_of
-from rkd_deploy.train.state import Phase
-from rkd_deploy.train.verdict import CONTROLS, pairs_of
-from rkd_deploy.train.weights import (
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, Series, create_run, read_log, runs_of
+from rkd_deploy.train.starting_weights import (
     load_published_weights,
-    load_tensors,
-    load_weights,
     load_weights_from,
     refuse_guessing,
-    save_tensors,
     teacher_warning,
 )
+from rkd_deploy.train.state import Phase
+from rkd_deploy.train.verdict import CONTROLS, pairs_of
+from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 
 
 def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = None) -> Run:
@@ -83,10 +83,11 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         originals = _originals(recipe, images)
         facts = group.on_main(lambda: gather_facts(recipe, images, originals, display.note))
         # Loads the named weights, so that bad ones leave no run behind.
-        trainer = _Trainer(recipe, facts, originals, images, device, group)
+        trainer = _Trainer(recipe, facts, originals, images, device, group, display.note)
         run = group.on_main(lambda: create_run(root, recipe))
-        group.on_main(lambda: _write_facts(run, facts))
-        return trainer.run(run, display)
+        with _held(run, group):
+            group.on_main(lambda: _write_facts(run, facts))
+            return trainer.run(run, display)
 
 
 def resume(run: Run, *, display: Display | None = None) -> Run:
@@ -94,13 +95,27 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
     with process_group() as group:
         if group.on_main(lambda: run.finished):
             return run
-        recipe = run.recipe
-        images = _load_images(recipe, group, run)
-        display = display or Silent()
-        originals = _originals(recipe, images)
-        facts = group.on_main(lambda: _facts(run, images, originals, display))
-        trainer = _Trainer(recipe, facts, originals, images, _device(recipe.train, group), group)
-        return trainer.run(run, display)
+        with _held(run, group):
+            if group.on_main(lambda: run.finished):  # by another process, just now
+                return run
+            recipe = run.recipe
+            images = _load_images(recipe, group, run)
+            display = display or Silent()
+            originals = _originals(recipe, images)
+            facts = group.on_main(lambda: _facts(run, images, originals, display))
+            trainer = _Trainer(recipe, facts, originals, images, _device(recipe.train, group), group, display.note)
+            return trainer.run(run, display)
+
+
+@contextmanager
+def _held(run: Run, group: Group) -> Iterator[None]:
+    """Keep other commands from going on with the run; one lock for all processes of this one."""
+    lock = RunLock(run)
+    group.on_main(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
@@ -136,6 +151,7 @@ class _Trainer:
         images: ImageSet,
         device: torch.device,
         group: Group,
+        note: Callable[[str], None],
     ) -> None:
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
@@ -144,12 +160,12 @@ class _Trainer:
         self.train, self.val, self.test = (
             on_device(split, device) for split in (images.train, images.val, images.test)
         )
-        _check_pieces(recipe.train, len(self.train), group)
         self.nets = networks.build_networks(recipe, facts, originals, device)
+        _check_pieces(recipe.train, len(self.train), group, self.nets)
         self.planner = Planner(recipe, facts, self.nets)
         self.planner.check()
         self.ready: dict[str, nn.Module] = {}
-        self._load_given_weights()
+        self._load_starting_weights(note if group.rank == 0 else lambda text: None)
 
     def run(self, run: Run, display: Display) -> Run:
         """Every phase that is not done yet, then the evaluation."""
@@ -184,7 +200,7 @@ class _Trainer:
             share=Share(self.group.rank, self.group.size),
         )
 
-    def _load_given_weights(self) -> None:
+    def _load_starting_weights(self, note: Callable[[str], None]) -> None:
         recipe = self.recipe
         if recipe.student.checkpoint is not None and self.nets.s0 is None:
             raise RecipeError("student.checkpoint is set and student.baseline is false: set one of them otherwise.")
@@ -201,14 +217,14 @@ class _Trainer:
             checkpoint = settings.checkpoint
             if checkpoint is None or module is None:
                 continue
-            known = load_weights_from(module, table, checkpoint, recipe, self.facts)
+            known = load_weights_from(module, table, checkpoint, recipe, self.facts, note)
             self.ready[part] = module
             self._check_sanity(module, table, checkpoint, known)
 
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
-        seen = self.val or self.train
-        seen = seen.take(torch.arange(min(1000, len(seen))))
-        refuse_guessing(f"{table} {checkpoint}", self._top1(module, seen, name=table), len(seen), self.facts, known)
+        split = self.val or self.train
+        split = split.take(torch.arange(min(1000, len(split))))
+        refuse_guessing(f"{table} {checkpoint}", self._top1(module, split, name=table), len(split), self.facts, known)
 
     def _val_top1(self, module: nn.Module | None) -> float | None:
         if module is None or not len(self.val):
@@ -364,12 +380,26 @@ def _check_device(recipe: TrainRecipe, device: torch.device, group: Group) -> No
         raise RecipeError(f"train.cuda_graphs = true is for one process, and there are {group.size}. Leave it out.")
 
 
-def _check_pieces(recipe: TrainRecipe, images: int, group: Group) -> None:
+def _check_pieces(recipe: TrainRecipe, images: int, group: Group, nets: Networks) -> None:
+    """Refuse batches that cannot be cut into pieces, or into pieces too small for batch norm.
+
+    Raises:
+        RecipeError: The batch is no multiple of the pieces, or a piece is one image and a network has batch norm.
+    """
     pieces, batch = group.size * recipe.accumulate, min(recipe.batch_size, images)
     if batch % pieces:
         raise RecipeError(
             f"train.batch_size = {batch} counts the images of all processes: {group.size} processes with "
             f"train.accumulate = {recipe.accumulate} need a multiple of {pieces}."
+        )
+    trained = (nets.teacher, nets.s0, nets.model, nets.control)
+    norms = (m for net in trained if net is not None for m in net.modules() if isinstance(m, _BatchNorm))
+    # The variance of one value is nothing: PyTorch refuses it where maps are 1 x 1, and else normalises image by image.
+    if batch == pieces and not recipe.sync_batchnorm and next(norms, None) is not None:
+        raise RecipeError(
+            f"train.batch_size = {batch} in {pieces} pieces (processes times train.accumulate = {recipe.accumulate}) "
+            f"leaves one image in each, and batch norm needs two or more. Set train.batch_size to {2 * pieces} or "
+            "more, or train.accumulate to less."
         )
 
 

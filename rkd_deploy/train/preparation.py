@@ -21,10 +21,10 @@ from rkd_deploy.models.separation.separate import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
 from rkd_deploy.recipe import DataRecipe, Recipe
 from rkd_deploy.storage import sha256_of
+from rkd_deploy.train.checkpoints import check_readable, load_checkpoint, weights_path
 from rkd_deploy.train.facts import NamedFile, RunFacts, SeparationFacts, SplitSizes, WeightsFacts
 from rkd_deploy.train.networks import Originals, linear_head, needs_teacher_head
 from rkd_deploy.train.runs import Run
-from rkd_deploy.train.weights import check_readable, load_foreign, weights_path
 
 
 def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
@@ -49,7 +49,11 @@ def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
 
 def _teacher_normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     teacher = recipe.teacher
-    header = WeightsFacts() if teacher.checkpoint is None else load_foreign(weights_path(teacher.checkpoint))[1]
+    header = (
+        WeightsFacts()
+        if teacher.checkpoint is None
+        else load_checkpoint(weights_path(teacher.checkpoint), key=teacher.checkpoint_key).facts
+    )
     mean, std = teacher.mean or header.mean, teacher.std or header.std
     if mean is None or std is None:
         raise RecipeError(
@@ -110,12 +114,12 @@ def check_named_files(recipe: Recipe) -> None:
     """Refuse a recipe whose files are not there, before anything is computed: also those that its method never reads.
 
     Raises:
-        CheckpointError: teacher.checkpoint or student.checkpoint is no file that can be read.
+        CheckpointError: The checkpoint or the labels of T or S0 are no file that can be read.
     """
     for table in ("teacher", "student"):
-        checkpoint = getattr(recipe, table).checkpoint
-        if checkpoint is not None:
-            check_readable(weights_path(checkpoint), f"{table}.checkpoint")
+        for key in ("checkpoint", "labels"):
+            if (file := getattr(getattr(recipe, table), key)) is not None:
+                check_readable(weights_path(file), f"{table}.{key}")
 
 
 def _named_files(recipe: Recipe) -> dict[str, NamedFile]:

@@ -19,13 +19,20 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import sha256_of, storage_error, write_text
 from rkd_deploy.train.facts import RunFacts, RunMetrics
+
+try:
+    import fcntl
+
+    _LOCKS = True
+except ImportError:  # Windows: nothing holds two processes apart
+    _LOCKS = False
 
 _T = TypeVar("_T")
 
@@ -178,6 +185,52 @@ class Run:
             go_on = command_line("train", self.folder, "--resume")
             hint = "" if self.finished else f" The run is not finished: {go_on}"
             raise ModelFileError(f"{path} cannot be read ({error}).{hint}") from error
+
+
+class RunLock:
+    """Keeps two processes from training one run: each would write its checkpoint over the other's, and log twice.
+
+    The lock lies on recipe.toml, which is never written again, and ends with the process, however that ends.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stream: BinaryIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UsageError: Another process has it.
+            StorageError: The run folder cannot be written into.
+        """
+        if not _LOCKS:
+            return
+        path = self._run.folder / "recipe.toml"
+        try:
+            stream = path.open("r+b")
+        except OSError as error:
+            raise storage_error(path, error) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            raise UsageError(
+                f"{self._run.folder} is being trained by another process. Wait for it to end, or stop it first."
+            ) from error
+        except OSError:  # a file system without locks
+            stream.close()
+            return
+        self._stream = stream
+
+    def release(self) -> None:
+        """Give the lock back, where it was taken."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def create_run(root: Path, recipe: Recipe) -> Run:

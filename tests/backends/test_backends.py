@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rkd_deploy.backends import available, infer_many, load_backend, model_path
+from rkd_deploy.backends import available, infer_many, load_backend, model_path, telemetry
 from rkd_deploy.backends.files import failed_load, model_name, read_card
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
@@ -188,3 +188,30 @@ def test_a_name_that_is_no_utf_8_is_said_to_be_one(zoo, tmp_path):
     file = zoo.build(tmp_path / "m.onnx").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.onnx")))
     with pytest.raises(BackendError, match=r"no UTF-8.*Rename it"):
         load_backend("onnxruntime", file)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "pytorch"])
+def test_a_backend_leaves_nothing_in_the_home_folder(backend, bundle, tmp_path):
+    """ONNX Runtime wrote a device id under ~/.cache/Microsoft and OpenVINO a customer id under ~/intel, unasked."""
+    program = (
+        "import sys, numpy as np\n"
+        "from rkd_deploy.backends import available, load_backend\n"
+        "with load_backend(sys.argv[1], sys.argv[2]) as backend:\n"
+        "    backend.infer(np.zeros((1, 4, 4, 3), np.uint8))\n"
+        "available()\n"
+        "assert 'openvino_telemetry' not in sys.modules\n"
+    )
+    search = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    command = [sys.executable, "-c", program, backend, str(bundle)]
+    subprocess.run(command, check=True, env={**search, "HOME": str(tmp_path)})
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_program_that_wants_a_runtimes_telemetry_can_have_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", telemetry)
+    with telemetry._without_telemetry():
+        assert sys.modules["openvino_telemetry"] is telemetry
+    monkeypatch.delitem(sys.modules, "openvino_telemetry")
+    with telemetry._without_telemetry(), pytest.raises(ImportError):
+        importlib.import_module("openvino_telemetry")
+    assert "openvino_telemetry" not in sys.modules

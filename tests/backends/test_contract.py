@@ -184,7 +184,11 @@ def test_the_context_manager_closes(name, bundle, zoo):
     [
         ({"device": "gpu"}, "cpu, cuda, cuda:N"),
         ({"device": "cuda:x"}, "cpu, cuda, cuda:N"),
-        ({"threads": 0}, "at least 1"),
+        ({"device": 0}, "Unknown device 0. Choices: cpu, cuda, cuda:N"),
+        ({"threads": 0}, "threads 0 must be a whole number between 1 and 4096"),
+        ({"threads": 2147483648}, "whole number between 1 and 4096"),
+        ({"threads": 1.5}, "threads 1.5 must be a whole number"),
+        ({"threads": True}, "threads True must be a whole number"),
     ],
 )
 def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
@@ -197,7 +201,7 @@ def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
     [
         ("onnxruntime", {}, "no effect on onnxruntime on cpu"),
         ("openvino", {}, "no effect on openvino on cpu; on device='cuda' it holds for onnxruntime, pytorch,"),
-        ("pytorch", {"device": "cuda", "memory_limit": 0}, "must be at least 1"),
+        ("pytorch", {"device": "cuda", "memory_limit": 0}, "memory_limit 0 must be a whole number between 1"),
     ],
 )
 def test_a_memory_limit_without_an_effect_is_refused(name, options, rule, bundle):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +182,30 @@ def test_more_than_the_memory_limit_is_an_error(bundle, zoo):
             backend.infer(np.zeros((1 << 22, 4, 4, 3), np.uint8))  # 200 MB before it becomes float
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_fork_of_a_process_with_pytorchs_threads_is_an_error_and_does_not_hang(threads):
+    """With one thread it has none that a fork could lose."""
+    program = (
+        "import os, signal, sys, numpy as np, torch\n"
+        "from rkd_deploy.backends import RunOn\n"
+        "from rkd_deploy.backends.pytorch import PyTorchBackend\n"
+        "from rkd_deploy.errors import BackendError\n"
+        "network, x = torch.nn.Conv2d(3, 64, 3), np.zeros((16, 3, 64, 64), np.float32)\n"
+        "run_on = RunOn('pytorch', threads=int(sys.argv[1]))\n"
+        "backend = PyTorchBackend(network, run_on, input_shape=(None, 3, 64, 64), input_dtype='float32')\n"
+        "backend.infer(x)\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "signal.alarm(30)\n"
+        "try:\n"
+        "    backend.infer(x)\n"
+        "except BackendError as error:\n"
+        "    os._exit(3 if 'after the fork' in str(error) else 4)\n"
+        "os._exit(0)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(threads)]).returncode == (0 if threads == 1 else 3)
 
 
 def test_shared_weights_are_the_modules_own_and_others_are_copies():

@@ -69,10 +69,24 @@ def test_a_fixed_batch_is_measured_at_its_own_size_only(zoo, tmp_path):
         bench([file], bench_settings(**SHORT))
 
 
-@pytest.mark.parametrize("settings", [{"batches": ()}, {"batches": (0,)}, {"run_on": ()}])
-def test_nothing_to_measure_is_refused(settings):
-    with pytest.raises(UsageError, match="at least one of each"):
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"batches": ()}, "at least one of each"),
+        ({"run_on": ()}, "at least one of each"),
+        ({"batches": (0,)}, "batches 0 must be a whole number at least 1"),
+        ({"batches": (1.5,)}, "batches 1.5 must be a whole number"),
+        ({"seed": -1}, "seed -1 must be a whole number at least 0"),
+        ({"shape": (3, 0)}, "shape 0 must be a whole number at least 1"),
+        ({"min_seconds": float("nan")}, "min_seconds nan must be"),
+    ],
+)
+def test_what_no_bench_can_measure_is_refused(settings, rule):
+    with pytest.raises(UsageError, match=rule):
         BenchSettings(**settings)
+
+
+def test_nothing_to_measure_is_refused():
     with pytest.raises(UsageError, match="0 models"):
         bench([])
 

@@ -128,8 +128,9 @@ def test_a_log_without_a_result_is_refused(tmp_path):
 
 @pytest.mark.parametrize("field", ["min_seconds", "min_queries", "target_qps", "target_latency_ms", "max_batch"])
 def test_numbers_that_are_not_above_zero_are_refused(field):
-    with pytest.raises(UsageError, match=f"{field} is 0"):
-        Load(**{field: 0})
+    for value in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=rf"{field} (is 0|{value} must be)"):
+            Load(**{field: value})
 
 
 def test_scenarios_are_spelled_as_mlperf_spells_them():

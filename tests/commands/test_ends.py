@@ -86,6 +86,12 @@ def test_help_has_a_short_name(rkd, command, option):
     assert "Usage: rkd-deploy" in shown.out
 
 
+def test_defaults_are_values_to_type(rkd):
+    for command in ("quickstart", "train", "export", "bench", "bench-compare", "compare", "predict", "verify"):
+        defaults = re.findall(r"\[default:\s+([^\]]+)\]", rkd(command, "-h").out)
+        assert not [text for text in defaults if text.startswith("(")], command
+
+
 def test_the_shell_can_complete_commands():
     environment = {"_RKD_DEPLOY_COMPLETE": "complete_bash", "COMP_WORDS": "rkd-deploy bench", "COMP_CWORD": "1"}
     code = "import sys; sys.argv = ['rkd-deploy']; from rkd_deploy.cli import app; app(prog_name='rkd-deploy')"

@@ -13,7 +13,8 @@ import torch
 from rkd_deploy.errors import CheckpointError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
-from rkd_deploy.train.weights import load_foreign, load_weights
+from rkd_deploy.train.checkpoints import load_checkpoint
+from rkd_deploy.train.weights import load_weights
 
 K = 100
 WEIGHT, BIASED = ("weight",), ("weight", "bias")
@@ -250,7 +251,7 @@ def test_a_checkpoint_as_those_authors_save_it_loads(name: str, tmp_path: Path) 
     theirs = zoo.create(name, 10)
     path = tmp_path / "ckpt_epoch_240.pth"
     torch.save({"epoch": 240, "model": theirs.state_dict(), "best_acc": torch.tensor(70.0)}, path)
-    state, _ = load_foreign(path)
+    state = load_checkpoint(path).state
     ours = zoo.create(name, 10)
     load_weights(ours, state, str(path), name)
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())

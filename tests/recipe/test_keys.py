@@ -54,6 +54,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "teacher": {
         "name": texts,
         "checkpoint": st.none() | texts,
+        "checkpoint_key": st.none(),  # with a checkpoint only, as labels: test_keys_of_a_file_that_is_not_named
+        "labels": st.none(),
         "pretrained": st.just(False),
         "stages": st.none(),
         "epochs": optional,
@@ -65,6 +67,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "name": texts,
         "fraction": st.none(),  # with name = "teacher" only: test_a_fraction_of_the_teacher
         "checkpoint": st.none(),
+        "checkpoint_key": st.none(),
+        "labels": st.none(),
         "weights": st.none() | st.just("fresh"),
         "pretrained": st.just(False),
         "stages": st.none(),

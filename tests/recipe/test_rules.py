@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, parse_recipe, read_recipe
+from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, StudentRecipe, TeacherRecipe, parse_recipe, read_recipe
 
 TABLES = ("data", "teacher", "student", "method", "train")
 KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]
@@ -249,3 +249,11 @@ def test_a_fraction_of_the_teacher() -> None:
     ):
         with pytest.raises(RecipeError, match="student"):
             read_recipe(None, wrong)
+
+
+@pytest.mark.parametrize("owner", [TeacherRecipe, StudentRecipe])
+@pytest.mark.parametrize("key", ["checkpoint_key", "labels"])
+def test_keys_of_a_file_that_is_not_named(owner: type[TeacherRecipe | StudentRecipe], key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{key} = 'x' is about the file .*\.checkpoint, which is not set"):
+        owner(**{key: "x"})
+    assert getattr(owner(**{key: "x", "checkpoint": "c.pth"}), key) == "x"

@@ -13,8 +13,9 @@ from rkd_deploy.data.sources import ImageSet, Split
 from rkd_deploy.data.splits import EVALUATED_AT_ONCE as BATCH
 from rkd_deploy.data.splits import evaluation_batch
 from rkd_deploy.models import zoo
+from rkd_deploy.train.checkpoints import load_checkpoint
 from rkd_deploy.train.evaluation import SplitHash, predictions
-from rkd_deploy.train.weights import load_foreign, load_weights
+from rkd_deploy.train.weights import load_weights
 
 MEAN, STD = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)  # what the public checkpoints were trained with
 PIXELS = Normaliser((0, 0, 0), (1 / 255,) * 3, torch.device("cpu"))
@@ -57,7 +58,7 @@ def test_batch_norm_is_not_moved() -> None:
 def pretrained(shared_data: Path, name: str) -> nn.Module:
     path = shared_data / "weights" / f"cifar100_{name}.pth"
     model = zoo.create(name, 100)
-    load_weights(model, load_foreign(path)[0], str(path), name)
+    load_weights(model, load_checkpoint(path).state, str(path), name)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from rkd_deploy.errors import BudgetError, CheckpointError, DataError, RecipeError, RkdError, UsageError
 from rkd_deploy.recipe import Recipe, read_recipe
+from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.runs import Run, read_log
 from rkd_deploy.train.weights import load_tensors, save_tensors
@@ -84,6 +85,62 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, tiny_recipe: Make
     save_tensors(tmp_path / "t.safetensors", state_of(tiny_run, "teacher"), {"classes": classes})
     with pytest.raises(CheckpointError, match=r"other classes than the data: class 3 is 'three' there and '3' here"):
         fit(tiny_recipe(*QUICK, f"teacher.checkpoint={tmp_path / 't.safetensors'}"), root=tmp_path / "runs")
+    assert no_run_was_begun(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["its header", "a file of labels"])
+def test_classes_in_another_order_are_matched_by_name(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run, by: str
+) -> None:
+    """Natural order against that of text, as of folders 1, 2, .. 10: the teacher is as good as before."""
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    state = state_of(tiny_run, "teacher")
+    moved = state | {key: state[key][order] for key in ("fc.weight", "fc.bias")}
+    names = [str(label) for label in order]
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, moved, {"classes": names} if by == "its header" else {})
+    (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
+    labels = () if by == "its header" else (f"teacher.labels={tmp_path / 'labels.txt'}",)
+    keys = (*QUICK, "method.name=kd", f"teacher.checkpoint={path}")
+    run = fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
+    assert all(torch.equal(value, state[key]) for key, value in state_of(run, "teacher").items())
+    assert run.metrics.parts["teacher"].test_top1 > 50
+    if labels:
+        with pytest.raises(DataError, match=r"another order of the.*teacher\.labels"):
+            fit(tiny_recipe(*keys), root=tmp_path / "runs")
+        (tmp_path / "labels.txt").write_text("\n".join([*names[:9], "x"]))
+        with pytest.raises(CheckpointError, match="other classes than the data"):
+            fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
+        (tmp_path / "labels.txt").write_text("\n".join([*names, "3"]))
+        with pytest.raises(CheckpointError, match="names class '3' twice"):
+            fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
+
+
+def test_the_chosen_set_of_weights_is_said(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_run: Run) -> None:
+    state = state_of(tiny_run, "teacher")
+    torch.save({"ema": state, "state_dict": {k: v * 0 for k, v in state.items()}}, tmp_path / "t.pth")
+    keys = (*QUICK, "method.name=kd", f"teacher.checkpoint={tmp_path / 't.pth'}")
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    with pytest.raises(DataError, match="chance"):
+        fit(tiny_recipe(*keys), root=tmp_path / "runs", display=Noting())
+    assert any("state_dict was taken and not ema; teacher.checkpoint_key names another" in text for text in notes)
+    notes.clear()
+    run = fit(tiny_recipe(*keys, "teacher.checkpoint_key=ema"), root=tmp_path / "runs", display=Noting())
+    assert not any("several sets" in text for text in notes)
+    assert run.recipe.teacher.checkpoint_key is None  # of the run's own copy, which has one set
+
+
+@pytest.mark.parametrize("batch", [("train.batch_size=4", "train.accumulate=4")])
+def test_pieces_of_one_image_are_refused_where_there_is_batch_norm(
+    tmp_path: Path, tiny_recipe: MakeRecipe, batch: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError, match=r"leaves one image in each, and batch norm needs two.*batch_size to 8"):
+        fit(tiny_recipe(*QUICK, *batch), root=tmp_path / "runs")
     assert no_run_was_begun(tmp_path)
 
 

@@ -15,7 +15,7 @@ from rkd_deploy.train.display import Silent
 from rkd_deploy.train.facts import RunFacts, SplitSizes
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.runs import Run, newest_run, read_log
-from rkd_deploy.train.weights import near_chance, refuse_guessing, teacher_warning
+from rkd_deploy.train.starting_weights import near_chance, refuse_guessing, teacher_warning
 
 
 class Noting(Silent):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rkd_deploy.errors import InterruptedTraining
+from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
@@ -257,3 +257,22 @@ def test_killed_at_random_moments(
     assert interrupted >= 2
     runs = [newest_run(tmp_path / name, finished=True) for name in ("killed", "whole")]
     assert differences(*(outcome(run) for run in runs)) == []
+
+
+def test_two_processes_do_not_go_on_with_one_run(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """Each would log every epoch, and write its checkpoint over the other's."""
+
+    class ResumesToo(Silent):
+        refusals = 0
+
+        def epoch(self, row: dict[str, Any]) -> None:
+            (folder,) = tmp_path.iterdir()
+            with pytest.raises(UsageError, match="is being trained by another process"):
+                resume(Run(folder))
+            self.refusals += 1
+
+    display = ResumesToo()
+    run = fit(tiny_recipe("method.name=cross_entropy", "data.train_limit=40"), root=tmp_path, display=display)
+    assert display.refusals == 2
+    assert [row["epoch"] for row in read_log(run.log.path)] == [1, 2]
+    assert resume(Run(run.folder)).finished  # the lock is given back

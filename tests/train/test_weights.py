@@ -12,13 +12,14 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_deploy.errors import CheckpointError, StorageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
+from rkd_deploy.train.checkpoints import load_checkpoint, reorder_classes
 from rkd_deploy.train.facts import WeightsFacts
-from rkd_deploy.train.weights import load_foreign, load_tensors, load_weights, save_tensors
+from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 
 TINY = (4, 4, 4, 4)
 
@@ -77,7 +78,7 @@ def test_others_can_read_our_files(tmp_path: Path, state: dict[str, Tensor]) -> 
 
 def test_a_file_of_others_has_no_facts(tmp_path: Path, state: dict[str, Tensor]) -> None:
     safetensors.torch.save_file(state, tmp_path / "f.safetensors", {"format": "pt"})
-    ours, facts = load_foreign(tmp_path / "f.safetensors")
+    ours, facts, *_ = load_checkpoint(tmp_path / "f.safetensors")
     assert same(ours, state)
     assert facts == WeightsFacts()
 
@@ -96,7 +97,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_storage(tmp_path: Path) ->
 def test_pytorch_files_are_read(tmp_path: Path, state: dict[str, Tensor], suffix: str, zipped: bool) -> None:
     path = tmp_path / f"f{suffix}"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    ours, facts = load_foreign(path)
+    ours, facts, *_ = load_checkpoint(path)
     assert same(ours, state)
     assert facts == WeightsFacts()
 
@@ -111,18 +112,94 @@ def test_wrappers_and_prefixes_come_off(tmp_path: Path, state: dict[str, Tensor]
         wrapper: collections.OrderedDict((prefix + key, value) for key, value in state.items()),
     }
     torch.save(wrapped, tmp_path / "f.pth")
-    ours, _ = load_foreign(tmp_path / "f.pth")
+    ours = load_checkpoint(tmp_path / "f.pth").state
     assert same(ours, state)
 
 
 def test_a_wrapper_in_a_wrapper_comes_off(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save({"model": {"state_dict": state}}, tmp_path / "f.pth")
-    assert same(load_foreign(tmp_path / "f.pth")[0], state)
+    assert same(load_checkpoint(tmp_path / "f.pth").state, state)
+
+
+@pytest.mark.parametrize("inside", ["", "network.", "module.network.", "model."])
+def test_a_network_whose_own_layers_are_called_so_keeps_its_names(
+    tmp_path: Path, state: dict[str, Tensor], inside: str
+) -> None:
+    """A prefix is stripped only where the names do not fit as they are: a child may be called `network` or `model`."""
+    own = {inside + key: value for key, value in state.items()}
+    for outside in ("", "module.", "network.", "_orig_mod.module."):
+        torch.save({outside + key: value for key, value in own.items()}, tmp_path / "f.pth")
+        assert same(load_checkpoint(tmp_path / "f.pth", own.keys()).state, own)
+
+
+def test_the_counter_of_an_average_is_no_weight(tmp_path: Path) -> None:
+    module = nn.Linear(2, 3)
+    torch.save(torch.optim.swa_utils.AveragedModel(module).state_dict(), tmp_path / "f.pth")
+    assert same(load_checkpoint(tmp_path / "f.pth", module.state_dict().keys()).state, module.state_dict())
+
+
+def test_of_several_sets_the_choice_is_said_and_can_be_made(tmp_path: Path) -> None:
+    """As timm writes them, the average beside the weights."""
+    sets = {name: {"w": torch.full((2,), value)} for name, value in (("ema", 3.0), ("state_dict", 1.0))}
+    torch.save({"epoch": 3, **sets, "deeper": {"model_ema": {"w": torch.full((2,), 2.0)}}}, tmp_path / "f.pth")
+    read = load_checkpoint(tmp_path / "f.pth")
+    assert (read.chosen, set(read.others)) == ("state_dict", {"ema", "deeper.model_ema"})
+    assert read.state["w"][0] == 1
+    for key, value in (("ema", 3), ("deeper.model_ema", 2)):
+        assert load_checkpoint(tmp_path / "f.pth", key=key).state["w"][0] == value
+    with pytest.raises(CheckpointError, match=r"Unknown set of weights 'emma'.*Did you mean 'ema'.*state_dict"):
+        load_checkpoint(tmp_path / "f.pth", key="emma")
+    torch.save(sets["ema"], tmp_path / "one.pth")
+    assert load_checkpoint(tmp_path / "one.pth").others == ()
+
+
+def test_a_file_that_holds_itself_comes_to_an_end(tmp_path: Path) -> None:
+    for key in ("model", "x"):
+        content: dict[str, Any] = {"epoch": 1}
+        content[key] = content
+        torch.save(content, tmp_path / "f.pth")
+        with pytest.raises(CheckpointError, match="holds no state dict"):
+            load_checkpoint(tmp_path / "f.pth")
+    deep: dict[str, Any] = {}
+    for _ in range(500):
+        deep = {"model": deep}
+    torch.save(deep, tmp_path / "f.pth")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        load_checkpoint(tmp_path / "f.pth")
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    """torch.load reads every one of these; the checksums are in the file."""
+    torch.save(state, tmp_path / "f.pth")
+    whole = (tmp_path / "f.pth").read_bytes()
+    weights = max(state.values(), key=Tensor.numel).numpy().tobytes()
+    first = whole.index(weights)
+    for place in range(first, first + len(weights), len(weights) // 15):
+        content = bytearray(whole)
+        content[place] ^= 4
+        (tmp_path / "f.pth").write_bytes(content)
+        torch.load(tmp_path / "f.pth", weights_only=True)
+        with pytest.raises(CheckpointError, match=r"f\.pth is damaged: the checksum of .* differs"):
+            load_checkpoint(tmp_path / "f.pth")
+
+
+def test_classes_are_put_into_another_order() -> None:
+    """Also where another layer has as many rows: the logits decide which one it is."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4))
+    x_NCHW, order = torch.rand(5, 3, 6, 6), (2, 0, 3, 1)
+    before = network(x_NCHW)
+    assert reorder_classes(network, order, (6, 6))
+    torch.testing.assert_close(network(x_NCHW), before[:, list(order)])
+    no_such_layer = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))
+    no_such_layer.append(nn.Linear(4, 5)).append(nn.AdaptiveAvgPool1d(4))
+    kept = {key: value.clone() for key, value in no_such_layer.state_dict().items()}
+    assert not reorder_classes(no_such_layer, order, (6, 6))
+    assert same(no_such_layer.state_dict(), kept)
 
 
 def test_a_prefix_that_some_keys_have_is_a_name(tmp_path: Path) -> None:
     torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "f.pth")
-    assert load_foreign(tmp_path / "f.pth")[0].keys() == {"module.a", "b"}
+    assert load_checkpoint(tmp_path / "f.pth").state.keys() == {"module.a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -132,14 +209,14 @@ def test_a_prefix_that_some_keys_have_is_a_name(tmp_path: Path) -> None:
 def test_a_dictionary_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "f.pth")
     with pytest.raises(CheckpointError, match=r"f\.pth holds no state dict: expected tensors by name, found "):
-        load_foreign(tmp_path / "f.pth")
+        load_checkpoint(tmp_path / "f.pth")
 
 
 @pytest.mark.parametrize(("content", "kind"), [([torch.zeros(1)], "list"), (torch.zeros(1), "Tensor"), (3, "int")])
 def test_what_is_no_dictionary_is_refused(tmp_path: Path, content: Any, kind: str) -> None:
     torch.save(content, tmp_path / "f.pth")
     with pytest.raises(CheckpointError, match=rf"f\.pth holds a {kind}, not a state dict"):
-        load_foreign(tmp_path / "f.pth")
+        load_checkpoint(tmp_path / "f.pth")
 
 
 class Bomb:
@@ -165,7 +242,7 @@ def test_a_pickled_object_is_refused_and_not_executed(tmp_path: Path, state: dic
     else:
         torch.save(content, path, _use_new_zipfile_serialization=way == "zip")
     with pytest.raises(CheckpointError, match=r"f\.pth is damaged, or holds Python objects .* which is refused"):
-        load_foreign(path)
+        load_checkpoint(path)
     assert not trace.exists()
 
 
@@ -179,9 +256,11 @@ def test_the_bomb_goes_off_where_pickles_are_trusted(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.pth", tmp_path / "absent.safetensors", tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path / "absent.safetensors"):
         with pytest.raises(CheckpointError, match=rf"There is no checkpoint at {path}\. Name a \.safetensors"):
-            load_foreign(path)
+            load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: it is a folder"):
+        load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"absent\.safetensors cannot be read as safetensors"):
         load_tensors(tmp_path / "absent.safetensors")
 
@@ -203,9 +282,9 @@ def test_a_truncated_file_is_refused_wherever_it_breaks_off(
     for length in [*range(0, 64, 4), *range(64, len(whole), len(whole) // 60), len(whole) - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"f\.(pth|safetensors)"):
-            load_foreign(path)
+            load_checkpoint(path)
     path.write_bytes(whole)
-    assert same(load_foreign(path)[0], state)  # says yes to the whole
+    assert same(load_checkpoint(path).state, state)  # says yes to the whole
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -222,7 +301,7 @@ def test_a_damaged_file_gives_tensors_or_an_error_of_checkpoints(
         content[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     try:
-        ours, _ = load_foreign(path)
+        ours = load_checkpoint(path).state
     except CheckpointError:
         return
     assert all(isinstance(value, Tensor) for value in ours.values())
@@ -233,7 +312,7 @@ def test_a_damaged_file_gives_tensors_or_an_error_of_checkpoints(
 def test_something_else_is_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
     (tmp_path / f"f{suffix}").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"f\{suffix}"):
-        load_foreign(tmp_path / f"f{suffix}")
+        load_checkpoint(tmp_path / f"f{suffix}")
 
 
 def test_a_header_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> None:

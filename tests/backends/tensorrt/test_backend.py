@@ -347,7 +347,7 @@ def test_a_build_that_fails_gives_the_librarys_own_words_and_keeps_nothing(gpu, 
         ({"device": "cpu"}, BackendError, "'cpu' was asked for"),
         ({"device": "cuda:1"}, BackendError, "CUDA device 1 cannot be used here: there are 1"),
         ({"device": "gpu"}, UsageError, "cpu, cuda, cuda:N"),
-        ({"threads": 0}, UsageError, "at least 1"),
+        ({"threads": 0}, UsageError, "between 1 and 4096"),
         ({"threads": 2}, UsageError, "no effect"),
     ],
 )

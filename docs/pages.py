@@ -1,10 +1,10 @@
-"""Writes the generated parts of docs/architecture.md: the rooms, the tree, and four trips through the code.
+"""Writes the generated parts of the pages here: rooms, tree and trips of the code, keys of recipes.
 
-    uv run python docs/architecture.py           # write them
-    uv run python docs/architecture.py --check   # exit 1 when the page and the code differ
+    uv run python docs/pages.py           # write them
+    uv run python docs/pages.py --check   # exit 1 when a page and the code differ
 
 A part stands between `<!-- NAME -->` and `<!-- end -->`. The rooms are drawn from the imports (grimp), the tree from
-the first line of each file, and a trip from a run on tiny images, watched from inside.
+the first line of each file, a trip from a run on tiny images, watched from inside, and the keys from their dataclasses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from typing import Any
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "rkd_deploy"
-PAGE = REPO / "docs" / "architecture.md"
+PAGES = (REPO / "docs" / "architecture.md", REPO / "docs" / "recipe.md")
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # What these files are for stands nowhere inside them.
@@ -269,6 +269,7 @@ def watched() -> dict[str, Trip]:
     """The four trips, made for real on 8x8 digits; takes some seconds."""
     made = {name: Trip() for name in FILES_BEFORE}
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["RKD_DEPLOY_CACHE"] = f"{folder}/cache"  # nothing that earlier runs left shortens the way
         run = made["fit"].watch(lambda: _fit(Path(folder)))
         bundle = made["export"].watch(lambda: _export(run))
         made["bench"].watch(lambda: _bench(bundle, Path(folder) / "bench"))
@@ -307,30 +308,43 @@ def _predict(bundle: Path, trip: Trip) -> None:
         trip.watch(lambda: classifier.predict(np.zeros((20, 30, 3), np.uint8)))
 
 
-# --- the page
+# --- the keys of recipes
 
 
-PARTS: dict[str, Callable[[], str]] = {"rooms": rooms, "tree": tree, "trips": trips}
+def keys() -> str:
+    """Every key of a recipe as tables."""
+    from rkd_deploy.recipe.keys import recipe_keys
+
+    lines, table = list[str](), ""
+    for key in recipe_keys():
+        if key.table != table:
+            table = key.table
+            lines += ["", f"## [{table}]", "", "| key | default | meaning |", "| --- | --- | --- |"]
+        default = "" if key.default is None else f"`{key.default}`"
+        lines.append(f"| `{key.name}` | {default} | {key.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
-def page(parts: Iterable[str] = PARTS) -> str:
-    """The page as it should be, these parts of it made anew."""
-    wanted = set(parts)
+# --- the pages
 
-    def made(match: re.Match[str]) -> str:
-        return match[1] + PARTS[match[2]]() + match[4] if match[2] in wanted else match[0]
 
-    return _BLOCK.sub(made, PAGE.read_text(encoding="utf-8"))
+PARTS: dict[str, Callable[[], str]] = {"rooms": rooms, "tree": tree, "trips": trips, "keys": keys}
+
+
+def made(page: Path) -> str:
+    """A page as it should be, its generated parts made anew."""
+    return _BLOCK.sub(lambda match: match[1] + PARTS[match[2]]() + match[4], page.read_text(encoding="utf-8"))
 
 
 def main() -> None:
-    """Write the page, or with --check say whether it is as it should be."""
+    """Write the pages, or with --check say which are not as they should be."""
     sys.path.insert(0, str(REPO))
-    text = page()
-    if "--check" not in sys.argv:
-        PAGE.write_text(text, encoding="utf-8")
-    elif text != PAGE.read_text(encoding="utf-8"):
-        sys.exit(f"{PAGE.relative_to(REPO)} is not what the code says. Write it: uv run python docs/architecture.py")
+    for page in PAGES:
+        text = made(page)
+        if "--check" not in sys.argv:
+            page.write_text(text, encoding="utf-8")
+        elif text != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page.relative_to(REPO)} is not what the code says. Write it: uv run python docs/pages.py")
 
 
 if __name__ == "__main__":
