@@ -238,7 +238,11 @@ def main() -> None:
         return
     unclear = [[one.fault.group, one.fault.name, one.kind, one.reason] for one in outcomes if one.kind != "clear"]
     rough, bad = (sum(kinds[kind] for kinds in counts.values()) for kind in ("rough", "bad"))
-    samples = {"seed": options.seed, "counts": counts, "unclear": unclear}
+    samples = {
+        "seed": options.seed,
+        "counts": {group: dict(kinds) for group, kinds in counts.items()},
+        "unclear": unclear,
+    }
     save(
         "bad_input",
         [

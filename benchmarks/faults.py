@@ -211,7 +211,7 @@ def _checkpoint(chance: random.Random, material: Material) -> Fault:
     def run() -> None:
         import torch
 
-        from rkd_deploy.train.weights import load_foreign
+        from rkd_deploy.train.checkpoints import load_checkpoint
 
         weights = next((material.run / "weights").glob("teacher.safetensors"))
         if way == "file":
@@ -221,10 +221,10 @@ def _checkpoint(chance: random.Random, material: Material) -> Fault:
             path = Path("w.safetensors")
             path.write_bytes(damaged(weights.read_bytes(), chance)[0])
         elif way == "pth":
-            path, state = Path("w.pth"), load_foreign(weights)[0]
+            path, state = Path("w.pth"), load_checkpoint(weights).state
             torch.save(state, path)
             path.write_bytes(damaged(path.read_bytes(), chance)[0])
-            loaded = load_foreign(path)[0]
+            loaded = load_checkpoint(path).state
             same = loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
             if not same:
                 raise WronglyAcceptedError("other weights than were saved")
@@ -232,7 +232,7 @@ def _checkpoint(chance: random.Random, material: Material) -> Fault:
         else:
             path = Path("w.pth")
             torch.save(_strange_state(content), path)
-        load_foreign(path)
+        load_checkpoint(path)
 
     return Fault("checkpoints", f"{way}{f': {content}' if way == 'content' else ''}", run)
 
@@ -400,27 +400,26 @@ def _record(chance: random.Random, material: Material) -> Fault:
 
 
 def _environment(chance: random.Random, material: Material) -> Fault:
-    command: list[object] = chance.choice(
-        (
-            ["--help"],
-            ["backends"],
-            ["info", material.bundle],
-            ["info", material.bundle, "--json"],
-            ["predict", material.bundle, material.photo],
-            ["verify", material.bundle, "--backend", "onnxruntime"],
-            ["bench-compare", material.record, material.record],
-            ["bench", "--runs", ESCAPE],
-            ["predict", material.bundle, f"{ESCAPE}.jpg"],
-            ["train", f"{ESCAPE}.toml"],
-        )
-    )
+    commands: list[list[object]] = [
+        ["--help"],
+        ["backends"],
+        ["info", material.bundle],
+        ["info", material.bundle, "--json"],
+        ["predict", material.bundle, material.photo],
+        ["verify", material.bundle, "--backend", "onnxruntime"],
+        ["bench-compare", material.record, material.record],
+        ["bench", "--runs", ESCAPE],
+        ["predict", material.bundle, f"{ESCAPE}.jpg"],
+        ["train", f"{ESCAPE}.toml"],
+    ]
+    command = chance.choice(commands)
     changes: dict[str, Callable[[], object]] = {
         "standard output closed": _close_output,
         "standard output full": lambda: _output_to("/dev/full"),
         "standard output a broken pipe": _break_output,
-        "standard output in Latin-1": lambda: sys.stdout.reconfigure(encoding="latin-1"),  # type: ignore[union-attr]
+        "standard output in Latin-1": _output_in_latin_1,
         "standard error closed": lambda: setattr(sys, "stderr", None),
-        "a current folder that is gone": lambda: (Path("gone").mkdir(), os.chdir("gone"), os.rmdir("../gone")),
+        "a current folder that is gone": _leave_folder,
         "no home": lambda: os.environ.update(HOME="/nonexistent"),
         "no temporary folder": lambda: os.environ.update(TMPDIR="/nonexistent"),
         "terminated": lambda: threading.Timer(chance.random() / 4, os.kill, (os.getpid(), signal.SIGTERM)).start(),
@@ -441,9 +440,14 @@ def _set_columns(width: str) -> Callable[[], object]:
     return lambda: os.environ.update(COLUMNS=width)
 
 
+def _output_in_latin_1() -> None:
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="latin-1")
+
+
 def _close_output() -> None:
     os.close(1)
-    sys.stdout = None  # type: ignore[assignment]  # as the interpreter has it then
+    sys.stdout = None  # as the interpreter has it then
 
 
 def _output_to(path: str) -> None:
@@ -454,6 +458,12 @@ def _break_output() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+
+
+def _leave_folder() -> None:
+    Path("gone").mkdir()
+    os.chdir("gone")
+    os.rmdir("../gone")
 
 
 def _few_files() -> None:
