@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rkd_deploy.decoding import DecodingError, decode, parse_object
-from rkd_deploy.errors import ModelFileError, UsageError, unknown_name
+from rkd_deploy.errors import ModelFileError, UsageError, shortened, unknown_name
 from rkd_deploy.fields import check_number
 
 SCHEMA = 1
@@ -51,6 +51,9 @@ class Preprocess:
         check_number("height =", self.height, 1, _LARGEST_SIDE, whole=True)
         check_number("width =", self.width, 1, _LARGEST_SIDE, whole=True)
         check_number("crop_fraction =", self.crop_fraction, 0.01, 1)
+        for name in ("mean", "std"):
+            if not isinstance(values := getattr(self, name), tuple | list):
+                raise UsageError(f"{name} is {shortened(values)}; it must be a tuple of numbers, one for each channel.")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UsageError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; both must have 3 (RGB), or 1 (grey)."

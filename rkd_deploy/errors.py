@@ -129,9 +129,15 @@ def install_line(extra: str) -> str:
     return f"pip install 'rkd-deploy[{extra}]'"
 
 
+def shortened(value: object) -> str:
+    """A value as Python writes it, at most 80 characters of it, for messages."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> str:
     """Sentence for a name that is none of the choices: the nearest one first, then all of them."""
     names = sorted(choices)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}."
+    return f"Unknown {kind} {shortened(name)}.{hint} Choices: {', '.join(names)}."

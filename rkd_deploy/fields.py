@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rkd_deploy.errors import UsageError, unknown_name
+from rkd_deploy.errors import UsageError, shortened, unknown_name
 
 _KEY = "option"
 
@@ -99,4 +99,5 @@ def check_number(name: str, value: Any, low: float | None, high: float | None = 
     if numeric and low <= value <= high and abs(value) < math.inf:  # every comparison with NaN is false
         return
     rule = f"between {low} and {high}" if high < math.inf else f"at least {low}" if low > -math.inf else "finite"
-    raise UsageError(f"{name} {value} must be {'a whole number ' if whole else ''}{rule}.")
+    text = str(value) if len(str(value)) <= 80 else shortened(value)
+    raise UsageError(f"{name} {text} must be {'a whole number ' if whole else ''}{rule}.")

@@ -60,7 +60,10 @@ def open_regular(path: str | os.PathLike[str], *, limit: int | None = None) -> B
             nothing, a pointer of Git LFS or git-annex, or larger than the limit. `strerror` says which, in words that
             fit after "cannot be read: ".
     """
-    name = os.fspath(path)
+    try:
+        name = os.fspath(path)
+    except TypeError as error:
+        raise OSError(errno.EINVAL, f"it was given as {type(path).__name__}, and must be a path") from error
     try:
         _check_regular(os.stat(name), name)  # before it is opened: opening alone can rewind a tape
         # A pipe that takes the file's place meanwhile would hold up an open() without O_NONBLOCK.

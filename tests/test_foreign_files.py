@@ -16,6 +16,7 @@ from rkd_deploy.data.files import ImageFiles, read_image
 from rkd_deploy.decoding import DecodingError, parse_object, read_json
 from rkd_deploy.errors import RkdError
 from rkd_deploy.recipe import read_recipe
+from rkd_deploy.train.checkpoints import load_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 46827520\n"
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -50,6 +51,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "golden data": ("golden.npz", read_golden),
     "engine": ("model.engine", read_engine),
     "record": ("bench.json", read_json),
+    "checkpoint": ("weights.pth", load_checkpoint),
+    "weights": ("weights.safetensors", load_checkpoint),
     "image": ("photo.jpg", lambda path: read_image(ImageFiles([str(path)]), 0)),
 }
 
@@ -60,7 +63,7 @@ def test_what_is_no_file_is_said(tmp_path: Path, reader: str, kind: str) -> None
     name, read = READERS[reader]
     make, words = KINDS[kind]
     make(tmp_path / name)
-    if (reader, kind) == ("golden data", "a link to nothing"):
+    if kind == "a link to nothing" and reader in ("golden data", "checkpoint", "weights"):
         words = "There is no"
     with pytest.raises((RkdError, DecodingError), match=words):
         read(tmp_path / name)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.backends.files import broken_model
-from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.errors import BackendError, UsageError, shortened
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -242,7 +242,7 @@ def parse_device(device: str) -> tuple[str, int]:
     """
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device) if isinstance(device, str) else None
     if match is None:
-        raise UsageError(f"Unknown device {device!r}. Choices: cpu, cuda, cuda:N (N counts from 0).")
+        raise UsageError(f"Unknown device {shortened(device)}. Choices: cpu, cuda, cuda:N (N counts from 0).")
     return device.split(":")[0], int(match[1] or 0)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from rkd_deploy.backends import Array, RunOn, available, infer_many
 from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
+from rkd_deploy.fields import check_number
 from rkd_deploy.storage import open_regular
 
 GOLDEN_NAME = "golden.npz"
@@ -68,8 +69,7 @@ def compare(reference_logits: Array, candidate_logits: Array, tolerance: float) 
         GateError: The shapes differ, or there is nothing to compare: such a pair can never pass.
         UsageError: The tolerance is negative or no number.
     """
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise UsageError(f"The parity tolerance is {tolerance}; it must be a number of at least 0, for example 1e-4.")
+    check_number("The parity tolerance", tolerance, 0)
     reference_NK = np.asarray(reference_logits, np.float64)
     candidate_NK = np.asarray(candidate_logits, np.float64)
     if reference_NK.shape != candidate_NK.shape or reference_NK.ndim != 2 or reference_NK.size == 0:
@@ -158,7 +158,7 @@ def verify(
             "rkd-deploy export."
         )
     inputs, logits_NK, stored = read_golden(golden)
-    run_on = RunOn(run_on) if isinstance(run_on, str) else run_on
+    run_on = run_on if isinstance(run_on, RunOn) else RunOn(run_on)
     with run_on.load(bundle_path) as loaded:
         try:
             candidate_NK = infer_many(loaded, inputs)

@@ -8,6 +8,7 @@ and `to_toml` writes the whole recipe back, so that a run folder reproduces itse
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 import types
 import typing
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rkd_deploy.errors import RecipeError, unknown_name
+from rkd_deploy.errors import RecipeError, shortened, unknown_name
 from rkd_deploy.recipe.data import DataRecipe
 from rkd_deploy.recipe.method import MethodRecipe
 from rkd_deploy.recipe.networks import StudentRecipe, TeacherRecipe
@@ -131,7 +132,7 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
-def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and replace single values.
 
     A `method.name` that differs from the file's begins a table `[method]` of its own: what stands in the file's was
@@ -147,7 +148,13 @@ def read_recipe(path: Path | None = None, overrides: Iterable[str] = ()) -> Reci
             broken. The message names the key and the choices.
     """
     content: dict[str, Any] = {}
+    if not (path is None or isinstance(path, str | os.PathLike)) or not isinstance(overrides, Iterable):
+        raise RecipeError(
+            f"A recipe was given as {type(path).__name__} with overrides of type {type(overrides).__name__}; "
+            "it takes a path and a list of texts such as train.epochs=5."
+        )
     if path is not None:
+        path = Path(path)
         try:
             content = tomllib.loads(read_text(path, limit=_LARGEST))
         except OSError as error:
@@ -240,18 +247,22 @@ def _use_own_copies(content: dict[str, Any], folder: Path) -> None:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
+    if not isinstance(override, str):
+        raise RecipeError(f"An override is {shortened(override)}; it must be a text such as train.epochs=5.")
     key, separator, text = override.partition("=")
     table, dot, name = key.strip().partition(".")
     if not separator or (not dot and table != "name"):
-        raise RecipeError(f"--set {override!r} is not of the form table.key=value, e.g. --set train.epochs=5.")
+        raise RecipeError(f"--set {shortened(override)} is not of the form table.key=value, e.g. --set train.epochs=5.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word: a name or a path
+    except ValueError as error:
+        raise RecipeError(f"--set {shortened(override)}: {error}.") from error
     if table == "name":
         content["name"] = str(value)
         return
     target = content.setdefault(table, {})
     if not isinstance(target, dict):
-        raise RecipeError(f"{table} is not a table, so --set {override!r} cannot be applied.")
+        raise RecipeError(f"{table} is not a table, so --set {shortened(override)} cannot be applied.")
     target[name] = value

@@ -117,7 +117,7 @@ def test_large_batches_run_in_chunks(zoo, tmp_path, batch):
         ({"device": 0}, "Unknown device 0"),
         ({"backend": 7}, "Unknown backend 7"),
         ({"backend": []}, r"Unknown backend \[\]"),
-        ({"threads": 1.0}, "threads is 1.0"),
+        ({"threads": 1.0}, "threads 1.0 must be a whole number"),
         ({"exit_threshold": "0.5"}, "exit_threshold = 0.5 must be"),
         ({"exit_threshold": float("nan")}, "exit_threshold = nan must be"),
     ],
