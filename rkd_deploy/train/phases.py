@@ -160,7 +160,7 @@ class Planner:
         return StudentStep(
             self._teacher(),
             model,
-            method.feature_weight,
+            method.distance_weight,
             distance=DISTANCES[method.distance],
             stage_weight=method.stage_weight,
             base=self._base_of(model),
@@ -172,7 +172,7 @@ class Planner:
         return ProgressiveStep(
             self._teacher(),
             model,
-            method.feature_weight,
+            method.distance_weight,
             stage=stage,
             branch=branch,
             distance=DISTANCES[method.distance],
@@ -184,7 +184,7 @@ class Planner:
         return AssistantStep(
             self._teacher(),
             model,
-            method.feature_weight,
+            method.distance_weight,
             distance=DISTANCES[method.distance],
             stage_weight=method.stage_weight,
             number=number,
@@ -209,7 +209,7 @@ class Planner:
             model,
             DISTANCES[method.distance],
             Weights(
-                feature=method.feature_weight,
+                feature=method.distance_weight,
                 assistant=method.assistant_weight,
                 ce=ce_weight,
                 student=method.student_weight,
