@@ -50,7 +50,7 @@ class MethodRecipe:
     """D: relative (squared error over the mean square of T's map: the share not explained), mse, normalised_mse (image
     by image over its target's square), smooth_l1 or cosine (directions only: lengths are not learnt)."""
     feature_weight: float | None = None
-    """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 10."""
+    """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 5, as released by ERA's authors."""
     stages: tuple[int, ...] = ()
     """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
     alone. Not for progressive, which takes every stage."""
@@ -127,7 +127,7 @@ class MethodRecipe:
     @property
     def distance_weight(self) -> float:
         """Factor of D in the loss: where D stands alone it may be larger than beside a task loss of 1."""
-        return self.feature_weight if self.feature_weight is not None else 1.0 if self.end_to_end else 10.0
+        return self.feature_weight if self.feature_weight is not None else 1.0 if self.end_to_end else 5.0
 
     @property
     def loss(self) -> str:
