@@ -50,7 +50,8 @@ class MethodRecipe:
     """D: relative (squared error over the mean square of T's map: the share not explained), mse, normalised_mse (image
     by image over its target's square), smooth_l1 or cosine (directions only: lengths are not learnt)."""
     feature_weight: float | None = None
-    """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 5, as released by ERA's authors."""
+    """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 5, as in the code of ERA's
+    authors."""
     stages: tuple[int, ...] = ()
     """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
     alone. Not for progressive, which takes every stage."""

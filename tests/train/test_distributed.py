@@ -38,6 +38,7 @@ from rkd_deploy.train.distributed import ALONE, Group, StopVote, process_group, 
 from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import mse
+from rkd_deploy.train.networks import Networks
 from rkd_deploy.train.runs import Run, create_run, read_log
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.weights import load_tensors
@@ -274,7 +275,7 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(how: dict[str, Any], m
     if "accumulate" in how:
         how = how | {"batch_size": 9}
     with pytest.raises(RecipeError, match=message):
-        fitting._check_pieces(TrainRecipe(**how), 1000, Group(0, 2))
+        fitting._check_pieces(TrainRecipe(**how), 1000, Group(0, 2), Networks(None, None, None, None))
 
 
 @pytest.mark.parametrize("key", ["cuda_graphs", "sync_batchnorm"])

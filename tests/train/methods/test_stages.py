@@ -130,7 +130,7 @@ def test_a_run_learns_at_both_stages_and_ships_neither(
 ) -> None:
     how = ("data.train_limit=20", "data.test_limit=10", "train.batch_size=9", "train.epochs=1", "data.val_fraction=0")
     more = (f"method.scheme={scheme}", "method.stages=[2, 3]", "method.stage_weight=0.5", "student.baseline=false")
-    run = fit(tiny_recipe(*how, *more, "train.lr=0.005", "teacher.name=vgg8"), root=tmp_path)
+    run = fit(tiny_recipe(*how, *more, "train.lr=0.001", "teacher.name=vgg8"), root=tmp_path)
     weights = load_tensors(run.weights("assistant" if scheme == "sequential" else "end_to_end"))[0]
     early = {key: value for key, value in weights.items() if key.startswith("stage_adapters")}
     assert [tuple(value.shape[:2]) for key, value in early.items() if key.endswith("conv.weight")] == [
