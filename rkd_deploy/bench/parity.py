@@ -1,4 +1,4 @@
-"""Whether an exported model still does what the trained one does: the parity gate.
+"""The parity gate: whether an exported model still does what the trained one does.
 
 Letters: N batch, K classes.
 """
@@ -41,7 +41,7 @@ _BROKEN_ARCHIVE = (
 
 @dataclass(frozen=True)
 class Parity:
-    """What comparing two sets of logits gave."""
+    """Differences of two sets of logits, and whether they pass."""
 
     max_abs_diff: float
     """Largest |reference - candidate|; NaN where a logit is not finite."""
@@ -51,11 +51,11 @@ class Parity:
     n: int
     """Number of inputs."""
     tolerance: float
-    """On `max_abs_diff`."""
+    """Largest `max_abs_diff` that passes."""
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN, which JSON has not, becomes None."""
+        """The parity for JSON; NaN, which JSON has not, becomes None."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -105,25 +105,25 @@ def _advice(parity: Parity, precision: str) -> str:
 
 
 def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
-    """Let a parity through, or stop.
+    """Let a parity that passed through, and stop at any other.
 
     Args:
         parity: What `compare` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
-        precision: Of the file, for advice that fits it.
+        precision: Precision of the file, for advice that fits it.
 
     Raises:
-        GateError: It did not pass.
+        GateError: The parity did not pass.
     """
     if parity.passed:
         return
-    found = (
+    difference = (
         "some logits are NaN or infinite"
         if math.isnan(parity.max_abs_diff)
         else f"logits differ by up to {parity.max_abs_diff:.3g} (mean {parity.mean_abs_diff:.3g})"
     )
     raise GateError(
-        f"Parity failed for {what}: {found} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
+        f"Parity failed for {what}: {difference} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
         f"the same class comes first for {parity.agreement:.1%} of them. "
         f"{_advice(parity, precision)} Where the difference is acceptable, state a larger tolerance."
     )
@@ -140,7 +140,7 @@ def verify(
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
         run_on: Where, or the name of a backend, which then runs on its own device.
-        tolerance: None takes the one that is stored with the logits.
+        tolerance: Largest difference that passes. Default: the tolerance that is stored with the logits.
 
     Returns:
         The parity, passed or not; give it to `gate` to stop where it is not.
@@ -195,12 +195,12 @@ def read_golden(path: Path) -> tuple[Array, Array, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend made of a bundle.
+    """Whether one backend reproduces a bundle's golden logits.
 
     Attributes:
-        backend: Its name.
-        parity: Its logits against the golden ones; None where it cannot run this bundle here.
-        reason: Why it cannot; None where it can.
+        backend: Name of the backend.
+        parity: The backend's logits against the golden ones; None where it cannot run this bundle here.
+        reason: Why it cannot run the bundle; None where it can.
     """
 
     backend: str
@@ -219,7 +219,7 @@ def verify_everywhere(
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
         device: As `RunOn.device`, for every backend.
-        tolerance: None takes the bundle's own.
+        tolerance: Largest difference that passes. Default: the bundle's own.
 
     Raises:
         ModelFileError: The bundle is missing, corrupt or changed.
