@@ -48,7 +48,7 @@ class Figures:
 
     Attributes:
         transfers: True: host to host. False: input and output stayed on the device.
-        percentiles: By q of `PERCENTILES`, in %; a record has `p50_ms`, `p50_low_ms`, `p99_9_high_ms` and so on.
+        percentiles: Percentiles by their q in %, of `PERCENTILES`; a record has `p50_ms`, `p50_low_ms` and so on.
         mean_ms: Arithmetic mean.
         cv: Standard deviation over mean.
         throughput_per_s: Images per second of callers that never wait, one for each stream.

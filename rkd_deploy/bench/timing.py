@@ -263,7 +263,7 @@ def measure_workloads(
     not counted: it finds the caches full of something else.
 
     Args:
-        workloads: By name; each limit holds for each of them.
+        workloads: Workloads by name; each limit holds for each of them.
         min_seconds: Time in timed calls of each stream, at least.
         min_runs: Number of timed calls of all streams, at least.
         warmup_seconds: Time in untimed calls before, at least.

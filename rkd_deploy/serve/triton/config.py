@@ -42,7 +42,7 @@ def config_text(name: str, signature: Signature, serving: Serving, batching: Bat
     """The whole configuration.
 
     Args:
-        name: Of the model, which is its folder's too.
+        name: Name of the model, which is its folder's too.
         signature: What goes in and out.
         serving: What is asked for.
         batching: Batch sizes, as the model can take them.
