@@ -188,6 +188,12 @@ class ResNet18(Staged):
             maps.append(layer(maps[-1]))
         return tuple(maps[1:])
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem and the first stage, then each of the others."""
+        network: Any = self.network
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        return nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
         """The same depth at other widths."""
         return ResNet18(widths, num_classes)
