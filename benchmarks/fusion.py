@@ -177,7 +177,7 @@ class ResNet18(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The network's head, a linear layer."""
         return self.linear
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
@@ -195,7 +195,7 @@ class ResNet18(Staged):
         return nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
-        """The same depth at other widths."""
+        """A network of this depth at other widths."""
         return ResNet18(widths, num_classes)
 
 

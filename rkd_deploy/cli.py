@@ -96,7 +96,7 @@ def _run(debug: bool) -> None:
 
 
 def _check_outputs() -> None:
-    """Both outputs are there, and what their encoding lacks is written as an escape."""
+    """Make sure that both outputs are there, and write as an escape what their encoding lacks."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)
     if sys.stdout is None:

@@ -1,4 +1,4 @@
-"""Model files and bundles: which file is meant, whether it is the one that was written, which opset it needs.
+"""Finds the files of a model or a bundle, and proves that they are as they were written.
 
 A bundle's model.json holds the SHA-256 of each file, its own too, taken of its text with zeros in that place. So a
 change of any byte of any file is noticed, model.json included. The card inside model.onnx holds no sums: a file cannot
@@ -120,7 +120,7 @@ _SHORTAGES = {
     r"pthread_create|Resource temporarily unavailable": "no more threads could be started",
     r"Too many open files|system error number 24\b": "no more files could be opened",
 }
-"""What runtimes say where the machine has no more of something, and the same in plain words."""
+"""Patterns of what runtimes say where the machine ran out of something, to that something in plain words."""
 
 
 def failed_load(file: Path, library: str, reason: str) -> ModelFileError | BackendError:
@@ -153,13 +153,13 @@ def with_checksums(card: ModelCard, folder: Path) -> str:
 
 
 def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Iterable[str] = ()) -> None:
-    """Take files that were written later, an engine and its record, into the sums of a bundle, or out of them.
+    """Add files that were written later, an engine and its record, to a bundle's checksums, or remove some.
 
     Sums of other files stay as they are: what was changed meanwhile is still noticed. A folder whose card has no
     sums is left alone.
 
     Args:
-        folder: Of the bundle.
+        folder: Folder of the bundle.
         adding: Names of files in it.
         without: Names that are to have no sum.
 
@@ -180,7 +180,7 @@ def update_checksums(folder: Path, *, adding: Iterable[str] = (), without: Itera
 
 
 def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, str]:
-    """Compare the files of a bundle with their sums.
+    """Compare the files of a bundle with their checksums.
 
     Args:
         path: Bundle folder, or the ONNX file in it. Of an ONNX file alone, and of a bundle without sums, nothing can be
@@ -188,7 +188,7 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
         complete: Whether every file but engines must be there; else an app may have left some out.
 
     Returns:
-        The sums, by file.
+        The SHA-256 of each file, by its name.
 
     Raises:
         ModelFileError: A file was changed or is missing; the message names all of them.
@@ -307,7 +307,7 @@ def too_new(file: Path, written_in: str, library: str, version: str, newest: str
 
 
 def _fields(stream: BinaryIO, wanted: int) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a message; of those with a length, the content of the wanted one only."""
+    """Number and value of each field of a protobuf message; fields with a length are skipped but for the wanted one."""
     while (key := _varint(stream)) is not None:
         number, kind = key >> 3, key & 7
         if kind == 0:
@@ -321,7 +321,7 @@ def _fields(stream: BinaryIO, wanted: int) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(stream: BinaryIO) -> int | None:
-    """A number in groups of 7 bits, the lowest first; None at the end."""
+    """A protobuf varint: a number in groups of 7 bits, the lowest first; None at the end of the stream."""
     value = shift = 0
     while byte := stream.read(1):
         value |= (byte[0] & 0x7F) << shift

@@ -39,7 +39,7 @@ from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
 SMALL_INPUT_BYTES = 1 << 20
-"""Up to here a copy into memory that is bound already costs less than ONNX Runtime's own binding of a new array."""
+"""Largest input whose copy into bound memory costs less than ONNX Runtime's own binding of a new array."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -96,11 +96,11 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def info(self) -> ModelInfo:
-        """See `Backend.info`; metadata are the custom metadata of the ONNX file."""
+        """What the model takes and gives; the metadata are the custom metadata of the ONNX file."""
         return self._info
 
     def infer(self, x: Array) -> Array:
-        """See `Backend.infer`."""
+        """Run one batch, host to host; small inputs on a CPU go through memory that is bound once."""
         bound: _BoundRun | None = getattr(self._local, "bound", None)
         if bound is not None and self._session is not None and bound.fits(x):
             try:
@@ -120,7 +120,7 @@ class OnnxRuntimeBackend(Backend):
         return logits
 
     def prepare(self, x: Array) -> Callable[[], None]:
-        """See `Backend.prepare`. ONNX Runtime ends each run with a synchronisation of its own."""
+        """Bind a copy of `x` on the device; ONNX Runtime waits for each run before the call returns."""
         self._live()
         self._input.check(x)
         ort = require_runtime("onnxruntime", "cpu")
@@ -147,13 +147,13 @@ class OnnxRuntimeBackend(Backend):
         return run
 
     def synchronize(self) -> None:
-        """See `Backend.synchronize`."""
+        """Wait until the outputs of what was prepared last are complete."""
         self._live()
         if self._binding is not None:
             self._binding.synchronize_outputs()
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: kernel times on the CPU; on CUDA they would be those of the launches alone."""
+        """Kernel times of each run on a CPU; none on CUDA, where the profile would hold the launches alone."""
         self._live()
         self._input.check(x)
         if self._kind != "cpu" or self._info.file is None:
@@ -161,7 +161,7 @@ class OnnxRuntimeBackend(Backend):
         return profiled_runs(self._info.file, self._input.name, x, self._threads, count)
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Give the session and all bound memory back."""
         self._session = self._binding = None
         self._local = threading.local()
 

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime: how they are opened, what their errors mean, how they are profiled."""
+"""Opens sessions of ONNX Runtime, puts their errors in plain words and reads their profiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rkd_deploy.errors import BackendError, install_line
 
 CPU_FACTS = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-"""Kind of device to the execution provider in charge; "tensorrt" is another provider for a CUDA device."""
+"""Execution provider by kind of device; "tensorrt" is a second provider for CUDA devices."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -44,7 +44,7 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
 
     Args:
         file: The ONNX file.
-        kind: Of `PROVIDERS`.
+        kind: A key of `PROVIDERS`.
         index: Number of the CUDA device.
         run_on: Threads and memory limit.
 
@@ -120,7 +120,7 @@ def check_provider(active: Sequence[str], kind: str) -> None:
 
     Args:
         active: The session's providers, the one in charge first.
-        kind: The one asked for, of `PROVIDERS`.
+        kind: Key of `PROVIDERS` that was asked for.
 
     Raises:
         BackendError: The first provider is not the one asked for.
@@ -175,7 +175,7 @@ def failed_run(error: Exception) -> BackendError:
 
 
 def _newer(text: str) -> tuple[str, str] | None:
-    """What a file is written in and what can be read, where an error says that the file is the newer one."""
+    """Version of a file and newest version that can be read, where an error says that the file is newer; else None."""
     match = re.search(r"Opset (\d+) is under development.* is till opset (\d+)", text, re.DOTALL)
     if match:
         return f"opset {match[1]}", f"opset {match[2]}"

@@ -24,7 +24,7 @@ from rkd_deploy.fields import check_number
 MOST_THREADS = 4096
 """More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
 MOST_MEMORY = 1 << 50
-"""Bytes that no GPU has."""
+"""More bytes than any GPU has: a larger limit is a slip."""
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,13 @@ class BackendStatus:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Names of the other ways to run the backend on the devices here, for `RunOn`: pytorch:compile, say."""
+        """Other names in `RunOn` that run this backend another way on the devices here: pytorch:compile, say."""
         modes = {name: runtime for name, runtime in _RUNTIMES.items() if name.startswith(f"{self.name}:")}
         return tuple(name for name, runtime in modes.items() if runtime.device in self.devices)
 
 
 def available() -> list[BackendStatus]:
-    """Status of every backend, other ways to run one left out.
+    """Status of every backend; other ways to run one, such as pytorch:compile, are left out.
 
     Imports the runtimes that are installed, so the first call can take seconds.
     """
