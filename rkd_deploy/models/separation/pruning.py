@@ -1,6 +1,6 @@
 """Structural pruning: a convolutional network at fewer channels, layer by layer the same.
 
-`channels.py` says which channels go together. From it follow here, without building anything, what the network costs at
+`coupling.py` says which channels go together. From it follow here, without building anything, what the network costs at
 any widths, and the narrowed network itself. Shapes depend on how many channels are kept and never on which: that is the
 business of `inheritance.py`.
 """
@@ -22,7 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
-from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, trace_channels
+from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 
 WAY_OUT = "Give another S0: a convolutional network. Any network can be the teacher."
@@ -49,6 +49,9 @@ class Pruner:
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         self._network = network
         used_at = _run(network, input_size, "S0 cannot be narrowed")
+        # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
+        from rkd_deploy.models.separation.coupling import trace_channels
+
         self.channels: Channels = trace_channels(network, input_size)
         self.widths: Widths = self.channels.widths
         if not self.widths:
