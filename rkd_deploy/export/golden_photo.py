@@ -38,8 +38,8 @@ def draw_photo(preprocess: Preprocess) -> bytes:
     v, u = y / height, x / width
     picture = np.stack([90 + 110 * v, 140 + 70 * v, 235 - 40 * v], axis=2)  # the sky, paler below
     picture[np.hypot(x - 0.62 * width, y - 0.25 * height) < 0.15 * height] = 250, 205, 70
-    stripes = 24.0 * (((x + y) // 2) % 2)
-    for base, swing, colour, ploughed in ((0.55, 0.10, (70, 105, 60), 0), (0.72, 0.06, (120, 75, 40), 1)):
+    stripes = 64.0 * (((x + y) // 2) % 2)
+    for base, swing, colour, ploughed in ((0.55, 0.10, (70, 105, 60), 0), (0.72, 0.06, (95, 55, 25), 1)):
         hill = v > base + swing * np.sin(7 * u + 9 * base) - 0.12 * u
         picture[hill] = np.array(colour) + ploughed * stripes[hill, np.newaxis]
     fence = (v > 0.6) & (u < 0.45) & (x % 9 < 3)
