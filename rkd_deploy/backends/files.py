@@ -14,13 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-<<<<<<< HEAD
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-=======
-from pathlib import Path
->>>>>>> main
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
