@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rkd_deploy.backends.files import DEFAULT_DOMAINS, broken_model, model_path
+from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.onnx_bytes import DEFAULT_DOMAINS
 from rkd_deploy.bench.fused_operators import multiplies_nothing, standardised
 from rkd_deploy.errors import UsageError, require
 

@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 
 from rkd_deploy.backends import Array, RunOn, available, infer_many
-from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
+from rkd_deploy.backends.files import CARD_NAME, check_files, model_path, read_card
+from rkd_deploy.card import ModelCard
+from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
 from rkd_deploy.fields import check_number
+from rkd_deploy.images import as_input, to_array
 from rkd_deploy.storage import open_regular
 
 GOLDEN_NAME = "golden.npz"
+GOLDEN_PHOTO = "golden/photo.jpg"
+PHOTO_LOGITS = "golden/photo.json"
 _KEYS = ("inputs", "logits", "tolerance")
 # What zipfile and NumPy raise on broken archives.
 _BROKEN_ARCHIVE = (
@@ -135,7 +140,10 @@ def verify(
     *,
     tolerance: float | None = None,
 ) -> Parity:
-    """Prove a bundle again: run the inputs of its golden.npz and compare with the logits stored there.
+    """Prove a bundle again: run its golden inputs and its golden photo, and compare with the logits stored beside them.
+
+    The photo goes through `images.to_array`, so pre-processing as it is done here is proven too; bundles of before have
+    none.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
@@ -148,6 +156,7 @@ def verify(
     Raises:
         ModelFileError: The model or golden.npz is missing, corrupt, or they do not belong together; a file of the
             bundle is not as it was written.
+        DataError: The photo cannot be decoded here.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
@@ -160,6 +169,9 @@ def verify(
     inputs, logits_NK, stored = read_golden(golden)
     run_on = run_on if isinstance(run_on, RunOn) else RunOn(run_on)
     with run_on.load(bundle_path) as loaded:
+        photo = _read_photo(golden.parent, read_card(bundle_path, loaded.info.metadata))
+        if photo is not None:
+            inputs, logits_NK = _joined(inputs, photo[0], golden), _joined(logits_NK, photo[1], golden)
         try:
             candidate_NK = infer_many(loaded, inputs)
         except UsageError as error:
@@ -191,6 +203,44 @@ def read_golden(path: Path) -> tuple[Array, Array, float]:
             f"{path} cannot be read ({error}); it must hold {', '.join(_KEYS)}. "
             "Export the bundle again with rkd-deploy export."
         ) from error
+
+
+def _read_photo(folder: Path, card: ModelCard | None) -> tuple[Array, Array] | None:
+    """The golden photo of a bundle as the graph takes it, [1, ...], with its logits [1, K]; None: it has none."""
+    if card is None or not (folder / GOLDEN_PHOTO).is_file():
+        return None
+    file = folder / PHOTO_LOGITS
+    try:
+        expected = decode(PhotoAnswer, read_json(file))
+    except DecodingError as error:
+        raise ModelFileError(
+            f"{file} cannot be read ({error}); it must hold the logits of {GOLDEN_PHOTO}. "
+            "Export the bundle again with rkd-deploy export."
+        ) from error
+    pixels = to_array(folder / GOLDEN_PHOTO, card.preprocess)[np.newaxis]
+    return as_input(pixels, card.preprocess), np.array([expected.logits], np.float32)
+
+
+def _joined(rows: Array, more: Array, golden: Path) -> Array:
+    if rows.shape[1:] != more.shape[1:] or rows.ndim == 0:
+        raise ModelFileError(
+            f"{golden} holds arrays of shape {list(rows.shape)} and {golden.parent / GOLDEN_PHOTO} gives "
+            f"{list(more.shape)}: they do not belong together. Export the bundle again with rkd-deploy export."
+        )
+    return np.concatenate([rows, more.astype(rows.dtype, copy=False)])
+
+
+@dataclass(frozen=True)
+class PhotoAnswer:
+    """What a bundle must answer for its golden photo: the content of golden/photo.json."""
+
+    logits: tuple[float, ...]
+    tolerance: float
+    """Largest difference of a logit."""
+    label: str
+    index: int
+    probability: float
+    """Of the class with the largest logit."""
 
 
 @dataclass(frozen=True)
