@@ -2,7 +2,7 @@
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";
 import { preprocess, ranked } from "./preprocess.js";
 
-ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
+ort.env.wasm.wasmPaths = { wasm: new URL("ort/ort-wasm-simd-threaded.wasm", import.meta.url).href };
 ort.env.wasm.numThreads = 1; // more need SharedArrayBuffer, and with it headers that not every static host sends
 
 const loading = load();

@@ -3,8 +3,8 @@ const VERSION = "unbuilt";
 const FILES = [];
 
 addEventListener("install", (event) => {
-  // Past the browser's own cache, which may hold files of an earlier build.
-  const requests = FILES.map((file) => new Request(file, { cache: "reload" }));
+  // The browser's own cache may hold files of an earlier build; asked again, the server sends only what has changed.
+  const requests = FILES.map((file) => new Request(file, { cache: "no-cache" }));
   event.waitUntil(caches.open(VERSION).then((cache) => cache.addAll(requests)));
 });
 

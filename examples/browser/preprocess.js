@@ -1,4 +1,4 @@
-// From decoded pixels to what a model of rkd-deploy takes, byte for byte as Pillow does it in training.
+// From decoded pixels to the input of an exported model, byte for byte as Pillow does it in training.
 //
 // Other libraries' "bilinear" and "bicubic" are not Pillow's: most sample without anti-aliasing, and those that do round
 // otherwise. So this is Pillow's own algorithm (src/libImaging/Resample.c of Pillow 13): two passes, across and down, each
