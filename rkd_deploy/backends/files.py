@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
@@ -145,7 +145,8 @@ _CARD_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
 
 def with_checksums(card: ModelCard, folder: Path) -> str:
     """The text of model.json for a folder that holds every other file of the bundle."""
-    sums = {file.name: _sha256_of(file) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    sums = {name: _sha256_of(file) for name, file in files.items() if name != CARD_NAME}
     blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
@@ -186,7 +187,7 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
         complete: Whether every file but engines must be there; else an app may have left some out.
 
     Returns:
-        The SHA-256 of each file, by its name.
+        The SHA-256 of each file, by its name in the folder of the bundle.
 
     Raises:
         ModelFileError: A file was changed or is missing; the message names all of them.
@@ -204,12 +205,12 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
     if card_sum is None or _sha256(text.replace(card_sum[1], _ZEROS).encode()) != card_sum[1]:
         changed.append(CARD_NAME)
     for name in sorted(sums.keys() - {CARD_NAME}):
-        if Path(name).name != name:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise ModelFileError(
                 f"{beside} lists the file {name!r}, which is not in the folder of the bundle: a bundle is one folder. "
                 "Export it again with rkd-deploy export."
             )
-        if not (listed := beside.with_name(name)).is_file():
+        if not (listed := beside.parent / name).is_file():
             if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
                 missing.append(name)
         elif _sha256_of(listed) != sums[name]:
