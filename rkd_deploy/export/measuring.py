@@ -22,7 +22,7 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Progress, measure_interleaved
+from rkd_deploy.bench.timing import Progress, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -131,8 +131,8 @@ class ExportStopwatch:
     def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
-            return measure_interleaved(
-                {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
+            return measure_workloads(
+                {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
                 warmup_runs=2,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
                 **limits,
