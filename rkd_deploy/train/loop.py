@@ -7,7 +7,6 @@ A phase interrupted at any step and resumed ends in the same bits as one that wa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
 from rkd_deploy.train.distributed import ALONE, Group, StopVote
-from rkd_deploy.train.recording import RecordedSteps
+from rkd_deploy.train.recording import EagerSteps, RecordedSteps
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.state import EpochSums, Phase
 from rkd_deploy.train.stepping import Average, Stepper, learning_rate
@@ -91,9 +90,11 @@ class _PhaseRun:
         self.display, self.stop, self.group = display, stop, group
         self.average = None if recipe.ema_decay is None else Average(phase.product, recipe.ema_decay)
         self.stepper = Stepper(phase.method, recipe, group)
-        self.recorded = (
-            RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader) if recipe.cuda_graphs else None
-        )
+        self.steps: EagerSteps | RecordedSteps
+        if recipe.cuda_graphs:
+            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader)
+        else:
+            self.steps = EagerSteps(self.stepper, loader)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 
@@ -111,7 +112,7 @@ class _PhaseRun:
         self.stepper.start_epoch(epoch + 1)
         began, seen_before, steps = time.perf_counter(), sums.images, len(self.loader)
         rates = [learning_rate(self.recipe, epoch * steps + batch, self.phase.epochs, steps) for batch in range(steps)]
-        for batch, _ in enumerate(self._steps(epoch, first_batch, sums, rates), first_batch):
+        for batch, _ in enumerate(self.steps.epoch(epoch, first_batch, sums, rates), first_batch):
             if self.average is not None:
                 self.average.update()
             self.display.step()
@@ -130,15 +131,6 @@ class _PhaseRun:
         self._save((epoch + 1, 0), EpochSums())
         if self.stop_vote.finish(self._wish()) == _STOP:
             raise self._interrupted()
-
-    def _steps(self, epoch: int, first_batch: int, sums: EpochSums, rates: Sequence[float]) -> Iterator[None]:
-        """Train the epoch step by step, each counted into the sums."""
-        if self.recorded is not None:
-            yield from self.recorded.epoch(epoch, first_batch, sums, rates)
-            return
-        for batch, (x_NCHW, y_N) in enumerate(self.loader.epoch(epoch, first_batch), first_batch):
-            sums.add(self.stepper.step(x_NCHW, y_N, rates[batch]), y_N, batch + 1)
-            yield
 
     def _validate(self) -> dict[str, float | None]:
         network = self.phase.method.deployable()

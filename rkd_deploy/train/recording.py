@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rkd_deploy.data.loader import DeviceLoader, Loader
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train.frozen import FoldedCopy, folded_copy
+from rkd_deploy.train.frozen import ConvAddReLU, FoldedCopy, folded_copy
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.state import EpochSums
+from rkd_deploy.train.stepping import Stepper
 
 _WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
 _TIMED = 10
@@ -48,6 +49,24 @@ class Speedups:
     counted_once: bool = True
     cudnn_benchmark: bool = True
     channels_last: bool | None = None
+
+
+class EagerSteps:
+    """Trains step by step as PyTorch is read: where there is no CUDA, and where processes or pieces share a batch.
+
+    Args:
+        stepper: Makes the updates.
+        loader: Gives this process's share of every batch.
+    """
+
+    def __init__(self, stepper: Stepper, loader: Loader) -> None:
+        self._stepper, self._loader = stepper, loader
+
+    def epoch(self, number: int, first_batch: int, sums: EpochSums, rates: Sequence[float]) -> Iterator[None]:
+        """Train an epoch, as `RecordedSteps.epoch` does."""
+        for batch, (x_NCHW, y_N) in enumerate(self._loader.epoch(number, first_batch), first_batch):
+            sums.add(self._stepper.step(x_NCHW, y_N, rates[batch]), y_N, batch + 1)
+            yield
 
 
 class RecordedSteps:
@@ -95,7 +114,7 @@ class RecordedSteps:
             self._stream, *self._streams = (_stream() for _ in (None, *method.frozen_networks()))
 
     def epoch(self, number: int, first_batch: int, sums: EpochSums, rates: Sequence[float]) -> Iterator[None]:
-        """Train an epoch, step by step; what follows must not wait for the device.
+        """Train an epoch, step by step; nothing here waits for the device.
 
         Args:
             number: Of the epoch, from 0; the method knows of it already.
@@ -144,7 +163,7 @@ class RecordedSteps:
                 for layout in (False, True):
                     self._copies = None
                     self._record_in(layout)
-                    self.replay_ms["channels_last" if layout else "contiguous"] = self._timed()
+                    self.replay_ms["channels_last" if layout else "contiguous"] = self.timed(_TIMED)
                 self.channels_last = self.replay_ms["channels_last"] < self.replay_ms["contiguous"]
                 if self.channels_last:
                     return  # recorded last
@@ -175,20 +194,26 @@ class RecordedSteps:
         self._graph = graph
         _restore(before)
 
-    def _timed(self) -> float:
+    @property
+    def copies(self) -> list[str]:
+        """What stands in for each frozen network, in words."""
+        fused = [any(isinstance(module, ConvAddReLU) for module in copy.modules()) for copy in self._copies or ()]
+        return ["fused" if value else "folded" for value in fused]
+
+    def timed(self, replays: int = _TIMED, warm_ups: int = 2) -> float:
         """Milliseconds of a replay; training stands where it stood."""
         assert self._graph is not None
         before = [(tensor, tensor.clone()) for tensor in self._moving()]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        for number in range(_TIMED + 2):
-            if number == 2:
+        for number in range(warm_ups + replays):
+            if number == warm_ups:
                 start.record()
-            self._step_1.copy_(before[0][1])
+            self._step_1.zero_()  # the tables end with the epoch
             self._graph.replay()
         end.record()
         end.synchronize()
         _restore(before)
-        return float(start.elapsed_time(end)) / _TIMED
+        return float(start.elapsed_time(end)) / replays
 
     def _moving(self) -> list[Tensor]:
         """All that a step changes, the number of the step first."""
