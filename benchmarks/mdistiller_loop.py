@@ -6,9 +6,8 @@ mdistiller (Megvii) is the toolbox that tables of distillation are made with tod
 it does: PIL images through torchvision's transforms in 2 DataLoader workers; per step the loss and top-1 and top-5
 accuracies are fetched to the host, meters updated, a progress line formatted. Ours is what `rkd-deploy train` runs.
 Both train the same student from the same teacher by the same loss (0.1 CE + 0.9 KD, tau = 4) on the same CIFAR-100
-images with crop and flip, batch 64, SGD, both in float32 and with the same threads; on a GPU ours in bfloat16 (amp) too,
-as it is meant to be run there. Epochs alternate, clocks start
-with the first batch so that starting workers is not counted, and the figure is the ratio of medians.
+images with crop and flip, batch 64, SGD, both in float32 and with the same threads; on a GPU ours in bfloat16
+(amp) too, as it is meant to be run there. Epochs alternate, clocks start with the first batch so that starting workers is not counted, and the figure is the ratio of medians.
 
 Limits: below 1 on a CPU, where both mostly multiply; 0.1 on a GPU, where small networks are bound by launches and
 loading, and where ours records its step as a CUDA graph.
@@ -76,12 +75,8 @@ def _compare(
         for name, value in times.items() if number > 0 else ():  # the first round warms up
             seconds[name].append(value)
     what = f"KD epoch {teacher} to {student}, over mdistiller's loop"
-    return [
-        ratio_of_medians(
-            what if name == "float32" else f"{what}, ours in {name}", limit, seconds[name], seconds["theirs"]
-        )
-        for name in ours
-    ]
+    names = {name: what if name == "float32" else f"{what}, ours in {name}" for name in ours}
+    return [ratio_of_medians(names[name], limit, seconds[name], seconds["theirs"]) for name in ours]
 
 
 def _student(name: str, device: torch.device) -> FeatureNetwork:
