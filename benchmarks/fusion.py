@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from rkd_deploy.backends import load_backend
 from rkd_deploy.bench.sessions import SESSIONS
 from rkd_deploy.bench.statistics import judge
-from rkd_deploy.bench.timing import measure_interleaved
+from rkd_deploy.bench.timing import Workload, measure_workloads
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
@@ -93,11 +93,11 @@ def _session(
     names = list(files)
     with ExitStack() as stack:
         loaded = {
-            name: (stack.enter_context(load_backend(backend, files[name], threads=1)), x)
+            name: Workload((stack.enter_context(load_backend(backend, files[name], threads=1)),), x)
             for name in names[number % len(names) :] + names[: number % len(names)]
         }
         limits = {"min_seconds": seconds, "warmup_seconds": 0.05, "warmup_runs": 1, "min_runs": 2}
-        timings = measure_interleaved(loaded, **limits)  # type: ignore[arg-type]
+        timings = measure_workloads(loaded, **limits)  # type: ignore[arg-type]
     turns = {name: timing.round_medians_ms for name, timing in timings.items()}
     return {
         name: median(a / b for a, b in zip(turns[name], turns["S0"], strict=False)) for name in names if name != "S0"
@@ -177,7 +177,7 @@ class ResNet18(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The network's head, a linear layer."""
         return self.linear
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
@@ -188,8 +188,14 @@ class ResNet18(Staged):
             maps.append(layer(maps[-1]))
         return tuple(maps[1:])
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem and the first stage, then each of the others."""
+        network: Any = self.network
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        return nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
-        """The same depth at other widths."""
+        """A network of this depth at other widths."""
         return ResNet18(widths, num_classes)
 
 

@@ -7,7 +7,8 @@ it does: PIL images through torchvision's transforms in 2 DataLoader workers; pe
 accuracies are fetched to the host, meters updated, a progress line formatted. Ours is what `rkd-deploy train` runs.
 Both train the same student from the same teacher by the same loss (0.1 CE + 0.9 KD, tau = 4) on the same CIFAR-100
 images with crop and flip, batch 64, SGD, both in float32 and with the same threads; on a GPU ours in bfloat16
-(amp) too, as it is meant to be run there. Epochs alternate, clocks start with the first batch so that starting workers is not counted, and the figure is the ratio of medians.
+(amp) too, as it is meant to be run there. Epochs alternate, clocks start with the first batch so that starting workers
+is not counted, and the figure is the ratio of medians.
 
 Limits: below 1 on a CPU, where both mostly multiply; 0.1 on a GPU, where small networks are bound by launches and
 loading, and where ours records its step as a CUDA graph.
@@ -47,7 +48,7 @@ ROOT = Path(os.environ.get("RKD_DATA", ".data"))
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps, rounds, limit = (390, 3, 0.1) if device.type == "cuda" else (6, 5, 1.0)
     images = datasets.CIFAR100(ROOT, train=True, transform=_transforms())
@@ -118,12 +119,12 @@ class Meter:
         self.total, self.count = 0.0, 0
 
     def update(self, value: float, count: int) -> None:
-        """Count in."""
+        """Take a batch's value into the mean."""
         self.total, self.count = self.total + value * count, self.count + count
 
     @property
     def mean(self) -> float:
-        """So far."""
+        """Mean of the values so far."""
         return self.total / self.count
 
 

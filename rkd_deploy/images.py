@@ -1,4 +1,4 @@
-"""From a file, a PIL image or an array to what a model takes, by the rule of `card.Preprocess`.
+"""Makes of a file, a PIL image or an array what a model takes, by `card.Preprocess`.
 
 Letters: N batch, C channels, H height, W width.
 """
@@ -205,8 +205,7 @@ def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
 def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     """Width and height after resizing: one side exact, the other rounded down, as torchvision's Resize does."""
     width, height = size
-    wide = round(preprocess.width / preprocess.crop_fraction)
-    high = round(preprocess.height / preprocess.crop_fraction)
+    high, wide = preprocess.resize_to
     if width * high <= height * wide:
         return wide, max(high, int(wide * height / width))
     return max(wide, int(high * width / height)), high

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime: how they are opened, what their errors mean, how they are profiled."""
+"""Opens sessions of ONNX Runtime, puts their errors in plain words and reads their profiles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rkd_deploy.backends import onnxrt_cuda
 from rkd_deploy.backends.files import failed_load, too_new
 from rkd_deploy.backends.protocol import Array, InputSpec, LayerRun, LayerTime
 from rkd_deploy.backends.runtimes import RunOn
@@ -19,7 +20,7 @@ from rkd_deploy.errors import BackendError, install_line
 
 CPU_FACTS = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-"""Kind of device to the execution provider in charge; "tensorrt" is another provider for a CUDA device."""
+"""Execution provider by kind of device; "tensorrt" is a second provider for CUDA devices."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -39,14 +40,15 @@ _CANNOT_RUN = {
 _CANNOT_RUN["tensorrt"] = _CANNOT_RUN["cuda"]
 
 
-def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
+def open_session(file: Path, kind: str, index: int, run_on: RunOn, *, graph: bool = False) -> Any:
     """An InferenceSession of a file.
 
     Args:
         file: The ONNX file.
-        kind: Of `PROVIDERS`.
+        kind: A key of `PROVIDERS`.
         index: Number of the CUDA device.
         run_on: Threads and memory limit.
+        graph: Whether its runs on CUDA are captured as CUDA graphs.
 
     Raises:
         ModelFileError: The file is corrupt.
@@ -66,10 +68,9 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
             f"{str(file)!a} has bytes in its name that are no UTF-8, and ONNX Runtime opens no such file. Rename it."
         ) from error
     options = session_options(run_on.threads)
-    # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
-    cuda = {"device_id": str(index), "use_tf32": "0"}
-    if run_on.memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two
-        cuda |= {"gpu_mem_limit": str(run_on.memory_limit), "arena_extend_strategy": "kSameAsRequested"}
+    if kind != "cpu":
+        onnxrt_cuda.preload()
+    cuda = onnxrt_cuda.provider_options(file, index, run_on, graph=graph) if kind == "cuda" else {}
     provider = (PROVIDERS[kind], {"cpu": {}, "cuda": cuda, "tensorrt": {"device_id": str(index)}}[kind])
     if kind == "tensorrt":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -120,7 +121,7 @@ def check_provider(active: Sequence[str], kind: str) -> None:
 
     Args:
         active: The session's providers, the one in charge first.
-        kind: The one asked for, of `PROVIDERS`.
+        kind: Key of `PROVIDERS` that was asked for.
 
     Raises:
         BackendError: The first provider is not the one asked for.
@@ -175,7 +176,7 @@ def failed_run(error: Exception) -> BackendError:
 
 
 def _newer(text: str) -> tuple[str, str] | None:
-    """What a file is written in and what can be read, where an error says that the file is the newer one."""
+    """Version of a file and newest version that can be read, where an error says that the file is newer; else None."""
     match = re.search(r"Opset (\d+) is under development.* is till opset (\d+)", text, re.DOTALL)
     if match:
         return f"opset {match[1]}", f"opset {match[2]}"

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from rkd_deploy.backends.files import failed_load, model_path, opset, too_new
+from rkd_deploy.backends.files import failed_load, model_path, too_new
+from rkd_deploy.backends.onnx_bytes import opset
 from rkd_deploy.backends.protocol import (
     Array,
     Backend,
@@ -30,7 +31,7 @@ from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
 _KNOWN_TO_ALL = 21
-"""Opset of ONNX 1.16, which is older than the oldest OpenVINO that is taken: nothing needs to be looked up for it."""
+"""Opset of ONNX 1.16, which every supported OpenVINO knows: up to it nothing needs to be looked up."""
 
 
 class OpenVinoBackend(Backend):
@@ -82,11 +83,11 @@ class OpenVinoBackend(Backend):
 
     @property
     def info(self) -> ModelInfo:
-        """See `Backend.info`; metadata are the custom metadata of the ONNX file."""
+        """What the model takes and gives; the metadata are the custom metadata of the ONNX file."""
         return self._info
 
     def infer(self, x: Array) -> Array:
-        """See `Backend.infer`."""
+        """Run one batch, host to host, in this thread's own request."""
         request = self._request()
         self._input.check(x)
         try:
@@ -99,7 +100,7 @@ class OpenVinoBackend(Backend):
         return logits
 
     def prepare(self, x: Array) -> Callable[[], None]:
-        """See `Backend.prepare`."""
+        """Copy `x` into a request once; each call of what is returned runs it to its end."""
         self._input.check(x)
         request = self._live().create_infer_request()
         # A copy that the tensor owns: bound once, and nobody else can write or free it.
@@ -120,11 +121,11 @@ class OpenVinoBackend(Backend):
         return run
 
     def synchronize(self) -> None:
-        """See `Backend.synchronize`: every run has ended when its call returns."""
+        """Do nothing but refuse a closed backend: every run has ended when its call returns."""
         self._live()
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: the operators that ran, of the model compiled once more with counters."""
+        """Times of the operators that ran, from the model compiled once more with performance counters."""
         self._live()
         self._input.check(x)
         file, core = self._info.file, require_runtime("openvino", "openvino").Core()
@@ -136,7 +137,7 @@ class OpenVinoBackend(Backend):
         return runs
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Give the compiled model and the requests of all threads back."""
         self._compiled = None
         self._local = threading.local()
 
@@ -146,9 +147,10 @@ class OpenVinoBackend(Backend):
         return self._compiled
 
     def _result(self, request: Any, batch: int) -> Array:
-        """The logits of a run, in memory of the request's."""
+        """The logits of a run, in memory that belongs to the request and is overwritten by its next run."""
         logits: Array = request.get_output_tensor(self._logits_index).data
-        if logits.size == 0:  # and no error: seen of 2026.4, and the time of such a run says nothing
+        # OpenVINO 2026.4 raises nothing then, and the time of such a run would be measured as if it were one.
+        if logits.size == 0:
             raise BackendError(
                 f"OpenVINO gave an empty result {list(logits.shape)} for a batch of {batch}, as it does where memory "
                 "runs out. Use a smaller batch, or fewer streams, or free memory."
@@ -157,7 +159,7 @@ class OpenVinoBackend(Backend):
         return logits
 
     def _request(self) -> Any:
-        """This thread's own request: one request runs one batch at a time."""
+        """The infer request of this thread: one request runs one batch at a time."""
         compiled = self._live()
         if getattr(self._local, "request", None) is None:
             self._local.request = compiled.create_infer_request()
@@ -236,7 +238,7 @@ def _compile(file: Path, model: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _run(request: Any, x: Array | None) -> None:
-    """Run once; None takes the input that is bound already."""
+    """Run a request once; x is None where its input is bound already."""
     try:
         # Shared outputs: else each run copies all of them into arrays that nobody reads.
         request.infer(None if x is None else {0: x}, share_inputs=True, share_outputs=True)

@@ -1,4 +1,4 @@
-"""`Backend`, what every runtime offers here: a loaded model that runs.
+"""`Backend`: a loaded model that runs, the same for every runtime.
 
 Letters: N batch, C channels, H height, W width, K classes.
 """
@@ -75,7 +75,7 @@ class Backend(Protocol):
     """
 
     name: str
-    """As in `RunOn.backend`."""
+    """Name of the backend, one that `RunOn.backend` takes."""
     device: str
     """Where the model runs: "cpu" or "cuda:N"; never where it was merely asked to run."""
     precision: str
@@ -149,7 +149,7 @@ class InputSpec:
 
     name: str
     shape: tuple[int | None, ...]
-    """Batch first; None is free."""
+    """Sizes of the dimensions, batch first; None is free."""
     dtype: np.dtype[Any]
     _tail: tuple[int | None, ...] = field(init=False, repr=False)
 
@@ -183,7 +183,7 @@ def check_rows(shape: Sequence[int], batch: int) -> None:
     """Refuse an answer that has not one row for each input.
 
     Raises:
-        BackendError: Its first dimension is another number than the batch.
+        BackendError: The first dimension is another number than the batch.
     """
     if not shape or shape[0] != batch:
         raise BackendError(

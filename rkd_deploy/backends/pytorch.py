@@ -1,4 +1,4 @@
-"""PyTorch: a live module as the reference of the parity gate, or a bundle's exported program.
+"""Runs a live PyTorch module, the parity gate's reference, or a bundle's exported program.
 
 Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
 (`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
@@ -126,17 +126,17 @@ class PyTorchBackend(Backend):
 
     @property
     def info(self) -> ModelInfo:
-        """See `Backend.info`; an exported program holds no metadata."""
+        """What the model takes and gives; an exported program holds no metadata."""
         return self._info
 
     def infer(self, x: Array) -> Array:
-        """See `Backend.infer`."""
+        """Run one batch, host to host, in inference mode."""
         module = self._live()
         self._input.check(x)
         return _to_numpy(_run(module, self._tensor(x)))
 
     def prepare(self, x: Array) -> Callable[[], None]:
-        """See `Backend.prepare`."""
+        """Copy `x` to the device once; each call of what is returned starts one run there."""
         self._live()
         self._input.check(x)
         resident = self._tensor(x).clone()
@@ -147,7 +147,7 @@ class PyTorchBackend(Backend):
         return run
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: the operators of an exported program, which alone has names for them."""
+        """Times of the operators of an exported program; none of a module, whose operators have no names."""
         module = self._live()
         self._input.check(x)
         if not isinstance(module, torch.fx.GraphModule):
@@ -166,13 +166,13 @@ class PyTorchBackend(Backend):
         return runs
 
     def synchronize(self) -> None:
-        """See `Backend.synchronize`."""
+        """Wait until the device has done all that was enqueued; on a CPU every run has ended already."""
         self._live()
         if self._place.type == "cuda":
             torch.cuda.synchronize(self._place)
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Let go of the module and its weights."""
         self._module = None
 
     def _live(self) -> nn.Module:
@@ -207,7 +207,7 @@ class CompiledPyTorchBackend(PyTorchBackend):
     name = "pytorch:compile"
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: what is compiled is no longer the program's operators."""
+        """No layers: compiled kernels are no longer the program's operators."""
         return []
 
     def __init__(self, module: nn.Module, run_on: RunOn | None = None, **facts: Any) -> None:
@@ -224,7 +224,7 @@ class GraphedPyTorchBackend(PyTorchBackend):
     name = "pytorch:cuda-graphs"
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: a captured graph is one launch."""
+        """No layers: a captured graph is one launch."""
         return []
 
     def __init__(self, module: nn.Module, run_on: RunOn | None = None, **facts: Any) -> None:
@@ -245,7 +245,7 @@ class GraphedPyTorchBackend(PyTorchBackend):
         self._lock = threading.Lock()
 
     def infer(self, x: Array) -> Array:
-        """See `Backend.infer`."""
+        """Replay the graph of this input shape on one batch, host to host; record it first where it is new."""
         module = self._live()
         self._input.check(x)
         tensor = self._tensor(x)
@@ -256,7 +256,7 @@ class GraphedPyTorchBackend(PyTorchBackend):
             return _to_numpy(self._recorded.run(tensor).to("cpu", copy=True))
 
     def prepare(self, x: Array) -> Callable[[], None]:
-        """See `Backend.prepare`. What is prepared is a graph of its own."""
+        """Record a graph of its own for `x`; each call of what is returned replays it."""
         module = self._live()
         self._input.check(x)
         recorded = _Recorded(module, self._tensor(x))
@@ -268,7 +268,7 @@ class GraphedPyTorchBackend(PyTorchBackend):
         return run
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """Let go of the module and of the recorded graph."""
         super().close()
         self._recorded = None
 
@@ -294,17 +294,17 @@ class _Recorded:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the input."""
+        """Shape of the input that the graph was recorded for."""
         return self._x.shape
 
     def run(self, x: Tensor) -> Tensor:
-        """Logits of another input; the next run overwrites them."""
+        """Logits of another input of the recorded shape; the next run overwrites them."""
         self._x.copy_(x)
         self.replay()
         return self._logits
 
     def replay(self) -> None:
-        """Start a run of the input that is there."""
+        """Start a run of the input that is in the graph's memory."""
         self._graph.replay()
 
 
@@ -315,10 +315,10 @@ class _Named(torch.fx.Interpreter):
         super().__init__(module)
         self.run_number = 0
         self.kinds: dict[str, tuple[str, str]] = {}
-        """Type of each operator, and of the numbers that it gives."""
+        """Operator type and number type of each node, by the node's name."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Run one operator."""
+        """Run one operator of the graph inside of a profiler record that bears its name."""
         if not isinstance(n.target, torch._ops.OpOverload):
             return super().run_node(n)
         with torch.profiler.record_function(f"{self.run_number} {n.name}"):
@@ -348,7 +348,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _explained(batch: int) -> Iterator[None]:
-    """Out of memory, a shape that the program was not exported for, no compiler: said as a backend's error."""
+    """Raise PyTorch's errors (memory, a shape that was not exported, no compiler) as a BackendError."""
     try:
         yield
     except BackendError:

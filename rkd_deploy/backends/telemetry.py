@@ -1,4 +1,6 @@
-"""Imports runtimes with their telemetry off: none writes an identifier into the home folder or calls home.
+"""Imports runtimes with their telemetry off, so that none of them calls home.
+
+None writes an identifier into the home folder either.
 
 ONNX Runtime reads ORT_DISABLE_TELEMETRY when it is imported. OpenVINO has no such variable: it sends an event as soon
 as it is imported, through the package openvino_telemetry, and takes a stub of its own where that cannot be imported. A

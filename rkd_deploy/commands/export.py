@@ -1,4 +1,4 @@
-"""From a run to a bundle, an engine or a model repository."""
+"""The command export: from a run to a bundle, an engine or a model repository."""
 
 from __future__ import annotations
 
@@ -113,12 +113,12 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     written = export_triton(model, repository or beside, serving)
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
-    for file in written.kept:
+    for file in written.unchanged:
         console.print(f"Kept as it was: {file}")
-    if serving.storage_uri == STORAGE_URI and written.service not in written.kept:
+    if serving.storage_uri == STORAGE_URI and written.service not in written.unchanged:
         console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
     console.print(f"Next: {shlex.join(['tritonserver', f'--model-repository={written.repository}'])}", markup=False)
-    facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.kept]}
+    facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.unchanged]}
     return {"triton": {"repository": str(written.repository), "service": str(written.service), **facts}}
 
 

@@ -1,4 +1,4 @@
-"""Measures networks as they would be deployed: the latency budget against S0, and level auto."""
+"""Measures networks as they would be deployed, for latency budgets and for level auto."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Progress, measure_interleaved
+from rkd_deploy.bench.timing import Progress, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -31,7 +31,7 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.latency import Reading
 
 BACKENDS = ("onnxruntime", "openvino")
-"""Those that run an ONNX file."""
+"""Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
 _SEARCH = {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1}
 """Limits of each network at each batch size while the search looks for widths."""
@@ -125,8 +125,8 @@ class ExportStopwatch:
     def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
-            return measure_interleaved(
-                {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
+            return measure_workloads(
+                {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
                 warmup_runs=2,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
                 **limits,
@@ -173,7 +173,7 @@ Convert = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how level auto measures its candidates."""
+    """The place and the limits at which level auto measures its candidates."""
 
     run_on: RunOn = field(default_factory=RunOn)
     batches: tuple[int, ...] = (1,)
@@ -189,7 +189,7 @@ class Choice:
         level: Its name.
         network: The fused network.
         proto: Its ONNX model, as `convert` made it.
-        summary: For the card; empty where nothing was measured.
+        summary: What the card says of the measurement; empty where nothing was measured.
         record: The whole measurement, every sample; empty where nothing was measured.
     """
 

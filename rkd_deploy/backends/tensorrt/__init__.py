@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the backends that run an engine on a CUDA device, as one CUDA graph.
+"""Backends that run an engine of TensorRT or TensorRT-RTX on a GPU, as one CUDA graph.
 
 A run is upload, `execute_async_v3` and download on a stream of the backend's own, from and to pinned memory. Captured
 into a CUDA graph it is one launch; another input shape is captured anew. No torch is needed.
@@ -115,11 +115,11 @@ class TensorRtBackend(Backend):
 
     @property
     def info(self) -> ModelInfo:
-        """See `Backend.info`; metadata are the ONNX file's. Whether runs are captured is known after the first."""
+        """What the engine takes and gives; `cuda_graph` is known after the first run, the metadata are the ONNX's."""
         return replace(self._info, cuda_graph=any(run.captured for run in self._runs))
 
     def infer(self, x: Array) -> Array:
-        """See `Backend.infer`."""
+        """Run one batch, host to host: upload, run and download as one enqueued piece; threads take turns."""
         with self._lock:
             stream = self._live()
             self._input.check(x)
@@ -134,7 +134,7 @@ class TensorRtBackend(Backend):
             return self._infer.logits_host.copy()
 
     def prepare(self, x: Array) -> Callable[[], None]:
-        """See `Backend.prepare`. What is prepared holds device memory of its own until the backend is closed."""
+        """Copy `x` to device memory of its own, held until the backend is closed; each call enqueues one run."""
         with self._lock:
             stream = self._live()
             self._input.check(x)
@@ -151,7 +151,7 @@ class TensorRtBackend(Backend):
         return run
 
     def layer_runs(self, x: Array, count: int) -> list[LayerRun]:
-        """See `Backend.layer_runs`: the layers after fusion; of an engine built without detail, their names alone."""
+        """Times of the layers after fusion; an engine that was built without detail gives their names alone."""
         with self._lock:
             stream = self._live()
             self._input.check(x)
@@ -171,11 +171,11 @@ class TensorRtBackend(Backend):
         return [[described(*layer) for layer in layers] for layers in times]
 
     def synchronize(self) -> None:
-        """See `Backend.synchronize`."""
+        """Wait until the backend's stream is empty."""
         self._live().synchronize()
 
     def close(self) -> None:
-        """See `Backend.close`: graphs, contexts, engine, memory, stream, in this order."""
+        """Give graphs, contexts, engine, memory and stream back, in this order."""
         with self._lock:
             stream, self._stream = self._stream, None
             engine, self._engine = self._engine, None

@@ -43,7 +43,7 @@ def monitor(trt: Any, progress: Progress | None) -> Any:
             self._steps: dict[str, int] = {}
 
         def stop(self, number: int, frame: FrameType | None) -> None:
-            """For a signal: the build ends with its next step."""
+            """A signal handler: the build ends with its next step."""
             self.interrupted = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -75,7 +75,7 @@ class OnnxSource:
 
     file: Path
     content: bytes
-    """What the parser reads. TensorRT gets no path: it can open no other file."""
+    """The bytes that the parser reads. TensorRT gets no path: it can open no other file."""
     sha256: str
     """SHA-256 of `content`: the file's own where its weights are inside it."""
     metadata: dict[str, str]
@@ -141,7 +141,7 @@ def _inputs(graph: Any) -> list[Any]:
 
 
 def _check_input(file: Path, onnx: Any, graph: Any) -> None:
-    """Refuse all but one numeric input of known rank: the parsers say so in words of their own sources, if at all."""
+    """Refuse all but one numeric input of known rank: the parsers' own errors, if any, are no help to a user."""
     inputs = _inputs(graph)
     kinds = [onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in inputs]
     described = ", ".join(f"{value.name} {kind.lower()}" for value, kind in zip(inputs, kinds, strict=True)) or "none"
@@ -170,7 +170,7 @@ class BuiltEngine:
     """An engine fresh from the builder."""
 
     plan: bytes
-    """What the library deserialises, and nothing else."""
+    """The engine's bytes as the library deserialises them."""
     record: EngineRecord
 
 

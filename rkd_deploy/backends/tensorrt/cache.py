@@ -1,4 +1,4 @@
-"""Engines on disk: those built on the way to running an ONNX file, and those that are exported."""
+"""Keeps engines on disk: those built on the way to a run, and those that are exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of the CUDA runtime that an engine needs, without torch: memory, a stream, copies, graphs.
+"""The part of the CUDA runtime that an engine needs: memory, a stream, copies, graphs.
 
 Through cuda-bindings (NVIDIA's own), whose functions give a tuple of the error and the results.
 Reference: CUDA Runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api
@@ -21,7 +21,7 @@ from rkd_deploy.errors import BackendError, MissingDependencyError
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device."""
+    """A CUDA device, as its driver describes it."""
 
     index: int
     name: str
@@ -72,7 +72,7 @@ def gpu_count() -> int:
 
 
 def find_gpu(index: int, *, needed: bool = True) -> Gpu | None:
-    """Look a device up.
+    """Look a CUDA device up by its index.
 
     Args:
         index: From 0.
@@ -109,7 +109,7 @@ class Stream:
         call("cudaStreamSynchronize", self.handle)
 
     def close(self) -> None:
-        """Give the stream back."""
+        """Give the stream back to CUDA; what is enqueued on it must have ended."""
         call("cudaStreamDestroy", self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
@@ -142,11 +142,11 @@ class Graph:
         self._handle = handle
 
     def launch(self, stream: Stream) -> None:
-        """Enqueue the captured run."""
+        """Enqueue the captured run on its stream, with one call."""
         call("cudaGraphLaunch", self._handle, stream.handle)
 
     def close(self) -> None:
-        """Give the graph back."""
+        """Give the graph back to CUDA."""
         call("cudaGraphExecDestroy", self._handle)
 
 

@@ -49,7 +49,7 @@ class LoadedEngine:
         return max((profile.most for profile in self.profiles), default=None)
 
     def profile_index(self, batch: int) -> int:
-        """Which profile a batch runs with.
+        """Index of the profile that a batch runs with.
 
         Raises:
             UsageError: None covers it.
@@ -182,10 +182,10 @@ class EngineRun:
         return self._buffers[self._engine.output_names[0]].host
 
     def fit(self, shape: tuple[int, ...], x: Array | None = None) -> None:
-        """Make ready for an input shape; nothing where it is the last one's.
+        """Make ready for an input shape; does nothing where the shape is that of the last run.
 
         Args:
-            shape: Of the input.
+            shape: Shape of the input.
             x: Uploaded once, for a run without transfers.
 
         Raises:
@@ -214,14 +214,14 @@ class EngineRun:
         self._shape = shape
 
     def enqueue(self) -> None:
-        """Start one run."""
+        """Enqueue one run of the input in the buffer: a launch of the graph where runs are captured."""
         if self._graph is not None:
             self._graph.launch(self._stream)
         else:
             self._enqueue()
 
     def layer_times(self, count: int) -> list[list[tuple[str, float]]]:
-        """Name and milliseconds of each layer in each of `count` runs, made ready by `fit` and without a graph.
+        """Name and milliseconds of each layer in each of `count` runs; `fit` comes first, and no graph is used.
 
         Raises:
             BackendError: A run failed.

@@ -1,4 +1,4 @@
-"""Layers of an engine: of the parsed network on any machine, of the finished engine on a GPU, and their times."""
+"""Reads the layers of a parsed network or of a finished engine, and their times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def engine_layers(engine: Any, trt: Any) -> list[LayerFacts]:
 
     Args:
         engine: An ICudaEngine, built with detailed profiling verbosity.
-        trt: Its module.
+        trt: Module of the library that the engine belongs to.
 
     Returns:
         As `network_layers`; the inspector's other facts, the chosen kernel among them, under their own names.
@@ -37,7 +37,7 @@ def engine_layers(engine: Any, trt: Any) -> list[LayerFacts]:
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Name, type, data type and shape of each layer, one a line."""
+    """A text table of layers: name, type, data type and shape, a layer a line."""
     rows = [("layer", "type", "data type", "shape")]
     rows += [
         (str(layer["name"]), str(layer["type"]), str(layer.get("dtype", "")), _shape(layer.get("shape")))

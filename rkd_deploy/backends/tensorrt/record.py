@@ -1,4 +1,4 @@
-"""The JSON file beside an engine: what the engine is, for which GPU and library, and of which model.
+"""The JSON file beside an engine: which model, library and GPU it was built from and for.
 
 The engine itself is the library's bytes and nothing else, so that trtexec and Triton load it as it is.
 """
@@ -22,24 +22,24 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What is known of an engine."""
+    """Facts of an engine: of which model it was built, by which library, for which GPU."""
 
     library: str
     """tensorrt or tensorrt-rtx; "flavour" in the file."""
     version: str
-    """Of the library that built it."""
+    """Version of the library that built the engine."""
     device: str | None
-    """Name of the GPU it was built on; None: on a machine without one, which TensorRT-RTX can do."""
+    """Name of the GPU the engine was built on; None: a machine without GPU, which TensorRT-RTX can do."""
     compute_capability: str | None
-    """Of that GPU, e.g. "9.0"."""
+    """Compute capability of the GPU the engine was built on, e.g. "9.0"."""
     compute_capabilities: tuple[str, ...]
-    """TensorRT-RTX: those it was built for; empty: every one that the library names."""
+    """TensorRT-RTX: compute capabilities the engine was built for; empty: every one that the library names."""
     driver: int | None
-    """CUDA version of the driver it was built with, as 13020 for 13.2."""
+    """CUDA version of the driver the engine was built with, as 13020 for 13.2."""
     profiles: tuple[str, ...]
-    """MIN:OPT:MAX batch sizes; empty where the ONNX file has a fixed batch."""
+    """Batch sizes MIN:OPT:MAX of each profile; empty where the ONNX file has a fixed batch."""
     precision: str
-    """As the ONNX file's card says."""
+    """Precision of the model, as the ONNX file's card says."""
     settings: Mapping[str, Any]
     onnx_name: str
     onnx_sha256: str
@@ -48,18 +48,18 @@ class EngineRecord:
     build_seconds: float
     layers: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     layers_of: str = "network"
-    """Whose layers these are: the parsed network's, or the finished engine's, which only a GPU can show."""
+    """Whose layers `layers` are: the parsed network's, or the finished engine's, which only a GPU can show."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of the ONNX file, the model card among it."""
+    """Metadata of the ONNX file, the model card among them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_json` gives the equal record back."""
+        """The record as JSON holds it; `from_json` gives the equal record back."""
         content = asdict(self)
         return {"schema": SCHEMA, "flavour": content.pop("library"), **content}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineRecord:
-        """Read a record.
+        """Read a record from the text of its file.
 
         Args:
             text: JSON of `to_dict`.
@@ -88,12 +88,12 @@ class EngineRecord:
             ) from error
 
     def check_fits(self, library: Library, device: str, capability: str) -> None:
-        """Refuse to run this engine where it was not built for.
+        """Refuse to run the engine with a library or on a GPU that it was not built for.
 
         Args:
             library: The library that would run it.
             device: Name of the GPU.
-            capability: Its compute capability, e.g. "8.6".
+            capability: Compute capability of the GPU, e.g. "8.6".
 
         Raises:
             BackendError: Another library, version or GPU; both are named.
@@ -131,7 +131,7 @@ def engine_path(model: Path, library: str) -> Path:
 
 
 def record_path(engine: Path) -> Path:
-    """model.tensorrt.engine -> model.tensorrt.engine.json."""
+    """Where the record of an engine lies: model.tensorrt.engine -> model.tensorrt.engine.json."""
     return engine.with_name(engine.name + ".json")
 
 

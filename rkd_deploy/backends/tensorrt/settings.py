@@ -1,4 +1,4 @@
-"""Settings of an engine's build, and which of the two libraries can do what of them."""
+"""Settings of an engine's build, and what TensorRT and TensorRT-RTX can do of them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from rkd_deploy.errors import BackendError, UsageError, install_line, require, u
 from rkd_deploy.fields import check_fields, option
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Name of each library to its import name."""
+"""Import name of each library, by the name of its backend."""
 
 OLDEST_TENSORRT = 10
 
 
 @dataclass(frozen=True)
 class Library:
-    """TensorRT or TensorRT-RTX, imported."""
+    """One of the two libraries, TensorRT or TensorRT-RTX, imported and with a logger of its own."""
 
     name: str
-    """tensorrt or tensorrt-rtx."""
+    """Name of the library, tensorrt or tensorrt-rtx."""
     trt: Any
-    """The module."""
+    """The imported module."""
     log: Any
     """The logger that every object of the library is made with; see `drain`."""
     messages: list[str] = field(repr=False)
 
     @property
     def is_rtx(self) -> bool:
-        """Whether this is TensorRT-RTX."""
+        """Whether the library is TensorRT-RTX."""
         return self.name == "tensorrt-rtx"
 
     @property
@@ -43,11 +43,11 @@ class Library:
 
     @property
     def major(self) -> int:
-        """First number of the version."""
+        """First number of the library's version."""
         return int(self.version.split(".")[0])
 
     def drain(self) -> str:
-        """What the library complained of since the last call, as one line; it returns None where others raise."""
+        """Errors that the library logged since the last call, as one line: it logs and returns None, never raises."""
         lines = [" ".join(message.split()) for message in self.messages]
         self.messages.clear()
         return "; ".join(dict.fromkeys(lines)) or "the library gave no reason"
@@ -78,7 +78,7 @@ def load_library(name: str) -> Library:
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
-    """Collects errors: TensorRT keeps the first logger of a process for good, so there is one for each library."""
+    """An ILogger that collects errors; TensorRT keeps a process's first logger for good: one for each library."""
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -92,7 +92,7 @@ def _logger(trt: Any, messages: list[str]) -> Any:
 
 
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}
-"""Ours to TensorRT's names of its hardware compatibility levels."""
+"""TensorRT's names of its hardware compatibility levels, by the names of `EngineSettings.hardware`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """Read MIN:OPT:MAX, or one number for all three.
+        """Read a profile from MIN:OPT:MAX, or from one number for all three.
 
         Raises:
             UsageError: It is neither, or no range.
@@ -202,7 +202,7 @@ class EngineSettings:
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the timing cache: it changes how long a build takes, and nothing else."""
+        """The settings for JSON, without the timing cache: it changes how long a build takes, and nothing else."""
         content = asdict(self)
         del content["timing_cache"]
         return {**content, "profiles": [str(profile) for profile in self.profiles]}

@@ -1,1 +1,1 @@
-"""A bundle as a model of NVIDIA's Triton Inference Server, and the KServe resource that runs it in a cluster."""
+"""Writes a bundle as a model of NVIDIA's Triton server, with KServe's resource."""

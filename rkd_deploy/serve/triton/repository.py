@@ -1,4 +1,4 @@
-"""A Triton model repository: one folder a model, in it one folder a version.
+"""Writes Triton model repositories: one folder a model, in it one folder a version.
 
     REPOSITORY/
       NAME.kserve.yaml   the KServe resource that serves this repository
@@ -33,7 +33,7 @@ RUNTIME = "kserve-tritonserver"
 """The cluster serving runtime that KServe brings for Triton."""
 
 _FORMATS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "python": "triton"}
-"""Which of the runtime's model formats a backend's file is; "triton" is any repository that Triton itself can read."""
+"""KServe's model format by Triton's backend; "triton" is any repository that Triton itself can read."""
 
 _TEMPLATE = """\
 # Upload the model repository (the folder that holds {model}/) to storageUri, then: kubectl apply -f {file}
@@ -59,7 +59,7 @@ _GPU = """\
 
 
 def inference_service(model: str, serving: Serving) -> str:
-    """The YAML text.
+    """The text of an InferenceService in YAML, which makes KServe serve a repository.
 
     Args:
         model: Name of the model in the repository.
@@ -77,7 +77,7 @@ def inference_service(model: str, serving: Serving) -> str:
 
 
 def file_name(model: str) -> str:
-    """Where it lies: beside the model's folder, where Triton does not look."""
+    """Name of the file that holds KServe's resource; it lies beside the model's folder, where Triton does not look."""
     return f"{model}.kserve.yaml"
 
 
@@ -90,20 +90,20 @@ def service_name(model: str) -> str:
 
 CONFIG_NAME = "config.pbtxt"
 MODEL_CODE = Path(__file__).with_name("model.py")
-"""Of the python backend; copied, never imported: what it imports is there only inside of Triton."""
+"""Source of the python backend; copied, never imported: what it imports is there only inside of Triton."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A version in a repository."""
+    """A version of a model as it was written to a repository."""
 
     repository: Path
     name: str
     version: int
     service: Path
-    """The KServe resource."""
-    kept: tuple[Path, ...]
-    """Configuration that stood there already, differs, and was left as it is, as asked for."""
+    """File of the KServe resource."""
+    unchanged: tuple[Path, ...]
+    """Configuration files that stood there already, differ, and were left as they are, as `Serving.config` says."""
 
 
 def export_triton(path: str | os.PathLike[str], repository: Path, serving: Serving | None = None) -> Written:
@@ -133,19 +133,19 @@ def export_triton(path: str | os.PathLike[str], repository: Path, serving: Servi
         repository / file_name(name): inference_service(name, serving),
     }
     version = _next_version(folder, interface(name, serving.backend, signature), signature)
-    kept = _standing(texts, serving)
+    unchanged = _unchanged(texts, serving)
     if version == 1:
         with new_folder(folder) as temporary:
             write_text(temporary / CONFIG_NAME, texts.pop(folder / CONFIG_NAME))
             if signature.labels:
                 write_text(temporary / LABELS_NAME, _labels(signature))
             _write_version(temporary / "1", source, plan, serving)
-            _write_texts(texts, kept)
+            _write_texts(texts, unchanged)
     else:
         with new_folder(folder / str(version)) as temporary:
             _write_version(temporary, source, plan, serving)
-            _write_texts(texts, kept)
-    return Written(repository, name, version, repository / file_name(name), kept)
+            _write_texts(texts, unchanged)
+    return Written(repository, name, version, repository / file_name(name), unchanged)
 
 
 def _check_precision(source: OnnxSource, serving: Serving) -> None:
@@ -158,7 +158,7 @@ def _check_precision(source: OnnxSource, serving: Serving) -> None:
 
 
 def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
-    """One more than the last version there.
+    """The number after the newest version of a model in its folder; 1 for a new model.
 
     Raises:
         StorageError: The folder is no model's.
@@ -166,7 +166,7 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
     """
     if not folder.exists():
         return 1
-    versions = [int(found.name) for found in folder.iterdir() if found.is_dir() and found.name.isdecimal()]
+    versions = [int(child.name) for child in folder.iterdir() if child.is_dir() and child.name.isdecimal()]
     config, labels = folder / CONFIG_NAME, folder / LABELS_NAME
     if not versions or not config.is_file():
         raise StorageError(
@@ -184,11 +184,11 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
     return max(versions) + 1
 
 
-def _standing(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
-    """Configuration that stands there, differs, and is to stay.
+def _unchanged(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
+    """Configuration files that stand there already, differ from what would be written, and are to stay.
 
     Raises:
-        UsageError: It was not said what to do with it.
+        UsageError: A file differs, and `Serving.config` does not say whether to keep or to replace it.
     """
     differing = {
         path: difflib.unified_diff(standing.splitlines(), text.splitlines(), "there", "asked for", n=0, lineterm="")
@@ -216,9 +216,9 @@ def _write_version(folder: Path, source: OnnxSource, plan: Plan | None, serving:
         write_bytes(folder / "model.py", MODEL_CODE.read_bytes())
 
 
-def _write_texts(texts: dict[Path, str], kept: tuple[Path, ...]) -> None:
+def _write_texts(texts: dict[Path, str], unchanged: tuple[Path, ...]) -> None:
     for path, text in texts.items():
-        if path not in kept:
+        if path not in unchanged:
             write_text(path, text)
 
 

@@ -1,4 +1,4 @@
-"""How Triton is to serve a model: on what, how many at a time, which versions."""
+"""Says how Triton is to serve a model: on what, how many at a time, which versions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.fields import check_fields, option
 
 BACKENDS = ("onnxruntime", "tensorrt", "python")
-"""Of Triton: onnxruntime and python read model.onnx, tensorrt a plan, which runs in the TensorRT that built it only."""
+"""Triton's backends: onnxruntime and python read model.onnx; tensorrt reads a plan, for the TensorRT that built it."""
 
 LARGEST_BATCH = 65_536
 """Triton runs the largest batch once before it answers, so that a slip of the hand would cost the server's memory."""
 
 STORAGE_URI = "s3://BUCKET/PATH"
-"""Stands where nobody said yet where the repository is uploaded to; upper case is no bucket's name."""
+"""Placeholder where no upload place was named yet; upper case is no bucket's name, so KServe cannot take it for one."""
 
 _STORAGES = ("gs", "s3", "pvc", "file", "https", "http", "hdfs", "webhdfs", "oci", "oci+native", "oci+fetch", "hf")
-"""What KServe fetches models from (pkg/controller/v1beta1/inferenceservice/utils)."""
+"""URI schemes that KServe fetches models from (pkg/controller/v1beta1/inferenceservice/utils)."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Instances:
 
     @classmethod
     def parse(cls, text: str) -> Instances:
-        """Read ``cpu``, ``gpu``, or one of them with a number, as ``cpu:2``.
+        """Read instances from ``cpu``, ``gpu``, or either with a number, as ``cpu:2``.
 
         Raises:
             UsageError: It is something else.
         """
-        found = re.fullmatch(r"(cpu|gpu)(?::([1-9]\d*))?", text.strip())
-        if found is None:
+        match = re.fullmatch(r"(cpu|gpu)(?::([1-9]\d*))?", text.strip())
+        if match is None:
             raise UsageError(f"--instances {text!r} must be cpu or gpu, and how many of them, e.g. cpu:2 or gpu:1.")
-        return cls(found[1], int(found[2] or 1))
+        return cls(match[1], int(match[2] or 1))
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def _versions(text: str) -> int | None:
-    """How many of the newest versions; None: all."""
+    """How many of the newest versions answer; None: all."""
     if text == "all":
         return None
     if not re.fullmatch(r"\d{1,9}", text):
@@ -66,11 +66,11 @@ def _versions(text: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What `export_triton` is asked for; what cannot be is refused here.
+    """Settings of a model in Triton; what cannot be together is refused here.
 
     Attributes:
         backend: Triton's: onnxruntime, tensorrt or python. Python needs onnxruntime and numpy in the server's Python.
-        name: Of the model in the repository. Default: made of the card's name, else of the file's.
+        name: Name of the model in the repository. Default: made of the card's name, else of the file's.
         max_batch: Most images of one run. Default: 32; of a plan what it was built for.
         preferred: Batch sizes that the scheduler waits for. Default: 8 and the largest; of a plan those that its
             kernels were chosen for.
@@ -160,7 +160,7 @@ class Serving:
 
     @property
     def kind(self) -> str:
-        """Where the instances run, default filled in."""
+        """Kind of processor that the instances run on, cpu or gpu, default filled in."""
         return self.where.kind
 
     @property

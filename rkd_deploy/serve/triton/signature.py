@@ -1,4 +1,4 @@
-"""The engine of a bundle as Triton's plan, and the batch sizes that it takes."""
+"""Reads what Triton must know of a model: inputs, outputs, its plan, its batch sizes."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a model takes and answers, and what its classes are called."""
+    """Input, outputs and class names of a model, as a server has to know them."""
 
     name: str
-    """Of the model, fit for a folder and an address."""
+    """Name of the model, fit for a folder and an address."""
     input: Tensor
     outputs: tuple[Tensor, ...]
     labels: tuple[str, ...]
-    """Empty: the file does not say."""
+    """Names of the classes, in the logits' order; empty: the file does not say."""
 
     def labelled(self, output: Tensor) -> bool:
         """Whether the numbers of this output are one for each class."""
@@ -52,7 +52,7 @@ class Signature:
 
 
 def read_signature(source: OnnxSource) -> Signature:
-    """Read it from an ONNX file.
+    """Read the signature of a model from its ONNX file.
 
     Raises:
         UsageError: Triton's batching cannot serve such a model: a fixed batch, another free dimension.
@@ -127,7 +127,7 @@ class Batching:
 
     Attributes:
         most: Largest batch.
-        preferred: Those that the scheduler waits for, ascending.
+        preferred: Batch sizes that the scheduler waits for, ascending.
         profiles: How many profiles the plan has; 0: it is none, or nothing is known of it.
     """
 

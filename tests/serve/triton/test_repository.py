@@ -50,7 +50,7 @@ def with_plan(bundles, tmp_path):
 
 def test_a_new_model(bundles, tmp_path):
     written = export_triton(bundles[0], tmp_path / "models")
-    assert (written.name, written.version, written.kept) == (NAME, 1, ())
+    assert (written.name, written.version, written.unchanged) == (NAME, 1, ())
     found = files(tmp_path / "models")
     assert set(found) == {
         f"{NAME}.kserve.yaml",
@@ -80,11 +80,11 @@ def test_configuration_that_differs_is_replaced_or_kept_as_asked(bundles, tmp_pa
         export_triton(bundles[1], tmp_path)
     assert files(tmp_path) == before
     kept = export_triton(bundles[1], tmp_path, Serving(config="keep", storage_uri="s3://b/m"))
-    assert (kept.version, kept.kept) == (2, (config, service))
+    assert (kept.version, kept.unchanged) == (2, (config, service))
     assert config.read_bytes() == before[f"{NAME}/config.pbtxt"]
     assert service.read_bytes() == before[f"{NAME}.kserve.yaml"]
     replaced = export_triton(bundles[1], tmp_path, Serving(config="replace", max_batch=4, preferred=(2,)))
-    assert (replaced.version, replaced.kept) == (3, ())
+    assert (replaced.version, replaced.unchanged) == (3, ())
     assert "max_batch_size: 4\n" in config.read_text()
 
 
