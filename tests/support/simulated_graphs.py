@@ -31,7 +31,8 @@ class Graph:
 
 
 class _Writing(TorchDispatchMode):
-    def __init__(self, graph, stream=None, capture_error_mode="global"):
+    def __init__(self, graph, capture_error_mode, stream=None):
+        assert capture_error_mode == "thread_local"
         super().__init__()
         self.graph = graph
 
