@@ -95,17 +95,23 @@ class ExportStopwatch:
         comparisons = {batch: self._compared(files, batch, confirm) for batch in self._batches}
         reading = Reading(
             ratios={batch: comparison.ratio for batch, comparison in comparisons.items()},
-            intervals={batch: one.interval for batch, one in comparisons.items() if one.interval is not None},
-            candidate_ms={batch: _median_ms(one.timings["candidate"]) for batch, one in comparisons.items()},
-            s0_ms={batch: _median_ms(one.timings["s0"]) for batch, one in comparisons.items()},
+            intervals={
+                batch: comparison.interval
+                for batch, comparison in comparisons.items()
+                if comparison.interval is not None
+            },
+            candidate_ms={
+                batch: _median_ms(comparison.timings["candidate"]) for batch, comparison in comparisons.items()
+            },
+            s0_ms={batch: _median_ms(comparison.timings["s0"]) for batch, comparison in comparisons.items()},
             runs={
                 batch: sum(len(timing.samples_ms) for timing in comparison.timings["candidate"])
                 for batch, comparison in comparisons.items()
             },
         )
-        told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
+        ratios = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
         how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
-        self._note(f"Latency over that of S0 on {how}: {told}")
+        self._note(f"Latency over that of S0 on {how}: {ratios}")
         return reading
 
     def _compared(self, files: Mapping[str, Path], batch: int, confirm: bool) -> _Comparison:
@@ -242,6 +248,7 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         "refused": refused,
         "chosen": chosen,
     }
+    # A record lists what was measured in the order in which it was: session by session, level by level.
     results = [result for session in zip(*sessions.values(), strict=True) for level in session for result in level]
     return Choice(chosen, networks[chosen], protos[chosen], summary, to_record(results, provenance(), summary))
 
@@ -271,7 +278,10 @@ def _p50_by_batch(results: Sequence[Result]) -> dict[int, float]:
 
 def _medians(sessions: Sequence[Sequence[Result]]) -> dict[str, float]:
     """Median latency in ms by batch size, the median over the sessions."""
-    return {str(results[0].batch): median_low(one.p50_ms for one in results) for results in zip(*sessions, strict=True)}
+    return {
+        str(results[0].batch): median_low(result.p50_ms for result in results)
+        for results in zip(*sessions, strict=True)
+    }
 
 
 def judge_levels(p50_ms: Mapping[str, Sequence[Mapping[int, float]]]) -> dict[str, Judgement]:
@@ -295,7 +305,7 @@ def _ratio(times: Mapping[int, float], tail: Mapping[int, float]) -> float:
 
 def fastest_level(judgements: Mapping[str, Judgement]) -> str:
     """The level of the least ratio among those that are faster than `tail` beyond chance; else `tail`, the simplest."""
-    faster = {level: one.ratio for level, one in judgements.items() if one.verdict == "faster"}
+    faster = {level: judgement.ratio for level, judgement in judgements.items() if judgement.verdict == "faster"}
     return min(faster, key=lambda level: faster[level], default="tail")
 
 
@@ -303,6 +313,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     """The networks by level, and why a level is none."""
     networks, refused = {"tail": fuse(model, "tail")}, {}
     if isinstance(model, ResidualStudent):
+        # A level that these branches cannot be brought to is no failure here: it is left out, and the card says why.
         try:
             networks["wide"] = wide = fuse(model, "wide")
             if isinstance(wide, WideBranches) and wide.can_group:
