@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import cpp_extension
 
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.train.frozen import ADDITIONS, Passes, is_relu
@@ -162,6 +161,8 @@ extern "C" __global__ void norm_backward(
 
 @functools.cache
 def _kernel(name: str) -> Any:
+    from torch.utils import cpp_extension  # only here: it looks for a toolkit when it is imported
+
     # Without a toolkit PyTorch refuses to say where its headers are; this source has none.
     cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or "/usr/local/cuda"
     return torch.cuda._compile_kernel(SOURCE, name)
@@ -199,7 +200,7 @@ class Sums:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_NCHW: Tensor, z_NCHW: Tensor | None, weight: Tensor, bias: Tensor, layer: BatchNormAddReLU
     ) -> Tensor:
         norm, sums = layer.norm, layer.sums
@@ -223,7 +224,7 @@ class _Fused(torch.autograd.Function):
         return y_NCHW
 
     @staticmethod
-    def backward(ctx: Any, dy_NCHW: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_NCHW: Tensor) -> tuple[Tensor | None, ...]:
         x_NCHW, y_NCHW, used, weight = ctx.saved_tensors
         relu, channels = int(ctx.layer.relu), x_NCHW.shape[1]
         rows, total = x_NCHW.numel() // channels, ctx.layer.sums.take(2 * channels)

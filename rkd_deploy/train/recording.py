@@ -414,11 +414,11 @@ def _has_networks(network: nn.Module) -> bool:
 @contextlib.contextmanager
 def _passing(network: nn.Module, passes: nn.Module) -> Iterator[None]:
     """While the block runs, other passes give the network's stage maps."""
-    network.features = lambda x_NCHW: passes(x_NCHW)
+    network.__dict__["features"] = passes
     try:
         yield
     finally:
-        del network.features
+        del network.__dict__["features"]
 
 
 @contextlib.contextmanager
