@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import choice, in_range, normalisation, toml_value
+from rkd_deploy.recipe.rules import MOST, check_types, choice, in_range, normalisation, toml_value
 
 IN_MEMORY = ("digits", "cifar10", "cifar100")
 FILES = ("imagefolder", "imagenet", "webdataset")
 """Sets of image files of any size: decoded once into memory where they fit, else streamed."""
 AUGMENTATIONS = ("crop", "resized_crop", "flip", "randaugment")
+
+_MOST_IMAGES = 2**31 - 1
+_LARGEST_SIDE = 2**15
+LARGEST_DIGITS = 256
+"""Side of the largest digits in pixels: they are drawn from 8 x 8, and all of them are in memory."""
 
 _WITH_FILES = 'with data.name = "imagefolder", "imagenet" or "webdataset"'
 _READ_WHERE = {
@@ -73,8 +79,10 @@ class DataRecipe:
     """Per-channel mean in units of [0, 1]. Default: that of the data set, as `normalisation` says."""
     std: tuple[float, ...] | None = None
     """Per-channel standard deviation in units of [0, 1]."""
-    normalisation: str = "data"
-    """data: known or measured over the training images. teacher: what teacher.mean/std or T's weights file states."""
+    normalisation: str | None = None
+    """data: known or measured over the training images. imagenet: that of ImageNet. teacher: what teacher.mean/std,
+    T's weights file or its published weights state. Default: that of published weights (teacher.pretrained, else
+    student.pretrained), else data."""
     cache: str = "auto"
     """memory: decode all files once, at image_size. off: stream them. auto: memory, if they fit into cache_gb."""
     cache_gb: float = 2.0
@@ -85,15 +93,16 @@ class DataRecipe:
     """stop: files that cannot be read are listed, and nothing is trained. skip: they are left out, and counted."""
 
     def __post_init__(self) -> None:
+        check_types("data", self)
         choice("data.name", self.name, (*IN_MEMORY, *FILES))
         in_range("data.val_fraction", self.val_fraction, 0, 0.5)
         for name in self.augment or ():
             choice("data.augment", name, AUGMENTATIONS)
         in_range("data.crop_padding", self.crop_padding, 0, 16)
         for key, low, high in (
-            ("train_limit", 1, None),
-            ("test_limit", 1, None),
-            ("image_size", 1, None),
+            ("train_limit", 1, _MOST_IMAGES),
+            ("test_limit", 1, _MOST_IMAGES),
+            ("image_size", 1, LARGEST_DIGITS if self.name == "digits" else _LARGEST_SIDE),
             ("crop_fraction", 0.1, 1),
             ("test_fraction", 0.01, 0.9),
             ("split_seed", 0, 2**31 - 1),
@@ -106,12 +115,24 @@ class DataRecipe:
         in_range("data.mixup", self.mixup, 0, 100)
         in_range("data.cutmix", self.cutmix, 0, 100)
         in_range("data.label_smoothing", self.label_smoothing, 0, 0.9)
-        in_range("data.cache_gb", self.cache_gb, 0)
-        choice("data.normalisation", self.normalisation, ("data", "teacher"))
+        in_range("data.cache_gb", self.cache_gb, 0, MOST)
+        choice("data.normalisation", self.normalisation or "data", ("data", "imagenet", "teacher"))
         choice("data.cache", self.cache, ("auto", "memory", "off"))
         choice("data.broken", self.broken, ("stop", "skip"))
         normalisation("data", self.mean, self.std)
         self._check_use()
+
+    @property
+    def folder_name(self) -> str:
+        """What the folder of a set of files is called, fit for a run's name; empty where there is none."""
+        place, brace, _ = (self.root or "").partition("{")
+        if not self.of_files or not place:
+            return ""
+        try:
+            place = os.path.abspath(os.path.dirname(place) if brace else place)
+        except OSError:  # the current folder is gone
+            return ""
+        return "".join(sign for sign in os.path.basename(place)[:60] if sign.isprintable() and sign != "\\")
 
     @property
     def of_files(self) -> bool:
@@ -158,5 +179,7 @@ class DataRecipe:
             raise RecipeError(
                 f"data.augment = {list(self.augmentations)}: crop and resized_crop both choose the window. Keep one."
             )
-        if self.normalisation == "teacher" and (self.mean or self.std):
-            raise RecipeError('data.mean and data.std go before data.normalisation = "teacher". Leave one of them out.')
+        if self.normalisation in ("teacher", "imagenet") and (self.mean or self.std):
+            raise RecipeError(
+                f'data.mean and data.std go before data.normalisation = "{self.normalisation}". Leave one of them out.'
+            )

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import choice, in_range, toml_value
+from rkd_deploy.recipe.rules import MOST, check_types, choice, in_range, rising, toml_value
 
 BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 """Losses of other papers: beside the residual ones for S, or alone for S0."""
@@ -90,6 +90,7 @@ class MethodRecipe:
     """f, by which simkd's projector is narrower in its middle."""
 
     def __post_init__(self) -> None:
+        check_types("method", self)
         choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
         choice("method.scheme", self.scheme, SCHEMES)
         choice("method.head", self.classifier, ("teacher", "trained", "finetuned"))
@@ -97,15 +98,14 @@ class MethodRecipe:
         choice("method.base", self.base or "none", ("none", *BASE_LOSSES))
         for name, low in (("feature_weight", 1e-6), ("base_weight", 1e-9), ("base_warmup_epochs", 0), ("ce_weight", 0)):
             if (value := getattr(self, name)) is not None:
-                in_range(f"method.{name}", value, low)
-        if list(self.stages) != sorted(set(self.stages)) or (self.stages and self.stages[0] < 1):
-            raise RecipeError(f"method.stages = {list(self.stages)} must rise, from 1 on.")
+                in_range(f"method.{name}", value, low, MOST)
+        rising("method.stages", self.stages, 1, MOST)
         for name in ("stage_weight", "student_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
-            in_range(f"method.{name}", getattr(self, name), 0)
+            in_range(f"method.{name}", getattr(self, name), 0, MOST)
         in_range("method.step_decay", self.step_decay, 0, 1)
-        in_range("method.temperature", self.temperature, 1e-3)
-        in_range("method.hint_stage", self.hint_stage, 1)
-        in_range("method.simkd_factor", self.simkd_factor, 1)
+        in_range("method.temperature", self.temperature, 1e-3, MOST)
+        in_range("method.hint_stage", self.hint_stage, 1, MOST)
+        in_range("method.simkd_factor", self.simkd_factor, 1, MOST)
         self._check_use()
         self._check_progressive()
         self._check_that_heads_learn()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import choice, in_range, normalisation
+from rkd_deploy.recipe.rules import MOST, MOST_THREADS, check_types, choice, in_range, normalisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,11 @@ class TeacherRecipe:
     """Standard deviation per channel that T was trained with, as `mean`."""
 
     def __post_init__(self) -> None:
+        check_types("teacher", self)
         if self.epochs is not None:
-            in_range("teacher.epochs", self.epochs, 1)
+            in_range("teacher.epochs", self.epochs, 1, MOST)
         if self.lr is not None:
-            in_range("teacher.lr", self.lr, 1e-9)
+            in_range("teacher.lr", self.lr, 1e-9, MOST)
         _external("teacher", self)
         normalisation("teacher", self.mean, self.std)
 
@@ -104,6 +105,8 @@ class StudentRecipe:
         return self.name == "teacher" or self.checkpoint is not None or self.pretrained
 
     def __post_init__(self) -> None:
+        check_types("student", self)
+        self._check_ranges()
         choice("student.budget", self.budget, ("macs", "params", "latency"))
         if self.name != "teacher":
             _external("student", self)
@@ -112,9 +115,20 @@ class StudentRecipe:
         if self.layout is not None:
             choice("student.layout", self.layout, ("branches", "side_by_side", "trunk"))
         self._check_trunk()
+
+    def _check_ranges(self) -> None:
         in_range("student.assistant_share", self.assistant_share, 0.01, 0.9)
         in_range("student.assistants", self.assistants, 1, 16)
         in_range("student.round_to", self.round_to, 1, 256)
+        for name, low, high in (
+            ("fraction", 0.01, 1),
+            ("shared_stages", 1, MOST),
+            ("latency_threads", 1, MOST_THREADS),
+        ):
+            if (value := getattr(self, name)) is not None:
+                in_range(f"student.{name}", value, low, high)
+        for size in self.latency_batches or ():
+            in_range("student.latency_batches", size, 1, MOST)
 
     def _check_trunk(self) -> None:
         if self.layout != "trunk":
@@ -124,8 +138,6 @@ class StudentRecipe:
                     f'{self.layout!r}. Leave it out, or set student.layout = "trunk".'
                 )
             return
-        if self.shared_stages is not None:
-            in_range("student.shared_stages", self.shared_stages, 1)
         if self.budget == "latency":
             raise RecipeError(
                 'student.layout = "trunk" has no search by latency yet, and student.budget = "latency". Set '
@@ -144,8 +156,6 @@ class StudentRecipe:
                 f'student.fraction = {self.fraction} and student.name = "{self.name}": the fraction says what the '
                 'teacher\'s own network is narrowed to. Set both, e.g. name = "teacher" and fraction = 0.5, or neither.'
             )
-        if self.fraction is not None:
-            in_range("student.fraction", self.fraction, 0.01, 1)
         for name in ("checkpoint", "pretrained", "stages"):
             if is_teacher and (value := getattr(self, name)):
                 raise RecipeError(
@@ -174,10 +184,8 @@ class StudentRecipe:
                 )
         if self.backend is not None:
             choice("student.backend", self.backend, ("onnxruntime", "openvino"))
-        if self.latency_threads is not None:
-            in_range("student.latency_threads", self.latency_threads, 1)
-        if self.latency_batches is not None and (not self.latency_batches or min(self.latency_batches) < 1):
-            raise RecipeError(f"student.latency_batches = {list(self.latency_batches)} must be batch sizes from 1.")
+        if self.latency_batches == ():
+            raise RecipeError("student.latency_batches = [] names no batch size. Leave it out, or write e.g. [1, 8].")
 
 
 def _external(table: str, network: TeacherRecipe | StudentRecipe) -> None:

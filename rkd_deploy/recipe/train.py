@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import choice, in_range
+from rkd_deploy.recipe.rules import MOST, MOST_THREADS, check_types, choice, in_range, rising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +73,22 @@ class TrainRecipe:
     """Write the log into the run's folder tensorboard/ too. Default: where the package tensorboard is installed."""
 
     def __post_init__(self) -> None:
-        in_range("train.epochs", self.epochs, 1)
-        for name in ("assistant_epochs", "head_epochs", "threads"):
+        check_types("train", self)
+        in_range("train.epochs", self.epochs, 1, MOST)
+        for name, high in (("assistant_epochs", MOST), ("head_epochs", MOST), ("threads", MOST_THREADS)):
             if (value := getattr(self, name)) is not None:
-                in_range(f"train.{name}", value, 1)
-        in_range("train.batch_size", self.batch_size, 2)
-        in_range("train.accumulate", self.accumulate, 1)
-        in_range("train.lr", self.lr, 1e-9)
+                in_range(f"train.{name}", value, 1, high)
+        in_range("train.batch_size", self.batch_size, 2, MOST)
+        in_range("train.accumulate", self.accumulate, 1, MOST)
+        in_range("train.lr", self.lr, 1e-9, MOST)
         in_range("train.momentum", self.momentum, 0, 0.9999)
-        in_range("train.weight_decay", self.weight_decay, 0)
-        in_range("train.warmup_epochs", self.warmup_epochs, 0)
+        in_range("train.weight_decay", self.weight_decay, 0, MOST)
+        in_range("train.warmup_epochs", self.warmup_epochs, 0, MOST)
         in_range("train.lr_decay", self.lr_decay, 0, 1)
         in_range("train.seed", self.seed, 0, 2**31 - 1)
-        in_range("train.checkpoint_minutes", self.checkpoint_minutes, 0)
+        in_range("train.checkpoint_minutes", self.checkpoint_minutes, 0, MOST)
         if self.clip_norm is not None:
-            in_range("train.clip_norm", self.clip_norm, 1e-9)
+            in_range("train.clip_norm", self.clip_norm, 1e-9, MOST)
         if self.ema_decay is not None:
             in_range("train.ema_decay", self.ema_decay, 0, 0.999999)
         choice("train.schedule", self.schedule, ("cosine", "step", "constant"))
@@ -95,8 +96,7 @@ class TrainRecipe:
         self._check_together()
 
     def _check_together(self) -> None:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise RecipeError(f"train.milestones = {list(self.milestones)} must rise.")
+        rising("train.milestones", self.milestones, 1, MOST)
         if self.nesterov and self.momentum == 0:
             raise RecipeError("train.nesterov = true needs train.momentum above 0.")
         if self.batch_size % self.accumulate:
