@@ -1,4 +1,4 @@
-"""A thousand faults by seed, each in a process of its own: is every one an error that a person can read?
+"""Feeds faults to the package by seed: is each an error that a person can read?
 
     uv run python benchmarks/bad_input.py --count 1000 --seed 0
 

@@ -1,4 +1,4 @@
-"""What our bench adds to what it measures, and whether others who measure the same see the same.
+"""Holds our bench against other tools, and measures what it adds by itself.
 
     uv run python benchmarks/bench_trust.py
 
@@ -74,7 +74,7 @@ print(json.dumps({"peak": max(result["resident_peak_bytes"], after), **{key: res
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = resnet20(folder / "bundle") / "model.onnx"

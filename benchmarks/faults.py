@@ -1,4 +1,4 @@
-"""Faults by seed: recipes, checkpoints, images, bundles, records, environments and calls that somebody may come with.
+"""Makes faulty files, environments and calls by seed, as somebody may come with them.
 
 A fault is prepared and run in a process of its own, in an empty folder (`bad_input.py`). Each is drawn from its number
 and the seed alone, so that one can be repeated without those before it.

@@ -177,7 +177,7 @@ class ResNet18(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The network's head, a linear layer."""
         return self.linear
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
@@ -188,8 +188,14 @@ class ResNet18(Staged):
             maps.append(layer(maps[-1]))
         return tuple(maps[1:])
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem and the first stage, then each of the others."""
+        network: Any = self.network
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        return nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
-        """The same depth at other widths."""
+        """A network of this depth at other widths."""
         return ResNet18(widths, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""The ladder: S0 by every loss, S0 with S + A's own losses, and S + A in each layout, seed by seed, on one rung.
+"""Trains S0 by every loss, S0 with S + A's losses, and S + A in each layout, seed by seed.
 
     uv run python benchmarks/ladder.py digits --seeds 10 --root runs/ladder
     uv run python benchmarks/ladder.py cifar100_resnet20_resnet8 --seeds 3 --data FOLDER --teacher cifar100_resnet20.pth
@@ -92,7 +92,7 @@ RUNGS = {
 
 
 def main() -> None:
-    """Climb one rung."""
+    """Train and compare the networks of one rung."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rung", choices=RUNGS)
     parser.add_argument("--seeds", type=int, default=3)

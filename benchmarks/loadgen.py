@@ -26,7 +26,7 @@ SECONDS = 0.5
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = resnet20(Path(folder) / "bundle")
         with load_backend("onnxruntime", bundle, threads=1) as backend:

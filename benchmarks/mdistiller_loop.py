@@ -46,7 +46,7 @@ ROOT = Path(os.environ.get("RKD_DATA", ".data"))
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps, rounds, limit = (390, 3, 0.1) if device.type == "cuda" else (6, 5, 1.0)
     images = datasets.CIFAR100(ROOT, train=True, transform=_transforms())
@@ -109,12 +109,12 @@ class Meter:
         self.total, self.count = 0.0, 0
 
     def update(self, value: float, count: int) -> None:
-        """Count in."""
+        """Take a batch's value into the mean."""
         self.total, self.count = self.total + value * count, self.count + count
 
     @property
     def mean(self) -> float:
-        """So far."""
+        """Mean of the values so far."""
         return self.total / self.count
 
 

@@ -51,7 +51,7 @@ LIMITS = {"fp16": 0.1, "bf16": None, "int8": 0.5}
 """Points of accuracy on the whole test split."""
 FASTER = 1.8
 HELD_OUT_BATCHES = 2
-"""Of 256 images. That network knows all training images, so more of them would say no more."""
+"""Batches of 256 training images to judge on: that network knows all of them, so more would say no more."""
 CIFAR = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 IMAGENET = Preprocess(height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -59,7 +59,7 @@ Array = npt.NDArray[Any]
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     weights, root = Path(sys.argv[1]), sys.argv[2]
     images = load_images(DataRecipe(name="cifar100", root=root, val_fraction=0), 0)
     count = int(sys.argv[3]) if len(sys.argv) > 3 else len(images.test)

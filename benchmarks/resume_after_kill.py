@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of training, go on, and compare with a run that was left alone, byte by byte.
+"""Kills training at random moments, resumes it, and compares with a run left alone.
 
     uv run python benchmarks/resume_after_kill.py [KILLS]
 
@@ -30,7 +30,7 @@ EPOCH_ONLY, EACH_STEP = 60.0, 0.0
 
 
 def main() -> None:
-    """Kill, compare, record."""
+    """Kill and resume trainings, compare them, and write the record."""
     wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 24
     variants = [(scheme, minutes) for scheme in SCHEMES for minutes in (EPOCH_ONLY, EACH_STEP)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}

@@ -24,7 +24,7 @@ from rkd_deploy.train.runs import open_run
 
 
 def main() -> None:
-    """Export, measure, write."""
+    """Export and measure a run, and write its record."""
     run = open_run(Path(sys.argv[1]))
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     bundles = {}

@@ -1,4 +1,4 @@
-"""Whether a bundle runs unchanged in runtimes that this package has no part in, against its golden.npz.
+"""Runs a bundle in runtimes outside of this package, against its golden.npz.
 
     uv run python benchmarks/runtimes.py [NODE_FOLDER]
 

@@ -1,4 +1,4 @@
-"""How long it takes to cut S and A from an S0 that has to be pruned, and how fast they are beside it.
+"""Times cutting S and A from an S0 that is pruned, and S + A beside that S0.
 
     uv run python benchmarks/separation.py
 
@@ -28,7 +28,7 @@ TIMED = ("tv:resnet50", 224, 1000)
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     name, side, classes = TIMED
     given = zoo.create(name, classes, input_size=(side, side))
     began = time.perf_counter()

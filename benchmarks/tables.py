@@ -1,4 +1,4 @@
-"""The tables of README and benchmarks/README.md, made from the committed records; in train/README.md, from recipes.
+"""Makes the tables of the READMEs from the committed records and from recipes.
 
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
@@ -39,7 +39,7 @@ def claims() -> str:
 
 
 def headlines() -> str:
-    """Of each of these records: how many claims hold, and the one nearest to its limit, or farthest beyond it."""
+    """Records with how many of their claims hold, and the claim nearest to its limit, or farthest beyond it."""
     rows = [
         "| benchmark | within limits | the tightest of them | measured | limit |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -167,7 +167,7 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write the tables, or check that they are as they would be written."""
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

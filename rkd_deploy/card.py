@@ -1,4 +1,4 @@
-"""What travels with a model: how to feed it, what it answers, where it comes from.
+"""Describes a model: how to feed it, what it answers, where it comes from.
 
 The same card is written to `model.json` beside the ONNX file and into the file's metadata, so that either can be lost.
 Standard library only: an app reads it without torch, and other languages read the JSON.
@@ -81,7 +81,7 @@ class Preprocess:
         return "uint8" if self.embedded else "float32"
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The same facts under the field names of Hugging Face's preprocessor_config.json."""
+        """The rule under the field names of Hugging Face's preprocessor_config.json."""
         resized = round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
         return {
             "do_convert_rgb": True,
@@ -110,10 +110,10 @@ class ModelCard:
     """Which network of the run this is: fused (S + A), student (S alone), s0, teacher."""
     fusion: str = "none"
     fusion_search: Mapping[str, Any] = field(default_factory=dict)
-    """Where the fusion was chosen by measuring: on what, the medians in ms, the choice. Samples are in fusion.json."""
+    """How level auto chose the fusion: measured on what, medians in ms, the choice. fusion.json has the samples."""
     precision: str = "fp32"
     lowering: Mapping[str, Any] = field(default_factory=dict)
-    """Of a file below fp32: target, calibration, layers kept in float32, what the gate measured and its limits."""
+    """Conversion of a file below fp32: target, calibration, layers left in float32, the gate's figures and limits."""
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
     parameters: int = 0
@@ -122,7 +122,7 @@ class ModelCard:
     parity: Mapping[str, Any] = field(default_factory=dict)
     """What the export's gate measured against PyTorch, and its tolerance."""
     early_exit: Mapping[str, Any] = field(default_factory=dict)
-    """Where it was exported so: files and MACs of its steps, the threshold, and what it saves and costs."""
+    """Early exit, where it was exported: files and MACs of its steps, the threshold, and what it saves and costs."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """The run, the recipe and the SHA-256 of the weights."""
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands import bench, export, train, use
+from rkd_deploy.commands import bench, export, predict, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError
@@ -53,7 +53,7 @@ app.command()(bench.bench)
 app.command("bench-compare")(bench.bench_compare)
 app.command()(train.compare)
 app.command()(bench.report)
-app.command()(use.predict)
+app.command()(predict.predict)
 app.command()(use.verify)
 app.command()(use.info)
 app.command()(use.backends)
@@ -96,7 +96,7 @@ def _run(debug: bool) -> None:
 
 
 def _check_outputs() -> None:
-    """Both outputs are there, and what their encoding lacks is written as an escape."""
+    """Make sure that both outputs are there, and write as an escape what their encoding lacks."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)
     if sys.stdout is None:

@@ -1,4 +1,4 @@
-"""From a file, a PIL image or an array to what a model takes, by the rule of `card.Preprocess`.
+"""Makes of a file, a PIL image or an array what a model takes, by `card.Preprocess`.
 
 Letters: N batch, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""From a run folder to a bundle, and the quickstart: what joins training, export and bench.
+"""Joins training, export and bench: from a run folder to a bundle, and the quickstart.
 
 Everything here is glue; each step is a public function of its own package.
 """
@@ -101,7 +101,7 @@ def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle and what the gate saw."""
+    """A bundle and the proof that it passed."""
 
     folder: Path
     proof: Proof
@@ -211,7 +211,7 @@ def standing_bundle(run: Run) -> Path | None:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What the quickstart made."""
+    """The run, bundles, results and tables of the quickstart."""
 
     run: Run
     bundles: dict[str, Path]
@@ -220,7 +220,7 @@ class Quickstart:
 
 
 def quickstart(root: Path, display: Display, note: Callable[[str], None], min_seconds: float = 1.0) -> Quickstart:
-    """Train, export, prove, measure, draw.
+    """Train the embedded example, export and prove its networks, measure and draw them.
 
     S and A are cut to lie side by side: layers as small as these are too short to pay for a second branch, and S + A
     then have S0's shapes and speed. The recipe itself leaves that open, because `train --set` may choose a method or a

@@ -1,4 +1,7 @@
-"""Makes foreign text harmless to show: names of files, models and labels, messages of other libraries."""
+"""Makes foreign text harmless to show.
+
+Names of files, models and labels and messages of other libraries may hold anything.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast models are."""
+"""The commands that measure: bench, bench-compare and report."""
 
 from __future__ import annotations
 

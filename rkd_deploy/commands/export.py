@@ -1,4 +1,4 @@
-"""From a run to a bundle, an engine or a model repository."""
+"""The command export: from a run to a bundle, an engine or a model repository."""
 
 from __future__ import annotations
 

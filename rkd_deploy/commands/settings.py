@@ -149,7 +149,7 @@ class SettingsCommand(TyperCommand):
 
     @property
     def params(self) -> Any:
-        """Arguments and options."""
+        """Arguments and options of the command, made when they are first asked for."""
         return self._completed.params
 
     @params.setter

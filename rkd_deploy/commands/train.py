@@ -1,4 +1,4 @@
-"""Train, and put what was trained side by side."""
+"""The commands that train: quickstart, train and compare."""
 
 from __future__ import annotations
 

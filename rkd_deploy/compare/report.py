@@ -30,7 +30,7 @@ _Value = Callable[[NetworkRow], float | None]
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture as PNG.
+    """Write the picture of a comparison as PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -148,7 +148,7 @@ COLUMNS: tuple[Column[NetworkRow], ...] = (
 
 @dataclass(frozen=True)
 class Files:
-    """Where a comparison was written to.
+    """The files of a comparison: record, table and picture.
 
     Attributes:
         record: compare.json.
@@ -162,7 +162,7 @@ class Files:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The table, what it means, and what is missing in it."""
+    """Print the table of a comparison, its verdicts, what it means, and what is missing in it."""
     print_line(f"{comparison.data}, {comparison.test_images:,} test images", console)
     tables.print_table(COLUMNS, comparison.rows, console)
     for verdict in comparison.verdicts:
@@ -173,7 +173,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The table and its notes as Markdown."""
+    """The table of a comparison and its notes as Markdown."""
     missing = "".join(f"\nMissing: {markdown(sentence)}\n" for sentence in comparison.missing)
     head = f"{markdown(comparison.data)}, {comparison.test_images:,} test images.\n\n"
     verdicts = "".join(f"\n{markdown(verdict.sentence())}\n" for verdict in comparison.verdicts)
@@ -181,10 +181,10 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, for JSON.
+    """A comparison as its record has it, without provenance.
 
     Args:
-        comparison: The rows.
+        comparison: From `compare_runs`, with or without latencies.
         settings: How latency was measured.
     """
     return {

@@ -42,7 +42,7 @@ class NetworkRow:
         standard_error: What drawing the test images leaves open, sqrt(p (1 - p) / n), in points: of one network.
         test_images: n.
         val_last: Accuracy on the held-out images after the last epoch in %, None without any.
-        val_best: The same after the best epoch: how much choosing it there would have given.
+        val_best: Accuracy on the held-out images after the best epoch: how much choosing it there would have given.
         macs: Multiply-adds of one image.
         parameters: Their number.
         seconds: Training time of its own phases; None where its weights were given.

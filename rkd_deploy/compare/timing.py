@@ -1,4 +1,4 @@
-"""Latency of the networks of a comparison: each exported, proven and timed in turn with the others."""
+"""Exports the networks of a comparison and times them in turn."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def timed(
     studied: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """The same comparison with latencies.
+    """Measure latencies, and add them to a comparison.
 
     Each row's network (that of the first seed) is exported into a temporary folder and proven on random images; what
     ships is exported, and proven on the test images, by `export_run`.
 
     Args:
         comparison: From `compare_runs`.
-        run_on: Where. Default: ONNX Runtime on the CPU.
+        run_on: Backend, device and threads to measure on. Default: ONNX Runtime on the CPU.
         batches: Numbers of images in one call; the rows tell of the first.
         min_seconds: Time in timed calls of each network at each batch size, at least.
         studied: Whether the roofline and the time of each layer are wanted too.

@@ -62,7 +62,7 @@ class FirstBranches(nn.Module):
         self.model, self.step = model, step
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to z_i, logits [N, K]."""
         return cast(Tensor, self.model.head(pool(self.model.summed_map(x_NCHW, self.step))))
 
 

@@ -1,4 +1,4 @@
-"""Measures networks as they would be deployed: the latency budget against S0, and level auto."""
+"""Measures networks as they would be deployed, for latency budgets and for level auto."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.latency import Reading
 
 BACKENDS = ("onnxruntime", "openvino")
-"""Those that run an ONNX file."""
+"""Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
 _SEARCH = {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1}
 """Limits of each network at each batch size while the search looks for widths."""
@@ -173,7 +173,7 @@ Convert = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how level auto measures its candidates."""
+    """The place and the limits at which level auto measures its candidates."""
 
     run_on: RunOn = field(default_factory=RunOn)
     batches: tuple[int, ...] = (1,)
@@ -189,7 +189,7 @@ class Choice:
         level: Its name.
         network: The fused network.
         proto: Its ONNX model, as `convert` made it.
-        summary: For the card; empty where nothing was measured.
+        summary: What the card says of the measurement; empty where nothing was measured.
         record: The whole measurement, every sample; empty where nothing was measured.
     """
 

@@ -1,4 +1,4 @@
-"""The columns of every table that is shown: results, percentiles, roofline, ratios, scenarios."""
+"""Says which columns the tables have: results, percentiles, roofline, ratios, scenarios."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SHORT_COLUMNS: tuple[Column[Result], ...] = (
     Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
     Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
 )
-"""What fits any terminal; `RESULT_COLUMNS` and the tables of details have the rest."""
+"""Columns that fit any terminal; `RESULT_COLUMNS` and the tables of details have the rest."""
 
 
 def cut_short(result: Result) -> bool:
@@ -164,7 +164,7 @@ def print_bench(record: BenchRecord, console: Console, *, details: bool = False)
 
 
 def with_names(results: Sequence[Result]) -> list[Result]:
-    """The same results, with names that tell models apart which their cards call the same.
+    """Rename results so that models are told apart which their cards call the same.
 
     Two bundles of one run have one name in their cards; what differs is added: network, fusion, precision, or the
     beginning of the file's checksum.
@@ -259,7 +259,7 @@ _RATIO_COLUMNS: tuple[Column[Ratio], ...] = (
 
 
 def print_ratios(ratios: Sequence[Ratio], console: Console) -> None:
-    """A line for each condition."""
+    """Print a table of ratios, a line for each condition."""
     print_table(_RATIO_COLUMNS, ratios, console)
 
 

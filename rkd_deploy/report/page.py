@@ -34,7 +34,7 @@ def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
     """The figure as an SVG element for the body of an HTML page.
 
     Args:
-        figure: Of matplotlib.
+        figure: A matplotlib Figure.
         identity: In front of every id: an HTML page has one space of ids, and matplotlib numbers each figure from 1.
         title: Its name, for screen readers.
         description: What it shows, for them too.
@@ -110,10 +110,10 @@ class Table:
     caption: str
     head: Sequence[str]
     numeric: Sequence[bool]
-    """Of each column: aligned to the right."""
+    """Whether a column is aligned to the right, for each."""
     rows: Sequence[Sequence[str]]
     folded: bool = False
-    """Opened on demand, where the page can do that."""
+    """Whether it is opened on demand, where the page can do that."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def table_of(caption: str, columns: Sequence[Column[R]], rows: Sequence[R], *, f
 
 
 def sections_markdown(title: str, sections: Sequence[Section]) -> str:
-    """All of it as Markdown; of a picture what it shows, in words."""
+    """A report as Markdown; of a picture what it shows, in words."""
     return f"# {markdown(title)}\n" + "".join(_markdown_section(section) for section in sections)
 
 
@@ -158,7 +158,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a report was written to."""
+    """The two files of a report, HTML and Markdown."""
 
     page: Path
     markdown: Path
@@ -168,11 +168,11 @@ def write_pages(title: str, facts: Mapping[str, str], sections: Sequence[Section
     """Write NAME.html and NAME.md; what an earlier report left there is replaced.
 
     Args:
-        title: Of the page.
-        facts: What stands below it in a line: name to value.
+        title: Title of the page.
+        facts: What stands below the title in a line: name to value.
         sections: The content.
         folder: Made when it is not there.
-        name: Of both files.
+        name: Name of both files, without the suffix.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -186,7 +186,7 @@ def write_pages(title: str, facts: Mapping[str, str], sections: Sequence[Section
 
 
 def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
-    """The whole HTML document."""
+    """A report as an HTML document."""
     contents = "".join(f'<a href="#part-{n}">{_html(one.title)}</a>' for n, one in enumerate(sections))
     terms = "".join(f"<div><dt>{_html(key)}</dt><dd>{_html(value)}</dd></div>" for key, value in facts.items())
     body = "".join(_section(f"part-{number}", section) for number, section in enumerate(sections))

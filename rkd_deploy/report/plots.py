@@ -1,4 +1,4 @@
-"""The pictures of a report, each as wide as a phone."""
+"""Draws the pictures of a report, each as wide as a phone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RANKS = 400
 _BINS = 48
 
 Named = Mapping[str, Figures]
-"""What was measured, by the names that it has on the page."""
+"""Figures by the names that they have on the page."""
 
 
 @drawing()
@@ -142,9 +142,9 @@ def roofs(
     """Multiply-adds per second over multiply-adds per byte: the roof, and where each model stands below it.
 
     Args:
-        lines: Of each roof its name ("" for the only one), MAC/s and bytes/s.
-        points: Of each model its MACs per byte, MAC/s and batch.
-        colours: Of each model.
+        lines: Name ("" for the only roof), MAC/s and bytes/s of each roof.
+        points: MACs per byte, MAC/s and batch of each measurement, by model.
+        colours: Colours by model.
     """
     figure = new_figure(WIDTH, 3.3 + 0.2 * len(points))
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Which pictures and tables a report of a bench has, in which order, and what they say in words."""
+"""Chooses and describes the pictures and tables in the report of a bench."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _by_batch(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The same file measured twice has one name twice, and neither may hide the other."""
+    """Number names that stand several times: a file measured twice has one name, and neither may hide the other."""
     counts: dict[str, int] = {}
     unique = []
     for name in names:
@@ -150,7 +150,7 @@ _BOTH = (
 
 
 def _kinds(result: Result) -> list[tuple[str, Figures]]:
-    """Its figures, and what their names end in."""
+    """Figures of a result, host to host and device only, each after what its name ends in."""
     alone = result.device_only
     return [("", result), *([] if alone is None else [(", device only", alone)])]
 

@@ -1,4 +1,7 @@
-"""Tables of anything, as Markdown and for a terminal: columns are functions of a row, units stand in the head."""
+"""Sets tables, as Markdown and for a terminal.
+
+Columns are functions of a row; units stand in the head.
+"""
 
 from __future__ import annotations
 

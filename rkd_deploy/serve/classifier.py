@@ -1,4 +1,4 @@
-"""What an app embeds: images in, labels and probabilities out.
+"""Classifies images with an exported model: what an app embeds.
 
     classifier = load("bundle/")
     classifier.predict("photo.jpg", top=3)
@@ -119,7 +119,7 @@ class Classifier:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """With early exit: how many images have left after S, after A_1, .., so far. Else nothing."""
+        """Images that have left so far after S, after A_1, ..; empty without early exit."""
         return tuple(self._backend.left) if isinstance(self._backend, EarlyExitBackend) else ()
 
     def __call__(self, image: ImageLike, top: int = 1) -> list[Prediction]:

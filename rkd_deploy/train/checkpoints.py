@@ -1,4 +1,4 @@
-"""Reads the checkpoints of others: their formats, the sets of weights in one file, prefixes, the order of classes.
+"""Reads checkpoints of other programs: their formats, names of weights and order of classes.
 
 A checkpoint is a .safetensors file, or a PyTorch file that torch.load reads with weights_only=True: one that holds
 anything but tensors and plain containers is refused, so that nothing is ever executed.
@@ -24,15 +24,15 @@ from rkd_deploy.train.weights import load_tensors, weights_facts
 _SETS = ("state_dict", "model", "model_state_dict", "net", "network", "weights")
 """Keys that hold the weights themselves, first choice first; any other set of tensors comes after them."""
 _PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
-"""Left by nn.DataParallel, torch.compile, `External`, and by Lightning and others who wrap a network as `model`."""
+"""Prefixes that nn.DataParallel, torch.compile, `External`, and Lightning and others (`model`) put before names."""
 _COUNTER = "n_averaged"
-"""The number that torch.optim.swa_utils.AveragedModel keeps beside the weights."""
+"""Name of the counter that torch.optim.swa_utils.AveragedModel stores beside the weights."""
 _DEEPEST = 4
 """Levels of dicts that are looked through for weights; a file can hold itself, and then has no end."""
 
 
 class Checkpoint(NamedTuple):
-    """One set of weights of a file.
+    """One set of weights out of a file, by the network's own names.
 
     Attributes:
         state: Tensors by the names of the network's modules.
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, wanted: Collection[str] = (), key: str | None = 
 
     Args:
         path: A .safetensors, .pth, .pt, .bin or .ckpt file.
-        wanted: Names of the network's own weights. Empty: all prefixes are stripped.
+        wanted: Names of the network's weights. Empty: all prefixes are stripped.
         key: Which of several sets, with dots where they are nested. Default: the first of `_SETS`, else the first.
 
     Raises:
@@ -132,7 +132,7 @@ def _preferred(sets: Collection[str]) -> str:
 
 
 def _unwrapped(state: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
-    """The tensors under the names that the network has for them, as far as stripping prefixes gets there."""
+    """The tensors under the network's names, as far as stripping prefixes gets there."""
     needed = {name for name in wanted if not name.endswith("num_batches_tracked")}
     while not (needed and needed <= state.keys()):
         if _COUNTER in state and _COUNTER not in wanted:
@@ -215,7 +215,7 @@ def reorder_classes(network: nn.Module, order: Sequence[int], image_size: tuple[
     rows = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d) and len(m.weight) == len(order)]
     done = False
     for layer in reversed(rows):  # the classifier is the last of them in nearly every network
-        kept = {name: value.clone() for name, value in layer.state_dict().items()}
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.copy_(parameter[index_K])
@@ -223,6 +223,6 @@ def reorder_classes(network: nn.Module, order: Sequence[int], image_size: tuple[
         done = torch.allclose(network(x_NCHW), before_NK, rtol=1e-4, atol=1e-5)
         if done:
             break
-        layer.load_state_dict(kept)
+        layer.load_state_dict(before)
     network.train(was_training)
     return done

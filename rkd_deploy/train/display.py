@@ -1,4 +1,4 @@
-"""How training looks to a person: a bar in a terminal, a line per epoch elsewhere."""
+"""Shows how training goes: bar and lines, tables at the end, curves, TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 class Silent:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Ignore a line of what is done before training."""
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        """Nothing."""
+        """Ignore the beginning of a phase."""
 
     def step(self) -> None:
-        """Nothing."""
+        """Ignore a step."""
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the end of an epoch."""
 
 
 class Progress:
@@ -83,7 +83,7 @@ class Progress:
         self._every, self._epochs = max(1, epochs // 20), epochs
 
     def step(self) -> None:
-        """Move the bar."""
+        """Move the bar of the phase by one step."""
         self._bars.advance(self._task)
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Progress:
 
 
 def print_series(series: Series, console: Console) -> None:
-    """The table that ends a series of seeds."""
+    """Print the table that ends a series of seeds."""
     from rich.table import Table
 
     images = next(iter(series.parts.values()))["test_images"]
@@ -119,7 +119,7 @@ def print_series(series: Series, console: Console) -> None:
 
 
 def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
-    """The last epoch is what is kept; the best one tells how much was lost by that."""
+    """Print last and best epoch of each phase: the last one ships, the best one tells how much was lost by that."""
     from rich.table import Table
 
     # Without held-out images there is none, and scheme progressive classifies from its last stage on.
@@ -136,7 +136,7 @@ def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
 
 
 def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
-    """The table that ends a training run: every network of metrics.json, and the account of the budget."""
+    """Print the table that ends a training run: every network of metrics.json, and the account of the budget."""
     from rich.table import Table
 
     images = next(iter(metrics.parts.values())).test_images
@@ -166,10 +166,10 @@ _NO_VALUES = ("event", "phase", "epoch")
 
 
 def with_tensorboard(display: Display, run: Run, recipe: TrainRecipe) -> Display:
-    """The display, and TensorBoard beside it where the recipe wants that and the package is installed.
+    """A display that also writes for TensorBoard, where the recipe wants that and the package is installed.
 
     Raises:
-        MissingDependencyError: The recipe wants it, and the package is not installed.
+        MissingDependencyError: The recipe asks for TensorBoard, and the package is not installed.
     """
     if recipe.tensorboard:
         require("tensorboard", "tensorboard")
@@ -181,8 +181,8 @@ class TensorBoard:
     """A display that writes each epoch to tensorboard/PHASE in the run folder, and passes everything on.
 
     Args:
-        display: Passed on to.
-        run: Whose folder.
+        display: Gets everything passed on.
+        run: The run whose folder is written into.
     """
 
     def __init__(self, display: Display, run: Run) -> None:
@@ -191,17 +191,17 @@ class TensorBoard:
         self._writer: Any = None
 
     def note(self, text: str) -> None:
-        """Pass on."""
+        """Pass a line of what is done before training on."""
         self._display.note(text)
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        """Remember where it begins: after a kill, epochs from there on are written again and hide the old ones."""
+        """Note where a phase begins: after a kill, epochs from there on are written again and hide the old ones."""
         self.close()
         self._phase, self._next_epoch = name, 1 + done // steps_per_epoch
         self._display.phase(name, epochs, steps_per_epoch, done)
 
     def step(self) -> None:
-        """Nothing but passing it on."""
+        """Pass a step on."""
         self._display.step()
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ class TensorBoard:
         self._display.epoch(row)
 
     def close(self) -> None:
-        """Close the file of the phase."""
+        """Close the event file of the phase."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -239,7 +239,7 @@ _NO_LOSS = {"event", "phase", "epoch", "lr", "seconds", "images_per_s", "grad_no
 
 
 def draw_curves(run: Run, recipe: Recipe) -> None:
-    """Draw what the log has so far, where the recipe wants it.
+    """Draw the curves of the log so far, where the recipe wants them.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -257,8 +257,8 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     """The matplotlib Figure: a column for each phase, its losses above, its accuracies below.
 
     Args:
-        rows: Of log.jsonl.
-        title: Names the run.
+        rows: Epochs of log.jsonl.
+        title: Name of the run.
     """
     require("matplotlib", "train")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -270,9 +270,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     grid = figure.subplots(2, len(phases), sharex="col", squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
     for column, phase in enumerate(phases):
-        own = [row for row in rows if row["phase"] == phase]
-        _losses(grid[0][column], own)
-        _accuracies(grid[1][column], own)
+        epochs = [row for row in rows if row["phase"] == phase]
+        _losses(grid[0][column], epochs)
+        _accuracies(grid[1][column], epochs)
         grid[0][column].set_title(phase.replace("_", " "), loc="left", fontsize=11, color=_INK)
     for axes in grid[1][1:]:
         axes.sharey(grid[1][0])  # accuracies of all phases can be compared by eye
@@ -282,7 +282,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
 
 
 def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Logarithmic: a distance of maps falls by orders of magnitude. A part that is the whole loss is drawn once."""
+    """Draw the losses of a phase on a logarithmic scale; a part that is the whole loss is drawn once."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     parts = [name for name in rows[0] if name not in _NO_LOSS]
@@ -290,7 +290,7 @@ def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         parts.remove("loss")
     for colour, name in zip(_COLOURS, parts, strict=False):
         _line(axes, rows, name, name.replace("_", " "), colour, thick=name == "loss")
-    if all(row[name] > 0 for row in rows for name in parts):
+    if all(row[name] > 0 for row in rows for name in parts):  # a distance of maps falls by orders of magnitude
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -299,7 +299,7 @@ def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _accuracies(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """With the last and the best epoch on the held-out images marked: the last is what is kept."""
+    """Draw the accuracies of a phase, its last epoch, which ships, and its best on held-out images marked."""
     for colour, (key, label) in zip(_COLOURS, _ACCURACIES.items(), strict=False):
         if rows[0].get(key) is not None:
             _line(axes, rows, key, label, colour, thick=False)
@@ -314,7 +314,7 @@ def _accuracies(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _line(axes: Any, rows: Sequence[dict[str, Any]], key: str, label: str, colour: str, *, thick: bool) -> None:
-    """A phase of one epoch is a point."""
+    """Draw one value over the epochs; points where there are few, so that a phase of one epoch shows."""
     epochs = [row["epoch"] for row in rows]
     marker = "." if len(rows) < 20 else ""
     axes.plot(epochs, [row[key] for row in rows], marker=marker, lw=2.4 if thick else 1.4, color=colour, label=label)

@@ -33,9 +33,9 @@ class Group:
     """The processes of one training run, as one of them sees them.
 
     Attributes:
-        rank: Its number, from 0.
-        size: How many there are.
-        local_rank: Its number on its machine: which GPU it takes.
+        rank: Number of this process, from 0.
+        size: How many processes there are.
+        local_rank: Number of this process on its machine: which GPU it takes.
     """
 
     rank: int = 0
@@ -48,6 +48,7 @@ class Group:
             return call()
         outcome: list[Any] = [None, None]
         if self.rank == 0:
+            # An error that stayed here would leave the others waiting in their next exchange until it times out.
             try:
                 outcome[0] = call()
             except RkdError as error:
@@ -67,7 +68,7 @@ class Group:
         return self._reduced(tensor, dist.ReduceOp.MIN)
 
     def any(self, mine: bool) -> bool:
-        """Whether it is so for any rank."""
+        """Whether `mine` is true on any rank."""
         return bool(self.summed(torch.tensor(int(mine))).item())
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
@@ -79,7 +80,7 @@ class Group:
 
 
 ALONE = Group()
-"""One process."""
+"""The group of a process that trains alone: nothing is exchanged."""
 
 
 def restarted() -> bool:
@@ -117,7 +118,7 @@ def process_group() -> Iterator[Group]:
 
 
 def _store() -> Store:
-    """Where the ranks find each other.
+    """The store through which the ranks find each other.
 
     torchrun on one machine, unless it is given a rendezvous, hands the store of the ranks that died to those that it
     starts in their place, addresses of the dead included: these keep to names of their own. Several machines get a new
@@ -153,7 +154,7 @@ class StopVote:
         return before
 
     def finish(self, wish: int) -> int:
-        """Vote at the end of an epoch and wait: the highest wish of this step and the one before."""
+        """Hand in this rank's wish at the end of an epoch; waits for and returns the highest of the last two steps."""
         return wish if self._group.size == 1 else max(self.vote(wish), self._collect())
 
     def _collect(self) -> int:

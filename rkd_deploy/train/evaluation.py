@@ -59,7 +59,7 @@ class SplitHash:
         self._sum = hashlib.sha256(str(tuple(image_size)).encode())
 
     def add(self, images_NCHW: Tensor) -> None:
-        """Count the next images in, uint8 [n, 3, H, W]; how many at once makes no difference."""
+        """Hash the next images, uint8 [n, 3, H, W]; how many at once makes no difference."""
         self._sum.update(images_NCHW.cpu().contiguous().numpy().data)
 
     def finish(self, labels_N: Tensor) -> str:

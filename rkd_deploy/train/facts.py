@@ -1,4 +1,4 @@
-"""What a run knows of itself beyond its recipe: its facts, results and weights, typed."""
+"""Facts and results of a run beyond its recipe, typed: facts.json, metrics.json, weights' headers."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ class PhaseMetrics:
     """A phase of training in short; accuracies are those on the held-out images in percent.
 
     Attributes:
-        epochs: How many it took.
-        seconds: Their time.
+        epochs: How many epochs the phase took.
+        seconds: Time of its epochs.
         val_top1_last: Accuracy after the last epoch; None where nothing is held out or classified.
-        val_top1_ema_last: That of the averaged weights.
+        val_top1_ema_last: Accuracy of the averaged weights after the last epoch.
         val_top1_best: The highest accuracy after any epoch.
         best_epoch: The epoch of the highest accuracy, from 1.
     """

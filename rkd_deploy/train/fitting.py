@@ -1,7 +1,7 @@
-"""`fit`: everything a recipe asks for, phase after phase (`plans.py`), into one run folder.
+"""`fit`: trains what a recipe asks for, phase after phase, into one run folder.
 
-A phase whose weights are in the run folder is done and is loaded; the first one that is not goes on from the
-checkpoint. The test images are used once, at the end.
+A phase (`phases.py`) whose weights are in the run folder is done and is loaded; the first one that is not goes on from
+the checkpoint. The test images are used once, at the end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
     command that torchrun or Slurm started again goes on with the run that it began.
 
     Args:
-        recipe: See `rkd_deploy.recipe`.
+        recipe: What to train (`rkd_deploy.recipe`).
         root: The run folder is made in here.
         display: Shown to a person; default: nothing.
 
@@ -81,6 +81,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         images = _load_images(recipe, group)
         display = display or Silent()
         originals = _originals(recipe, images)
+        # By one process: widths that come of a latency measured twice would differ from process to process.
         facts = group.on_main(lambda: gather_facts(recipe, images, originals, display.note))
         # Loads the named weights, so that bad ones leave no run behind.
         trainer = _Trainer(recipe, facts, originals, images, device, group, display.note)
@@ -109,7 +110,7 @@ def resume(run: Run, *, display: Display | None = None) -> Run:
 
 @contextmanager
 def _held(run: Run, group: Group) -> Iterator[None]:
-    """Keep other commands from going on with the run; one lock for all processes of this one."""
+    """Keep other commands from training the run while the block runs; one lock for all processes of this command."""
     lock = RunLock(run)
     group.on_main(lock.acquire)
     try:
@@ -168,10 +169,10 @@ class _Trainer:
         self._load_starting_weights(note if group.rank == 0 else lambda text: None)
 
     def run(self, run: Run, display: Display) -> Run:
-        """Every phase that is not done yet, then the evaluation."""
+        """Train every phase that is not done yet, then evaluate; returns the finished run."""
         display = with_tensorboard(display, run, self.recipe.train) if self.group.rank == 0 else Silent()
         for name, module in self.ready.items():
-            self.group.on_main(partial(self._keep_given, run, name, module))
+            self.group.on_main(partial(self._keep_starting_weights, run, name, module))
         with StopRequest() as stop:
             for plan in self.planner.plans(set(self.ready)):
                 self._phase(plan, run, display, stop)
@@ -180,6 +181,7 @@ class _Trainer:
 
     def _phase(self, plan: Plan, run: Run, display: Display, stop: StopRequest) -> None:
         if not self.group.on_main(lambda: run.weights(plan.name).exists()):
+            # A seed for each phase: a resumed run skips those that are done, and draws for this one what it would have.
             torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
             phase = Phase(plan.name, plan.method(), plan.product, plan.epochs, self._val_top1)
             how = self.recipe.train if plan.lr is None else replace(self.recipe.train, lr=plan.lr)
@@ -234,12 +236,12 @@ class _Trainer:
     def _top1(self, module: nn.Module, split: AnySplit, name: str | None = None) -> float:
         return top1(predictions(module, split, self.normalise, name=name).numpy(), split.labels_N.cpu().numpy())
 
-    def _keep_given(self, run: Run, name: str, module: nn.Module) -> None:
+    def _keep_starting_weights(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
             self._keep(run, name, module.state_dict())
 
     def _keep_phase(self, run: Run, plan: Plan, average: dict[str, torch.Tensor] | None, display: Display) -> None:
-        """What ships under the name of the phase, and last, because a phase that has it is done."""
+        """Write the weights of a finished phase: those that ship last, because a phase that has them is done."""
         last = plan.product.state_dict()
         if average is not None:
             ships, other = (average, last) if self.recipe.train.ship == "ema" else (last, average)
@@ -326,7 +328,7 @@ class _Trainer:
 
 
 def _phases(run: Run) -> dict[str, PhaseMetrics]:
-    """Last and best epoch of every phase on the held-out images; the last one is what is kept."""
+    """Results of every phase, from the log: its last epoch, which ships, and its best on the held-out images."""
     phases: dict[str, PhaseMetrics] = {}
     for row in read_log(run.log.path):
         phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
@@ -345,7 +347,7 @@ def _phases(run: Run) -> dict[str, PhaseMetrics]:
 
 
 def _peak_memory_mb(device: torch.device) -> float:
-    """Of the GPU's memory, or of this process; where a run was resumed, since then. In 10^6 bytes."""
+    """Largest memory used on the GPU, or by this process on a CPU, in 10^6 bytes; of a resumed run, since then."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -414,7 +416,7 @@ def fit_series(
     """Train a recipe once with each seed; train.seed is replaced.
 
     Args:
-        recipe: See `rkd_deploy.recipe`.
+        recipe: What to train (`rkd_deploy.recipe`).
         seeds: Two or more, each once.
         root: Folder of runs.
         display: Shows each run in turn.
@@ -430,10 +432,10 @@ def fit_series(
     recipes = [dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed)) for seed in seeds]
     with process_group() as group:
         runs = []
-        for one in recipes:
-            found = group.on_main(lambda one=one: runs_of(root, one)) if resumed else []  # type: ignore[misc]
+        for seeded in recipes:
+            begun = group.on_main(partial(runs_of, root, seeded)) if resumed else []
             try:
-                runs.append(resume(found[-1], display=display) if found else fit(one, root=root, display=display))
+                runs.append(resume(begun[-1], display=display) if begun else fit(seeded, root=root, display=display))
             except InterruptedTraining as error:
                 raise InterruptedTraining(f"{error} (or the whole series: the same command with --resume)") from error
         return group.on_main(lambda: _summed_up(tuple(seeds), tuple(runs), root))

@@ -1,4 +1,4 @@
-"""One phase of training: the loop that does not know the method.
+"""The loop over the epochs of one phase; it knows nothing of the method.
 
 A phase interrupted at any step and resumed ends in the same bits as one that was not (on a CPU): the checkpoint
 (`state.py`) holds weights, optimiser, random state, the sums of the epoch in progress and the place in it.
@@ -26,16 +26,16 @@ class Display(Protocol):
     """What shows a person how training goes; `rkd_deploy.train.display` has one for terminals."""
 
     def note(self, text: str) -> None:
-        """A line about what is done before training, e.g. a measurement."""
+        """Show a line about what is done before training, e.g. a measurement."""
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        """A phase begins, or is resumed after `done` steps."""
+        """Show that a phase begins, or is resumed after `done` steps."""
 
     def step(self) -> None:
-        """One step is done."""
+        """Show that one more step of the phase is done."""
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is done; the row is what the log has of it."""
+        """Show that an epoch is done; the row is what the log has of it."""
 
 
 def train_phase(
@@ -73,7 +73,7 @@ _GO_ON, _SAVE, _STOP = range(3)
 
 
 class _PhaseRun:
-    """The loop of one phase; see `train_phase`."""
+    """The loop of one phase, with what it holds from epoch to epoch; arguments are those of `train_phase`."""
 
     def __init__(
         self,
@@ -104,19 +104,21 @@ class _PhaseRun:
 
     def _epoch(self, epoch: int, first_batch: int, sums: EpochSums) -> None:
         self.stepper.start_epoch(epoch + 1)
-        began, seen_before, steps, rate = time.perf_counter(), sums.images, len(self.loader), 0.0
+        began, images_before, steps, rate = time.perf_counter(), sums.images, len(self.loader), 0.0
         for batch, (x_NCHW, y_N) in enumerate(self.loader.epoch(epoch, first_batch), first_batch):
             rate = learning_rate(self.recipe, epoch * steps + batch, self.phase.epochs, steps)
             sums.add(self.stepper.step(x_NCHW, y_N, rate), y_N, batch + 1)
             if self.average is not None:
                 self.average.update()
             self.display.step()
-            if batch + 1 < steps and (asked := self.stop_vote.vote(self._wish())) != _GO_ON:
+            # Not after the last batch: the epoch's end saves anyhow, and `finish` collects the votes there.
+            if batch + 1 < steps and (verdict := self.stop_vote.vote(self._wish())) != _GO_ON:
                 self._check_finite(sums.over(self.group), epoch)
                 self._save((epoch, batch + 1), sums)
-                if asked == _STOP:
+                if verdict == _STOP:
                     raise self._interrupted()
-        seconds, images = time.perf_counter() - began, (sums.images - seen_before) * self.group.size
+        # After a resume the sums hold images of before it, which took none of these seconds.
+        seconds, images = time.perf_counter() - began, (sums.images - images_before) * self.group.size
         row = self._check_finite(sums.over(self.group), epoch)
         row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rate}
         row |= self.group.on_main(self._validate)
@@ -136,14 +138,19 @@ class _PhaseRun:
         return accuracies
 
     def _wish(self) -> int:
-        """What this process would do after this step."""
+        """What this process votes for after a step: to go on, to save or to stop."""
         if self.stop.signal_name is not None:
             return _STOP
+        # One clock decides when to save: those of other machines may differ.
         old = self.group.rank == 0 and time.monotonic() - self.saved_at >= 60 * self.recipe.checkpoint_minutes
         return _SAVE if old else _GO_ON
 
     def _check_finite(self, sums: EpochSums, epoch: int) -> dict[str, Any]:
-        """Means of the epoch, or the first step at which something was no longer finite."""
+        """Means of the epoch for the log.
+
+        Raises:
+            DivergenceError: A value is not finite; the message names the first step that had one.
+        """
         where = f"epoch {epoch + 1} of phase {self.phase.name!r}"
         if (bad := sums.first_bad()) is not None:
             broken, where = ", ".join(bad[1]), f"step {bad[0]} of {len(self.loader)} in {where}"
@@ -153,14 +160,14 @@ class _PhaseRun:
         else:
             return dict(sums.means())
         checkpoint = self.run.checkpoint
-        kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+        saved = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise DivergenceError(
-            f"Training diverged: {broken} is not finite from {where}; {kept}. "
+            f"Training diverged: {broken} is not finite from {where}; {saved}. "
             "Lower train.lr or set train.warmup_epochs or train.clip_norm, and start a new run."
         )
 
     def _save(self, place: tuple[int, int], sums: EpochSums) -> None:
-        whole = sums.over(self.group)
+        whole = sums.over(self.group)  # by every process, before the first one is left alone with writing
         self.group.on_main(
             lambda: state.save(self.phase, self.stepper.optimizer, self.average, self.run, place, whole),
         )

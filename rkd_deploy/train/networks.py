@@ -1,4 +1,4 @@
-"""The networks of a run: T, S0, and S with its assistants, built from its recipe and its facts."""
+"""Builds the networks of a run from its recipe and facts: T, S0, and S with its assistants."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from rkd_deploy.train.runs import Run
 from rkd_deploy.train.weights import load_tensors, load_weights
 
 PARTS = {"fused": "S + A", "student": "S alone", "control": "S0, same losses", "s0": "S0", "teacher": "T"}
-"""fused: S + A. student: S alone, same head. control: S0 whole under T's head, by S's losses. s0: the control or
-baseline with its own head, at S0's full cost. teacher: T."""
+"""Name for people of every network that a run can have, by its part. control is S0 whole under T's head, trained by
+S's losses; s0 is the control or the baseline with a head of its own, at S0's full cost."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What a recipe asks for, and None for what it does not.
+    """The networks that a recipe asks for; None for those that it does not.
 
     Attributes:
         teacher: T.
@@ -51,15 +51,15 @@ class Networks:
 def parts_of(recipe: Recipe) -> tuple[str, ...]:
     """The parts that a run of this recipe has, what it is run for first."""
     method = recipe.method
-    own = ("fused", "student") if method.residual else ()
+    residual = ("fused", "student") if method.residual else ()
     control = ("control",) if recipe.has_control else ()
-    given = ("s0",) if recipe.student.baseline else ()
+    s0 = ("s0",) if recipe.student.baseline else ()
     taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
-    return own + control + given + (("teacher",) if taught else ())
+    return residual + control + s0 + (("teacher",) if taught else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
-    """The phase whose weights hold a part: the last one that trains it."""
+    """Name of the phase whose weights hold a part: the last phase that trains it."""
     if part in ("teacher", "s0"):
         return part
     if part == "control":
@@ -70,7 +70,7 @@ def phase_of(recipe: Recipe, part: str) -> str:
 
 
 def other_weights(recipe: Recipe) -> str | None:
-    """The weights that are kept beside those that ship, as PHASE_ema or PHASE_last; None without an average."""
+    """Which weights lie beside those that ship, as PHASE_ema or PHASE_last; None without an average."""
     if recipe.train.ema_decay is None:
         return None
     return "last" if recipe.train.ship == "ema" else "ema"
@@ -82,13 +82,13 @@ def assistant_phase(number: int) -> str:
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that skipping one (on resume) does not shift another."""
+    """A seed for one purpose, so that leaving another purpose out (on resume) does not shift it."""
     return zlib.crc32(f"{seed}/{purpose}".encode())
 
 
 @contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Fresh weights drawn inside depend on nothing but the seed and the purpose."""
+    """Seed PyTorch while the block runs: fresh weights depend on the seed and the purpose alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, purpose))
         yield
@@ -144,7 +144,7 @@ def linear_head(recipe: Recipe, teacher: FeatureNetwork) -> bool:
 
 
 def _head(recipe: Recipe, facts: RunFacts, originals: Originals | None) -> nn.Module:
-    """The head h with fresh weights, built as T's where T's is to be its start."""
+    """The head h with fresh weights; a copy of T's where that is to be its start and is no single linear layer."""
     if zoo.is_external(recipe.teacher.name) and needs_teacher_head(recipe):
         T = originals.teacher if originals else _create(recipe.teacher, len(facts.classes), facts.image_size)
         if not linear_head(recipe, T):
@@ -153,13 +153,13 @@ def _head(recipe: Recipe, facts: RunFacts, originals: Originals | None) -> nn.Mo
 
 
 def build_teacher(recipe: Recipe, classes: int, image_size: tuple[int, int]) -> FeatureNetwork:
-    """T with fresh weights."""
+    """Build T with fresh weights."""
     with seeded(recipe.train.seed, "init/teacher"):
         return _create(recipe.teacher, classes, image_size)
 
 
 def build_s0(recipe: Recipe, facts: RunFacts, originals: Originals | None = None) -> FeatureNetwork:
-    """S0 with fresh weights; as SimKD ships it, where that is the method.
+    """Build S0 with fresh weights; with SimKD's projector and head where that is the method.
 
     Args:
         recipe: The whole run.
@@ -187,7 +187,7 @@ def build_s0(recipe: Recipe, facts: RunFacts, originals: Originals | None = None
 def build_residual(
     recipe: Recipe, facts: RunFacts, originals: Originals | None = None
 ) -> ResidualStudent | ProgressiveStudent:
-    """S and its assistants with fresh weights, at the widths of the facts.
+    """Build S and its assistants with fresh weights, at the widths of the facts.
 
     Args:
         recipe: The whole run.
@@ -216,7 +216,7 @@ def build_residual(
 
 
 def build_control(recipe: Recipe, facts: RunFacts, originals: Originals | None = None) -> ResidualStudent:
-    """S0 as a student without assistants, with fresh weights; arguments and errors are those of `build_residual`."""
+    """Build S0 as a student without assistants, with fresh weights; arguments and errors as for `build_residual`."""
     with seeded(recipe.train.seed, "init/control"):
         s0 = narrowable(_source_of_s0(recipe, facts), facts.image_size)
         student = s0.rebuilt(_present("given_widths", facts.given_widths), None)
@@ -244,7 +244,7 @@ def _present(key: str, value: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def build_networks(recipe: Recipe, facts: RunFacts, originals: Originals, device: torch.device) -> Networks:
-    """Every network that the recipe asks for, with fresh weights, on a device.
+    """Build every network that the recipe asks for, with fresh weights, on a device.
 
     Args:
         recipe: The whole run.
@@ -266,12 +266,12 @@ def build_networks(recipe: Recipe, facts: RunFacts, originals: Originals, device
 
 
 def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
-    """One network of a run, trained, in eval mode: images to logits.
+    """Load one trained network of a run, in eval mode: images to logits.
 
     Args:
-        run: A run that has got far enough.
+        run: A run whose phase of this part is done.
         part: One of `PARTS`.
-        other: Not the weights that ship, but those beside them (see `other_weights`).
+        other: Load the weights of this name beside those that ship (`other_weights`).
 
     Raises:
         UsageError: Unknown part.

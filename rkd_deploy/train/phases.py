@@ -54,8 +54,8 @@ class Planner:
 
     Attributes:
         recipe: What is asked for.
-        facts: Of the run (`facts.gather_facts`).
-        nets: The networks.
+        facts: Facts of the run (`preparation.gather_facts`).
+        nets: Networks of the run.
     """
 
     recipe: Recipe
@@ -86,7 +86,7 @@ class Planner:
             yield Plan("control_head", model, train.head_epochs or train.epochs, head)
 
     def _begun(self, model: ResidualStudent | ProgressiveStudent, method: Callable[[], Method]) -> Method:
-        """What trains S and A first, once they have what they inherit: their source may be trained in this run."""
+        """The first method of S and A, built after they inherited weights: their source may be trained in this run."""
         # Between the stages of scheme progressive lie fresh adapters, behind which trained weights are worth nothing.
         if self.recipe.student.inherits and isinstance(model, ResidualStudent):
             source = self._teacher() if self.recipe.student.fraction is not None else self.nets.s0
@@ -137,20 +137,21 @@ class Planner:
                     functools.partial(self._step, model, stage, branch),
                 )
 
-    def _s0(self, given: FeatureNetwork) -> Method:
+    def _s0(self, s0: FeatureNetwork) -> Method:
         method = self.recipe.method
         if self.recipe.student.fraction is not None and self.recipe.student.inherits:
-            narrowed = given.backbone if isinstance(given, ReusedClassifier) else given
+            narrowed = s0.backbone if isinstance(s0, ReusedClassifier) else s0
             inherit_weights([narrowed], self._teacher(), self.facts.image_size)
         if method.loss == "none":
-            return CrossEntropy(given)
-        if isinstance(given, ReusedClassifier):
-            given.fc.load_state_dict(self._teacher_head().state_dict())
-        base = self._borrowed(given)
+            return CrossEntropy(s0)
+        if isinstance(s0, ReusedClassifier):
+            s0.fc.load_state_dict(self._teacher_head().state_dict())
+        base = self._borrowed(s0)
         ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
-        if method.residual:  # the control: its head is its own, whatever the loss does with one when it is alone
+        # As a control S0 has a head of its own, which SimKD would leave untrained: its published weight of CE is 0.
+        if method.residual:
             ce_weight = base.loss.ce_weight or 1.0
-        return Distilled(self._teacher(), given, base, ce_weight)
+        return Distilled(self._teacher(), s0, base, ce_weight)
 
     def _student(self, model: ResidualStudent) -> Method:
         # Reused as it is, or until a head of its own is trained: S's progress can be read as an accuracy either way.
@@ -197,7 +198,7 @@ class Planner:
 
     def _end_to_end(self, model: ResidualStudent) -> Method:
         method, base = self.recipe.method, self._base_of(model)
-        if method.classifier == "trained":
+        if method.classifier == "trained":  # drawn anew, so that a resumed run starts the head from the same weights
             self._freshen(model.head)
         else:
             model.head.load_state_dict(self._teacher_head().state_dict())

@@ -1,4 +1,4 @@
-"""What is found out before training: the normalisation, S and A within the budget, all facts of a run."""
+"""Finds out the facts of a run before it trains: normalisation, S and A within the budget."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
     """Table `[data]` with the normalisation filled in, where it is not measured here for the first time.
 
     Args:
-        recipe: Says whose normalisation it is.
-        run: One that has begun: what was measured or read for it stands in its facts, and is not looked for again.
+        recipe: Says whose normalisation holds.
+        run: A run that has begun: what was measured or read for it stands in its facts, and is not looked for again.
 
     Raises:
-        RecipeError: It is to be the teacher's, and nothing states that.
-        UsageError: It is to be that of published weights, and there is no such network.
+        RecipeError: The teacher's normalisation is to hold, and nothing states it.
+        UsageError: That of published weights is to hold, and there is no such network.
         CheckpointError: The teacher's weights are missing or damaged.
     """
     data, pretrained = recipe.data, [table for table in (recipe.teacher, recipe.student) if table.pretrained]
@@ -118,7 +118,9 @@ def gather_facts(
 
 
 def check_named_files(recipe: Recipe) -> None:
-    """Refuse a recipe whose files are not there, before anything is computed: also those that its method never reads.
+    """Refuse a recipe that names files which cannot be read, before anything is computed.
+
+    Files that the method never reads are looked at too: a slip in a path is one, whatever the method.
 
     Raises:
         CheckpointError: The checkpoint or the labels of T or S0 are no file that can be read.
@@ -130,7 +132,7 @@ def check_named_files(recipe: Recipe) -> None:
 
 
 def _named_files(recipe: Recipe) -> dict[str, NamedFile]:
-    """Where named weights came from; the run keeps copies, and goes by these from then on."""
+    """Weights files that the recipe names, with their checksums; the run goes by its own copies from then on."""
     named = {"teacher": recipe.teacher.checkpoint, "s0": recipe.student.checkpoint}
     paths = {name: weights_path(checkpoint) for name, checkpoint in named.items() if checkpoint is not None}
     return {name: NamedFile(file=path.name, sha256=sha256_of(path)) for name, path in paths.items()}
@@ -155,7 +157,7 @@ def _stage_channels(recipe: Recipe, images: ImageSet, T: FeatureNetwork, S0: Fea
 def _stopwatch(
     recipe: Recipe, images: ImageSet, note: Callable[[str], None] | None
 ) -> Iterator[ExportStopwatch | None]:
-    """What measures, where anything is measured."""
+    """The stopwatch for latencies while the block runs; None where the recipe measures none."""
     student = recipe.student
     if student.budget != "latency" or not (recipe.method.residual or student.fraction is not None):
         yield None

@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 
 class RunLog:
-    """Appends to log.jsonl.
+    """The log of a run, log.jsonl: a JSON object a line, appended while the run trains.
 
     Args:
         path: The file; made when it is not there.
@@ -48,7 +48,7 @@ class RunLog:
         self.path = path
 
     def append(self, event: str, **facts: Any) -> None:
-        """Write one line.
+        """Append one line to the log.
 
         Raises:
             StorageError: The disk is full; lines written before are intact.
@@ -61,26 +61,26 @@ class RunLog:
             raise storage_error(self.path, error, needed=len(line)) from error
 
     def size(self) -> int:
-        """Bytes written so far."""
+        """Size of the log in bytes."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, size: int) -> None:
-        """Forget what was written after a checkpoint: a resumed run writes it again."""
+        """Cut the log back to a size in bytes, that of a checkpoint: a resumed run writes the rest again."""
         if self.size() > size:
             os.truncate(self.path, size)
 
     def forget(self, phase: str) -> None:
-        """Forget the last phase of the log, if that is its name, and a line that a kill cut off."""
-        kept = 0
+        """Drop the lines of a phase from the log's end, and a last line that a kill cut off."""
+        size = 0
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
             if not line.endswith(b"\n") or json.loads(line)["phase"] == phase:
                 break
-            kept += len(line)
-        self.rewind(kept)
+            size += len(line)
+        self.rewind(size)
 
 
 def read_log(path: Path, event: str = "epoch") -> list[dict[str, Any]]:
-    """Every whole line of a log that tells of an event, ``"epoch"`` or ``"warning"``; one cut off by a kill is none."""
+    """Lines of a log about an event, ``"epoch"`` or ``"warning"``, but for a last line that a kill cut off."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if row["event"] == event]
@@ -91,17 +91,17 @@ DEFAULT_ROOT = Path("runs")
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """A run folder, and what stands in it.
 
     Attributes:
-        folder: Its path.
+        folder: Path of the folder.
     """
 
     folder: Path
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The resolved recipe."""
+        """The recipe of the run, resolved, read once."""
         return read_recipe(self.folder / "recipe.toml")
 
     @property
@@ -111,12 +111,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """State of the phase in progress."""
+        """Path of the checkpoint, the state of the phase in progress."""
         return self.folder / "checkpoint.safetensors"
 
     @property
     def metrics_path(self) -> Path:
-        """Results; there when the run is finished."""
+        """Path of the results; the file is there when the run is finished."""
         return self.folder / "metrics.json"
 
     @property
@@ -125,12 +125,12 @@ class Run:
         return self.metrics_path.exists()
 
     def weights(self, phase: str) -> Path:
-        """What a phase gave, or will give."""
+        """Path of the weights that a phase gave, or will give."""
         return self.folder / "weights" / f"{phase}.safetensors"
 
     @cached_property
     def facts(self) -> RunFacts:
-        """What building the networks needs, read once.
+        """Facts of the run that building its networks needs, read once.
 
         Raises:
             ModelFileError: facts.json is missing or damaged.
@@ -141,7 +141,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> RunMetrics:
-        """The results, read once.
+        """Results of the finished run, read once.
 
         Raises:
             ModelFileError: metrics.json is missing, because the run is not finished, or damaged.
@@ -227,7 +227,7 @@ class RunLock:
         self._stream = stream
 
     def release(self) -> None:
-        """Give the lock back, where it was taken."""
+        """Release the lock; does nothing where it was not taken."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -263,7 +263,7 @@ def open_run(folder: Path) -> Run:
 
 
 def newest_run(root: Path, *, finished: bool) -> Run:
-    """The run that was begun last.
+    """The run that was begun last in a folder of runs.
 
     Args:
         root: Folder of runs.
@@ -293,6 +293,7 @@ def runs_of(root: Path, recipe: Recipe) -> list[Run]:
 
 
 def _begun(run: Run) -> tuple[float, str]:
+    # recipe.toml is never written again, so its time is when the run began; the name decides where a clock is coarse.
     return (run.folder / "recipe.toml").stat().st_mtime, run.folder.name
 
 
@@ -314,5 +315,5 @@ class Series:
     path: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The series for JSON, runs by their folders."""
         return {"seeds": list(self.seeds), "runs": [str(run.folder) for run in self.runs], "parts": self.parts}

@@ -1,4 +1,4 @@
-"""Weights that T and S0 start from, named by the recipe or published, and whether they make sense on these data."""
+"""Loads the weights that T and S0 start from, and refuses those that make no sense on the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rkd_deploy.train.weights import load_weights
 def load_weights_from(
     module: nn.Module, table: str, checkpoint: str, recipe: Recipe, facts: RunFacts, note: Callable[[str], None]
 ) -> bool:
-    """Load the checkpoint that a recipe names for T or S0; its classes are put into the order of the data's.
+    """Load the checkpoint that a recipe names for T or S0, with its classes put into the data's order.
 
     Args:
         module: Receives the weights.
@@ -77,7 +77,7 @@ def load_published_weights(module: nn.Module, table: str, name: str, facts: RunF
     Args:
         module: An `External`; its classifier stays fresh where the data have another number of classes.
         table: ``"teacher"`` or ``"student"``.
-        name: Of the network.
+        name: Name of the network.
         facts: Normalisation of the data.
 
     Returns:
@@ -120,7 +120,8 @@ _FEW = 20  # held-out images: of fewer, a good network too may get hardly any ri
 def near_chance(top1: float, classes: int) -> bool:
     """Whether an accuracy is hardly better than guessing.
 
-    Below three times chance; where classes are few and chance is high, below a fifth of the way from there to 100 %.
+    That is below three times chance; where classes are few and chance is high, below a fifth of the way from chance to
+    100 %.
 
     Args:
         top1: In %.
@@ -131,17 +132,17 @@ def near_chance(top1: float, classes: int) -> bool:
 
 
 def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known: bool) -> None:
-    """A network that guesses on its own data is fed wrongly: say so now, not after hours of imitating it.
+    """Refuse a loaded network that guesses on the data: it is fed wrongly, and hours of imitating it would be lost.
 
     Args:
         what: Which network, from where, for the message.
-        top1: Its accuracy in %.
-        images: On how many.
+        top1: Accuracy of the network in %.
+        images: How many images that was measured on.
         facts: Classes and normalisation of the data.
         known: Whether the normalisation it expects is known.
 
     Raises:
-        DataError: It guesses.
+        DataError: The accuracy is near chance.
     """
     if not near_chance(top1, len(facts.classes)):
         return
@@ -156,13 +157,13 @@ def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known:
 
 
 def teacher_warning(row: Mapping[str, Any], images: int, classes: Sequence[str], recipe: Recipe) -> dict[str, Any]:
-    """What the log and the terminal say of a teacher that was trained here and guesses; nothing where it does not.
+    """The warning of log and terminal about a teacher that was trained here and guesses; empty where it does not.
 
     Args:
-        row: Of the log, its last epoch.
+        row: The teacher's last epoch, a line of the log.
         images: How many are held out; with a few or none, nothing can be said.
-        classes: Their names.
-        recipe: What it was trained by.
+        classes: Names of the classes.
+        recipe: What the teacher was trained by.
     """
     top1 = row["val_top1_ema" if recipe.train.ship == "ema" else "val_top1"]
     if top1 is None or images < _FEW or not near_chance(top1, len(classes)):

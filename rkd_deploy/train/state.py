@@ -1,4 +1,4 @@
-"""The state of a phase in progress on disk: all that makes a resumed phase go on as if it had not stopped."""
+"""The checkpoint of a phase in progress: a resumed phase goes on as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rkd_deploy.train.runs import Run
 from rkd_deploy.train.stepping import Average
 from rkd_deploy.train.weights import load_tensors, save_tensors
 
-_NEVER = 2**62
+_NEVER = 2**62  # stands for no step at all, and is later than any
 
 
 @dataclass
 class EpochSums:
-    """Sums over the images of an epoch in progress; of this process's share of them.
+    """Sums over this process's share of the images of an epoch in progress.
 
     Attributes:
-        names: Of the values: the loss, its parts.
+        names: Names of the values: the loss, its parts.
         totals_V: Sum over images of each value, float64.
         correct: Images that were classified right; None where nothing is classified yet.
         images: How many were seen.
@@ -41,11 +41,13 @@ class EpochSums:
         """Count one batch in.
 
         Args:
-            losses: Of the batch.
+            losses: Losses of the batch.
             y_N: Labels [N], or probabilities [N, K].
-            step: Its number within the epoch, from 1.
+            step: Number of the batch within the epoch, from 1.
         """
         self.names = ("loss", *losses.parts)
+        # Nothing here is read back: to look at a value would make the CPU wait for the device at every step. So that a
+        # value is not finite is noted on the device, as the number of its first step, and read when the epoch ends.
         values_V = torch.stack([value.detach().double() for value in (losses.total, *losses.parts.values())])
         first_bad_V = torch.where(values_V.isfinite(), _NEVER, step)
         weighted_V = values_V * len(y_N)
@@ -73,7 +75,7 @@ class EpochSums:
         return means if self.correct is None else {**means, "train_top1": 100 * self.correct.item() / self.images}
 
     def first_bad(self) -> tuple[int, list[str]] | None:
-        """The first step with a value that is not finite and the parts of the loss that are not, or None."""
+        """The first step at which a value is not finite, and the parts of the loss that are not; None where all are."""
         if self._first_bad_V is None:
             return None
         steps = self._first_bad_V.tolist()
@@ -91,15 +93,15 @@ def save(
     place: tuple[int, int],
     sums: EpochSums,
 ) -> None:
-    """Write the checkpoint.
+    """Write the checkpoint of a phase, whole or not at all.
 
     Args:
-        phase: Its weights, and those trained along with them.
-        optimizer: Its momenta.
-        average: Of the weights, where there is one.
-        run: Where to.
+        phase: Gives the weights, and those trained along with them.
+        optimizer: Gives the momenta.
+        average: The average of the weights, where there is one.
+        run: Where the checkpoint goes.
         place: Epoch and batch to go on with, from 0.
-        sums: Of the epoch in progress, over all processes.
+        sums: Sums of the epoch in progress, over all processes.
 
     Raises:
         StorageError: It could not be written; the one before is intact.
@@ -114,6 +116,7 @@ def save(
     tensors |= {
         name: value for name, value in (("sums", sums.totals_V), ("correct", sums.correct)) if value is not None
     }
+    # For dropout and the like: a loader draws by epoch and batch (`data/batches.py`) and has no state of its own.
     tensors["random"] = torch.get_rng_state()
     facts = {
         "phase": phase.name,
@@ -129,7 +132,7 @@ def save(
 def restore(
     phase: Phase, optimizer: torch.optim.Optimizer, average: Average | None, run: Run, group: Group
 ) -> tuple[int, int, EpochSums]:
-    """Take up the checkpoint of this phase, if there is one: epoch, batch and sums to go on from."""
+    """Take up the checkpoint of a phase, if there is one; returns epoch, batch and sums to go on from."""
     tensors, facts = group.on_main(lambda: _read(phase.name, run))
     if facts is None:
         _draw_apart(phase, group, (0, 0))
@@ -152,7 +155,7 @@ def restore(
 
 
 def _read(name: str, run: Run) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The checkpoint of this phase, the log cut back to where it stood; nothing where the phase is new."""
+    """Tensors and facts of the checkpoint of a phase, and the log cut back to it; nothing where the phase is new."""
     tensors, facts = load_tensors(run.checkpoint) if run.checkpoint.exists() else ({}, {"phase": None})
     if facts["phase"] != name:
         run.log.forget(name)  # killed after its first epoch was logged and before that was saved
@@ -170,7 +173,7 @@ def _restore_momenta(optimizer: torch.optim.Optimizer, momenta: dict[str, Tensor
 
 
 def _draw_apart(phase: Phase, group: Group, place: tuple[int, int]) -> None:
-    """Dropout and the like draw other numbers on every rank; rank 0 draws what one process would."""
+    """Seed every rank but 0 apart, so that dropout differs between them; rank 0 draws what one process would."""
     if group.rank > 0:
         torch.manual_seed(zlib.crc32(f"{phase.name}/{place}/{group.rank}/{torch.initial_seed()}".encode()))
 

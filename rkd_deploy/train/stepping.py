@@ -1,4 +1,4 @@
-"""One update: forward, backward, clipping, optimiser, as `[train]` asks for it."""
+"""One update of what a method trains: forward, backward, clipping, optimiser step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GraphedPasses:
     """Forward and backward passes of batches of one shape; recorded anew when the shape changes.
 
     Args:
-        method: Its gradients are what a replay writes.
+        method: What is trained; a replay writes its gradients.
         passes: Forward and backward pass of a batch, eagerly.
     """
 
@@ -41,13 +41,15 @@ class GraphedPasses:
         if self._graph is None or self._x.shape != x_NCHW.shape or self._y.shape != y_N.shape:
             self._record(x_NCHW, y_N)
         assert self._graph is not None
+        # A replay works on the addresses it was recorded with: the batch is copied there, and gradients and losses come
+        # back in the same tensors each time.
         self._x.copy_(x_NCHW)
         self._y.copy_(y_N)
         self._graph.replay()
         return self._losses
 
     def forget(self) -> None:
-        """Record anew at the next call."""
+        """Drop the graph, so that the next call records anew."""
         self._graph = None
 
     def _record(self, x_NCHW: Tensor, y_N: Tensor) -> None:
@@ -70,7 +72,7 @@ class GraphedPasses:
 
 
 class Average:
-    """Follows a network.
+    """An exponential moving average of a network's weights, batch norm's statistics among them.
 
     Args:
         network: Its state dict is averaged.
@@ -83,7 +85,7 @@ class Average:
         self._averaged = AveragedModel(network, multi_avg_fn=mean, use_buffers=True)
 
     def update(self) -> None:
-        """Take the network's present weights in."""
+        """Take the network's present weights into the average."""
         self._averaged.update_parameters(self._network)
 
     def weights(self) -> dict[str, Tensor]:
@@ -93,19 +95,20 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While the block runs, the network itself has the averaged weights."""
-        own = {key: value.clone() for key, value in self._network.state_dict().items()}
+        # Cloned: a state dict holds the network's own tensors, which the next line writes over.
+        trained = {key: value.clone() for key, value in self._network.state_dict().items()}
         self._network.load_state_dict(self.weights())
         try:
             yield
         finally:
-            self._network.load_state_dict(own)
+            self._network.load_state_dict(trained)
 
     def state(self) -> dict[str, Tensor]:
-        """What `restore` needs."""
+        """The state of the average, which `restore` takes up again."""
         return dict(self._averaged.state_dict())
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state."""
+        """Go on from a state that `state` gave."""
         self._averaged.load_state_dict(state)
 
 
@@ -114,11 +117,12 @@ def learning_rate(recipe: TrainRecipe, step: int, epochs: int, steps_per_epoch: 
 
     Args:
         recipe: Table `[train]`.
-        step: From 0, over all epochs of the phase.
-        epochs: Of the phase.
+        step: Number of the step, from 0, over all epochs of the phase.
+        epochs: Epochs of the phase.
         steps_per_epoch: Batches in an epoch.
     """
-    epoch = step / steps_per_epoch
+    epoch = step / steps_per_epoch  # a fraction: cosine falls with every step, not epoch by epoch
+    # From 1, so that the first step is not lost to a rate of 0.
     warmup = min(1.0, (step + 1) / (recipe.warmup_epochs * steps_per_epoch)) if recipe.warmup_epochs else 1.0
     if recipe.schedule == "step":
         return warmup * recipe.lr * recipe.lr_decay ** sum(epoch >= milestone for milestone in recipe.milestones)
@@ -130,6 +134,8 @@ def learning_rate(recipe: TrainRecipe, step: int, epochs: int, steps_per_epoch: 
 def sgd(module: nn.Module, recipe: TrainRecipe) -> torch.optim.SGD:
     """SGD over what the module trains; weight decay only on weights of two dimensions and more."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Vectors are biases and batch norm's scales and shifts: they are few, and to pull them to zero regularises nothing
+    # (the rule of He et al. 2019, arXiv 1812.01187).
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
@@ -161,7 +167,7 @@ class Stepper:
             never sent anywhere.
 
     Attributes:
-        optimizer: Its state is to be saved.
+        optimizer: The optimiser, whose state belongs into a checkpoint.
     """
 
     def __init__(self, method: Method, recipe: TrainRecipe, group: Group = ALONE) -> None:
@@ -181,7 +187,7 @@ class Stepper:
         self.optimizer = sgd(method, recipe)
 
     def start_epoch(self, epoch: int) -> None:
-        """Tell the method, from 1; weights of its losses may change, which a recorded graph has burnt in."""
+        """Begin an epoch, counted from 1: the method may change its losses' weights, so a recorded graph is dropped."""
         self._method.start_epoch(epoch)
         self._method.train()
         if self._graphed is not None:
@@ -199,6 +205,7 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._accumulated(x_NCHW, y_N)
         if self._recipe.clip_norm is not None:
+            # After the exchange between processes: all of them clip the same mean gradient by the same norm.
             norm = nn.utils.clip_grad_norm_(self._trained, self._recipe.clip_norm)
             losses = losses._replace(parts=losses.parts | {"grad_norm": norm})
         self.optimizer.step()
@@ -211,11 +218,13 @@ class Stepper:
             return self._passes(x_NCHW, y_N)
         if len(x_NCHW) % count:
             raise AssertionError(f"{len(x_NCHW)} images in {count} pieces")  # recipes and loaders give equal pieces
-        found = []
+        # Each piece's loss is a mean over its images, so equal pieces at a share of 1 / count add up to the gradient of
+        # the batch's mean. Batch norm still normalises within a piece.
+        pieces = []
         for number, (x_MCHW, y_M) in enumerate(zip(x_NCHW.chunk(count), y_N.chunk(count), strict=True), 1):
             with self._unsent() if number < count else contextlib.nullcontext():
-                found.append(self._passes(x_MCHW, y_M, share=1 / count))
-        return _mean(found)
+                pieces.append(self._passes(x_MCHW, y_M, share=1 / count))
+        return _mean_of_pieces(pieces)
 
     def _passes(self, x_NCHW: Tensor, y_N: Tensor, share: float = 1.0) -> Losses:
         kind = x_NCHW.device.type
@@ -232,14 +241,15 @@ class Stepper:
 
 
 def _compiled(forward: nn.Module) -> Callable[[Tensor, Tensor], Losses]:
-    """Where a loss is its only part, inductor returns one buffer for both and the loss without its gradient (2.15).
+    """The compiled pass, with the total loss multiplied by 1 at run time.
 
-    So the loss is multiplied by a one that inductor cannot know to be one.
+    Where a loss is its only part, inductor (2.15) returns one buffer for both, and the loss without its gradient. It
+    cannot know that the factor is 1, so it keeps the two apart.
     """
 
-    def distinct(x_NCHW: Tensor, y_N: Tensor, one: Tensor) -> Losses:
+    def distinct(x_NCHW: Tensor, y_N: Tensor, factor: Tensor) -> Losses:
         losses: Losses = forward(x_NCHW, y_N)
-        return losses._replace(total=losses.total * one)
+        return losses._replace(total=losses.total * factor)
 
     compiled = torch.compile(distinct)
     return lambda x_NCHW, y_N: compiled(x_NCHW, y_N, torch.ones((), device=x_NCHW.device))
@@ -254,9 +264,9 @@ def synchronise_batchnorm(method: Method) -> None:
                 setattr(module, name, convert(child))
 
 
-def _mean(found: list[Losses]) -> Losses:
+def _mean_of_pieces(pieces: list[Losses]) -> Losses:
     """Losses of the whole batch from those of its equal pieces."""
-    parts = {name: torch.stack([losses.parts[name] for losses in found]).mean() for name in found[0].parts}
-    total = torch.stack([losses.total.detach() for losses in found]).mean()
-    logits = [losses.logits_NK for losses in found if losses.logits_NK is not None]
+    parts = {name: torch.stack([losses.parts[name] for losses in pieces]).mean() for name in pieces[0].parts}
+    total = torch.stack([losses.total.detach() for losses in pieces]).mean()
+    logits = [losses.logits_NK for losses in pieces if losses.logits_NK is not None]
     return Losses(total, parts, torch.cat(logits) if logits else None)

@@ -53,8 +53,8 @@ class Verdict:
     Attributes:
         network: Name of S + A's row.
         control: Part of the control.
-        control_name: Its name for people.
-        gain: What S + A has over it.
+        control_name: Name of the control for people.
+        gain: Accuracy of S + A less the control's.
         cost_ratio: MACs of S + A over the control's.
         time_ratio: Median latency likewise, where it was measured.
     """
@@ -72,7 +72,7 @@ class Verdict:
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "open"
 
     def sentence(self) -> str:
-        """One line for people."""
+        """The verdict as one sentence."""
         gain = self.gain
         basis = "1 seed" if gain.seeds == 1 else f"{gain.seeds} seeds"
         cost = f"{self.cost_ratio:.2f} of its MACs"
@@ -103,7 +103,7 @@ def pairs_of(ours: Sequence[bool], others: Sequence[bool]) -> Pairs:
 
 
 def gain_of_pairs(gained: int, lost: int, images: int) -> Gain:
-    """One seed, the same test images.
+    """The gain of one seed, from the test images that only one of the two networks classifies right.
 
     Args:
         gained: b.
@@ -117,11 +117,11 @@ def gain_of_pairs(gained: int, lost: int, images: int) -> Gain:
 
 
 def gain_of_seeds(ours: Sequence[float], others: Sequence[float]) -> Gain:
-    """Several seeds: accuracies in %, in the same order of seeds.
+    """The gain of several seeds, from accuracies in %, in the same order of seeds.
 
     Args:
-        ours: Of S + A.
-        others: Of the control.
+        ours: Accuracies of S + A.
+        others: Accuracies of the control.
     """
     differences = [mine - other for mine, other in zip(ours, others, strict=True)]
     count = len(differences)
@@ -131,11 +131,11 @@ def gain_of_seeds(ours: Sequence[float], others: Sequence[float]) -> Gain:
 
 
 def gain_of_samples(ours: float, others: float, images: int) -> Gain:
-    """One seed each, of different runs: as of two samples of test images.
+    """The gain between two runs of one seed each, as if they had answered different test images.
 
     Args:
         ours: Accuracy of S + A in %.
-        others: Of the control.
+        others: Accuracy of the control in %.
         images: n.
     """
     half = _Z * math.sqrt(sum(p * (100 - p) / images for p in (ours, others)))
@@ -147,11 +147,12 @@ def of_metrics(metrics: RunMetrics, names: Mapping[str, str]) -> Verdict | None:
 
     Args:
         metrics: Results of the run.
-        names: Of the parts, for people.
+        names: Names of the parts for people.
     """
     parts, pairs = metrics.parts, metrics.pairs
     if not pairs:
         return None
+    # The best by the very images that are judged on: a choice that can only work against S + A.
     control = max(pairs, key=lambda part: (parts[part].test_top1, part))
     return Verdict(
         network=names["fused"],
@@ -167,7 +168,7 @@ def of_series(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) 
 
     Args:
         parts: Each with `test_top1`, a list with one accuracy for each seed, `mean` and `macs`.
-        names: Of the parts, for people.
+        names: Names of the parts for people.
     """
     controls = [part for part in CONTROLS if part in parts]
     if "fused" not in parts or not controls:

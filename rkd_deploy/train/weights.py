@@ -1,4 +1,4 @@
-"""Weights files of this package: safetensors with typed facts in the header, and loading that must fit exactly."""
+"""Weights files: safetensors with facts in the header, loaded only where they fit exactly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def weights_facts(path: Path, header: Mapping[str, Any]) -> WeightsFacts:
-    """The header of a weights file, typed.
+    """The facts in the header of a weights file, typed.
 
     Raises:
         CheckpointError: It is not what this package writes.
@@ -73,24 +73,25 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, wha
         CheckpointError: Names the first keys that differ, or the numbers of classes.
     """
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in found if key not in wanted]
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    # Old PyTorch had no counter of batches in batch norm, and nothing here reads it.
+    missing = [key for key in wanted if key not in shapes and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in shapes if key not in wanted]
     if missing or unknown:
         raise CheckpointError(
             f"{where} is not a checkpoint of {what}: {len(missing)} of its {len(wanted)} weights are missing"
             f"{_first(missing)}, {len(unknown)} are foreign{_first(unknown)}. Name the network the file was saved from."
         )
-    differing = [key for key in found if found[key] != wanted[key]]
+    differing = [key for key in shapes if shapes[key] != wanted[key]]
     if differing and all(key.startswith(_HEADS) for key in differing):
         raise CheckpointError(
-            f"{where} was trained on {found[differing[0]][0]} classes; the data have {wanted[differing[0]][0]}. "
+            f"{where} was trained on {shapes[differing[0]][0]} classes; the data have {wanted[differing[0]][0]}. "
             f"Use a {what} trained on these classes, or the data it was trained on."
         )
     if differing:
-        shapes = "; ".join(f"{key} is {found[key]}, not {wanted[key]}" for key in differing[:3])
+        shown = "; ".join(f"{key} is {shapes[key]}, not {wanted[key]}" for key in differing[:3])
         raise CheckpointError(
-            f"{where} does not fit {what}: {len(differing)} weights have other shapes ({shapes}). "
+            f"{where} does not fit {what}: {len(differing)} weights have other shapes ({shown}). "
             "Name the network the file was saved from."
         )
     broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]

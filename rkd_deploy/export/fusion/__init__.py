@@ -164,7 +164,7 @@ class SummedBranches(nn.Module):
         return cast(Tensor, functools.reduce(operator.add, maps))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         return cast(Tensor, self.head(pool(self.summed_map(x_NCHW))))
 
 
@@ -184,7 +184,7 @@ class FoldedTail(nn.Module):
         self.head: nn.Module = tail if len(tail) > 1 else tail[0]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         pooled = [pool(f) for f in self.branches(x_NCHW)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
@@ -209,7 +209,7 @@ class WideBranches(nn.Module):
         self.head: nn.Module = tail if len(tail) > 1 else tail[0]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         return cast(Tensor, self.head(pool(self.backbone(x_NCHW))))
 
 

@@ -1,6 +1,7 @@
-"""Folds batch norms into the layers before them: w' = w g / sd, b' = beta + (b - mean) g / sd.
+"""Folds batch norms into the layers before them.
 
-g and beta are the affine parameters of the norm, mean and sd its running statistics.
+w' = w g / sd, b' = beta + (b - mean) g / sd: g and beta are the affine parameters of the norm, mean and sd its running
+statistics.
 """
 
 from __future__ import annotations

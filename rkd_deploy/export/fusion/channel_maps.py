@@ -26,15 +26,15 @@ class Stored:
     """A tensor of the merged graph.
 
     Attributes:
-        node: That makes it.
-        numbers: Of its channels. Every channel has its own from the operation that computed it, wherever it is moved.
+        node: The operation that makes it.
+        numbers: Number of each of its channels, given by the operation that computed it and kept wherever it is moved.
     """
 
     node: fx.Node
     numbers: Tensor
 
     def positions(self, numbers: Tensor) -> Tensor:
-        """Where channels of these numbers are."""
+        """The places, in this tensor, of the channels with these numbers."""
         sorted_numbers, places = self.numbers.sort()
         return places[torch.searchsorted(sorted_numbers, numbers)]
 
@@ -50,16 +50,16 @@ class MergedMaps:
     def __init__(self) -> None:
         self.graph, self.root = fx.Graph(), nn.Module()
         self._stored: dict[tuple[int, ...], list[Stored]] = {}
-        """By the sorted numbers of its channels: the same channels can be there in several orders."""
+        """Tensors by the sorted numbers of their channels, which can be there in several orders."""
         self._count = 0
 
     def add(self, node: fx.Node, q: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Take up a map that was computed.
 
         Args:
-            node: That computes it.
+            node: The operation that computes it.
             q: For each branch, the places of its channels; equal ones for channels that branches share.
-            shapes: For each branch, of its own map.
+            shapes: For each branch, the shape of its own map.
 
         Returns:
             For each branch, the addresses of its own map.
@@ -145,7 +145,7 @@ class MergedMaps:
         return self._gathered(source, places)
 
     def reordered(self, stored: Stored, order: Tensor) -> Stored:
-        """The same channels in another order."""
+        """A tensor put into another order by a Gather, and remembered as another place of the same channels."""
         gathered = self._gathered(stored, order)
         self._stored[_key(stored.numbers)].append(gathered)
         return gathered

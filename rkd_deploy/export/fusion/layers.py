@@ -57,12 +57,12 @@ class MergedConv:
 
 
 def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, *, grouped: bool) -> MergedConv:
-    """W[q_b(o), p_b(i)] = W_b[o, i], zero elsewhere; c[q_b(o)] = c_b[o].
+    """Merge the branches' convolutions: W[q_b(o), p_b(i)] = W_b[o, i], zero elsewhere; c[q_b(o)] = c_b[o].
 
     Args:
         convs: One of each branch; of one kernel size, stride, padding and dilation.
         p: For each branch, where its input channels are in the merged input.
-        channels: Of the merged input.
+        channels: Number of channels of the merged input.
         grouped: Whether blocks of one size are grouped where the branches' convolutions are not.
     """
     sets = _sets(convs, p, grouped)
@@ -139,7 +139,7 @@ def merge_norms(norms: Sequence[nn.BatchNorm2d], p: Sequence[Tensor], channels: 
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """W' = W g / sd, c' = beta + (c - mean) g / sd, in place: the convolution then does what both did.
+    """Fold a batch norm into a convolution in place: W' = W g / sd, c' = beta + (c - mean) g / sd.
 
     Args:
         conv: Its output is the norm's input, channel by channel.

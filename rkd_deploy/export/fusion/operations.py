@@ -29,7 +29,7 @@ _CHANNELWISE = (
 _IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _MOVE = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
 _RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d")
-"""Nothing in eval mode. By name: timm, torchvision and users each have their own."""
+"""Names of layers that do nothing in eval mode: timm, torchvision and users each have their own class."""
 
 _FUNCTIONAL = (
     "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
@@ -74,7 +74,7 @@ class Tracer(fx.Tracer):
 
 
 def kind_of_module(module: nn.Module) -> str:
-    """As listed at the top of this file; a subclass may do anything, so only exact types count."""
+    """Kind of a layer, as listed at the top of this file; a subclass may do anything, so only exact types count."""
     if type(module) is nn.Conv2d:
         return "convolution"
     if type(module) is nn.BatchNorm2d:
@@ -87,7 +87,7 @@ def kind_of_module(module: nn.Module) -> str:
 
 
 def kind_of_function(target: Any) -> str:
-    """As listed at the top of this file, of a function, or of a tensor's method by its name."""
+    """Kind of a function, or of a tensor's method by its name, as listed at the top of this file."""
     if getattr(target, "__name__", "") == "stochastic_depth":
         return "identity"
     if target in (functional.dropout, functional.dropout2d):

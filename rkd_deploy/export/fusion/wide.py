@@ -58,7 +58,7 @@ class Merged:
     Attributes:
         backbone: Images to the merged map.
         p: For each branch, the positions of its channels.
-        channels: Of the merged map.
+        channels: Number of channels of the merged map.
         can_group: Whether any layer is dense here and would be grouped with `grouped`.
     """
 
@@ -74,7 +74,7 @@ def merge(backbones: Sequence[nn.Module], *, grouped: bool = False, channels: in
     Args:
         backbones: Images [N, 3, H, W] to maps [N, C_b, H', W'], in eval mode. Left as they are.
         grouped: Whether layers of equal widths become grouped convolutions instead of dense ones with zero blocks.
-        channels: Of their common input: 3 for images, those of the trunk's map behind a trunk.
+        channels: Channels of their common input: 3 for images, those of the trunk's map behind a trunk.
 
     Raises:
         UsageError: They have no common topology, or something in them cannot be merged; the message names it.
@@ -249,7 +249,7 @@ class _Merger:
             self._refuse(f"{_described(node)} fails on an image of {_SIZE[0]} x {_SIZE[1]} pixels ({error})")
 
     def _shape(self, b: int, addresses: Tensor) -> tuple[int, ...]:
-        """Of what an operation with one map gives."""
+        """Shape of what an operation that reads one map gives, found on a tensor without data."""
         x = torch.empty(addresses.shape, device="meta")
         args, kwargs = fx.map_arg((self.nodes[b].args, self.nodes[b].kwargs), lambda _: x)
         return tuple(self._call(b, args, kwargs).shape)

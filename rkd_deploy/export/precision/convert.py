@@ -1,4 +1,4 @@
-"""Converts proven float32 graphs to a lower precision and judges the result on held-out images.
+"""Converts float32 graphs to a lower precision and judges the result on held-out images.
 
 There is one graph that gives the logits, or there are several whose logits add up (`early_exit.py`). In the second case
 every partial sum is judged, because an image may leave with it, and layers to keep in float32 are searched for in all
@@ -41,7 +41,7 @@ def to_half(graph: ExportGraph, preprocess: Preprocess, precision: str) -> Any:
 
     Args:
         graph: Pre-processing, network and outputs; left as it is.
-        preprocess: For the type and shape of the input.
+        preprocess: Gives the type and shape of the input.
         precision: fp16 or bf16.
 
     Returns:

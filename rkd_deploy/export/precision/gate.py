@@ -40,8 +40,8 @@ class GateResult:
         max_abs_diff: Largest difference of a logit.
         min_agreement: Limit, in %, as asked for.
         max_drop: Limit, in points, as asked for.
-        effective_agreement: The same limit in whole images, which it is held to, in %.
-        effective_drop: The same limit in whole images, which it is held to, in points.
+        effective_agreement: `min_agreement` in whole images, which the file is held to, in %.
+        effective_drop: `max_drop` in whole images, which the file is held to, in points.
         passed: Both effective limits hold, and every logit is finite.
     """
 

@@ -27,11 +27,11 @@ from rkd_deploy.export.precision.layers import WEIGHTED, preprocessing, quantisa
 BATCH = 8
 """Images at a time: every activation of them is held in memory."""
 VALUES_PER_IMAGE = 256
-"""Drawn from each tensor for each image."""
+"""Values drawn from each tensor for each image."""
 SHRINKAGES = np.linspace(0.2, 1.0, 41)
 """Values of a that are tried: shares of the extremes."""
 STEPS = 255
-"""Of 8 bits; symmetric int8 leaves -128 out, and has one less."""
+"""Steps between the 256 values of 8 bits; symmetric int8 leaves -128 out, and has one step less."""
 
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
@@ -221,7 +221,7 @@ def sensitivities(
     """The sensitivity of every layer: the mean squared change of the logits where it alone is quantised.
 
     Args:
-        quantiser: Of the graph.
+        quantiser: The quantiser of the graph.
         nodes: Name for people to name of the node.
         reference: The float32 graph.
         inputs: Calibration images as the graph takes them.

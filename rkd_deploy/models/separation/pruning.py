@@ -1,6 +1,6 @@
 """A convolutional network at fewer channels, layer by layer the same: structural pruning.
 
-`channels.py` says which channels go together. From it follow here, without building anything, what the network costs at
+`coupling.py` says which channels go together. From it follow here, without building anything, what the network costs at
 any widths, and the narrowed network itself. Shapes depend on how many channels are kept and never on which: that is the
 business of `inheritance.py`.
 """
@@ -22,7 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
-from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, trace_channels
+from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 
 WAY_OUT = "Give another S0: a convolutional network. Any network can be the teacher."
@@ -49,7 +49,7 @@ class Pruner:
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         self._network = network
         used_at = _run(network, input_size, "S0 cannot be narrowed")
-        self.channels: Channels = trace_channels(network, input_size)
+        self.channels = _traced(network, input_size)
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
@@ -135,6 +135,13 @@ class _CostOfWidths:
         sizes = self._stays + np.rint(self._shares @ np.array(widths)).astype(np.int64)
         numel = self._rest * sizes[self._first] * sizes[self._second]
         return int(numel @ self._used_at), int(numel.sum())
+
+
+def _traced(network: nn.Module, input_size: tuple[int, int]) -> Channels:
+    # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
+    from rkd_deploy.models.separation.coupling import trace_channels
+
+    return trace_channels(network, input_size)
 
 
 def _sliced(tensor: Tensor, name: str, channels: Channels, kept_units: Mapping[int, Any]) -> Tensor:
@@ -394,7 +401,7 @@ def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, 
         UsageError: The family narrows its layers in a way in which weights cannot be inherited.
     """
     network = source.network if isinstance(source, External) else source
-    channels = trace_channels(network, input_size)
+    channels = _traced(network, input_size)
     inherit([_state(branch, source) for branch in branches], network.state_dict(), channels)
 
 

@@ -1,4 +1,4 @@
-"""How Triton is to serve a model: on what, how many at a time, which versions."""
+"""Says how Triton is to serve a model: on what, how many at a time, which versions."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Serving:
 
     @property
     def kind(self) -> str:
-        """Where the instances run, default filled in."""
+        """Kind of processor that the instances run on, cpu or gpu, default filled in."""
         return self.where.kind
 
     @property

@@ -1,4 +1,4 @@
-"""The engine of a bundle as Triton's plan, and the batch sizes that it takes."""
+"""Reads what Triton must know of a model: inputs, outputs, its plan, its batch sizes."""
 
 from __future__ import annotations
 

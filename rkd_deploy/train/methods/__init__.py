@@ -1,4 +1,4 @@
-"""Training methods, one paper on one page: the loss as a pure function, the Method under it."""
+"""Training methods, one paper a page: the loss as a pure function, the class under it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rkd_deploy.train.methods.reviewkd import ReviewKD
 from rkd_deploy.train.methods.simkd import ReusedClassifier, SimKD
 
 PUBLISHED_EPOCHS = 240
-"""Of the CIFAR-100 protocol (RepDistiller, mdistiller) that published warm-ups belong to."""
+"""Epochs of the CIFAR-100 protocol (RepDistiller, mdistiller) that published warm-ups belong to."""
 
 
 def base_loss(
@@ -32,9 +32,9 @@ def base_loss(
     Args:
         recipe: Table `[method]`; its `loss` is not ``"none"``.
         teacher: T.
-        network: What is taught: S, S0, or S0 with a reused head.
-        image_size: Height and width.
-        epochs: Of the phase: a published warm-up keeps its share of them.
+        network: Network that is taught: S, S0, or S0 with a reused head.
+        image_size: Height and width in pixels.
+        epochs: Epochs of the phase: a published warm-up keeps its share of them.
     """
     shapes = (stage_shapes(teacher, image_size), stage_shapes(network, image_size))
     loss: BaseLoss

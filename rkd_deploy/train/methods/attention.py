@@ -19,22 +19,22 @@ from rkd_deploy.train.methods.base import BaseLoss, View, match_size, pair_stage
 
 
 def attention(f_NCHW: Tensor) -> Tensor:
-    """Q(f), [N, H W] of norm 1."""
+    """Attention map Q(f) of stage maps, [N, H W] of norm 1."""
     return normalize(promoted(f_NCHW).square().mean(1).flatten(1))
 
 
 def attention_loss(maps_T: Sequence[Tensor], maps_S: Sequence[Tensor]) -> Tensor:
-    """L of stage maps, paired from the deepest."""
+    """Attention transfer's L of two networks' stage maps, paired from the deepest."""
     pairs = [match_size(f_T, f_S) for f_T, f_S in pair_stages(maps_T, maps_S)]
     losses = [mse_loss(attention(f_S), attention(f_T)) for f_T, f_S in pairs]
     return sum(losses[1:], losses[0])
 
 
 class AttentionTransfer(BaseLoss):
-    """L on all stage maps."""
+    """Attention transfer's L on all stage maps."""
 
     weight, by_stage = 1000.0, True
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """Sum over stages."""
+        """L, the sum over stages; labels and logits are not read."""
         return attention_loss(teacher.maps, student.maps)

@@ -1,4 +1,4 @@
-"""What all training methods share: the interface of a method, and of a loss borrowed from another paper.
+"""Interfaces of a training method and of a loss borrowed from another paper.
 
 A borrowed loss X sees two networks and the labels, and gives a number. It serves twice: for S within residual
 distillation ("residual + X") and for a whole network alone, as the baseline X. So it knows neither network, and gets a
@@ -61,8 +61,8 @@ class WeightedLoss(nn.Module):
 
     Args:
         loss: X.
-        weight: b. Default: the published one.
-        warmup_epochs: Default: the published one.
+        weight: b. Default: the published weight.
+        warmup_epochs: Epochs until the full weight. Default: the published number.
     """
 
     def __init__(self, loss: BaseLoss, weight: float | None = None, warmup_epochs: int | None = None) -> None:
@@ -95,13 +95,13 @@ def promoted(x: Tensor) -> Tensor:
 
 
 def pair_stages(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of stage maps (T, S), counted from the deepest; the first stages of the network with more are left out."""
+    """Pairs of stage maps (T, S), counted from the deepest; of the network with more stages the first are left out."""
     count = min(len(teacher), len(student))
     return list(zip(teacher[-count:], student[-count:], strict=True))
 
 
 def match_size(a_NCHW: Tensor, b_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller height and the smaller width of the two, by average pooling."""
+    """Average-pool two maps to the smaller height and the smaller width of the two."""
     height, width = (min(sizes) for sizes in zip(a_NCHW.shape[-2:], b_NCHW.shape[-2:], strict=True))
     return resized(a_NCHW, height, width), resized(b_NCHW, height, width)
 

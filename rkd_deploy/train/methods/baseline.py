@@ -1,4 +1,4 @@
-"""A whole network taught by one borrowed loss: the baselines, and the control beside residual distillation.
+"""Trains a whole network, alone or by one borrowed loss: baselines and controls.
 
     L = c CE(z, y) + b X(T, network, y)
 
@@ -20,7 +20,7 @@ class Distilled(Method):
 
     Args:
         teacher: T, frozen.
-        network: Trained.
+        network: S0, trained as a whole.
         base: b X.
         ce_weight: c.
     """
@@ -33,7 +33,7 @@ class Distilled(Method):
             self.freeze(network.fc)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """The sum c CE + b X."""
+        """The loss c CE + b X of a batch."""
         maps, z = self.network.maps_and_logits(x_NCHW)
         ce = cross_entropy(z, y_N)
         weighted, value = self.base(view_teacher(self.teacher, x_NCHW), View(maps, z), y_N)
@@ -41,20 +41,20 @@ class Distilled(Method):
         return Losses(self.ce_weight * ce + weighted, parts, z.detach())
 
     def deployable(self) -> nn.Module:
-        """The network itself."""
+        """The trained network itself."""
         return self.network
 
     def auxiliary(self) -> nn.Module:
-        """The adapters of the loss."""
+        """The borrowed loss, which holds its adapters."""
         return self.base
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the weight of the loss."""
+        """Set the weight of the borrowed loss for the epoch."""
         self.base.start_epoch(epoch)
 
 
 class CrossEntropy(Method):
-    """L = CE(model(x), y).
+    """Trains a network by cross-entropy alone, L = CE(model(x), y).
 
     Args:
         model: Images to logits; trained as a whole.
@@ -65,11 +65,11 @@ class CrossEntropy(Method):
         self.model = model.requires_grad_(True)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """Mean cross-entropy of the batch."""
+        """The mean cross-entropy of a batch."""
         logits_NK = self.model(x_NCHW)
         loss = cross_entropy(logits_NK, y_N)
         return Losses(loss, {"ce": loss.detach()}, logits_NK.detach())
 
     def deployable(self) -> nn.Module:
-        """The model itself."""
+        """The trained network itself."""
         return self.model

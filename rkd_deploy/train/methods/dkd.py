@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679).
+"""DKD, decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
 
 With p = softmax(z / tau), y the label, b = (p_y, 1 - p_y) and q = p without class y, renormalised:
 
@@ -21,7 +21,7 @@ from rkd_deploy.train.methods.kd import standardised
 
 
 def dkd_loss(z_T: Tensor, z_S: Tensor, y_N: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
-    """L of logits [N, K] and labels [N] (of smoothed targets [N, K] the class); finite for any finite logits."""
+    """DKD's L of logits [N, K] and labels [N] (of smoothed targets [N, K] the class); finite for any finite logits."""
     is_y = one_hot(hard_labels(y_N), z_T.shape[1]).bool()
     (log_b_T, log_q_T), (log_b_S, log_q_S) = (_log_parts(z / temperature, is_y) for z in (z_T, z_S))
     tckd = kl_div(log_b_S, log_b_T, reduction="batchmean", log_target=True)
@@ -30,7 +30,7 @@ def dkd_loss(z_T: Tensor, z_S: Tensor, y_N: Tensor, alpha: float, beta: float, t
 
 
 def _log_parts(z_NK: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithms of b [N, 2] and q [N, K]."""
+    """Logarithms of b [N, 2], label against the rest, and of q [N, K], the rest alone."""
     all_N1 = z_NK.logsumexp(1, keepdim=True)
     others_N1 = z_NK.masked_fill(is_y, -torch.inf).logsumexp(1, keepdim=True)
     z_y = z_NK.masked_fill(~is_y, 0).sum(1, keepdim=True)
@@ -40,7 +40,7 @@ def _log_parts(z_NK: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DKD(BaseLoss):
-    """L on the logits.
+    """DKD's L on the logits.
 
     Args:
         alpha: Weight of TCKD.
@@ -56,7 +56,7 @@ class DKD(BaseLoss):
         self.alpha, self.beta, self.temperature, self.standardise = alpha, beta, temperature, standardise
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """tau^2 (alpha TCKD + beta NCKD)."""
+        """L = tau^2 (alpha TCKD + beta NCKD) of a batch."""
         z_T, z_S = teacher.logits_NK, student.logits_NK
         if self.standardise:
             z_T, z_S = standardised(z_T), standardised(z_S)

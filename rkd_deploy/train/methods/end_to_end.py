@@ -1,4 +1,4 @@
-"""Residual knowledge distillation (Gao, Shen, Li, Loy, arXiv 2002.09168), the end-to-end scheme: all losses at once.
+"""Residual distillation (Gao et al., arXiv 2002.09168) end to end: all losses at once.
 
     s_0 = P_S f_S,  s_i = s_{i-1} + P_i f_i                  i = 1 .. k
     r_i = sg(f_T - s_{i-1})                                  sg: stop-gradient, a switch
@@ -32,7 +32,7 @@ from rkd_deploy.train.methods.residual import Distance, explained_variance, matc
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The letters of L: w, alpha, c, v, d, and the weight of the stages before the last (`residual.py`)."""
+    """Weights of the terms of L: w, alpha, c, v, d, and that of the stages before the last (`residual.py`)."""
 
     feature: float
     assistant: float
@@ -43,13 +43,13 @@ class Weights:
 
 
 class EndToEnd(Method):
-    """S, its assistants and the head learn together.
+    """Trains S, its assistants and the head together, by all losses at once.
 
     Args:
         teacher: T, frozen.
         model: S, its assistants, of which there may be none, and head.
         distance: D.
-        weights: Of the terms.
+        weights: Weights of the terms of L.
         detach: Stop the gradient at r.
         train_head: Train h along; else it stays as it is.
         base: b X, or None.
@@ -72,7 +72,7 @@ class EndToEnd(Method):
         self.freeze(teacher, *([] if train_head else [model.head]))
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L, in the order of its terms."""
+        """The loss L of a batch, its terms in the order of the formula."""
         w, model = self.weights, self.model
         teacher_view = view_teacher(self.teacher, x_NCHW)
         shared = model.shared(x_NCHW)
@@ -105,7 +105,7 @@ class EndToEnd(Method):
         return Losses(total, parts, z.detach())
 
     def _task(self, teacher_view: View, network: View, y_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_y of some logits, and its terms for the log."""
+        """The task loss L_y of a network's logits, and its terms for the log."""
         ce = cross_entropy(network.logits_NK, y_N)
         total, parts = self.weights.ce * ce, {"ce": ce.detach()}
         if self.base is not None:
@@ -114,14 +114,14 @@ class EndToEnd(Method):
         return total, parts
 
     def deployable(self) -> nn.Module:
-        """S + A, or S where it has no assistants."""
+        """S + A under the head; S where there are no assistants."""
         return self.model
 
     def auxiliary(self) -> nn.Module | None:
-        """The adapters of X."""
+        """The borrowed loss X, which holds its adapters; None without it."""
         return self.base
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the weight of X."""
+        """Set the weight of the borrowed loss X for the epoch."""
         if self.base is not None:
             self.base.start_epoch(epoch)

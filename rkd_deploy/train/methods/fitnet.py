@@ -1,4 +1,6 @@
-"""FitNets: hints (Romero et al., ICLR 2015, arXiv 1412.6550), in the one-phase form that every table since uses.
+"""FitNets' hints (Romero et al., ICLR 2015, arXiv 1412.6550), in one phase.
+
+The paper trains up to the hint first; every table since adds the hint to the loss, as is done here:
 
     L = MSE(f_T, R f_S)  at one stage in the middle,   R = ReLU(BN(1x1 convolution to T's channels))
 
@@ -18,12 +20,12 @@ from rkd_deploy.train.methods.base import BaseLoss, View, match_size
 
 
 class FitNet(BaseLoss):
-    """L at one stage, with its regressor R.
+    """FitNets' L at one stage, with its regressor R.
 
     Args:
         teacher: (C, H, W) of T's stage maps.
-        student: (C, H, W) of S's.
-        stage: Which one, from 1.
+        student: (C, H, W) of S's stage maps.
+        stage: Number of the stage, from 1.
 
     Raises:
         RecipeError: There is no such stage.
@@ -45,6 +47,6 @@ class FitNet(BaseLoss):
         self.regressor = nn.Sequential(nn.Conv2d(C_S, C_T, 1), nn.BatchNorm2d(C_T), nn.ReLU())
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """MSE(f_T, R f_S)."""
+        """L = MSE(f_T, R f_S) of a batch."""
         f_T, f_S = match_size(teacher.maps[self.index], student.maps[self.index])
         return mse_loss(self.regressor(f_S), f_T)

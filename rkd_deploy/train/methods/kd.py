@@ -1,4 +1,4 @@
-"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), and logit standardisation.
+"""KD, knowledge distillation (Hinton et al. 2015, arXiv 1503.02531), and logit standardisation.
 
     p = softmax(z / tau)
     L = tau^2 KL(p_T || p_S), mean over the batch
@@ -19,18 +19,18 @@ from rkd_deploy.train.methods.base import BaseLoss, View
 
 
 def kd_loss(z_T: Tensor, z_S: Tensor, temperature: float) -> Tensor:
-    """tau^2 KL(p_T || p_S) of logits [N, K]; finite for any finite logits, because nothing leaves log space."""
+    """KD's L = tau^2 KL(p_T || p_S) of logits [N, K]; finite for finite logits, because nothing leaves log space."""
     log_p_T, log_p_S = (log_softmax(z / temperature, dim=1) for z in (z_T, z_S))
     return temperature**2 * kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True)
 
 
 def standardised(z_NK: Tensor) -> Tensor:
-    """Logits of mean 0 and standard deviation 1 in each row."""
+    """Logits [N, K] shifted and scaled to mean 0 and standard deviation 1 in each row."""
     return (z_NK - z_NK.mean(1, keepdim=True)) / (z_NK.std(1, keepdim=True) + 1e-7)
 
 
 class KD(BaseLoss):
-    """L on the logits.
+    """KD's L on the logits.
 
     Args:
         temperature: tau.
@@ -44,7 +44,7 @@ class KD(BaseLoss):
         self.temperature, self.standardise = temperature, standardise
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """tau^2 KL(p_T || p_S)."""
+        """L = tau^2 KL(p_T || p_S) of a batch."""
         z_T, z_S = teacher.logits_NK, student.logits_NK
         if self.standardise:
             z_T, z_S = standardised(z_T), standardised(z_S)

@@ -1,4 +1,4 @@
-"""Residual knowledge distillation (Gao, Shen, Li, Loy, arXiv 2002.09168), the progressive scheme: stage by stage.
+"""Residual distillation (Gao et al., arXiv 2002.09168) progressively: stage by stage.
 
 For k = 1 .. K, and within k for S, then A_1, then A_2, .. (the letters of `rkd_deploy.models.progressive`):
 
@@ -27,7 +27,7 @@ from rkd_deploy.train.methods.residual import Distance, explained_variance
 
 
 class ProgressiveStep(Method):
-    """One stage of one branch learns what the branches before it leave over of T's map.
+    """Trains one stage of one branch, on what the branches before it leave over of T's map.
 
     Args:
         teacher: T, frozen.
@@ -61,7 +61,7 @@ class ProgressiveStep(Method):
         self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_S^k or L_i^k."""
+        """The loss L_S^k of S's stage, or L_i^k of an assistant's, of a batch."""
         rows, step = self.model.rows(), self._learning[0]
         teacher_view = view_teacher(self.teacher, x_NCHW)
         with torch.no_grad():
@@ -69,7 +69,7 @@ class ProgressiveStep(Method):
             done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
         f = step.map(s_before)
         m = step.adapter(f)
-        s = sum(done, torch.zeros_like(m))
+        s = sum(done, torch.zeros_like(m))  # of S nothing went before: its residual is T's whole map
         f_T, resized_s = match_size(teacher_view.maps[self.stage - 1 - len(rows)], s)
         _, resized_m = match_size(f_T, m)
         error = self.distance(f_T - resized_s, resized_m, f_T)
@@ -85,21 +85,26 @@ class ProgressiveStep(Method):
         return Losses(total, parts, None if z is None else z.detach())
 
     def deployable(self) -> nn.Module | None:
-        """With the last stage, S alone or S + A: those that are yet to learn add nothing. Before it, nothing."""
+        """S alone or S + A once the last stage is trained; None before, where there are no logits.
+
+        Assistants that are yet to learn add nothing.
+        """
         if not self.last:
             return None
         return self.model if self.branch else self.model.alone()
 
     def auxiliary(self) -> nn.Module | None:
-        """The adapters of X."""
+        """The borrowed loss X, which holds its adapters; None without it."""
         return self.base
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the weight of X."""
+        """Set the weight of the borrowed loss X for the epoch."""
         if self.base is not None:
             self.base.start_epoch(epoch)
 
     def _views(self, teacher_view: View, f_NCHW: Tensor, z_NK: Tensor | None) -> tuple[View, View]:
-        """T and S as X sees them: this stage's map alone, and the logits where there are any."""
+        """T and S as X sees them: the map of this stage alone, and the logits where there are any."""
         f_T = teacher_view.maps[self.stage - 1 - len(self.model.steps)]
-        return View((f_T,), teacher_view.logits_NK), View((f_NCHW,), teacher_view.logits_NK if z_NK is None else z_NK)
+        # Before the last stage S has no logits, and only losses that read none get here (`__init__`): T's stand in.
+        z_NK = teacher_view.logits_NK if z_NK is None else z_NK
+        return View((f_T,), teacher_view.logits_NK), View((f_NCHW,), z_NK)

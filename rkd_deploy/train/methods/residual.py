@@ -1,4 +1,4 @@
-"""Residual knowledge distillation (Gao, Shen, Li, Loy, arXiv 2002.09168), the sequential scheme.
+"""Residual distillation (Gao et al., arXiv 2002.09168) in sequence: S, then each A, then h.
 
     S:      L_S = w D(f_T, P_S f_S) [+ b X(T, S, y)]
     target: r_i = stop_gradient(f_T - s_{i-1}),  s_i = P_S f_S + P_1 f_1 + .. + P_i f_i      S, A_1 .. A_{i-1} frozen,
@@ -31,16 +31,21 @@ from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.train.methods.base import Losses, Method, View, WeightedLoss, match_size, promoted, view_teacher
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""D of a target, a map, and T's map, in whose units `relative` measures a residual too."""
+"""A distance D(target, map, T's map); `relative` measures a residual in units of T's map too."""
 
 _TINY = 1e-12  # |t|^2 of a target that is nothing but zeros
 
 
 def relative(t_NCHW: Tensor, m_NCHW: Tensor, f_T_NCHW: Tensor | None = None) -> Tensor:
-    """Squared error over the mean square of T's map, which is the target where it is not given: the share unexplained.
+    """Squared error over the mean square of T's map: the share of it that is not explained.
 
     A residual is measured in units of T's map, not of its own: what S and A leave over is one quantity, and an A whose
     target is small already pulls no harder for that.
+
+    Args:
+        t_NCHW: Target: T's map or a residual of it.
+        m_NCHW: The map that is to be like the target.
+        f_T_NCHW: T's map. Default: the target.
     """
     t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
     f_T_NCHW = t_NCHW if f_T_NCHW is None else promoted(f_T_NCHW)
@@ -48,26 +53,28 @@ def relative(t_NCHW: Tensor, m_NCHW: Tensor, f_T_NCHW: Tensor | None = None) -> 
 
 
 def mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
-    """Mean squared error over all elements."""
+    """Mean squared error of a map over all elements."""
     return mse_loss(m_NCHW, t_NCHW)
 
 
 def normalised_mse(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
-    """Squared error of each image over its target's square."""
+    """Squared error of a map over the target's square, image by image, then the mean."""
     t_NCHW, m_NCHW = promoted(t_NCHW), promoted(m_NCHW)
     error_N = (t_NCHW - m_NCHW).square().flatten(1).sum(1)
     return (error_N / t_NCHW.square().flatten(1).sum(1).clamp_min(_TINY)).mean()
 
 
 def smooth_l1(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
-    """Squared near 0, linear beyond 1."""
+    """Smooth L1 error of a map: squared near 0, linear beyond 1."""
     return smooth_l1_loss(m_NCHW, t_NCHW)
 
 
 def cosine(t_NCHW: Tensor, m_NCHW: Tensor, _f_T_NCHW: Tensor | None = None) -> Tensor:
-    """One minus the cosine of the angle between the maps of each image."""
+    """One minus the cosine of the angle between target and map, image by image, then the mean."""
     t, m = promoted(t_NCHW).flatten(1), promoted(m_NCHW).flatten(1)
     t_norm_N = t.norm(dim=1).clamp_min(_TINY**0.5)
+    # The gradient of an angle grows as 1 / |m|, and an A begins near zero: its first step would be enormous. Below a
+    # tenth of the target's length the map's own no longer divides.
     m_norm_N = torch.maximum(m.norm(dim=1), t_norm_N / 10)
     cosine_N: Tensor = (t * m).sum(1) / (t_norm_N * m_norm_N)
     return 1 - cosine_N.mean()
@@ -96,8 +103,8 @@ def staged_distance(
     Args:
         distance: D.
         stage_weight: v.
-        targets: A map for each stage, the last one last.
-        maps: What is compared with the targets, of the same shapes.
+        targets: A target for each stage, the last stage last.
+        maps: Maps that are compared with the targets, of the same shapes.
         maps_T: f_T at each stage.
     """
     *early, last = [distance(t, m, f_T) for t, m, f_T in zip(targets, maps, maps_T, strict=True)]
@@ -105,23 +112,23 @@ def staged_distance(
 
 
 def match_sizes(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Maps of two networks stage by stage, each pair at the smaller height and width of the two."""
+    """Pool the maps of two networks stage by stage, each pair to the smaller height and width of the two."""
     pairs = [match_size(map_a, map_b) for map_a, map_b in zip(a, b, strict=True)]
     return [map_a for map_a, _ in pairs], [map_b for _, map_b in pairs]
 
 
 def sum_maps(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of the maps of two branches, stage by stage."""
+    """Add the maps of two branches, stage by stage."""
     return [map_a + map_b for map_a, map_b in zip(a, b, strict=True)]
 
 
 class StudentStep(Method):
-    """S learns to give T's map.
+    """Trains S to give T's map.
 
     Args:
         teacher: T, frozen.
         model: S, its assistants and head; only S and its adapters are trained.
-        weight: w, of D in the loss.
+        weight: w, the weight of D in the loss.
         distance: D.
         stage_weight: v.
         base: b X, or None.
@@ -144,7 +151,7 @@ class StudentStep(Method):
         self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_S = w D(f_T, P_S f_S) [+ b X]."""
+        """The loss L_S = w D(f_T, P_S f_S) [+ b X] of a batch."""
         teacher_view = view_teacher(self.teacher, x_NCHW)
         maps = self.model.stage_maps(0, x_NCHW, self.model.shared(x_NCHW))
         s = self.model.compared_maps(0, maps)
@@ -159,26 +166,26 @@ class StudentStep(Method):
         return Losses(total, parts, z_S.detach())
 
     def deployable(self) -> nn.Module:
-        """S alone."""
+        """S without its assistants, under the head."""
         return StudentAlone(self.model)
 
     def auxiliary(self) -> nn.Module | None:
-        """The adapters of X."""
+        """The borrowed loss X, which holds its adapters; None without it."""
         return self.base
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the weight of X."""
+        """Set the weight of the borrowed loss X for the epoch."""
         if self.base is not None:
             self.base.start_epoch(epoch)
 
 
 class AssistantStep(Method):
-    """A_i learns what S and the assistants before it leave over.
+    """Trains A_i on what S and the assistants before it leave over of T's map.
 
     Args:
         teacher: T, frozen.
         model: S, its assistants and head; only A_i and its adapters are trained.
-        weight: w, of D in the loss.
+        weight: w, the weight of D in the loss.
         distance: D.
         stage_weight: v.
         number: i, from 1.
@@ -201,7 +208,7 @@ class AssistantStep(Method):
         self.freeze(teacher, model.head, *others)
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_i = w D(r_i, P_i f_i) with r_i = f_T - s_{i-1}."""
+        """The loss L_i = w D(r_i, P_i f_i) of a batch, with r_i = f_T - s_{i-1}."""
         model = self.model
         with torch.no_grad():
             shared = model.shared(x_NCHW)
@@ -221,12 +228,12 @@ class AssistantStep(Method):
         return Losses(self.weight * error, parts, logits_NK)
 
     def deployable(self) -> nn.Module:
-        """S and all assistants: those that are yet to learn add nothing."""
+        """S and all assistants under the head; those that are yet to learn add nothing."""
         return self.model
 
 
 class HeadStep(Method):
-    """The head learns to classify the finished sum.
+    """Trains the head to classify the finished sum.
 
     Args:
         model: S, its assistants and head; only the head is trained.
@@ -238,7 +245,7 @@ class HeadStep(Method):
         self.freeze(*(child for child in model.children() if child is not model.head))
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """L_h = CE(h(GAP(s_k)), y)."""
+        """The loss L_h = CE(h(GAP(s_k)), y) of a batch."""
         with torch.no_grad():
             pooled_NC = pool(self.model.summed_map(x_NCHW))
         logits_NK = self.model.head(pooled_NC)
@@ -246,5 +253,5 @@ class HeadStep(Method):
         return Losses(loss, {"ce": loss.detach()}, logits_NK.detach())
 
     def deployable(self) -> nn.Module:
-        """S + A under the new head."""
+        """S + A under the head that is trained."""
         return self.model

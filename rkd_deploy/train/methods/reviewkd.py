@@ -27,7 +27,7 @@ from rkd_deploy.train.methods.base import BaseLoss, View
 
 
 def hierarchical_context_loss(u_NCHW: Tensor, f_NCHW: Tensor) -> Tensor:
-    """HCL of two maps of the same shape."""
+    """Hierarchical context loss HCL of two maps of the same shape."""
     total, weights, weight = mse_loss(u_NCHW, f_NCHW), 1.0, 1.0
     for size in (4, 2, 1):
         if size >= f_NCHW.shape[-2]:
@@ -39,13 +39,13 @@ def hierarchical_context_loss(u_NCHW: Tensor, f_NCHW: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """The attention-based fusion of one level.
+    """Fuses S's map of one level with what comes from the level below, by attention.
 
     Args:
-        channels: Of S's map.
-        width: Of x, the same at every level.
-        out_channels: Of T's map.
-        deepest: Nothing comes from below.
+        channels: Channels of S's map.
+        width: Channels of x, the same at every level.
+        out_channels: Channels of T's map.
+        deepest: Whether this is the deepest level, to which nothing comes from below.
     """
 
     def __init__(self, channels: int, width: int, out_channels: int, deepest: bool) -> None:
@@ -53,11 +53,14 @@ class Fusion(nn.Module):
         self.narrow = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
         self.attention = None if deepest else nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid())
         self.out = nn.Sequential(nn.Conv2d(width, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels))
-        for convolution in (self.narrow[0], self.out[0]):
+        for convolution in (
+            self.narrow[0],
+            self.out[0],
+        ):  # a = 1 as in the authors' code; PyTorch's default is narrower
             nn.init.kaiming_uniform_(cast(Tensor, convolution.weight), a=1)
 
     def forward(self, f_NCHW: Tensor, below_NCHW: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The pair of u at T's size, and x for the level above."""
+        """Returns u at T's size, and x for the level above."""
         x = self.narrow(f_NCHW)
         if self.attention is not None:
             assert below_NCHW is not None
@@ -70,11 +73,11 @@ class Fusion(nn.Module):
 
 
 class ReviewKD(BaseLoss):
-    """L on all stage maps and the pooled one, with its fusions.
+    """ReviewKD's L on all stage maps and the pooled last map, with its fusions.
 
     Args:
         teacher: (C, H, W) of T's stage maps.
-        student: (C, H, W) of S's; paired with T's from the deepest.
+        student: (C, H, W) of S's stage maps; paired with T's from the deepest.
     """
 
     weight, warmup_epochs = 1.0, 20
@@ -84,14 +87,14 @@ class ReviewKD(BaseLoss):
         self.levels = min(len(teacher), len(student))
         into = [shape[0] for shape in student[-self.levels :]] + [student[-1][0]]
         out = [shape[0] for shape in teacher[-self.levels :]] + [teacher[-1][0]]
-        width = min(512, student[-1][0])
+        width = min(512, student[-1][0])  # the authors' rule
         self.fusions = nn.ModuleList(
             Fusion(channels, width, out_channels, deepest=level == self.levels)
             for level, (channels, out_channels) in enumerate(zip(into, out, strict=True))
         )
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """Sum over levels, deepest first."""
+        """L of a batch, the sum over levels, deepest first."""
         maps_T, maps_S = (
             [*view.maps[-self.levels :], pool(view.maps[-1])[:, :, None, None]] for view in (teacher, student)
         )

@@ -1,4 +1,4 @@
-"""SimKD: the reused teacher classifier (Chen, Mei, Zhang, Wang, Feng, Chen, CVPR 2022, arXiv 2203.14001).
+"""SimKD, the reused teacher classifier (Chen et al., CVPR 2022, arXiv 2203.14001).
 
     L = MSE(f_T, R f_S)      R: 1x1 to C_T / f, 3x3, 1x1 to C_T, each with batch norm and ReLU
     z = h_T(GAP(R f_S))      h_T the teacher's head, frozen
@@ -21,7 +21,7 @@ from rkd_deploy.train.methods.base import BaseLoss, View, match_size
 
 
 def projector(channels: int, out_channels: int, factor: int) -> nn.Sequential:
-    """R, from S's channels to T's; `factor` is f."""
+    """The projector R from S's channels to T's; `factor` is f."""
     middle = max(1, out_channels // factor)
     layers: list[nn.Module] = []
     for before, after, size in ((channels, middle, 1), (middle, middle, 3), (middle, out_channels, 1)):
@@ -50,25 +50,25 @@ class ReusedClassifier(FeatureNetwork):
 
     @property
     def channels(self) -> int:
-        """C_T."""
+        """Channels C_T of the last map, which the head takes."""
         return self._channels
 
     def without_head(self) -> FeatureNetwork:
-        """R belongs to the head: without both, S0 is left."""
+        """S0 alone: R belongs to the head, and goes with it."""
         return self.backbone.without_head()
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """S0's stage maps, the last one as R f_S, [N, C_T, H', W']."""
+        """Stage maps of S0, the last one as R f_S, [N, C_T, H', W']."""
         *maps, f_S = self.backbone.features(x_NCHW)
         return (*maps, self.projector(f_S))
 
 
 class SimKD(BaseLoss):
-    """L on the last maps.
+    """SimKD's L on the last maps.
 
     Args:
         teacher: (C, H, W) of T's stage maps.
-        student: (C, H, W) of the student's.
+        student: (C, H, W) of the student's stage maps.
         factor: f. None: the student has an R of its own, as `ReusedClassifier` does.
     """
 
@@ -84,6 +84,6 @@ class SimKD(BaseLoss):
         self.projector = nn.Identity() if factor is None else projector(student[-1][0], teacher[-1][0], factor)
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> Tensor:
-        """MSE(f_T, R f_S)."""
+        """L = MSE(f_T, R f_S) of a batch."""
         f_T, f_S = match_size(teacher.maps[-1], student.maps[-1])
         return mse_loss(self.projector(f_S), f_T)
