@@ -298,7 +298,8 @@ def _image(chance: random.Random, material: Material) -> Fault:
 
 
 def _bundle(chance: random.Random, material: Material) -> Fault:
-    names = sorted(path.name for path in material.bundle.iterdir() if path.is_file())
+    files = (path for path in material.bundle.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(material.bundle).as_posix() for path in files)
     name, way = chance.choice(names), chance.choice(("bytes", "bytes", "card", "card", "file", "gone", "nested"))
     use = chance.choice(("load", "verify", "info"))
 

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from floors import forward_work
-from fusion import CASES
-from gpu_networks import IMAGES, LEVELS, TINY, Measured, build, pixels
+from gpu_networks import IMAGES, LEVELS, TINY, Measured, Networks, pixels
 from gpu_rows import Rows, check_time
 
-from rkd_deploy.backends import Array, Backend, RunOn, available
+from rkd_deploy.backends import Array, Backend, RunOn, available, onnxrt_cuda
 from rkd_deploy.backends.pytorch import GraphedPyTorchBackend, PyTorchBackend
 from rkd_deploy.bench.timing import Workload, measure_workloads
 from rkd_deploy.export.precision.convert import DTYPES
 
-BATCHES = (1, 32, 8, 128)
+PASSES = ((1, 32), (8, 128))
+"""Batch sizes, in the order of their worth."""
 TOLERANCES = {"fp32": 1e-4}
 """On the largest difference over the largest logit, where a precision is held to one."""
 _LIVE = {"pytorch": PyTorchBackend, "pytorch:cuda-graphs": GraphedPyTorchBackend}
@@ -39,7 +40,7 @@ class Way:
     Attributes:
         backend: Name of the backend.
         precision: Of the network.
-        options: More for `RunOn`.
+        options: Of ONNX Runtime's CUDA provider, in place of the package's own.
     """
 
     backend: str
@@ -51,11 +52,21 @@ class Way:
         return f"{self.backend}{more}, {self.precision}"
 
 
+_NHWC = (("prefer_nhwc", "1"),)
+_FUSED = (("fuse_conv_bias", "1"),)
 ON_CUDA = (
+    Way("onnxruntime:cuda-graphs", "fp16"),
     Way("pytorch:cuda-graphs", "fp16"),
+    Way("onnxruntime:cuda-graphs", "fp32"),
     Way("onnxruntime", "fp16"),
-    Way("pytorch:cuda-graphs", "fp32"),
     Way("onnxruntime", "fp32"),
+    Way("onnxruntime:cuda-graphs", "fp16", (*_NHWC, *_FUSED)),
+    Way("pytorch:cuda-graphs", "fp32"),
+    Way("onnxruntime:cuda-graphs", "fp16", _FUSED),
+    Way("onnxruntime", "fp16", (*_NHWC, *_FUSED)),
+    Way("onnxruntime", "fp16", (("use_tf32", "0"),)),
+    Way("onnxruntime:cuda-graphs", "fp32", (*_NHWC, *_FUSED)),
+    Way("onnxruntime:cuda-graphs", "fp32", (("use_tf32", "1"),)),
     Way("pytorch", "fp16"),
     Way("pytorch:cuda-graphs", "bf16"),
     Way("pytorch", "fp32"),
@@ -71,26 +82,36 @@ ON_CPU = (Way("pytorch", "fp32"), Way("onnxruntime", "fp32"), Way("openvino", "f
 
 
 def run(rows: Rows, case: str) -> None:
-    """Measure one case."""
+    """Measure one case, the batches that matter most in every way first."""
     ways = [way for way in (ON_CUDA if rows.device == "cuda" else ON_CPU) if _is_here(way, rows)]
-    batches = BATCHES[:1] if rows.tiny else BATCHES
-    names = TINY if rows.tiny else tuple(LEVELS)
-    size, _ = CASES[case]
-    with tempfile.TemporaryDirectory(prefix="rkd-gpu-") as folder:
+    passes = ((1,),) if rows.tiny else PASSES
+    with (
+        tempfile.TemporaryDirectory(prefix="rkd-gpu-") as folder,
+        Networks(case, TINY if rows.tiny else tuple(LEVELS), Path(folder)) as networks,
+    ):
         began = time.monotonic()
-        files = dict.fromkeys(way.precision for way in ways if way.backend not in _LIVE)
-        networks = build(case, names, tuple(files), Path(folder))
-        rows.add("built", seconds=time.monotonic() - began)
-        _work(rows, networks, size, [*dict.fromkeys(way.precision for way in ways)], batches)
-        for way in ways:
-            left = [batch for batch in batches if f"{way}, batch {batch}" not in rows]
-            if left and f"{way}" not in rows:
-                with rows.attempt(f"{way}"), ExitStack() as stack:
-                    check_time(rows, 2.0)
-                    loaded = dict(_loaded(way, networks, rows, stack))
-                    for batch in left:
-                        check_time(rows, 2.0)
-                        _measure(way, loaded, pixels(batch, size), rows)
+        networks.export(*dict.fromkeys(way.precision for way in ways[:5] if way.backend not in _LIVE))
+        rows.add("exported", seconds=time.monotonic() - began)
+        precisions = [*dict.fromkeys(way.precision for way in ways)]
+        _work(rows, networks, precisions, [batch for batches in passes for batch in batches])
+        for batches in passes:
+            for way in ways:
+                left = [batch for batch in batches if f"{way}, batch {batch}" not in rows]
+                if left and f"{way}" not in rows:
+                    with rows.attempt(f"{way}"), ExitStack() as stack:
+                        check_time(rows, 3.0)
+                        _way(way, networks, left, rows, stack)
+
+
+def _way(way: Way, networks: Networks, batches: Sequence[int], rows: Rows, stack: ExitStack) -> None:
+    if way.backend not in _LIVE:
+        networks.export(way.precision)
+    loaded = dict(_loaded(way, networks, rows, stack))
+    if not loaded:
+        raise RuntimeError("no network could be loaded")
+    for batch in batches:
+        check_time(rows, 2.0)
+        _measure(way, loaded, pixels(batch, networks.size), rows)
 
 
 def _is_here(way: Way, rows: Rows) -> bool:
@@ -104,11 +125,9 @@ def _is_here(way: Way, rows: Rows) -> bool:
     return False
 
 
-def _work(
-    rows: Rows, networks: Mapping[str, Measured], size: int, precisions: list[str], batches: tuple[int, ...]
-) -> None:
+def _work(rows: Rows, networks: Networks, precisions: Sequence[str], batches: Sequence[int]) -> None:
     """What each network has to do, for the floors."""
-    image = torch.randn(1, 3, size, size)
+    image = torch.randn(1, 3, networks.size, networks.size)
     for precision in precisions:
         if (key := f"work, {precision}") not in rows:
             work = {
@@ -116,27 +135,28 @@ def _work(
                     str(batch): forward_work(one.graph.network, image.expand(batch, -1, -1, -1), precision).to_dict()
                     for batch in batches
                 }
-                for name, one in networks.items()
+                for name, one in networks.measured.items()
             }
             rows.add(key, precision=precision, work=work)
 
 
-def _loaded(way: Way, networks: Mapping[str, Measured], rows: Rows, stack: ExitStack) -> Iterator[tuple[str, Backend]]:
+def _loaded(way: Way, networks: Networks, rows: Rows, stack: ExitStack) -> Iterator[tuple[str, Backend]]:
     """The backends that answer; each with a row of parity, or of why there is none."""
-    for name, network in networks.items():
+    for name, network in networks.measured.items():
         key = f"{way}: {name}"
         with rows.attempt(key):
             began = time.monotonic()
-            backend = stack.enter_context(_backend(way, network, rows.device))
+            backend = stack.enter_context(_backend(way, network, networks.file(name, way.precision), rows.device))
             found = backend.infer(pixels(IMAGES, network.size))
             _compare(way, network, found, key, time.monotonic() - began, rows)
             yield name, backend
 
 
-def _backend(way: Way, network: Measured, device: str) -> Backend:
-    run_on = RunOn(way.backend, device=device, **dict(way.options))
+def _backend(way: Way, network: Measured, file: Path, device: str) -> Backend:
+    run_on = RunOn(way.backend, device=device)
     if way.backend not in _LIVE:
-        return run_on.load(network.files[way.precision], batches=BATCHES)
+        with mock.patch.dict(onnxrt_cuda.OPTIONS, dict(way.options)):
+            return run_on.load(file, batches=[batch for batches in PASSES for batch in batches])
     graph = network.graph if way.precision == "fp32" else network.graph.in_dtype(DTYPES[way.precision])
     shape = (None, network.size, network.size, 3)
     return _LIVE[way.backend](graph, run_on, input_shape=shape, input_dtype="uint8", precision=way.precision)

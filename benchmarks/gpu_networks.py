@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,11 @@ class Measured:
         graph: Pre-processing and fused network, on the CPU in float32.
         size: Height and width of its images in pixels.
         logits_NK: Its answers there, to the `IMAGES` that `pixels` gives.
-        files: ONNX file by precision.
     """
 
     graph: ExportGraph
     size: int
     logits_NK: Array
-    files: Mapping[str, Path]
 
 
 def preprocess_of(size: int) -> Preprocess:
@@ -74,37 +72,52 @@ def pixels(batch: int, size: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def build(case: str, names: Sequence[str], precisions: Sequence[str], folder: Path) -> dict[str, Measured]:
-    """Build the networks of a case and export each in every precision, in several processes.
+class Networks:
+    """The networks of a case, and their ONNX files, which several processes write when a precision is asked for.
+
+    A context manager: it ends the processes.
 
     Args:
         case: Of `fusion.CASES`.
         names: Of `LEVELS`.
-        precisions: fp32, fp16, bf16, int8.
-        folder: Where files go; those that are there are taken as they are.
+        folder: Where files go.
     """
-    size, _ = CASES[case]
-    cut: dict[str, nn.Module] = {}
-    for layout in dict.fromkeys(LEVELS[name][0] for name in names):
-        cut[layout] = _with_statistics(_network(case, layout), size)
-        torch.save(cut[layout], folder / f"{case} {layout}.pt")
-    wanted = [(case, name, precision, folder) for precision in precisions for name in names]
-    missing = [job for job in wanted if not _file(*job).exists()]
-    if missing:
-        workers = min(len(missing), max(1, len(os.sched_getaffinity(0)) - 1), 12)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_export, missing))
-    preprocess, x = preprocess_of(size), torch.from_numpy(pixels(IMAGES, size))
-    measured = {}
-    for name in names:
-        layout, level = LEVELS[name]
-        graph = ExportGraph(fuse(cut[layout], level), preprocess).eval()
-        with torch.inference_mode():
-            logits = graph(x)
-        assert isinstance(logits, torch.Tensor)
-        files = {precision: file for precision in precisions if (file := _file(case, name, precision, folder)).exists()}
-        measured[name] = Measured(graph, size, logits.numpy(), files)
-    return measured
+
+    def __init__(self, case: str, names: Sequence[str], folder: Path) -> None:
+        self._case, self._folder, self.names = case, folder, tuple(names)
+        self.size, _ = CASES[case]
+        cut: dict[str, nn.Module] = {}
+        for layout in dict.fromkeys(LEVELS[name][0] for name in names):
+            cut[layout] = _with_statistics(_network(case, layout), self.size)
+            torch.save(cut[layout], folder / f"{layout}.pt")
+        preprocess, x = preprocess_of(self.size), torch.from_numpy(pixels(IMAGES, self.size))
+        self.measured: dict[str, Measured] = {}
+        for name in names:
+            layout, level = LEVELS[name]
+            graph = ExportGraph(fuse(cut[layout], level), preprocess).eval()
+            with torch.inference_mode():
+                logits = graph(x)
+            assert isinstance(logits, torch.Tensor)
+            self.measured[name] = Measured(graph, self.size, logits.numpy())
+        workers = max(1, min(len(names), len(os.sched_getaffinity(0)) - 1))
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> Networks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def export(self, *precisions: str) -> None:
+        """Write the files of these precisions that are not there; one that cannot be written is said, and left out."""
+        jobs = [(name, self.size, precision, self._folder) for precision in precisions for name in self.names]
+        missing = [job for job in jobs if not self.file(job[0], job[2]).exists()]
+        for line in filter(None, self._pool.map(_export, missing)):
+            print(line, flush=True)
+
+    def file(self, name: str, precision: str) -> Path:
+        """The ONNX file of a network."""
+        return _file(name, precision, self._folder)
 
 
 def _network(case: str, layout: str) -> nn.Module:
@@ -140,24 +153,23 @@ def _with_statistics(network: nn.Module, size: int) -> nn.Module:
     return network.eval()
 
 
-def _file(case: str, name: str, precision: str, folder: Path) -> Path:
-    return folder / f"{case} {name} {precision}.onnx"
+def _file(name: str, precision: str, folder: Path) -> Path:
+    return folder / f"{name} {precision}.onnx"
 
 
-def _export(job: tuple[str, str, str, Path]) -> None:
-    """Write one file, in a process of the pool; what cannot be written is left out, and said."""
-    case, name, precision, folder = job
+def _export(job: tuple[str, int, str, Path]) -> str | None:
+    """Write one file, in a process of the pool; gives why there is none."""
+    name, size, precision, folder = job
     torch.set_num_threads(1)
     layout, level = LEVELS[name]
-    size, _ = CASES[case]
     preprocess = preprocess_of(size)
-    network = torch.load(folder / f"{case} {layout}.pt", weights_only=False)
     try:
+        network = torch.load(folder / f"{layout}.pt", weights_only=False)
         proto = _proto(ExportGraph(fuse(network, level), preprocess), preprocess, precision, size)
     except Exception as error:
-        print(f"{case}, {name}, {precision}: not exported, {type(error).__name__}: {error}", flush=True)
-        return
-    _file(*job).write_bytes(proto.SerializeToString())
+        return f"{name}, {precision}: not exported, {type(error).__name__}: {error}"
+    _file(name, precision, folder).write_bytes(proto.SerializeToString())
+    return None
 
 
 def _proto(graph: ExportGraph, preprocess: Preprocess, precision: str, size: int) -> Any:
@@ -168,8 +180,3 @@ def _proto(graph: ExportGraph, preprocess: Preprocess, precision: str, size: int
         with Int8Quantiser(proto, pixels(IMAGES, size), "tensorrt") as quantiser:
             return quantiser.quantised()
     return proto
-
-
-def cases(tiny: bool) -> Iterator[str]:
-    """Names of the cases that have a teacher here."""
-    yield from tuple(TEACHERS)[:1] if tiny else TEACHERS

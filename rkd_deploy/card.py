@@ -70,6 +70,22 @@ class Preprocess:
         return len(self.mean)
 
     @property
+    def resize_to(self) -> tuple[int, int]:
+        """Height and width that an image must cover once it is resized, before its centre is cropped."""
+        return round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
+
+    @property
+    def fixed_rules(self) -> dict[str, Any]:
+        """What is the same for every model, or follows from the fields: a card says it to readers that are not us."""
+        return {
+            "resize": "shorter side",
+            "resize_to": list(self.resize_to),
+            "antialias": self.interpolation != "nearest",
+            "crop": "center",
+            "colour_order": "RGB" if self.channels == 3 else "grey",
+        }
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Shape of one input as the graph takes it, without the batch."""
         shape = (self.height, self.width)
@@ -82,11 +98,10 @@ class Preprocess:
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The rule under the field names of Hugging Face's preprocessor_config.json."""
-        resized = round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
         return {
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": min(resized)},
+            "size": {"shortest_edge": min(self.resize_to)},
             "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": True,
             "crop_size": {"height": self.height, "width": self.width},
@@ -131,7 +146,9 @@ class ModelCard:
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives the equal card back."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, allow_nan=False)
+        content = {"schema": SCHEMA, **asdict(self)}
+        content["preprocess"] |= self.preprocess.fixed_rules
+        return json.dumps(content, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelCard:
@@ -159,7 +176,14 @@ class ModelCard:
         try:
             if "outputs" not in content:
                 raise DecodingError("outputs is missing")  # an app must not guess which output is which
-            return decode(cls, content)
+            card = decode(cls, content)
+            stated = content["preprocess"]
+            for rule, value in card.preprocess.fixed_rules.items():
+                if stated.get(rule, value) != value:  # cards of before have none of them
+                    raise DecodingError(
+                        f"preprocess.{rule} is {shortened(stated[rule])} where this version can only do {value!r}"
+                    )
+            return card
         except (DecodingError, UsageError) as error:
             raise ModelFileError(
                 f"The model card in {where} lacks a field or has a wrong one ({error}). "

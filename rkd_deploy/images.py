@@ -116,8 +116,8 @@ def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixel
     from PIL import Image
 
     grey = pixels.shape[2] == 1
-    whole = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels))
-    return fitted(_upright(whole, preprocess.channels), preprocess)
+    picture = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels))
+    return fitted(_upright(picture, preprocess.channels), preprocess)
 
 
 def decoded(source: str | os.PathLike[str] | IO[bytes], name: str, channels: int = 3) -> PilImage:
@@ -205,8 +205,7 @@ def fitted(colour: PilImage, preprocess: Preprocess) -> Pixels:
 def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     """Width and height after resizing: one side exact, the other rounded down, as torchvision's Resize does."""
     width, height = size
-    wide = round(preprocess.width / preprocess.crop_fraction)
-    high = round(preprocess.height / preprocess.crop_fraction)
+    high, wide = preprocess.resize_to
     if width * high <= height * wide:
         return wide, max(high, int(wide * height / width))
     return max(wide, int(high * width / height)), high

@@ -165,8 +165,8 @@ def export_run(
         note("reading the run's images")
         images()
     if early_exit or exit_threshold is not None:
-        seen = Batches(images().test) if test_images else ()
-        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
+        reported = Batches(images().test) if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=reported)
     proof = export_bundle(
         model,
         card,

@@ -28,15 +28,14 @@ __all__ = [
     "Timing",
     "Workload",
     "measure",
-    "measure_interleaved",
     "measure_workloads",
 ]
 
 Clock = Callable[[], int]
-"""Nanoseconds since some fixed instant."""
+"""Gives nanoseconds since some fixed instant."""
 
 _LONGEST, _MOST_RUNS = 86_400, 10**9
-"""A day of calls of 0.1 ms: every sample is kept in memory."""
+"""Largest limits in seconds and runs: a day, or as many calls of 0.1 ms; every sample stays in memory."""
 
 ROUND_NS = 100_000_000
 """How long one model runs before the next one has its turn."""
@@ -44,7 +43,7 @@ ROUND_NS = 100_000_000
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed under one name.
+    """A loaded model and the batch it is timed on.
 
     Attributes:
         backends: The loaded model; for several streams, one of its own for each.
@@ -84,13 +83,14 @@ class Runner:
         self._warmup_total += sum(samples)
 
     def run_round(self, pace_ms: float | None = None) -> None:
-        """One turn: `ROUND_NS`, or less where that reaches both limits.
+        """Measure for one turn: `ROUND_NS`, or less where that reaches both limits.
 
         Args:
             pace_ms: The machine's pace just before.
         """
         streams = len(self._streams)
         try:
+            # Both limits, less what is measured already, shared among the streams; -(-a // b) rounds up.
             self._together(
                 self._min_ns - self._total // streams, -(-(self._min_runs - len(self._samples)) // streams), ROUND_NS
             )
@@ -114,7 +114,7 @@ class Runner:
         return min(1.0, time_share, len(self._samples) / self._min_runs)
 
     def timing(self) -> Timing:
-        """The samples so far."""
+        """The samples so far as a `Timing`."""
         return Timing(
             samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
             batch=len(self._workload.x),
@@ -157,16 +157,17 @@ class Stream:
         return self._thread.submit(self._run, min_ns, min_runs, most_ns).result
 
     def take(self) -> list[int]:
-        """The samples since the last call."""
+        """Hand over the samples since the last call."""
         samples, self._samples = self._samples, []
         return samples
 
     def close(self) -> None:
-        """End its thread, after the turn it is in."""
+        """End the stream's thread, after the turn it is in."""
         if self._thread is not None:
             self._thread.shutdown()
 
     def _run(self, min_ns: int, min_runs: int, most_ns: int) -> None:
+        # Looked up once: the loop is part of what is measured, and some models take no longer than a few lines of it.
         call, clock, append = self._call, self._clock, self._samples.append
         total = runs = 0
         while total < most_ns and (total < min_ns or runs < min_runs):
@@ -217,7 +218,7 @@ def measure(
     clock: Clock = time.perf_counter_ns,
     progress: Progress | None = None,
 ) -> Timing:
-    """Time one model.
+    """Time one loaded model.
 
     Args:
         backend: The model.
@@ -234,54 +235,15 @@ def measure(
         UsageError: A limit is negative, or `x` does not fit the model.
         BackendError: A run failed.
     """
-    return measure_interleaved(
-        {backend.name: (backend, x)},
+    return measure_workloads(
+        {backend.name: Workload((backend,), x, transfers)},
         min_seconds=min_seconds,
         min_runs=min_runs,
         warmup_seconds=warmup_seconds,
         warmup_runs=warmup_runs,
-        transfers=transfers,
         clock=clock,
         progress=progress,
     )[backend.name]
-
-
-def measure_interleaved(
-    models: Mapping[str, tuple[Backend, Array]],
-    *,
-    min_seconds: float = 2.0,
-    min_runs: int = 100,
-    warmup_seconds: float = 0.5,
-    warmup_runs: int = 10,
-    transfers: bool = True,
-    clock: Clock = time.perf_counter_ns,
-    progress: Progress | None = None,
-) -> dict[str, Timing]:
-    """Time several models by turns, one stream each, as `measure_workloads` does.
-
-    Args:
-        models: Backend and batch by name; the rest as for `measure`, and each limit holds for each model.
-        min_seconds: Time in timed calls of each, at least.
-        min_runs: Number of those calls, at least.
-        warmup_seconds: Time in untimed calls before, at least.
-        warmup_runs: Number of untimed calls before, at least.
-        transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
-        clock: Nanoseconds.
-        progress: Called with each name, and the share of its measurement that is done.
-
-    Raises:
-        UsageError: A limit is negative, or an input does not fit its model.
-        BackendError: A run failed.
-    """
-    return measure_workloads(
-        {name: Workload((backend,), x, transfers) for name, (backend, x) in models.items()},
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        warmup_seconds=warmup_seconds,
-        warmup_runs=warmup_runs,
-        clock=clock,
-        progress=progress,
-    )
 
 
 def measure_workloads(
@@ -301,7 +263,7 @@ def measure_workloads(
     not counted: it finds the caches full of something else.
 
     Args:
-        workloads: By name; each limit holds for each of them.
+        workloads: Workloads by name; each limit holds for each of them.
         min_seconds: Time in timed calls of each stream, at least.
         min_runs: Number of timed calls of all streams, at least.
         warmup_seconds: Time in untimed calls before, at least.

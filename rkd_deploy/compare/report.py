@@ -195,7 +195,7 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "rows": [asdict(row) for row in comparison.rows],
         "results": [result.to_row() for result in comparison.results],
         **comparison.study,
-        "verdicts": [{**asdict(one), "outcome": one.outcome} for one in comparison.verdicts],
+        "verdicts": [{**asdict(verdict), "outcome": verdict.outcome} for verdict in comparison.verdicts],
         "missing": list(comparison.missing),
         "settings": dict(settings),
     }
@@ -286,5 +286,7 @@ def _section(comparison: Comparison) -> Section:
     words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
     picture = Picture("Accuracy, cost, latency", words, comparison_figure(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
-    said = [verdict.sentence() for verdict in comparison.verdicts]
-    return Section("Networks", [*said, NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
+    verdicts = [verdict.sentence() for verdict in comparison.verdicts]
+    return Section(
+        "Networks", [*verdicts, NOTE, *(f"Missing: {control}" for control in comparison.missing)], [table, picture]
+    )

@@ -238,19 +238,19 @@ def _recipe_without_seed(network: _Network) -> str:
     other.
     """
     run, recipe = network.run, network.run.recipe
-    whole = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
+    content = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
     for table, phase in (("teacher", "teacher"), ("student", "s0")):
-        if whole[table]["checkpoint"] is not None and run.weights(phase).is_file():
-            whole[table]["checkpoint"] = _sha256(run, phase)
-    tables = {key: whole[key] for key in ("data", "train")}
+        if content[table]["checkpoint"] is not None and run.weights(phase).is_file():
+            content[table]["checkpoint"] = _sha256(run, phase)
+    tables = {key: content[key] for key in ("data", "train")}
     if network.part == "teacher":
-        tables["teacher"] = whole["teacher"]
+        tables["teacher"] = content["teacher"]
     elif network.part == "s0" and recipe.method.loss == "none":
-        tables |= {key: whole["student"][key] for key in ("name", "checkpoint")}
+        tables |= {key: content["student"][key] for key in ("name", "checkpoint")}
     elif network.part == "s0":
-        tables |= {"name": whole["student"]["name"], "teacher": whole["teacher"], "method": whole["method"]}
+        tables |= {"name": content["student"]["name"], "teacher": content["teacher"], "method": content["method"]}
     else:
-        tables |= {key: whole[key] for key in ("teacher", "student", "method")}
+        tables |= {key: content[key] for key in ("teacher", "student", "method")}
     return json.dumps([network.part, tables], sort_keys=True)
 
 
@@ -304,11 +304,11 @@ def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
         deviation=statistics.stdev(accuracies) if len(group) > 1 else None,
         standard_error=math.sqrt(top1 * (100 - top1) / images),
         test_images=images,
-        val_last=_mean(own[-1].val_top1_last if own else None for own in phases),
-        val_best=_mean(own[-1].val_top1_best if own else None for own in phases),
+        val_last=_mean(trained[-1].val_top1_last if trained else None for trained in phases),
+        val_best=_mean(trained[-1].val_top1_best if trained else None for trained in phases),
         macs=results[0].macs,
         parameters=results[0].parameters,
-        seconds=_mean(sum(phase.seconds for phase in own) if own else None for own in phases),
+        seconds=_mean(sum(phase.seconds for phase in trained) if trained else None for trained in phases),
         over_s0=_mean(_over(network, "s0") for network in group) if part not in ("teacher", "s0") else None,
         over_control=_mean(_over(network, "control") for network in group) if part in ("student", "fused") else None,
         over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
@@ -323,10 +323,10 @@ def _own_phases(network: _Network) -> list[PhaseMetrics]:
     controls = {name: phase for name, phase in phases.items() if name.startswith("control")}
     if network.part == "control":
         return list(controls.values())
-    own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0", *controls)}
+    of_method = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0", *controls)}
     # S is what phases of its own gave (one, or one a stage), where it is not trained along with A.
-    students = [phase for name, phase in own.items() if name.endswith("student")]
-    return students if network.part == "student" and students else list(own.values())
+    students = [phase for name, phase in of_method.items() if name.endswith("student")]
+    return students if network.part == "student" and students else list(of_method.values())
 
 
 def _over(network: _Network, control: str) -> float | None:

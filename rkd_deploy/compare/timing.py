@@ -49,10 +49,10 @@ def timed(
             if progress is not None:
                 progress(f"exporting {row.name}", number / len(comparison.rows))
             program = run_on.backend.startswith("pytorch")
-            made = export_run(
+            exported = export_run(
                 run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
             )
-            bundles.append(made.folder)
+            bundles.append(exported.folder)
         names = [row.name for row in comparison.rows]
         study = Analysis(bundles, [run_on], batches, names=names)
         if studied:
@@ -76,8 +76,8 @@ def timed(
     )
     medians = {row.name: row.p50_ms for row in rows}
     verdicts = tuple(
-        dataclasses.replace(one, time_ratio=_ratio(medians[one.network], medians[one.control_name]))
-        for one in comparison.verdicts
+        dataclasses.replace(verdict, time_ratio=_ratio(medians[verdict.network], medians[verdict.control_name]))
+        for verdict in comparison.verdicts
     )
     return dataclasses.replace(
         comparison, rows=rows, results=tuple(results), study=study.to_record(), verdicts=verdicts

@@ -5,6 +5,7 @@
     labels.txt                one class name a line
     preprocessor_config.json  Hugging Face's field names
     golden.npz                inputs, the logits for them, and the tolerance
+    golden/photo.jpg, .json   a whole photo, and the logits for it: any app or server can be held against these two
     model.pt2                 on request: the same graph as an exported PyTorch program
     student.onnx, assistant_1.onnx, ..   on request: S and each A alone, for early exit
     fusion.json               where the level was chosen by measuring: the whole measurement
@@ -38,6 +39,7 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import CheckpointError, UsageError, require
 from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
+from rkd_deploy.export.golden_photo import write_photo
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.measuring import Choice, Target, choose_level
 from rkd_deploy.export.precision.convert import convert, convert_ungated, require_passed
@@ -203,6 +205,8 @@ def export_bundle(
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
         write_bytes(temporary / GOLDEN_NAME, npz(golden))
+        with reference if job is None else RunOn(job.options.prover).load(file) as source:
+            write_photo(temporary, card, source.infer, float(golden["tolerance"]))
         if with_pytorch and graph is not None:
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)

@@ -22,7 +22,7 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Progress, measure_interleaved
+from rkd_deploy.bench.timing import Progress, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -95,17 +95,23 @@ class ExportStopwatch:
         comparisons = {batch: self._compared(files, batch, confirm) for batch in self._batches}
         reading = Reading(
             ratios={batch: comparison.ratio for batch, comparison in comparisons.items()},
-            intervals={batch: one.interval for batch, one in comparisons.items() if one.interval is not None},
-            candidate_ms={batch: _median_ms(one.timings["candidate"]) for batch, one in comparisons.items()},
-            s0_ms={batch: _median_ms(one.timings["s0"]) for batch, one in comparisons.items()},
+            intervals={
+                batch: comparison.interval
+                for batch, comparison in comparisons.items()
+                if comparison.interval is not None
+            },
+            candidate_ms={
+                batch: _median_ms(comparison.timings["candidate"]) for batch, comparison in comparisons.items()
+            },
+            s0_ms={batch: _median_ms(comparison.timings["s0"]) for batch, comparison in comparisons.items()},
             runs={
                 batch: sum(len(timing.samples_ms) for timing in comparison.timings["candidate"])
                 for batch, comparison in comparisons.items()
             },
         )
-        told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
+        ratios = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
         how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
-        self._note(f"Latency over that of S0 on {how}: {told}")
+        self._note(f"Latency over that of S0 on {how}: {ratios}")
         return reading
 
     def _compared(self, files: Mapping[str, Path], batch: int, confirm: bool) -> _Comparison:
@@ -125,8 +131,8 @@ class ExportStopwatch:
     def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
-            return measure_interleaved(
-                {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
+            return measure_workloads(
+                {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
                 warmup_runs=2,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
                 **limits,
@@ -271,7 +277,10 @@ def _p50_by_batch(results: Sequence[Result]) -> dict[int, float]:
 
 def _medians(sessions: Sequence[Sequence[Result]]) -> dict[str, float]:
     """Median latency in ms by batch size, the median over the sessions."""
-    return {str(results[0].batch): median_low(one.p50_ms for one in results) for results in zip(*sessions, strict=True)}
+    return {
+        str(results[0].batch): median_low(result.p50_ms for result in results)
+        for results in zip(*sessions, strict=True)
+    }
 
 
 def judge_levels(p50_ms: Mapping[str, Sequence[Mapping[int, float]]]) -> dict[str, Judgement]:
@@ -295,7 +304,7 @@ def _ratio(times: Mapping[int, float], tail: Mapping[int, float]) -> float:
 
 def fastest_level(judgements: Mapping[str, Judgement]) -> str:
     """The level of the least ratio among those that are faster than `tail` beyond chance; else `tail`, the simplest."""
-    faster = {level: one.ratio for level, one in judgements.items() if one.verdict == "faster"}
+    faster = {level: judgement.ratio for level, judgement in judgements.items() if judgement.verdict == "faster"}
     return min(faster, key=lambda level: faster[level], default="tail")
 
 

@@ -34,10 +34,10 @@ class Published(NamedTuple):
     """Weights that torchvision or timm publish.
 
     Attributes:
-        state: By the names of the network's own modules; a classifier of other classes is left out.
-        mean: Per channel, in units of [0, 1]: the normalisation that they were trained with.
-        std: The same.
-        complete: Whether the classifier is among them.
+        state: Tensors by the names of the network's own modules; a classifier of other classes is left out.
+        mean: Mean that the weights' images were normalised with, per channel, in units of [0, 1].
+        std: Standard deviation that they were normalised with, per channel, in units of [0, 1].
+        complete: Whether the classifier is among the weights.
     """
 
     state: Mapping[str, Tensor]
@@ -52,10 +52,10 @@ def is_external(name: str) -> bool:
 
 
 def build(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
-    """A network with fresh weights, or a user's own as it is.
+    """Build an external network with fresh weights, or copy a user's own as it is.
 
     Args:
-        name: See above.
+        name: ``tv:NAME``, ``timm:NAME`` or ``module:attribute`` (the docstring of this file).
         num_classes: K.
         size: Height and width of the images, for networks that are built for one size.
 
@@ -243,7 +243,7 @@ _MAKERS: dict[str, Callable[[int], Staged]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every network of the families written here."""
+    """Names of all networks of the families written here."""
     return tuple(_MAKERS)
 
 

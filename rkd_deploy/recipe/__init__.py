@@ -1,8 +1,9 @@
 """A recipe: one TOML file that says everything about a training run.
 
-Tables and keys are dataclasses, each table's in a file of its own: `data.py` and its sisters.
-`--set table.key=value` replaces one value; `read_recipe` checks every key, type and rule before anything is computed,
-and `to_toml` writes the whole recipe back, so that a run folder reproduces itself. Standard library only.
+Tables and keys are dataclasses, each table's in a file of its own: `data.py` and its sisters. A key is declared with
+its default, its range or choices and where it is read, all in one place (`rules.key`). `--set table.key=value` replaces
+one value; `read_recipe` checks every key, type and rule before anything is computed, and `to_toml` writes the whole
+recipe back, so that a run folder reproduces itself. Standard library only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _LARGEST = 2**20
-"""Bytes of the largest recipe that is read."""
+"""Size of the largest recipe that is read, in bytes."""
 _LONGEST_NAME = 200
 """Bytes: a folder's name may have 255, of which a number and the ends of temporary names take a part."""
 _LONGEST_OVERRIDE = 10_000
@@ -44,7 +45,7 @@ _LONGEST_OVERRIDE = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. Every default can be used as it is: `Recipe()` trains on digits."""
+    """A whole training run. Every default can be used as it is: `Recipe()` trains on digits."""
 
     name: str = "recipe"
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -95,12 +96,12 @@ class Recipe:
 
     @property
     def has_control(self) -> bool:
-        """Whether S0 is trained by S's losses too."""
+        """Whether the control "S0, same losses" is trained too."""
         method, student = self.method, self.student
         return method.residual and method.scheme != "progressive" and student.baseline and student.control
 
     def _check_progressive(self) -> None:
-        """What is built for one pass of S and one of A, and not for stages that exchange their maps."""
+        """Refuse what is built for one pass of S and one of A, and not for stages that exchange their maps."""
         if self.student.budget == "latency":
             raise RecipeError(
                 'student.budget = "latency" is measured with other schemes. Set student.budget = "macs" or "params", '
@@ -118,7 +119,7 @@ class Recipe:
             )
 
     def _check_baseline(self) -> None:
-        """S0 is what a baseline trains: settings that take S0 away, or cut assistants from it, make no sense."""
+        """Refuse settings that take S0 away or cut assistants from it: S0 is what a baseline trains."""
         name = f'method.name = "{self.method.name}" trains S0 itself'
         if self.student.checkpoint is not None:
             raise RecipeError(
@@ -138,7 +139,7 @@ class Recipe:
             )
 
     def to_toml(self) -> str:
-        """Every value that is set, as TOML; `read_recipe` gives the equal recipe back."""
+        """The recipe as TOML, every value that is set; `read_recipe` gives the equal recipe back."""
         lines = [f"name = {toml_value(self.name)}"]
         for table in dataclasses.fields(self)[1:]:
             lines += ["", f"[{table.name}]"]
@@ -188,16 +189,16 @@ def read_recipe(path: str | os.PathLike[str] | None = None, overrides: Iterable[
             raise RecipeError(f"{path} is not valid TOML: {error}.") from error
         content.setdefault("name", path.stem if path.stem != "recipe" else path.resolve().parent.name)
         if (path.parent / "facts.json").is_file():
-            _read_as_then(content)
-        _use_own_copies(content, path.parent)
-    given = content.pop("method", {})
+            _modernise(content)
+        _use_run_copies(content, path.parent)
+    of_file = content.pop("method", {})
     for override in overrides:
         _apply(content, override)
-    if isinstance(given, dict):
-        own, set_here = given.get("name", MethodRecipe.name), content.get("method", {})
-        content["method"] = set_here if set_here.get("name", own) != own else given | set_here
+    if isinstance(of_file, dict):
+        name, overridden = of_file.get("name", MethodRecipe.name), content.get("method", {})
+        content["method"] = overridden if overridden.get("name", name) != name else of_file | overridden
     else:
-        content["method"] = given  # no table: refused with the others
+        content["method"] = of_file  # no table: refused with the others
     recipe = parse_recipe(content)
     return recipe if "name" in content else named_by_folder(recipe)
 
@@ -209,7 +210,7 @@ def named_by_folder(recipe: Recipe) -> Recipe:
 
 
 def parse_recipe(content: Mapping[str, Any]) -> Recipe:
-    """Make a recipe of nested mappings, as tomllib gives them (see `read_recipe`)."""
+    """Make a recipe of nested mappings, as tomllib gives them; errors as for `read_recipe`."""
     tables = typing.get_type_hints(Recipe)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -232,24 +233,26 @@ def _parse_table(table: str, owner: type[Any], content: Any) -> Any:
 
 
 _RETIRED = {"method.kl_weight": 'KL to T is method.base = "kd" now, and method.base_weight is its factor'}
-"""Keys of earlier recipes, and what says the same today. Run folders of that time are still read, without them."""
-_YOUNGER = {"student": {"control": False}}
-"""Keys that earlier runs lack, where what they did then is not today's default."""
+"""Keys of earlier recipes, and what replaces them today. Run folders of that time are still read, without them."""
+_ABSENT = {"student": {"control": False}}
+"""Values of keys that earlier runs lack, where those runs did something else than today's default."""
 
 
-def _read_as_then(content: dict[str, Any]) -> None:
-    """A run folder's recipe states every value: a key that is no more has done its work, one it lacks is younger."""
+def _modernise(content: dict[str, Any]) -> None:
+    """Bring the recipe of an earlier run to today's keys: it states every value, so a key that it lacks is younger."""
     for key in _RETIRED:
         table, name = key.split(".")
         if isinstance(values := content.get(table), dict):
             values.pop(name, None)
-    for table, then in _YOUNGER.items():
+    for table, then in _ABSENT.items():
         if isinstance(values := content.setdefault(table, {}), dict):
             content[table] = then | values
+    if isinstance(data := content.get("data"), dict) and data.get("name", "digits") == "digits":
+        data.pop("root", None)  # was allowed, and never read
 
 
-def _use_own_copies(content: dict[str, Any], folder: Path) -> None:
-    """The weights that `teacher.checkpoint` and `student.checkpoint` named are in a run folder under its own names."""
+def _use_run_copies(content: dict[str, Any], folder: Path) -> None:
+    """Point `teacher.checkpoint` and `student.checkpoint` to the run folder's copies, where it has them."""
     for table, name in (("teacher", "teacher"), ("student", "s0")):
         copy, values = folder / "weights" / f"{name}.safetensors", content.get(table)
         if isinstance(values, dict) and "checkpoint" in values and copy.is_file():

@@ -96,8 +96,8 @@ def pareto_front(points: Sequence[Result]) -> list[Result]:
     return front
 
 
-def _same_place(one: Result, other: Result) -> bool:
-    return (one.p50_ms, one.accuracy) == (other.p50_ms, other.accuracy)
+def _same_place(result: Result, other: Result) -> bool:
+    return (result.p50_ms, result.accuracy) == (other.p50_ms, other.accuracy)
 
 
 def _accuracy(result: Result) -> float:
@@ -194,16 +194,16 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
 
 def names(points: Sequence[Result | Case]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
-    found = [result.model for result in points]
+    unique = [result.model for result in points]
     for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
         values = [getattr(result, fact, None) for result in points]
-        groups = {name: {v for n, v in zip(found, values, strict=True) if n == name} for name in found}
+        groups = {name: {v for n, v in zip(unique, values, strict=True) if n == name} for name in unique}
         words = [f"{fact} {value}" if isinstance(value, int) else value for value in values]
-        found = [
+        unique = [
             f"{name}, {word}" if len(groups[name]) > 1 and word is not None else name
-            for name, word in zip(found, words, strict=True)
+            for name, word in zip(unique, words, strict=True)
         ]
-    return found
+    return unique
 
 
 def _label(axes: Any, points: Sequence[Result]) -> None:
@@ -295,7 +295,7 @@ def _along_stairs(axes: Any, line: Any) -> list[_Spot]:
     for x, y in zip(xs[1:], ys[1:], strict=True):
         corners += [(x, corners[-1][1]), (x, y)]
     spots = [tuple(spot) for spot in axes.transData.transform(corners)]
-    return [at for one, other in itertools.pairwise(spots) for at in _along(one, other)]
+    return [at for start, end in itertools.pairwise(spots) for at in _along(start, end)]
 
 
 def _nearest(box: Any, point: _Spot) -> _Spot:
@@ -310,7 +310,7 @@ def _ends(result: Result) -> tuple[float, float]:
     )
 
 
-def _overlap(one: Any, other: Any) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+def _overlap(box: Any, other: Any) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
     return float(width * height) if width > 0 and height > 0 else 0.0

@@ -32,7 +32,7 @@ def predictions(
         name: What messages call the network. Default: its class.
 
     Raises:
-        DivergenceError: Its logits are not finite: every class would be as likely, and the first one be counted.
+        DivergenceError: The logits are not finite: every class would be as likely, and the first one be counted.
         UsageError: It gives probabilities in place of logits.
     """
     was_training = module.training

@@ -75,7 +75,7 @@ class Average:
     """An exponential moving average of a network's weights, batch norm's statistics among them.
 
     Args:
-        network: Its state dict is averaged.
+        network: The network whose state dict is averaged.
         decay: Share of the average that is kept at each update.
     """
 

@@ -80,7 +80,7 @@ def test_a_recipe_in_a_run_folder_is_named_after_the_folder(tmp_path: Path) -> N
         ("teacher.name=resnet56", "teacher", "name", "resnet56"),
         ("teacher.name='resnet56'", "teacher", "name", "resnet56"),
         ('teacher.name="resnet56"', "teacher", "name", "resnet56"),
-        ("data.root=/some/where=odd dir", "data", "root", "/some/where=odd dir"),
+        ("teacher.checkpoint=/some/where=odd dir", "teacher", "checkpoint", "/some/where=odd dir"),
         ("data.augment=[]", "data", "augment", ()),
         ("data.augment=['flip']", "data", "augment", ("flip",)),
         ("data.mean=[0.5, 0.5, 0.5]", "data", "mean", (0.5, 0.5, 0.5)),

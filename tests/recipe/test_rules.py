@@ -127,7 +127,8 @@ def test_true_is_not_one(key: str) -> None:
         ("method.student_weight", [-0.1], "must be between 0 and 1000000"),
         ("method.assistant_weight", [-0.1], "must be between 0 and 1000000"),
         ("method.stage_weight", [-0.1], "must be between 0 and 1000000"),
-        ("method.stages", [[2, 1], [1, 1], [0, 3]], "must rise, between 1 and 1000000"),
+        ("method.stages", [[2, 1], [1, 1]], "must rise"),
+        ("method.stages", [[0, 3]], "must be between 1 and 1000000"),
         ("method.step_decay", [-0.1, 1.1], "must be between 0 and 1"),
         ("method.temperature", [0.0, -1.0], "must be between 0.001 and 1000000"),
         ("method.dkd_alpha", [-0.1], "must be between 0 and 1000000"),
@@ -150,7 +151,8 @@ def test_true_is_not_one(key: str) -> None:
         ("train.lr_decay", [-0.1, 1.1, float("nan")], "must be between 0 and 1"),
         ("train.schedule", ["linear"], "Choices: constant, cosine, step"),
         ("train.seed", [-1, 2**31], "must be between 0 and 2147483647"),
-        ("train.milestones", [[2, 1], [1, 1], [-5, 3], [0]], "must rise, between 1 and 1000000"),
+        ("train.milestones", [[2, 1], [1, 1]], "must rise"),
+        ("train.milestones", [[-5, 3], [0]], "must be between 1 and 1000000"),
     ],
 )
 def test_a_value_outside_its_rule_is_refused(key: str, values: list[Any], rule: str) -> None:
@@ -323,22 +325,46 @@ def test_a_fraction_of_the_teacher() -> None:
     recipe = read_recipe(None, ["student.name=teacher", "student.fraction=0.5"])
     assert (recipe.student.fraction, recipe.student.inherits) == (0.5, True)
     assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
-    for wrong in (
-        ["student.fraction=0.5"],
-        ["student.name=teacher"],
-        ["student.name=teacher", "student.fraction=0.5", "student.checkpoint=x"],
-        ["student.weights=inherited"],
-        ["student.backend=onnxruntime"],
-        ["student.budget=latency", "student.backend=pytorch"],
-        ["student.budget=latency", "student.latency_batches=[0]"],
+    for wrong, message in (
+        (["student.fraction=0.5"], r'student\.fraction = 0\.5 has no effect .* only with student\.name = "teacher"'),
+        (["student.name=teacher"], r"nothing says to what\. Set student\.fraction"),
+        (["student.name=teacher", "student.fraction=1.5"], r"student\.fraction = 1\.5 must be between 0\.01 and 1"),
+        (
+            ["student.name=teacher", "student.fraction=0.5", "student.checkpoint=x"],
+            r"student\.checkpoint = 'x' is about an S0 of its own",
+        ),
+        (["student.weights=inherited"], "needs a trained network to inherit from"),
     ):
-        with pytest.raises(RecipeError, match="student"):
+        with pytest.raises(RecipeError, match=message):
             read_recipe(None, wrong)
+
+
+@pytest.mark.parametrize(("key", "value"), [("backend", "openvino"), ("latency_batches", (2,)), ("latency_threads", 1)])
+def test_keys_of_a_measurement_are_read_where_one_is_made(key: str, value: Any) -> None:
+    assert getattr(StudentRecipe(budget="latency", **{key: value}), key) == value
+    with pytest.raises(RecipeError, match=rf'student\.{key} = .* only with student\.budget = "latency"\. Leave it out'):
+        StudentRecipe(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backend", "pytorch", "Unknown value of student.backend 'pytorch'.*Choices: onnxruntime, openvino"),
+        ("latency_batches", (8, 0), r"student\.latency_batches = 0 must be between 1 and"),
+        ("latency_batches", (), r"student\.latency_batches = \[\] names no batch size"),
+        ("latency_threads", 0, r"student\.latency_threads = 0 must be between 1 and"),
+    ],
+)
+def test_values_of_a_measurement_that_cannot_be_are_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        StudentRecipe(budget="latency", **{key: value})
 
 
 @pytest.mark.parametrize("owner", [TeacherRecipe, StudentRecipe])
 @pytest.mark.parametrize("key", ["checkpoint_key", "labels"])
 def test_keys_of_a_file_that_is_not_named(owner: type[TeacherRecipe | StudentRecipe], key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{key} = 'x' is about the file .*\.checkpoint, which is not set"):
-        owner(**{key: "x"})
+    names = ({}, {"name": "teacher", "fraction": 0.5}) if owner is StudentRecipe else ({},)
+    for name in names:
+        with pytest.raises(RecipeError, match=rf'{key} = "x" has no effect .* only with \w+\.checkpoint, the file'):
+            owner(**{key: "x"}, **name)
     assert getattr(owner(**{key: "x", "checkpoint": "c.pth"}), key) == "x"

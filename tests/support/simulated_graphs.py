@@ -29,7 +29,8 @@ class Graph:
 
 
 class _Writing(TorchDispatchMode):
-    def __init__(self, graph):
+    def __init__(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         super().__init__()
         self.graph = graph
 

@@ -67,7 +67,7 @@ class MergedMaps:
         start, self._count = self._count, self._count + int(torch.cat(list(q)).max()) + 1
         numbers = torch.arange(start, self._count)
         self._stored[_key(numbers)] = [Stored(node, numbers)]
-        return [_addresses(start + one, shape) for one, shape in zip(q, shapes, strict=True)]
+        return [_addresses(start + places, shape) for places, shape in zip(q, shapes, strict=True)]
 
     def call_module(self, module: nn.Module, x: fx.Node) -> fx.Node:
         """A layer in the graph."""
@@ -79,16 +79,16 @@ class MergedMaps:
         """One tensor that holds exactly the channels of these maps, and p."""
         numbers = numbers_of(maps)
         stored = self.pieces(numbers)[0]
-        return stored, [stored.positions(one) for one in numbers]
+        return stored, [stored.positions(channels) for channels in numbers]
 
     def pieces(self, numbers: Sequence[Tensor]) -> list[Stored]:
         """All tensors that hold exactly these channels; one is made where there is none."""
         wanted = torch.cat(list(numbers)).unique()  # type: ignore[no-untyped-call]
-        if found := self._stored.get(_key(wanted)):
-            return found
+        if stored := self._stored.get(_key(wanted)):
+            return stored
         parts, missing = [], wanted
         while len(missing):  # each channel from the first tensor that has it
-            source = next(one for (one, *_) in self._stored.values() if torch.isin(missing, one.numbers).any())
+            source = next(tensor for (tensor, *_) in self._stored.values() if torch.isin(missing, tensor.numbers).any())
             parts.append(self._selected(source, torch.isin(source.numbers, missing)))
             missing = missing[~torch.isin(missing, source.numbers)]
         if len(parts) > 1:
@@ -102,7 +102,7 @@ class MergedMaps:
         pairs = list(product(self.pieces(left), self.pieces(right)))
 
         def places(stored: Stored, numbers: list[Tensor]) -> Tensor:
-            return torch.cat([stored.positions(one) for one in numbers])
+            return torch.cat([stored.positions(channels) for channels in numbers])
 
         for X, Y in pairs:
             if torch.equal(places(X, left), places(Y, right)):
@@ -163,15 +163,15 @@ def numbers_of(maps: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         NotOnePiece: They are no such maps, or a channel's data is not where it was computed.
     """
-    found = []
+    numbers_by_map = []
     for addresses in maps:
         if not isinstance(addresses, Tensor) or addresses.ndim != 4:
             raise NotOnePiece("something that is no map [N, C, H, W]")
         numbers = addresses[0, :, 0, 0] // PLACES
         if not torch.equal(addresses, _addresses(numbers, addresses.shape)):
             raise NotOnePiece("a map whose data was moved from place to place")
-        found.append(numbers)
-    return found
+        numbers_by_map.append(numbers)
+    return numbers_by_map
 
 
 def _addresses(numbers: Tensor, shape: Sequence[int]) -> Tensor:

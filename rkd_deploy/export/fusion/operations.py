@@ -192,15 +192,15 @@ def _insert(branch: fx.GraphModule, join: fx.Node, slot: int, layers: Sequence[n
     assert isinstance(operand, fx.Node)
     ShapeProp(branch).propagate(x_NCHW)
     channels = operand.meta["tensor_meta"].shape[1]
-    made: list[fx.Node] = []
+    identities: list[fx.Node] = []
     for layer in layers:
         name = f"identity_{len(list(branch.children()))}"
         branch.add_module(name, _identity(layer, channels, x_NCHW.dtype))
         with branch.graph.inserting_before(join):
-            made.append(branch.graph.call_module(name, (made[-1] if made else operand,)))
-    join.update_arg(slot, made[-1])
+            identities.append(branch.graph.call_module(name, (identities[-1] if identities else operand,)))
+    join.update_arg(slot, identities[-1])
     branch.recompile()
-    return made[0]
+    return identities[0]
 
 
 def _identity(like: nn.Module, channels: int, dtype: torch.dtype) -> nn.Module:

@@ -101,8 +101,10 @@ class _Merger:
         for self.nodes in zip(*rows, strict=False):
             kinds = {(node.op, *self._kind(b, node)) for b, node in enumerate(self.nodes)}
             if len(kinds) > 1:
-                found = " and ".join(_described(node) for node in self.nodes)
-                self._refuse(f"their topologies differ: where one has {found.replace(' and ', ', another has ', 1)}")
+                operations = " and ".join(_described(node) for node in self.nodes)
+                self._refuse(
+                    f"their topologies differ: where one has {operations.replace(' and ', ', another has ', 1)}"
+                )
             if self.nodes[0].op == "output":
                 return self._finished()
             results = self._step(next(iter(kinds))[1])
@@ -135,17 +137,17 @@ class _Merger:
                 _attribute(branch, str(node.target)) for branch, node in zip(self.branches, self.nodes, strict=True)
             ]
         arguments = [self._arguments(b) for b in range(len(self.branches))]
-        maps = [len(_maps_of(*one)) for one in arguments]
+        map_counts = [len(_maps_of(*branch_arguments)) for branch_arguments in arguments]
         if kind == "identity":
             return [args[0] for args, _ in arguments]
-        if max(maps) == 0 or kind == "move":
+        if max(map_counts) == 0 or kind == "move":
             return [self._call(b, *arguments[b]) for b in range(len(self.branches))]
         steps: dict[str, Callable[[list[Any]], list[Tensor]]] = {
             "convolution": self._convolution,
             "norm": self._norm,
             "functional norm": self._functional_norm,
             "channelwise": self._channelwise,
-            "join": self._join if min(maps) > 1 else self._channelwise,
+            "join": self._join if min(map_counts) > 1 else self._channelwise,
         }
         if kind not in steps:
             self._refuse(f"{_described(self.nodes[0])} is no operation that it knows how to merge")
@@ -164,7 +166,7 @@ class _Merger:
         numbers = numbers_of(maps)
 
         def merged_on(stored: Stored) -> MergedConv:
-            p = [stored.positions(one) for one in numbers]
+            p = [stored.positions(channels) for channels in numbers]
             self.can_group |= can_group(convs, p) and not self.grouped
             return merge_convs(convs, p, len(stored.numbers), grouped=self.grouped)
 
@@ -195,28 +197,28 @@ class _Merger:
         if conv is not None and all(operations.reads_alone(node) for node in self.nodes):
             fold_norm(conv, norm)
             return maps
-        return self.maps.add(self.maps.call_module(norm, stored.node), p, [one.shape for one in maps])
+        return self.maps.add(self.maps.call_module(norm, stored.node), p, [map_.shape for map_ in maps])
 
     def _channelwise(self, arguments: list[Any]) -> list[Tensor]:
-        maps = [_maps_of(*one) for one in arguments]
-        settings = [_without_maps(*one) for one in arguments]
-        if any(one != settings[0] for one in settings):
+        maps = [_maps_of(*branch_arguments) for branch_arguments in arguments]
+        settings = [_without_maps(*branch_arguments) for branch_arguments in arguments]
+        if any(other != settings[0] for other in settings):
             self._refuse(f"{_described(self.nodes[0])} has other settings in one branch than in another")
         if any(len(node.all_input_nodes) > 1 for node in self.nodes):
             self._refuse(f"{_described(self.nodes[0])} depends on a tensor or on the size of a map")
-        stored, p = self.maps.piece([one for (one,) in maps])
-        shapes = [self._shape(b, one) for b, (one,) in enumerate(maps)]
-        if any(len(shape) != 4 or shape[:2] != (2, len(one)) for shape, one in zip(shapes, p, strict=True)):
+        stored, p = self.maps.piece([map_ for (map_,) in maps])
+        shapes = [self._shape(b, map_) for b, (map_,) in enumerate(maps)]
+        if any(len(shape) != 4 or shape[:2] != (2, len(p_b)) for shape, p_b in zip(shapes, p, strict=True)):
             self._refuse(f"{_described(self.nodes[0])} gives no map of the same channels")
         return self.maps.add(self._emitted(stored.node), p, shapes)
 
     def _join(self, arguments: list[Any]) -> list[Tensor]:
-        left, right = zip(*(_maps_of(*one) for one in arguments), strict=True)
+        left, right = zip(*(_maps_of(*channels) for channels in arguments), strict=True)
         if any(a.shape[:2] != b.shape[:2] for a, b in zip(left, right, strict=True)):
             self._refuse(f"{_described(self.nodes[0])} joins maps of unequal numbers of channels")
         pairs = list(zip(left, right, strict=True))
         X, Y = self.maps.aligned(numbers_of(left), numbers_of(right))
-        p = [X.positions(one) for one in numbers_of(left)]
+        p = [X.positions(channels) for channels in numbers_of(left)]
         node = self.maps.graph.call_function(operations.out_of_place(self.nodes[0].target), (X.node, Y.node))
         return self.maps.add(node, p, [(a[:1, :1] + b[:1, :1]).expand(*a.shape[:2], -1, -1).shape for a, b in pairs])
 
@@ -284,14 +286,14 @@ def _shape_after(conv: nn.Conv2d, addresses: Tensor) -> tuple[int, ...]:
 
 def _maps_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The addresses among the arguments; parameters of the network are no whole numbers."""
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
 
     def look(value: Any) -> None:
         if isinstance(value, Tensor) and not value.is_floating_point():
-            found.append(value)
+            maps.append(value)
 
     fx.node.map_aggregate((args, kwargs), look)
-    return found
+    return maps
 
 
 def _without_maps(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

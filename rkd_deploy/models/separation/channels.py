@@ -1,9 +1,11 @@
-"""What a network's channels are, once it is known which of them belong together: values, and their rules.
+"""Values that say which channels of a network can only be removed together.
 
-unit    channels that can only go together: one channel, or a whole group of a grouped convolution
-space   units in one order, shared by every layer that has them, e.g. the output of a residual stage
-width   how many channels of a space are kept; spaces that must stay equally wide share one, e.g. the two halves
-that ShuffleNetV2 splits and joins
+    unit    channels that can only go together: one channel, or a whole group of a grouped convolution
+    space   units in one order, shared by every layer that has them, e.g. the output of a residual stage
+    width   how many channels of a space are kept; spaces that must stay equally wide share one, e.g. the two halves
+            that ShuffleNetV2 splits and joins
+
+`coupling.py` finds them.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from rkd_deploy.models.staged import Widths
 
 Indices = npt.NDArray[np.int64]
 STAYS = -1
-"""In place of a unit: this index is never removed."""
+"""Stands for a unit where an index is never removed."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Units in one order, shared by all layers that have them.
+    """Units of channels in one order, shared by all layers that have them.
 
     Attributes:
         name: Path of the first layer that makes its channels.
-        units: Numbers of its units, in the order of its channels.
+        units: Numbers of the units, in the order of their channels.
         size: Channels of one unit in that layer.
         width: Index of the width that says how many channels are kept.
         importance: A number for each unit; the more important, the rather it is kept.
@@ -44,11 +46,11 @@ class Space:
 
     @property
     def channels(self) -> int:
-        """Number of channels of this space before anything is removed."""
+        """Number of channels of the space before anything is removed."""
         return len(self.units) * self.size
 
     def step(self, round_to: int) -> int:
-        """The least number of channels that is, in every layer, a multiple of `round_to`."""
+        """Least number of channels that is a multiple of `round_to` in every layer of the space."""
         units = 1
         for channels, multiple_of in self.per_layer:
             wanted = math.lcm(round_to, multiple_of)
@@ -61,7 +63,7 @@ class Channels:
     """The removable channels of a network, and which tensors hold them.
 
     Attributes:
-        axes: By (tensor, dimension), the unit of each index, or `STAYS`.
+        axes: The unit of each index, or `STAYS`, by (tensor, dimension).
         output: The unit of each channel that comes out, or `STAYS`.
         spaces: Each unit is in one of them; in the order of the layers.
         widths: Channels of each width before anything is removed.
@@ -75,7 +77,7 @@ class Channels:
     fixed: tuple[str, ...] = ()
 
     def steps(self, round_to: int) -> Widths:
-        """Each width is a multiple of this many channels."""
+        """The step of each width, in channels: every narrowed width is a multiple of it."""
         return tuple(
             math.lcm(*(space.step(round_to) for space in self.spaces if space.width == index))
             for index in range(len(self.widths))

@@ -1,27 +1,25 @@
-"""Finds which channels of a network belong together: removed in one layer, gone in all.
+"""Finds the channels of a network that can only be removed together.
 
 Torch-Pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900) says which layers share their channels: through
 additions, concatenations, depthwise convolutions, gates. From it follow the units, spaces and widths of `channels.py`.
-This is the one file that imports Torch-Pruning; a network that can be built at other widths needs neither.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import types
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
-from rkd_deploy.errors import UsageError, require
+from rkd_deploy.errors import UsageError
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, Space
-
-tp: Any = require("torch_pruning", "train")
+from rkd_deploy.models.separation.dependency_graph import ChannelGraph, cuts_channels
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -30,16 +28,16 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     """Find the channels of a network that can be removed, and which of them go together.
 
     Args:
-        network: RGB images to what is used of it; layers that do not run are not narrowed. Left as it is: a copy is run
-            once, on the CPU. Its weights decide on the importances alone.
+        network: RGB images to the output that is used; layers that do not run are not narrowed. It is left as it is: a
+            copy is run once, on the CPU. Its weights decide on the importances alone.
         input_size: Height and width in pixels.
 
     Raises:
-        UsageError: It has a layer whose channels cannot be removed; the message names it.
+        UsageError: A layer's channels cannot be removed; the message names the layer.
     """
     network = copy.deepcopy(network).cpu().float().requires_grad_(True)
     with torch.enable_grad():
-        graph = _Graph().build_dependency(
+        graph = ChannelGraph().build_dependency(
             network,
             torch.zeros(1, 3, *input_size),
             output_transform=lambda y: y * 1,  # else the last layer stands for the output
@@ -64,125 +62,8 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     return coupling.numbered()
 
 
-class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """Torch-Pruning's graph with exact channel counts, and with a search that visits every channel once.
-
-    The base guesses how many channels an operation gives from the layers around it, and guesses wrong beside slices,
-    unequal splits and shuffles. PyTorch's autograd graph knows: every node has the shape of what it gave.
-    """
-
-    def _trace(self, *args: Any, **kwargs: Any) -> Any:
-        nodes = super()._trace(*args, **kwargs)
-        for node in nodes.values():
-            if node.type == tp.ops.OPTYPE.RESHAPE:
-                # The base takes every reshape for a flattening that multiplies the channels, and divides by zero at
-                # ShuffleNet's. A feature extractor flattens nothing but 1x1 maps, which keeps the channels, so every
-                # reshape passes for element-wise: through a shuffle their number stays right, and not their order.
-                node.type = tp.ops.OPTYPE.ELEMENTWISE
-            elif node.type == tp.ops.OPTYPE.SPLIT:
-                self._describe_split(node)
-        return nodes
-
-    def get_out_channels(self, module_or_node: Any) -> Any:
-        """Channels of what a layer or operation gives; those of a split's several parts are in its offsets."""
-        known = super().get_out_channels(module_or_node)
-        if known is not None or not isinstance(module_or_node, tp.dependency.Node):
-            return known
-        return _channels_of(module_or_node.grad_fn)
-
-    def get_in_channels(self, module_or_node: Any) -> Any:
-        """Channels of what a layer or operation takes; a join takes as many as it gives."""
-        node_type = getattr(module_or_node, "type", None)
-        if node_type == tp.ops.OPTYPE.SPLIT and module_or_node.module.offsets:
-            return module_or_node.module.offsets[-1]
-        if node_type == tp.ops.OPTYPE.CONCAT:
-            return _channels_of(module_or_node.grad_fn)
-        return super().get_in_channels(module_or_node)
-
-    def get_pruning_group(self, module: Any, pruning_fn: Any, idxs: Sequence[int]) -> Any:
-        """The channels of one layer, and where else they are; `coupled` are those that meet in one place.
-
-        The base searches by whole sets of channels. Where paths overlap in part (a shortcut added to the first channels
-        of a wider map, block after block) there are 2^blocks such sets, and it hangs. This search goes on with the
-        channels alone that a layer has not been reached with before: each is visited once.
-        """
-        node = self.module2node[module]
-        if isinstance(module, nn.Conv2d) and module.groups == module.out_channels > 1:
-            pruning_fn = tp.function.prune_depthwise_conv_out_channels
-        start = [tp._helpers._HybridIndex(idx=index, root_idx=index) for index in idxs]
-        reached: dict[tuple[int, Any], tuple[Any, dict[Any, None]]] = {}
-
-        def unvisited(dep: Any, indices: Sequence[Any]) -> list[Any]:
-            _, visited = reached.setdefault((id(dep.target), dep.handler), (dep, {}))
-            new = [index for index in dict.fromkeys(indices) if index not in visited]
-            visited.update(dict.fromkeys(new))
-            return new
-
-        first = tp.dependency.Dependency(pruning_fn, pruning_fn, source=node, target=node)
-        open_ends = [(first, unvisited(first, start))]
-        while open_ends:
-            arrived, indices = open_ends.pop()
-            for dep in arrived.target.dependencies:
-                if dep.is_triggered_by(arrived.handler):
-                    mapped: Any = indices
-                    for mapping in dep.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
-                    if mapped and (new := unvisited(dep, mapped)):
-                        open_ends.append((dep, new))
-        group = tp.dependency.Group()
-        group._DG, group.coupled = self, set()
-        for dep, visited in reached.values():
-            root_of: dict[int, int] = {}
-            for index in visited:
-                root = root_of.setdefault(index.idx, index.root_idx)
-                if root != index.root_idx:  # two channels of the first layer meet here: Ghost modules have such halves
-                    group.coupled.add((root, index.root_idx))
-            item = tp._helpers.GroupItem(dep=dep, idxs=list(root_of))
-            item.root_idxs = list(root_of.values())
-            group._group.append(item)
-        return group
-
-    def _describe_split(self, node: Any) -> None:
-        """Put a split's parts in order, with their sizes, as the base does not do."""
-        grad_fn = node.grad_fn
-        sizes = grad_fn._saved_self_sym_sizes
-        dim = int(np.array(grad_fn._saved_dim, dtype=np.uint64).astype(np.int64)) % len(sizes)
-        if hasattr(grad_fn, "_saved_split_sizes"):
-            parts = list(grad_fn._saved_split_sizes)
-        else:
-            size = grad_fn._saved_split_size
-            parts = [min(size, sizes[dim] - start) for start in range(0, sizes[dim], size)]
-        readers = {
-            number: reader
-            for reader in node.outputs
-            for function, number in reader.grad_fn.next_functions
-            if function is grad_fn
-        }
-        if dim == 1 and (len(node.outputs) != len(parts) or len(readers) != len(parts)):
-            raise UsageError(
-                f"S0 cannot be narrowed: it splits {sizes[dim]} channels into {len(parts)} parts (operator "
-                f"{grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
-                "only parts that are read by one layer each can be followed. Give another S0."
-            )
-        node.outputs = [readers[number] for number in sorted(readers)] if dim == 1 else node.outputs
-        node.grad_fn = types.SimpleNamespace(_saved_dim=dim, _saved_split_sizes=parts)
-
-
-def _cuts_channels(operation: Any) -> bool:
-    """Whether a slice leaves channels out. One that takes all of them goes on doing so when there are fewer."""
-    grad_fn = operation.grad_fn
-    sizes = grad_fn._saved_self_sym_sizes
-    return operation.dim == 1 and not (grad_fn._saved_start == 0 and grad_fn._saved_end >= sizes[1])
-
-
-def _channels_of(grad_fn: Any) -> int | None:
-    """Channels of what a node of the autograd graph gave; None where that is not one map or vector."""
-    shapes = [entry.shape for entry in getattr(grad_fn, "_input_metadata", ())]
-    return int(shapes[0][1]) if len(shapes) == 1 and len(shapes[0]) in (2, 4) else None
-
-
 class _Forest:
-    """Union-find: numbers that were joined have the same root."""
+    """A union-find structure: numbers that were joined have the same root."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
@@ -195,21 +76,25 @@ class _Forest:
 
     def root(self, item: int) -> int:
         while self._parent[item] != item:
-            self._parent[item] = self._parent[self._parent[item]]
+            self._parent[item] = self._parent[self._parent[item]]  # halves the path, so that long chains stay cheap
             item = self._parent[item]
         return item
 
     def join(self, items: Iterable[int]) -> None:
         roots = sorted({self.root(item) for item in items})
         for other in roots[1:]:
-            self._parent[other] = roots[0]  # the first: numbers stay in the order of the channels
+            self._parent[other] = roots[0]  # the smallest: roots stay in the order of the channels
 
     def roots(self) -> Indices:
         return np.array([self.root(item) for item in range(len(self))], dtype=np.int64)
 
 
 class _Coupling:
-    """Collects which index of which axis is which channel, and which channels go together."""
+    """Collects which channel each index of each axis is, and which channels go together.
+
+    Torch-Pruning gives a group for each layer; channels that come up in several groups tie those together. So a channel
+    begins as a unit and a space of its own, and both are joined as ties are found.
+    """
 
     def __init__(self, network: nn.Module, graph: Any) -> None:
         self._graph = graph
@@ -223,7 +108,7 @@ class _Coupling:
         self._fixed: dict[int, str] = {}  # groups of which nothing can be removed, and why
 
     def add(self, group: Any, importance: Tensor | None) -> None:
-        """A group of Torch-Pruning's: the channels of one layer, and where else they are."""
+        """Take in a group of Torch-Pruning's: the channels of one layer, and where else they are."""
         first, count, number = len(self._units), len(group[0].idxs), len(self._spaces)
         for forest, more in ((self._units, count), (self._spaces, 1), (self._widths, 1)):
             forest.grow(more)
@@ -233,7 +118,7 @@ class _Coupling:
             self._together([first + index for index in pair])
         for item in group:
             layer = item.dep.target.module
-            if isinstance(layer, tp.ops._SliceOp) and _cuts_channels(layer):
+            if isinstance(layer, tp.ops._SliceOp) and cuts_channels(layer):
                 start, size = layer.grad_fn._saved_start, layer.grad_fn._saved_self_sym_sizes[1]
                 part = f"channels {start} to {min(layer.grad_fn._saved_end, size)} of {size}"
                 self._fix([number], f"{self._reader(item.dep.target)} is a slice, {part}")
@@ -246,7 +131,7 @@ class _Coupling:
                     self._together([owner[indices[index]], roots[index]])
 
     def tie_grouped_convolutions(self) -> None:
-        """Keep or remove the groups of grouped convolutions whole."""
+        """Tie each group of a grouped convolution together: it goes whole or not at all."""
         for layer in list(self._names):
             if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
                 continue
@@ -255,11 +140,12 @@ class _Coupling:
                 reason = f"{self._names[layer]} is a grouped convolution of channels of which some cannot be removed"
                 self._fix(self._homes(np.concatenate([*sides, [STAYS]])), reason)
                 continue
+            # Groups must stay equally large, and their channels in step on both sides: one row is one unit.
             for block in np.concatenate([side.reshape(layer.groups, -1) for side in sides], axis=1):
                 self._together(block)
 
     def tie_splits(self) -> None:
-        """Keep equal parts of a split equally wide, and fix unequal ones: the network's code has their sizes."""
+        """Tie equal parts of a split to one width, and fix unequal ones, whose sizes stand in the network's code."""
         for (layer, side), owner in self._owner.items():
             if side != "split":
                 continue
@@ -268,6 +154,7 @@ class _Coupling:
                 sizes, reader = [len(part) for part in parts], self._reader(self._graph.module2node[layer])
                 self._fix(self._homes(owner), f"{reader} is split off, in parts of {sizes} channels")
                 continue
+            # Parts of one layer lose the same channels each; parts of several layers only as many as one another.
             for column in np.stack(parts, axis=1):
                 if len(homes := self._homes(column)) == 1:
                     self._together(column)
@@ -275,7 +162,7 @@ class _Coupling:
                     self._widths.join(homes)
 
     def numbered(self) -> Channels:
-        """The collected spaces and axes, without channels that cannot be removed."""
+        """The collected channels, numbered in the order of the layers; those that cannot be removed are left out."""
         units, spaces = self._units.roots(), self._spaces.roots()[self._home]  # of each channel
         per_layer, first = self._footprints(units, spaces)
         # All groups of a space share its width, so one fixed group fixes every space of that width.
@@ -298,6 +185,7 @@ class _Coupling:
                 importance=np.array([score[units == unit].mean() for unit in its_units]),
                 per_layer=frozenset(per_layer[space]),
             )
+        # STAYS once more at the end, where index STAYS = -1 is.
         movable = np.append(np.where(np.isin(spaces, order), units, STAYS), STAYS)
         axes = {key: movable[owner] for key, owner in self._tensor_axes() if (movable[owner] != STAYS).any()}
         full = {space.width: space.channels for space in members.values()}
@@ -313,7 +201,7 @@ class _Coupling:
     def _footprints(
         self, units: Indices, spaces: Indices
     ) -> tuple[dict[int, set[tuple[int, int]]], dict[int, tuple[int, int]]]:
-        """`Space.per_layer` by space; and the place of the first layer that makes it, with a unit's channels."""
+        """`Space.per_layer` by space, and the place of the first layer that makes the space, with a unit's channels."""
         per_layer: dict[int, set[tuple[int, int]]] = defaultdict(set)
         first: dict[int, tuple[int, int]] = {}
         for (layer, side), owner in self._owner.items():
@@ -332,7 +220,7 @@ class _Coupling:
         return per_layer, first
 
     def _sides(self, layer: Any, handler: Any) -> Iterator[tuple[str, int]]:
-        """Axes of a layer that an item of a group is about, and their lengths."""
+        """Sides of a layer that an item of a group is about, and their lengths."""
         if isinstance(layer, nn.Parameter):
             yield "out", layer.shape[self._graph.module2node[layer].pruning_dim]
         elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
@@ -356,7 +244,7 @@ class _Coupling:
             )
 
     def _offsets(self, layer: Any) -> list[int]:
-        """Bounds of the parts of channels that are split, or shuffled: seen as a matrix and transposed."""
+        """Bounds of the parts of channels that a layer splits, or shuffles as a matrix that is transposed."""
         if isinstance(layer, tp.ops._SplitOp):
             return layer.offsets or []
         sizes: list[int] = list(getattr(self._graph.module2node[layer].grad_fn, "_saved_self_sym_sizes", ()))
@@ -365,7 +253,7 @@ class _Coupling:
         return []
 
     def _tensor_axes(self) -> Iterator[tuple[tuple[str, int], Indices]]:
-        """The axes by tensor and dimension, from those by layer and side."""
+        """Channels of each index by (tensor, dimension), from those by layer and side."""
         for (layer, side), owner in self._owner.items():
             name = self._names.get(layer, "")
             if isinstance(layer, nn.Parameter):
@@ -387,7 +275,7 @@ class _Coupling:
             self._fixed.setdefault(home, reason)
 
     def _reader(self, node: Any) -> str:
-        """A name for the output of an unnamed operation: the first layer that reads it."""
+        """A name for the output of an unnamed operation, by the first layer that reads it."""
         queue, visited = deque([node]), {node}
         while queue:
             node = queue.popleft()

@@ -70,7 +70,7 @@ class Serving:
 
     Attributes:
         backend: Triton's: onnxruntime, tensorrt or python. Python needs onnxruntime and numpy in the server's Python.
-        name: Of the model in the repository. Default: made of the card's name, else of the file's.
+        name: Name of the model in the repository. Default: made of the card's name, else of the file's.
         max_batch: Most images of one run. Default: 32; of a plan what it was built for.
         preferred: Batch sizes that the scheduler waits for. Default: 8 and the largest; of a plan those that its
             kernels were chosen for.

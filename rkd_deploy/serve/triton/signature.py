@@ -127,7 +127,7 @@ class Batching:
 
     Attributes:
         most: Largest batch.
-        preferred: Those that the scheduler waits for, ascending.
+        preferred: Batch sizes that the scheduler waits for, ascending.
         profiles: How many profiles the plan has; 0: it is none, or nothing is known of it.
     """
 

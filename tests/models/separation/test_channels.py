@@ -16,7 +16,8 @@ from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
 from rkd_deploy.models.separation.channels import STAYS
 from rkd_deploy.models.separation.coupling import trace_channels
-from rkd_deploy.models.separation.pruning import Pruner, inherit
+from rkd_deploy.models.separation.inheritance import inherit
+from rkd_deploy.models.separation.pruning import Pruner
 from rkd_deploy.models.separation.separate import separate
 
 SIZE = (16, 16)
