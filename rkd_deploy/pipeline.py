@@ -87,6 +87,7 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     else:
         pool, left_N = images.train, np.setdiff1d(np.arange(len(images.train)), taken_N)
         source = f"{train} not calibrated on"
+    # Another stream than the one that drew the calibration images.
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = Batches(pool.take(chosen_N))
     return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)

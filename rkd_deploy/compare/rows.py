@@ -153,6 +153,7 @@ def _verdicts(rows: Sequence[NetworkRow], groups: Sequence[Sequence[_Network]]) 
     controls = [pair for pair in zip(rows, groups, strict=True) if pair[0].part in CONTROLS]
     for row, group in zip(rows, groups, strict=True):
         if row.part == "fused" and controls:
+            # The strictest of the controls: S + A must beat the best network of the same cost, not the plainest.
             control, others = max(controls, key=lambda pair: pair[0].top1)
             yield Verdict(
                 network=row.name,
@@ -169,6 +170,8 @@ def _gain(ours: Sequence[_Network], others: Sequence[_Network]) -> Gain:
         {network.run.recipe.train.seed: network.results.test_top1 for network in group} for group in (ours, others)
     ]
     seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
+    # Seeds tell most: they vary all that training varies. Of one run, its pairs of right and wrong images tell more
+    # than two accuracies do, because both networks saw the same images.
     if len(seeds) > 1:
         return gain_of_seeds(*([by_seed[seed] for seed in seeds] for by_seed in accuracies))
     images = ours[0].results.test_images
@@ -183,6 +186,7 @@ def _networks(run: Run) -> Iterable[_Network]:
     metrics = run.metrics
     for part in metrics.parts:
         weights = [part, _sha256(run, phase_of(run.recipe, part))]
+        # The row has points over S0: the same S beside another S0 is another row.
         if part in ("student", "fused", "control") and "s0" in metrics.parts:
             weights.append(_sha256(run, phase_of(run.recipe, "s0")))
         yield _Network(run, part, tuple(weights), metrics)
@@ -238,6 +242,8 @@ def _recipe_without_seed(network: _Network) -> str:
     other.
     """
     run, recipe = network.run, network.run.recipe
+    # By the key, not by the recipe: what a network does not depend on (of T all of [student], say) must not keep its
+    # seeds apart.
     content = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
     for table, phase in (("teacher", "teacher"), ("student", "s0")):
         if content[table]["checkpoint"] is not None and run.weights(phase).is_file():

@@ -221,6 +221,7 @@ def export_bundle(
 
 def _write(proto: Any, file: Path) -> None:
     """Write a graph without the metadata of converters and quantisers: the card is appended in the end."""
+    # Serialised deterministically: the same run gives the same bytes, and so the same checksums.
     del proto.metadata_props[:]
     write_bytes(file, proto.SerializeToString(deterministic=True))
 

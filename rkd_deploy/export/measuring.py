@@ -248,6 +248,7 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         "refused": refused,
         "chosen": chosen,
     }
+    # A record lists what was measured in the order in which it was: session by session, level by level.
     results = [result for session in zip(*sessions.values(), strict=True) for level in session for result in level]
     return Choice(chosen, networks[chosen], protos[chosen], summary, to_record(results, provenance(), summary))
 
@@ -312,6 +313,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     """The networks by level, and why a level is none."""
     networks, refused = {"tail": fuse(model, "tail")}, {}
     if isinstance(model, ResidualStudent):
+        # A level that these branches cannot be brought to is no failure here: it is left out, and the card says why.
         try:
             networks["wide"] = wide = fuse(model, "wide")
             if isinstance(wide, WideBranches) and wide.can_group:
