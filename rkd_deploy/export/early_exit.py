@@ -50,6 +50,7 @@ from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.serve.early_exit import check_threshold, exit_steps
 from rkd_deploy.storage import write_bytes
 
+# The last is above 1, because the softmax of a sure network rounds to exactly 1.
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
 """Thresholds of the table; the first is S alone, the last S + A for every image."""
 
@@ -182,6 +183,8 @@ class ExitLogits:
 
     def lowest_without_loss(self) -> float:
         """The lowest threshold, to 0.01, at which no fewer images are right than with all assistants."""
+        # Every threshold is tried, from below: accuracy does not rise with the threshold throughout, since an assistant
+        # may also spoil what S had right, and bisection could end beyond the lowest.
         all_top1 = self._top1(THRESHOLDS[-1])
         return next((t for t in np.linspace(0, 1, 101).round(2).tolist() if self._top1(t) >= all_top1), THRESHOLDS[-1])
 

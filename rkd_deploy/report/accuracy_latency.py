@@ -89,6 +89,8 @@ def pareto_front(points: Sequence[Result]) -> list[Result]:
         From the fastest to the most accurate; points that are equal in both stand all there.
     """
     front: list[Result] = []
+    # From the fastest on, the most accurate first of equally fast ones: then a point is beaten exactly where one before
+    # it is at least as accurate.
     for point in sorted(points, key=lambda result: (result.p50_ms, -_accuracy(result))):
         last = front[-1] if front else None
         if last is None or _accuracy(point) > _accuracy(last) or _same_place(point, last):
@@ -161,6 +163,7 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
     axes.set_ylim(min(accuracies) - 0.25 * spread, max(accuracies) + 0.25 * spread)
     if slow / fast >= _LOG_FROM:
         axes.set_xscale("log")
+        # Room for names on both sides: a share of the span, on a logarithmic axis as a factor.
         room = (slow / fast) ** 0.22
         axes.set_xlim(fast / room, slow * room)
         log_scale(axes.xaxis)
@@ -252,6 +255,8 @@ def _free_place(
     best = (math.inf, (0.0, 0.0))
     for place in _places(size.width * scale, size.height * scale):
         box = size.translated(place[0] / scale, place[1] / scale).padded(3)
+        # Costs in pixels. A line through a text is worse than a corner of a box under it, and a name beyond the edge
+        # would be cut off: hence the weights. Below 1 nothing is touched, and nearer places were tried first.
         covered = sum(_overlap(box, other) for other in (*bars, *texts)) + 50 * sum(box.contains(*at) for at in lines)
         outside = box.width * box.height - _overlap(box, inside)
         crossed = sum(other.contains(*at) for at in _along(spot, _nearest(box, spot)) for other in texts)

@@ -74,6 +74,7 @@ def _adapted(name: str, value: str, identity: str) -> str:
     if name == "id":
         return f"{identity}-{value}"
     if name == "style":
+        # The size and weight stay, the family goes: text is set in the font of the page, which the reader has.
         value = re.sub(r"font: (?:(\d+) )?([\d.]+px)[^;]*", _font, value)
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
         value = re.sub(r"#[0-9a-fA-F]{6}\b", _variable, value)

@@ -215,6 +215,8 @@ def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
     for ceiling in ceilings:
         threads = "" if ceiling.threads is None else f", threads {ceiling.threads}"
         name = f"{ceiling.backend}{threads}, {ceiling.arithmetic}: " if len(ceilings) > 1 else ""
+        # Memory serves a working set that fits a cache faster than one that does not. Two slopes only where they can be
+        # told apart on paper.
         fast, slow = max(ceiling.bytes_per_s.values()), min(ceiling.bytes_per_s.values())
         lines += [(name, ceiling.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]
     return lines

@@ -134,6 +134,7 @@ def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str
 
 def milliseconds(value: float) -> str:
     """Three significant digits and no exponent, down to 1 ns."""
+    # Digits behind the point so that three are significant: 2 less the power of ten that the value begins with.
     digits = 2 if value <= 0 else min(6, max(0, 2 - math.floor(math.log10(value))))
     return f"{value:,.{digits}f}"
 

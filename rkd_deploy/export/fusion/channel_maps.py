@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor, fx, nn
 
+# Addresses are int64: 2^32 places leave room for 2^31 channels, and neither is ever reached.
 PLACES = 1 << 32
 """Addresses of one channel: more than it has places."""
 
@@ -104,14 +105,18 @@ class MergedMaps:
         def places(stored: Stored, numbers: list[Tensor]) -> Tensor:
             return torch.cat([stored.positions(channels) for channels in numbers])
 
+        # From the cheapest on. Nothing to do: some tensor has the order already.
         for X, Y in pairs:
             if torch.equal(places(X, left), places(Y, right)):
                 return X, Y
+        # Nothing at run time: the rows of a convolution that nobody has read yet are put in order. Not those of a
+        # grouped one, which are bound to their group.
         for X, Y in pairs:
             if (conv := self.own_conv(Y)) is not None and conv.groups == 1:
                 return X, self._relaid(Y, conv, places(X, left), places(Y, right))
             if (conv := self.own_conv(X)) is not None and conv.groups == 1:
                 return self._relaid(X, conv, places(Y, right), places(X, left)), Y
+        # A Gather, which copies the map at every call.
         X, Y = pairs[0]
         order = torch.empty(len(Y.numbers), dtype=torch.long)
         order[places(X, left)] = places(Y, right)
@@ -138,6 +143,7 @@ class MergedMaps:
         places = chosen.nonzero().flatten()
         if chosen.all():
             return source
+        # Channels in one stretch are a Slice, which runtimes give as a view or fold away; a Gather always copies.
         first, last = int(places[0]), int(places[-1])
         if last - first + 1 == len(places):
             node = self.graph.call_function(torch.narrow, (source.node, 1, first, len(places)))
@@ -167,6 +173,8 @@ def numbers_of(maps: Sequence[Tensor]) -> list[Tensor]:
     for addresses in maps:
         if not isinstance(addresses, Tensor) or addresses.ndim != 4:
             raise NotOnePiece("something that is no map [N, C, H, W]")
+        # The numbers are read at one place, and then every address is held against what they should be: an operation
+        # that moved data within a map, or mixed the images of a batch, is found out whatever it was.
         numbers = addresses[0, :, 0, 0] // PLACES
         if not torch.equal(addresses, _addresses(numbers, addresses.shape)):
             raise NotOnePiece("a map whose data was moved from place to place")

@@ -112,6 +112,7 @@ def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> lis
     all_inputs = torch.cat([block.inputs for block in blocks])
     shared = len(set(all_inputs.tolist())) < len(all_inputs)
     groups = {conv.groups for conv in convs}
+    # A channel can be in one group only, so blocks that read the same channels must lie in one set.
     if shared or (groups == {1} and not grouped):
         return [blocks]
     if len({block.size for block in blocks}) == 1:

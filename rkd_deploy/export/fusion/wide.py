@@ -82,6 +82,7 @@ def merge(backbones: Sequence[nn.Module], *, grouped: bool = False, channels: in
     traced = [_traced(backbone) for backbone in backbones]
     parameter = next(backbones[0].parameters())
     with torch.no_grad():
+        # Two images: with one, an operation that moves data from image to image would look like one that does not.
         align(traced, torch.zeros(2, channels, *_SIZE, dtype=parameter.dtype))
         return _Merger(traced, grouped, channels).run()
 
@@ -98,6 +99,7 @@ class _Merger:
 
     def run(self) -> Merged:
         rows = [list(branch.graph.nodes) for branch in self.branches]
+        # Graphs of unequal length differ in kind where the shorter ends: its output stands beside something else.
         for self.nodes in zip(*rows, strict=False):
             kinds = {(node.op, *self._kind(b, node)) for b, node in enumerate(self.nodes)}
             if len(kinds) > 1:
@@ -170,6 +172,8 @@ class _Merger:
             self.can_group |= can_group(convs, p) and not self.grouped
             return merge_convs(convs, p, len(stored.numbers), grouped=self.grouped)
 
+        # A grouped convolution wants its input channels set by set. A tensor that has them so costs nothing; only where
+        # none has, one is gathered.
         for stored in self.maps.pieces(numbers):
             merged = merged_on(stored)
             if merged.order is None:
@@ -193,6 +197,8 @@ class _Merger:
     def _normalised(self, maps: list[Tensor], norms: list[nn.BatchNorm2d]) -> list[Tensor]:
         stored, p = self.maps.piece(maps)
         norm = merge_norms(norms, p, len(stored.numbers))
+        # Folding changes what the convolution gives, so nobody else may read that: not in the merged graph, and not in
+        # any branch further down, which has not been walked yet.
         conv = self.maps.own_conv(stored)
         if conv is not None and all(operations.reads_alone(node) for node in self.nodes):
             fold_norm(conv, norm)
@@ -204,6 +210,7 @@ class _Merger:
         settings = [_without_maps(*branch_arguments) for branch_arguments in arguments]
         if any(other != settings[0] for other in settings):
             self._refuse(f"{_described(self.nodes[0])} has other settings in one branch than in another")
+        # A second tensor (a size, a slope per channel) would have to be merged by a rule of its own, and there is none.
         if any(len(node.all_input_nodes) > 1 for node in self.nodes):
             self._refuse(f"{_described(self.nodes[0])} depends on a tensor or on the size of a map")
         stored, p = self.maps.piece([map_ for (map_,) in maps])

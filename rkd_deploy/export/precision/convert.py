@@ -307,6 +307,7 @@ def _ranked(
     for branch, quantiser, nodes in zip(branches, quantisers, layers, strict=True):
         for name, value in sensitivities(quantiser, nodes, branch.proto, inputs, options.prover).items():
             total[name] += value
+    # Equal sensitivities are ordered by name, or two exports of one run could keep other layers.
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -314,6 +315,7 @@ def _judged(
     protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Sequence[str] = ()
 ) -> Converted:
     parts = [images.logits(proto, options.prover) for proto, images in zip(protos, held_out, strict=True)]
+    # An image may leave after any branch, so each partial sum is a network of its own that has to pass.
     sums = np.cumsum(parts, axis=0)
     results = [images.judge(z_NK, options.gates) for images, z_NK in zip(held_out, sums, strict=True)]
     return Converted(tuple(protos), tuple(results), tuple(keep))

@@ -132,6 +132,7 @@ class HeldOut:
             max_drop=gates.drop,
             effective_agreement=100 - 100 * differing / count,
             effective_drop=100 * lost / count,
+            # In whole images on both sides: a share in % is a rounded fraction, and a limit met exactly must pass.
             passed=finite
             and _images(100 - agreement, count) <= differing
             and (drop is None or _images(drop, count) <= lost),
