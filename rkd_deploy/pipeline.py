@@ -32,7 +32,7 @@ from rkd_deploy.export.measuring import Target
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
-from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
+from rkd_deploy.recipe import DataRecipe, Recipe, named_by_folder, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
@@ -94,8 +94,10 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe inside the package: digits, no download."""
-    return read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides)
+    """The recipe inside the package: digits, no download; for other images, named by their folder."""
+    recipe = read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides := list(overrides))
+    is_named = any(override.partition("=")[0].strip() == "name" for override in overrides)
+    return recipe if is_named else named_by_folder(recipe)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import ReadWhere, check_keys, key
+from rkd_deploy.recipe.rules import ReadWhere, check_keys, key, rising
 
 BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 """Losses of other papers: beside the residual ones for S, or alone for S0."""
@@ -59,7 +59,7 @@ class MethodRecipe:
     feature_weight: float | None = key(None, low=1e-6, read=_RESIDUAL)
     """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 5, as in the code of ERA's
     authors."""
-    stages: tuple[int, ...] = key((), read=_NOT_PROGRESSIVE)
+    stages: tuple[int, ...] = key((), low=1, read=_NOT_PROGRESSIVE)
     """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
     alone. Not for progressive, which takes every stage."""
     stage_weight: float = key(1.0, low=0, read=_SEVERAL_STAGES)
@@ -101,8 +101,7 @@ class MethodRecipe:
         if self.residual:
             situation += f', scheme = "{self.scheme}", base = "{self.loss}"'
         check_keys("method", self, situation)
-        if list(self.stages) != sorted(set(self.stages)) or (self.stages and self.stages[0] < 1):
-            raise RecipeError(f"method.stages = {list(self.stages)} must rise, from 1 on.")
+        rising("method.stages", self.stages)
         self._check_progressive()
         self._check_that_heads_learn()
 

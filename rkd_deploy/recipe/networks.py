@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import ReadWhere, check_keys, key, normalisation
+from rkd_deploy.recipe.rules import LARGEST_DEVIATION, MOST_THREADS, ReadWhere, check_keys, key, three_channels
 
 
 def _with_file(table: str) -> ReadWhere:
@@ -40,15 +40,15 @@ class TeacherRecipe:
     """Epochs to train T for when there is no checkpoint. Default: train.epochs."""
     lr: float | None = key(None, low=1e-9)
     """Peak learning rate of T's training, where T's family wants another one than S0's. Default: train.lr."""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = key(None, low=-LARGEST_DEVIATION, high=LARGEST_DEVIATION)
     """Mean per channel that T was trained with, where it is known: checked against that of the data."""
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = key(None, low=1 / LARGEST_DEVIATION, high=LARGEST_DEVIATION)
     """Standard deviation per channel that T was trained with, as `mean`."""
 
     def __post_init__(self) -> None:
         check_keys("teacher", self, f'teacher.name = "{self.name}"')
         _external("teacher", self)
-        normalisation("teacher", self.mean, self.std)
+        three_channels("teacher", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class StudentRecipe:
     """What runs the networks, onnxruntime or openvino. Default: onnxruntime."""
     latency_batches: tuple[int, ...] | None = key(None, low=1, read=_LATENCY)
     """S + A are no slower than S0 at each of these batch sizes. Default: 1 and 8."""
-    latency_threads: int | None = key(None, low=1, read=_LATENCY)
+    latency_threads: int | None = key(None, low=1, high=MOST_THREADS, read=_LATENCY)
     """CPU threads of the backend. Default: its own choice. With 1, CPU time counts: what else the machine does then
     hardly matters."""
     assistant_share: float = key(0.2, low=0.01, high=0.9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import check_keys, key
+from rkd_deploy.recipe.rules import MOST_THREADS, check_keys, key, rising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TrainRecipe:
     """cosine (to zero), step (times lr_decay at each of milestones) or constant."""
     warmup_epochs: float = key(0.0, low=0)
     """Linear warm-up from zero."""
-    milestones: tuple[int, ...] = (150, 180, 210)
+    milestones: tuple[int, ...] = key((150, 180, 210), low=1)
     """Epochs at which the step schedule decays."""
     lr_decay: float = key(0.1, low=0, high=1)
     """Factor of the learning rate at each milestone of the step schedule."""
@@ -63,7 +63,7 @@ class TrainRecipe:
     """Batch norm over the images of all processes instead of each one's share. Only on CUDA."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    threads: int | None = key(None, low=1)
+    threads: int | None = key(None, low=1, high=MOST_THREADS)
     """CPU threads of PyTorch. Default: its own choice."""
     checkpoint_minutes: float = key(10.0, low=0)
     """Save in the middle of an epoch too, when the last checkpoint is so old; each epoch ends with one anyway."""
@@ -77,8 +77,7 @@ class TrainRecipe:
         self._check_together()
 
     def _check_together(self) -> None:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise RecipeError(f"train.milestones = {list(self.milestones)} must rise.")
+        rising("train.milestones", self.milestones)
         if self.nesterov and self.momentum == 0:
             raise RecipeError("train.nesterov = true needs train.momentum above 0.")
         if self.batch_size % self.accumulate:

@@ -32,8 +32,8 @@ def test_range_and_where_a_key_is_read_come_from_its_rule():
     assert (share.range, share.read) == ("0.01 to 0.9", None)
     assert share.sentences == f"{share.meaning} Range: 0.01 to 0.9."
     threads = keys["student", "latency_threads"]
-    assert (threads.range, threads.read) == ("at least 1", 'with student.budget = "latency"')
-    assert threads.sentences == f'{threads.meaning} Range: at least 1. Read only with student.budget = "latency".'
+    assert (threads.range, threads.read) == ("1 to 4096", 'with student.budget = "latency"')
+    assert threads.sentences == f'{threads.meaning} Range: 1 to 4096. Read only with student.budget = "latency".'
     assert (keys["train", "amp"].range, keys["train", "amp"].read) == (None, None)
 
 
@@ -51,7 +51,7 @@ class Oven:
         (Oven(heat=300.0), r"oven\.heat = 300\.0 must be between 50 and 250"),
         (Oven(heat=float("nan")), r"oven\.heat = nan must be"),
         (Oven(modes=("fan", "grill")), r"Unknown value of oven\.modes 'grill'\. Choices: fan, top"),
-        (Oven(grams=(5, 0)), r"oven\.grams = 0 must be at least 1"),
+        (Oven(grams=(5, 0)), r"oven\.grams = 0 must be between 1 and 1000000"),
         (
             Oven(modes=("fan",), stone=True),
             r"oven\.stone = true has no effect with fan heat: it is read only with top heat\. "
