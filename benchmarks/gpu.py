@@ -88,7 +88,9 @@ def main() -> None:
         rows = record["parts"].get(name, {}).get("rows", [])
         print(f"\n== {name}, at most {limit:.0f} s", flush=True)
         record["parts"][name] = _part(name, limit, rows, asked)
+        record["floors"] = _floors(record)
         _write(out / RECORD, record)
+    print("\nMilliseconds, and in brackets what share of it the floor is.")
     _summary(record)
     print(json.dumps({"record": str(out / RECORD), "complete": all(_complete(record, name) for name in names)}))
 
@@ -168,6 +170,34 @@ def _run_part(asked: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _floors(record: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """By row and network or phase: milliseconds, the least that is possible, and the share of it (`floors.py`)."""
+    from floors import Work
+
+    rows = {name: part["rows"] for name, part in record["parts"].items()}
+    machine = {row["key"]: row["value"] for row in rows.get("machine", []) if isinstance(row.get("value"), float)}
+    if not {"flops_fp32", "bytes"} <= {*machine}:
+        return {}
+    floors: dict[str, dict[str, list[float]]] = {}
+    for name, of_part in rows.items():
+        work = {row["precision"]: row["work"] for row in of_part if row["key"].startswith("work, ")}
+        for row in of_part:
+            measured = row.get("device_ms") or row.get("ms_per_step") or {}
+            line = {}
+            for what, ms in measured.items():
+                todo = work.get(row["precision"], {}).get(what)
+                if todo is None:
+                    continue
+                one = Work(**(todo[str(row["batch"])] if "device_ms" in row else todo))
+                if "ms_per_step" in row:  # counted of one image: what a batch does more is images, no launches
+                    one = Work(one.flops * row["batch"], one.bytes * row["batch"], one.launches)
+                least = one.floor_ms(machine, row["precision"])
+                line[what] = [round(ms, 4), round(least, 4), round(least / ms, 3)]
+            if line:
+                floors[f"{name}: {row['key']}"] = line
+    return floors
+
+
 def _complete(record: Mapping[str, Any], name: str) -> bool:
     return bool(record["parts"].get(name, {}).get("complete"))
 
@@ -184,6 +214,9 @@ def _summary(record: Mapping[str, Any]) -> None:
         print(f"{name}: {part['ended']} in {part['seconds']} s, {len(part['rows'])} rows, {len(failed)} failed")
         for key in failed[:20]:
             print(f"  failed: {key}")
+    for key, line in record.get("floors", {}).items():
+        shown = ", ".join(f"{what} {ms:.3g} ({share:.0%})" for what, (ms, _, share) in line.items())
+        print(f"{key}: {shown}")
 
 
 if __name__ == "__main__":

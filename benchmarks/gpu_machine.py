@@ -43,11 +43,6 @@ def run(rows: Rows) -> None:
             rows.add("launch_s", value=_launch_seconds())
 
 
-def ceilings(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures of this part that `floors.Work.floor_ms` takes."""
-    return {row["key"]: row["value"] for row in rows if isinstance(row.get("value"), float)}
-
-
 def _flops(name: str, rows: Rows) -> float:
     side = 256 if rows.tiny else 4096 if name == "fp32" else 8192
     before = torch.backends.cuda.matmul.allow_tf32

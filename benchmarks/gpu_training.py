@@ -37,7 +37,9 @@ METHODS = {"kd": ("method.name=kd",), "sequential": ()}
 
 def run(rows: Rows) -> None:
     """Train on random images under each setting, by worth."""
-    work = _work(rows.tiny)
+    for precision, work in _work(rows.tiny).items():
+        if f"work, {precision}" not in rows:
+            rows.add(f"work, {precision}", precision=precision, work=work)
     settings = SETTINGS if rows.device == "cuda" else {"eager": ()}
     for name, more in settings.items():
         for batch in (16,) if rows.tiny else BATCHES:
@@ -49,7 +51,7 @@ def run(rows: Rows) -> None:
                         steps = 2 if rows.tiny else 60 if name == "eager" else 25_600 // batch
                         phases = _trained((*how, *more), batch, steps, rows)
                         precision = "bf16" if "train.amp=true" in more else "fp32"
-                        rows.add(key, batch=batch, precision=precision, steps=steps, ms_per_step=phases, work=work)
+                        rows.add(key, batch=batch, precision=precision, steps=steps, ms_per_step=phases)
 
 
 def _trained(settings: tuple[str, ...], batch: int, steps: int, rows: Rows) -> dict[str, float]:
