@@ -72,7 +72,7 @@ def javascript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
 
 @pytest.fixture(scope="session")
 def variants(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, float]]:
-    """The photo as other files, turned, grey, subsampled, with the class and probability that the package gives each."""
+    """The photo as other files, turned, grey, subsampled, with the answer of the package to each."""
     from PIL import Image
 
     import rkd_deploy
