@@ -73,6 +73,7 @@ class Runner:
         self._streams = [Stream(_call(backend, workload), clock, threads) for backend in workload.backends]
         for stream in self._streams:  # one after the other: together they would wait for one another
             stream.start(0, 1)()
+        # Of the first stream alone: what it loaded or compiled, the others find done.
         self._first = self._take()[0]
 
     def warm_up(self, min_ns: int, min_runs: int) -> None:
@@ -288,6 +289,7 @@ def measure_workloads(
         pending = runners
         while pending:
             for runner in pending:
+                # Before the turn and not within it: the pace runs on the cores that the model is about to use.
                 pace_ms = None if pace is None else pace()
                 if len(runners) > 1 or pace is not None:
                     runner.warm_up(0, 1)
