@@ -98,10 +98,11 @@ def train(
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
-    from rkd_deploy.train.fitting import fit, fit_series
+    from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.series import fit_series
     from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
