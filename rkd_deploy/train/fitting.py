@@ -113,7 +113,8 @@ def _held(run: Run, group: Group) -> Iterator[None]:
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
-    data = group.on_main(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    begun = run is not None and (run.folder / "facts.json").exists()
+    data = group.on_main(lambda: run.facts.normalised(recipe.data) if run is not None and begun else data_of(recipe))
     if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
         group.on_main(lambda: bool(load_images(data, recipe.train.seed)))
     return load_images(data, recipe.train.seed)
