@@ -236,7 +236,11 @@ def main() -> None:
         print(f"{group:12}" + "".join(f"{kinds[kind]:6} {kind}" for kind in KINDS))
     if options.only is not None:
         return
-    unclear = [[one.fault.group, one.fault.name, one.kind, one.reason] for one in outcomes if one.kind != "clear"]
+    unclear = [
+        [outcome.fault.group, outcome.fault.name, outcome.kind, outcome.reason]
+        for outcome in outcomes
+        if outcome.kind != "clear"
+    ]
     rough, bad = (sum(kinds[kind] for kinds in counts.values()) for kind in ("rough", "bad"))
     samples = {
         "seed": options.seed,

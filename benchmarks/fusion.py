@@ -81,8 +81,8 @@ def _speed(name: str, seconds: float) -> Iterator[Claim]:
         for backend in BACKENDS:
             for batch in BATCHES:
                 print(f"{name} on {backend}, batch {batch}", file=sys.stderr)
-                found = [_session(files, backend, batch, size, seconds, number) for number in range(SESSIONS)]
-                yield from _claims(f"{name}, round_to {ROUND_TO[name]}, {backend}, batch {batch}", found)
+                sessions = [_session(files, backend, batch, size, seconds, number) for number in range(SESSIONS)]
+                yield from _claims(f"{name}, round_to {ROUND_TO[name]}, {backend}, batch {batch}", sessions)
 
 
 def _session(
@@ -110,7 +110,9 @@ def _claims(what: str, sessions: Sequence[Mapping[str, float]]) -> Iterator[Clai
     for level, ratio in ratios.items():
         limit = LIMIT if level == BESIDE else None
         yield Claim(f"{what}: S + A, level {level}, over S0", ratio, "ratio", limit, {"sessions": samples[level]})
-    chosen = fastest_level({level: judge([one[level] / one["tail"] for one in sessions]) for level in LEVELS})
+    chosen = fastest_level(
+        {level: judge([session[level] / session["tail"] for session in sessions]) for level in LEVELS}
+    )
     yield Claim(f"{what}: S + A, level auto ({chosen}), over S0", ratios[chosen], "ratio", LIMIT)
 
 

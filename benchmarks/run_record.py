@@ -52,8 +52,8 @@ def main() -> None:
     print(path.name)
 
 
-def _notes(teacher: str | None, given: str | None) -> dict[str, str]:
-    notes = {"teacher": teacher, "s0": given}
+def _notes(teacher: str | None, s0: str | None) -> dict[str, str]:
+    notes = {"teacher": teacher, "s0": s0}
     return {part: f"given: {Path(checkpoint).name}" for part, checkpoint in notes.items() if checkpoint is not None}
 
 

@@ -30,10 +30,11 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 def claims() -> str:
     """Every claim that has a limit, of the newest record of each theme and hardware."""
     rows = ["| what | measured | limit | where, when |", "| --- | ---: | ---: | --- |"]
-    for path, record, found in _limited():
+    for path, record, limited in _limited():
         where = f"{record['provenance']['cpu']}, {path.stem.rsplit('_', 1)[1]}"
         rows += [
-            f"| {claim['what']} | {_figure(claim, 'value')} | {_figure(claim, 'limit')} | {where} |" for claim in found
+            f"| {claim['what']} | {_figure(claim, 'value')} | {_figure(claim, 'limit')} | {where} |"
+            for claim in limited
         ]
     return "\n".join(rows) + "\n"
 
@@ -44,10 +45,15 @@ def headlines() -> str:
         "| benchmark | within limits | the tightest of them | measured | limit |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
-    for _, record, found in _limited():
-        tightest = max(found, key=lambda claim: claim["value"] / claim["limit"] if claim["limit"] else claim["value"])
-        holding = sum(claim["value"] <= claim["limit"] for claim in found)
-        cells = (f"{holding} of {len(found)}", tightest["what"], _figure(tightest, "value"), _figure(tightest, "limit"))
+    for _, record, limited in _limited():
+        tightest = max(limited, key=lambda claim: claim["value"] / claim["limit"] if claim["limit"] else claim["value"])
+        holding = sum(claim["value"] <= claim["limit"] for claim in limited)
+        cells = (
+            f"{holding} of {len(limited)}",
+            tightest["what"],
+            _figure(tightest, "value"),
+            _figure(tightest, "limit"),
+        )
         rows.append(f"| [{record['theme']}](benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -57,9 +63,9 @@ def _limited() -> Iterator[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
     newest = {path.stem.rsplit("_", 1)[0]: path for path in sorted(HERE.glob("*_[0-9]*.json"))}
     for path in newest.values():
         record = json.loads(path.read_text(encoding="utf-8"))
-        found = [claim for claim in record.get("claims", []) if claim["limit"] is not None]
-        if found:
-            yield path, record, found
+        limited = [claim for claim in record.get("claims", []) if claim["limit"] is not None]
+        if limited:
+            yield path, record, limited
 
 
 def _figure(claim: dict[str, Any], key: str) -> str:
@@ -72,8 +78,8 @@ def runtimes() -> str:
     record = json.loads(max(HERE.glob("runtimes_*.json")).read_text(encoding="utf-8"))
     rows = ["| runtime | version | bundle | largest difference of a logit |", "| --- | --- | --- | ---: |"]
     for row in record["runtimes"]:
-        found = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
-        rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {found} |")
+        outcome = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
+        rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {outcome} |")
     return "\n".join(rows) + "\n"
 
 
@@ -160,8 +166,8 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
-        made = makers[name]() if name in makers else of_record(HERE / name)
-        return match.group(1) + made + match.group(4)
+        content = makers[name]() if name in makers else of_record(HERE / name)
+        return match.group(1) + content + match.group(4)
 
     return _BLOCK.sub(table, text)
 
@@ -171,10 +177,10 @@ def main() -> None:
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        if (made := render(text)) != text:
+        if (fresh := render(text)) != text:
             stale.append(page.name)
             if "--check" not in sys.argv:
-                page.write_text(made, encoding="utf-8")
+                page.write_text(fresh, encoding="utf-8")
     if stale and "--check" in sys.argv:
         sys.exit(f"Tables differ from their sources in {', '.join(stale)}: run uv run python benchmarks/tables.py")
 

@@ -131,7 +131,10 @@ def install_line(extra: str) -> str:
 
 def shortened(value: object) -> str:
     """A value as Python writes it, at most 80 characters of it, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists too deep in one another
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

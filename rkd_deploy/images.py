@@ -116,8 +116,8 @@ def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixel
     from PIL import Image
 
     grey = pixels.shape[2] == 1
-    whole = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels))
-    return fitted(_upright(whole, preprocess.channels), preprocess)
+    picture = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if grey else pixels))
+    return fitted(_upright(picture, preprocess.channels), preprocess)
 
 
 def decoded(

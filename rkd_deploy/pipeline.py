@@ -32,7 +32,7 @@ from rkd_deploy.export.measuring import Target
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
-from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
+from rkd_deploy.recipe import DataRecipe, Recipe, named_by_folder, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
@@ -87,14 +87,17 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     else:
         pool, left_N = images.train, np.setdiff1d(np.arange(len(images.train)), taken_N)
         source = f"{train} not calibrated on"
+    # Another stream than the one that drew the calibration images.
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = Batches(pool.take(chosen_N))
     return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe inside the package: digits, no download."""
-    return read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides)
+    """The recipe inside the package: digits, no download; for other images, named by their folder."""
+    recipe = read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides := list(overrides))
+    is_named = any(override.partition("=")[0].strip() == "name" for override in overrides)
+    return recipe if is_named else named_by_folder(recipe)
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,8 @@ def export_run(
         note("reading the run's images")
         images()
     if early_exit or exit_threshold is not None:
-        seen = Batches(images().test) if test_images else ()
-        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
+        reported = Batches(images().test) if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=reported)
     proof = export_bundle(
         model,
         card,

@@ -142,6 +142,44 @@ def test_the_teachers_normalisation_comes_from_the_recipe_or_its_weights(
         data_of(tiny_recipe("data.normalisation=teacher", f"teacher.checkpoint={tmp_path / 't.pth'}"))
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5,) * 3, (0.5,) * 3)
+TIMM = "timm:vit_tiny_patch16_224"
+"""Published with a normalisation of its own."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "normalisation"),
+    [
+        (["data.normalisation=imagenet"], IMAGENET),
+        (["teacher.name=tv:resnet18", "teacher.pretrained=true"], IMAGENET),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true"], HALVES),
+        ([f"student.name={TIMM}", "student.pretrained=true"], HALVES),
+        (
+            [f"student.name={TIMM}", "student.pretrained=true", "teacher.name=tv:resnet18", "teacher.pretrained=true"],
+            IMAGENET,
+        ),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=teacher"], HALVES),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=imagenet"], IMAGENET),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.std=[0.1,0.2,0.3]"], (HALVES[0], (0.1, 0.2, 0.3))),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=data"], ((0.305,) * 3, (0.318,) * 3)),
+        ([], ((0.305,) * 3, (0.318,) * 3)),
+    ],
+)
+def test_the_normalisation_of_published_weights_is_taken_by_itself(
+    tiny_recipe: Callable[..., Recipe], overrides: list[str], normalisation: tuple[tuple[float, ...], ...]
+) -> None:
+    images = load_images(data_of(tiny_recipe(*overrides)), 0)
+    assert (images.mean, images.std) == normalisation
+
+
+def test_imagenet_is_a_word_for_photos_too(photos: Path) -> None:
+    images = load_images(recipe(photos, "data.normalisation=imagenet").data, 0)
+    assert (images.mean, images.std) == IMAGENET
+    with pytest.raises(RecipeError, match=r'data\.mean and data\.std go before data\.normalisation = "imagenet"'):
+        recipe(photos, "data.normalisation=imagenet", "data.mean=[0.5,0.5,0.5]")
+
+
 def test_skipped_photos_are_counted_in_the_facts(photos: Path) -> None:
     (photos / "train" / "n01440764" / "bad.jpg").write_text("no photo")
     run = fit(recipe(photos, "data.broken=skip", "train.epochs=1"), root=photos.parent / "runs")

@@ -177,7 +177,8 @@ def _check_enough(splits: Mapping[str, AnySplit], on_disk: SplitsOnDisk, broken:
 def _normalisation(recipe: DataRecipe, train: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if recipe.mean and recipe.std:
         return recipe.mean, recipe.std
-    mean, std = IMAGENET if recipe.name == "imagenet" else channel_statistics(train, seed)
+    as_imagenet = recipe.normalisation == "imagenet" or (recipe.name == "imagenet" and recipe.normalisation is None)
+    mean, std = IMAGENET if as_imagenet else channel_statistics(train, seed)
     return recipe.mean or mean, recipe.std or std
 
 
@@ -203,7 +204,7 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
     if recipe.of_files:
         return load_files(recipe, seed, DEFAULT_ROOT)
     train, test, classes = _digits(recipe.image_size or 16) if recipe.name == "digits" else _cifar(recipe)
-    mean, std = _NORMALISATION[recipe.name]
+    mean, std = IMAGENET if recipe.normalisation == "imagenet" else _NORMALISATION[recipe.name]
     train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
     test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", recipe.split_seed or 0))
     train_N, val_N = hold_out(len(train), recipe.val_fraction, seed)

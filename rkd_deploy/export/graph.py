@@ -52,6 +52,7 @@ class ExportGraph(nn.Module):
             )
         self.network, self.embedded, self.outputs = network, preprocess.embedded, tuple(outputs)
         self.dtype = torch.float32
+        # (x / 255 - mean) / std as one multiplication and one addition, whose factors are rounded once, from float64.
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
         self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
@@ -79,6 +80,8 @@ class ExportGraph(nn.Module):
     def in_dtype(self, dtype: torch.dtype) -> ExportGraph:
         """A copy whose network computes in another type, between float32 pre-processing and float32 outputs."""
         converted = copy.deepcopy(self)
+        # The network alone: scale times pixel plus shift cancels, and 8 bits of mantissa would lose dark and light
+        # pixels.
         converted.network.to(dtype)
         converted.dtype = dtype
         return converted

@@ -105,6 +105,7 @@ def prove(
         torch_top1=_top1(expected_NK, labels_N),
         onnx_top1=_top1(exported_NK, labels_N),
     )
+    # Rounded up: one image is allowed of any number, since a tie of two logits is decided by the order of summation.
     allowed = math.ceil(proof.images * ALLOWED_PER_10000 / 10000)
     if proof.differing > allowed:
         raise GateError(
@@ -128,6 +129,7 @@ def check_stated_accuracy(proof: Proof, card: ModelCard) -> None:
     stated, images = card.metrics.get("accuracy"), card.metrics.get("images")
     if stated is None or proof.torch_top1 is None or images != proof.images:
         return
+    # Counts of images, not shares: rounding to the nearest image undoes the division by their number.
     allowed = math.ceil(STATED_WITHIN * proof.images / 100)
     if abs(round((proof.torch_top1 - stated) * proof.images / 100)) > allowed:
         raise GateError(
@@ -154,6 +156,8 @@ def prove_converted(
     logits_NK = np.concatenate(answers)
     accuracy = _top1(logits_NK, np.concatenate(labels))
     proof = dataclasses.replace(proof, conversion=conversion, converted_top1=accuracy)
+    # Another runtime rounds the quantised file otherwise, by steps of the same size: the file's own distance from the
+    # float32 logits is the yardstick, and never less than a float32 file is allowed.
     tolerance = np.float64(max(TOLERANCE, conversion.result.max_abs_diff))
     first = {"logits": logits_NK[: len(golden["inputs"])], "tolerance": tolerance}
     return proof, {**golden, **first, "fp32_logits": golden["logits"]}

@@ -74,20 +74,21 @@ def _adapted(name: str, value: str, identity: str) -> str:
     if name == "id":
         return f"{identity}-{value}"
     if name == "style":
+        # The size and weight stay, the family goes: text is set in the font of the page, which the reader has.
         value = re.sub(r"font: (?:(\d+) )?([\d.]+px)[^;]*", _font, value)
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
         value = re.sub(r"#[0-9a-fA-F]{6}\b", _variable, value)
-    return re.sub(r"^#|url\(#", lambda found: f"{found[0]}{identity}-", value)
+    return re.sub(r"^#|url\(#", lambda match: f"{match[0]}{identity}-", value)
 
 
-def _font(found: re.Match[str]) -> str:
-    weight = f"; font-weight: {found[1]}" if found[1] else ""
-    return f"font-size: {found[2]}{weight}"
+def _font(match: re.Match[str]) -> str:
+    weight = f"; font-weight: {match[1]}" if match[1] else ""
+    return f"font-size: {match[2]}{weight}"
 
 
-def _variable(found: re.Match[str]) -> str:
-    name = _NAMED.get(found[0].lower())
-    assert name is not None, f"{found[0]} has no name in the theme, and would be unreadable on the other background"
+def _variable(match: re.Match[str]) -> str:
+    name = _NAMED.get(match[0].lower())
+    assert name is not None, f"{match[0]} has no name in the theme, and would be unreadable on the other background"
     return f"var(--{name})"
 
 
@@ -127,9 +128,9 @@ class Section:
 
 def table_of(caption: str, columns: Sequence[Column[R]], rows: Sequence[R], *, folded: bool = False) -> Table:
     """A table of anything; settings that all rows share stand in its caption."""
-    shared, kept, cells = tables.without_shared(columns, rows)
-    said = f"{caption} ({shared})" if shared else caption
-    return Table(said, [column.title for column in kept], [column.numeric for column in kept], cells, folded)
+    shared, others, cells = tables.without_shared(columns, rows)
+    caption = f"{caption} ({shared})" if shared else caption
+    return Table(caption, [column.title for column in others], [column.numeric for column in others], cells, folded)
 
 
 def sections_markdown(title: str, sections: Sequence[Section]) -> str:
@@ -179,15 +180,17 @@ def write_pages(title: str, facts: Mapping[str, str], sections: Sequence[Section
         StorageError: A file could not be written; the earlier one is intact.
     """
     pages = Pages(folder / f"{name}.html", folder / f"{name}.md")
-    said = Section("In short", (), [Table("What was measured", ["What", "Value"], [False, False], list(facts.items()))])
+    summary = Section(
+        "In short", (), [Table("What was measured", ["What", "Value"], [False, False], list(facts.items()))]
+    )
     write_text(pages.page, page(title, facts, sections))
-    write_text(pages.markdown, sections_markdown(title, [said, *sections] if facts else sections))
+    write_text(pages.markdown, sections_markdown(title, [summary, *sections] if facts else sections))
     return pages
 
 
 def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
     """A report as an HTML document."""
-    contents = "".join(f'<a href="#part-{n}">{_html(one.title)}</a>' for n, one in enumerate(sections))
+    contents = "".join(f'<a href="#part-{n}">{_html(section.title)}</a>' for n, section in enumerate(sections))
     terms = "".join(f"<div><dt>{_html(key)}</dt><dd>{_html(value)}</dd></div>" for key, value in facts.items())
     body = "".join(_section(f"part-{number}", section) for number, section in enumerate(sections))
     return f"""<!doctype html>

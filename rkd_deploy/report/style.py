@@ -132,6 +132,7 @@ def series_colours(parts: Sequence[str | None]) -> list[str]:
         chosen.append(colour if colour is not None and colour not in taken else None)
         if chosen[-1] is not None:
             taken[chosen[-1]] = None
+    # Where all are taken, colours come again: dashes and markers tell the lines apart then.
     free = [THEME[name][0] for name in _SERIES if THEME[name][0] not in taken] or list(COLOURS.values())
     spare = iter(range(len(parts)))
     return [free[next(spare) % len(free)] if colour is None else colour for colour in chosen]

@@ -109,7 +109,8 @@ def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None
         if value is not None and max(abs(a - b) for a, b in zip(value, getattr(facts, key), strict=True)) > 1e-3:
             raise RecipeError(
                 f"{what} expects images normalised with {key} {list(value)}; the data use {list(getattr(facts, key))}. "
-                f"Use the {what.split()[0]}'s: --set 'data.{key}={list(value)}'"
+                f"Use the {what.split()[0]}'s: --set 'data.{key}={list(value)}'; published weights bring theirs where "
+                "[data] has neither mean, std nor normalisation."
             )
 
 

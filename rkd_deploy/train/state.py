@@ -37,13 +37,13 @@ class EpochSums:
     images: int = 0
     _first_bad_V: Tensor | None = field(default=None, repr=False)
 
-    def add(self, losses: Losses, y_N: Tensor, step: int) -> None:
+    def add(self, losses: Losses, y_N: Tensor, step: int | Tensor) -> None:
         """Count one batch in.
 
         Args:
             losses: Losses of the batch.
             y_N: Labels [N], or probabilities [N, K].
-            step: Number of the batch within the epoch, from 1.
+            step: Number of the batch within the epoch, from 1; int64 [1] on the device where the step is recorded.
         """
         self.names = ("loss", *losses.parts)
         # Nothing here is read back: to look at a value would make the CPU wait for the device at every step. So that a
@@ -51,12 +51,26 @@ class EpochSums:
         values_V = torch.stack([value.detach().double() for value in (losses.total, *losses.parts.values())])
         first_bad_V = torch.where(values_V.isfinite(), _NEVER, step)
         weighted_V = values_V * len(y_N)
-        self.totals_V = weighted_V if self.totals_V is None else self.totals_V + weighted_V
+        self.totals_V = weighted_V if self.totals_V is None else self.totals_V.add_(weighted_V)
         if losses.logits_NK is not None:
             correct = (losses.logits_NK.argmax(1) == hard_labels(y_N)).sum()
-            self.correct = correct if self.correct is None else self.correct + correct
-        self._first_bad_V = first_bad_V if self._first_bad_V is None else self._first_bad_V.minimum(first_bad_V)
+            self.correct = correct if self.correct is None else self.correct.add_(correct)
+        if self._first_bad_V is None:
+            self._first_bad_V = first_bad_V
+        else:
+            torch.minimum(self._first_bad_V, first_bad_V, out=self._first_bad_V)
         self.images += len(y_N)
+
+    def count_in(self, place: EpochSums) -> None:
+        """Go on counting in the tensors of another, which a recorded step writes."""
+        if self.totals_V is place.totals_V:
+            return
+        for name, empty in (("totals_V", 0), ("correct", 0), ("_first_bad_V", _NEVER)):
+            value, target = getattr(self, name), getattr(place, name)
+            if target is not None:
+                target.fill_(empty) if value is None else target.copy_(value)
+                setattr(self, name, target)
+        self.names = place.names
 
     def over(self, group: Group) -> EpochSums:
         """The sums over the images of all processes."""

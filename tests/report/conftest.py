@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from recorded import make_comparison, make_record
 
+
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The page of a bench and of a comparison, drawn once."""

@@ -46,7 +46,9 @@ class Running:
         assert parts.port
         return parts.hostname, parts.port
 
-    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None) -> Answer:
+    def ask(
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
+    ) -> Answer:
         """The answer to one request, on a connection of its own."""
         connection = http.client.HTTPConnection(*self.place, timeout=PATIENCE_S)
         try:

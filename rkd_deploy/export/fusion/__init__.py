@@ -135,6 +135,8 @@ def _back_matrix(back: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cheaper(before: list[BranchStage], after: list[BranchStage]) -> bool:
+    # All of these are 1x1 convolutions at the same positions, so that weights stand for multiply-adds. The product of
+    # two matrices is larger than both where what lies between them, T's width, is narrow beside all branches together.
     width = sum(step.adapter.in_channels for step in before)
     as_trained = sum(step.adapter.weight.numel() for step in before)
     as_trained += sum(step.back.weight.numel() for step in after if isinstance(step.back, nn.Conv2d))
@@ -203,6 +205,8 @@ class WideBranches(nn.Module):
         self.backbone, self.can_group = merged.backbone, merged.can_group
         tail = _tail(adapters, head)
         first = cast(nn.Linear, tail[0])
+        # The merged map has the channels in its own order: the columns of the matrix are moved there, once, instead of
+        # the map being gathered at every call.
         V = first.weight.new_zeros(first.out_features, merged.channels)
         V[:, torch.cat(merged.p)] = first.weight
         tail[0] = _linear(V, first.bias)
@@ -277,6 +281,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return fold_batch_norms(model.eval())
+    # The adapters come with their norms folded in; the norms inside of the branches are folded here, in every level.
     kind = SummedBranches if level == "sum" else FoldedTail
     return kind(fold_batch_norms(branches.eval()), adapters, model.head).eval()
 

@@ -110,6 +110,8 @@ def draw_indices(available: int, count: int | None, seed: int, source: str) -> n
             f"{available}, or give more images."
         )
     wanted = min(available, COUNT) if count is None else count
+    # Drawn by permuting all, so that more images of one seed are the fewer ones and others; sorted, so that files are
+    # read in the order in which they lie.
     return np.sort(np.random.default_rng(seed).permutation(available)[:wanted]).astype(np.int64)
 
 

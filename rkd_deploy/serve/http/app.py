@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -68,8 +69,6 @@ class _Application:
     """The handlers of one process, and what they share."""
 
     def __init__(self, classifier: Classifier, limits: Limits, metrics: Metrics) -> None:
-        from rkd_deploy import __version__
-
         self._model, self._limits, self._metrics = ServedModel(classifier, limits), limits, metrics
         self._card = json.loads(classifier.card.to_json())
         # Decoders and runtimes leave the interpreter's lock: as many requests run at once as there are cores, and the
@@ -79,10 +78,10 @@ class _Application:
         self._model.warm_up()
         interface = self._model.interface
         self._documents: dict[str, Any] = {
-            "/v2": {"name": "rkd-deploy", "version": __version__, "extensions": list(EXTENSIONS)},
+            "/v2": {"name": "rkd-deploy", "version": _version(), "extensions": list(EXTENSIONS)},
             "/v2/health/live": {"live": True},
             "/v2/health/ready": {"ready": True},
-            "/openapi.json": describe(interface, limits, __version__),
+            "/openapi.json": describe(interface, limits, _version()),
             "/card.json": self._card,
         }
         for name in (f"/v2/models/{interface.model}", f"/v2/models/{interface.model}/versions/{VERSION}"):
@@ -215,6 +214,13 @@ class _Counting:
             self._metrics.count(endpoint, code)
             if endpoint != "other":
                 self._metrics.observe("request", perf_counter() - start)
+
+
+def _version() -> str:
+    try:
+        return version("rkd-deploy")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
 
 
 def _page_files() -> dict[str, tuple[str, bytes]]:

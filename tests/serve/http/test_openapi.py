@@ -1,4 +1,4 @@
-"""Everything that /openapi.json describes, and what it forbids, tried by Schemathesis: never a 500, never another form."""
+"""Schemathesis tries what /openapi.json describes, and what it forbids: never a 500, never another form."""
 
 from __future__ import annotations
 

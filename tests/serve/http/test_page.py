@@ -13,7 +13,9 @@ _WIDTHS = "[document.documentElement.scrollWidth, innerWidth]"
 def answered(browser):
     """Label and percentage of each class that the page shows, once it shows some."""
     browser.wait_for("document.querySelectorAll('#classes li').length === 5")
-    rows = browser.evaluate("[...document.querySelectorAll('#classes .name')].map(row => [...row.children].map(s => s.textContent))")
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#classes .name')].map(row => [...row.children].map(s => s.textContent))"
+    )
     return [(label, float(percent.removesuffix(" %"))) for label, percent in rows]
 
 
@@ -31,9 +33,8 @@ def test_a_chosen_photo_is_classified_wherever_the_page_is_looked_at(
     assert percent == pytest.approx(100 * expected["probability"], abs=0.1)
     assert [share for _, share in others] == sorted((share for _, share in others), reverse=True)
     browser.wait_for("document.getElementById('status').textContent.startsWith('Decoding')")
-    bars = browser.wait_for(
-        "(shares => shares[0] > 0 && shares)([...document.querySelectorAll('.bar')].map(b => parseFloat(b.style.width)))"
-    )
+    shares = "[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width))"
+    bars = browser.wait_for(f"(shares => shares[0] > 0 && shares)({shares})")
     assert bars[0] == pytest.approx(100 * expected["probability"], abs=0.1)
     assert browser.evaluate("document.getElementById('preview').naturalWidth") == 360
     assert browser.evaluate(_WIDTHS) == [width, width]  # nothing to scroll sideways

@@ -56,8 +56,7 @@ def test_whatever_is_sent_is_read_or_refused(request: dict[str, Any], tail: byte
     for interface in (PIXELS, FLOATS):
         try:
             read = parse_request(head + tail, stated, interface)
-        except UsageError as error:
-            assert str(error)
+        except UsageError:
             continue
         assert (read.tensor is None) == bool(read.images)
         count = len(read.images) if read.tensor is None else len(read.tensor)

@@ -54,9 +54,7 @@ def text_tensor(*elements):
 
 def tensors(answer):
     """Outputs of an answer in JSON by name."""
-    return {
-        output["name"]: np.array(output["data"]).reshape(output["shape"]) for output in answer.json["outputs"]
-    }
+    return {output["name"]: np.array(output["data"]).reshape(output["shape"]) for output in answer.json["outputs"]}
 
 
 def test_an_image_gets_its_labels(server, photo, expected, classifier):
@@ -238,7 +236,9 @@ def test_other_addresses_are_errors_in_json(server, path, method, status):
 def png_header(width, height):
     """A PNG that says it is so large, and holds next to nothing."""
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")))
-    parts = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
