@@ -240,9 +240,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory, absent: Callable[[str], No
     """Chromium; where it is not, what to do is said."""
     program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if program is None:
-        where = "apt-get update && apt-get install -y --no-install-recommends chromium"
-        reason = f"no Chromium to look at the pages with ({', '.join(BROWSERS)}). Install it with: {where}"
-        absent(reason)
+        absent(
+            f"no Chromium to look at pages with ({', '.join(BROWSERS)}). "
+            "Install it with: apt-get update && apt-get install -y --no-install-recommends chromium"
+        )
     opened = Browser(program, tmp_path_factory.mktemp("browser"))
     yield opened
     opened.close()

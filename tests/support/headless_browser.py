@@ -95,12 +95,14 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str) -> Any:
+    def wait_for(self, expression: str, seconds: float = 30) -> Any:
         """The value of a JavaScript expression, once it is true."""
-        return self.evaluate(
-            "new Promise(done => { const look = () => { const value = " + expression + "; "
-            "if (value) done(value); else setTimeout(look, 20); }; look(); })"
-        )
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            page = self.evaluate("document.body.innerText")
+            assert time.monotonic() < end, f"{expression} has not become true in {seconds} s; the page says: {page}"
+            time.sleep(0.05)
+        return value
 
     def choose_file(self, selector: str, file: Path) -> None:
         """Give a file to an input of the page, as its dialogue does."""
