@@ -37,11 +37,12 @@ from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import SplitHash, batches, predictions
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, Series, create_run, read_log, runs_of
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, Series, create_run, runs_of
 from rkd_deploy.train.starting_weights import (
     load_published_weights,
     load_weights_from,
@@ -253,7 +254,7 @@ class _Trainer:
         self._keep(run, plan.name, last)
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
-        last_epoch = read_log(run.log.path)[-1]
+        last_epoch = read_epochs(run.log.path)[-1]
         if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
@@ -330,19 +331,19 @@ class _Trainer:
 def _phases(run: Run) -> dict[str, PhaseMetrics]:
     """Results of every phase, from the log: its last epoch, which ships, and its best on the held-out images."""
     phases: dict[str, PhaseMetrics] = {}
-    for row in read_log(run.log.path):
-        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
-        top1 = row["val_top1"]
+    for row in read_epochs(run.log.path):
+        phase = phases.get(row.phase, PhaseMetrics(epochs=0, seconds=0.0))
+        top1 = row.val_top1
         phase = replace(
             phase,
-            epochs=row["epoch"],
-            seconds=phase.seconds + row["seconds"],
+            epochs=row.epoch,
+            seconds=phase.seconds + row.seconds,
             val_top1_last=top1,
-            val_top1_ema_last=row.get("val_top1_ema"),
+            val_top1_ema_last=row.val_top1_ema,
         )
         if top1 is not None and top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
-            phase = replace(phase, val_top1_best=top1, best_epoch=row["epoch"])
-        phases[row["phase"]] = phase
+            phase = replace(phase, val_top1_best=top1, best_epoch=row.epoch)
+        phases[row.phase] = phase
     return phases
 
 
