@@ -5,7 +5,7 @@
 The cases of train_step.py at batch 64 and 512, with bfloat16: the eager step; the whole recorded step, host included;
 its replay with all speedups, and without one at a time; its kernels by time. What fails is a line in the record and
 ends nothing. The floor is the larger of the step's arithmetic at 400 TFLOP/s and its maps' traffic at 3.35 TB/s, each
-map read and written by no more kernels than a fused network needs. Written after every case.
+map read and written by no more kernels than a fused network needs. Written after every line.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> None:
             "floor": partial(_floor, case, batch, device),
             "eager": partial(_eager, case, batch, device),
             "recorded": partial(_recorded, case, batch, device, Speedups()),
+            "with fused_norms": partial(_recorded, case, batch, device, Speedups(channels_last=True, fused_norms=True)),
         }
         if case == CASES[1]:
             for name, switches in VARIANTS.items():
@@ -78,7 +79,7 @@ def main() -> None:
             except Exception:
                 row[name] = {"error": traceback.format_exc()[-1500:]}
             print(case, batch, name, f"({time.perf_counter() - began:.1f} s)", _brief(row[name]), flush=True)
-        write_json(asked.out, record)
+            write_json(asked.out, record)
 
 
 def _brief(value: Any) -> Any:
@@ -141,7 +142,12 @@ def _recorded(case: str, batch: int, device: torch.device, speedups: Speedups, *
         if number == 30:
             break
     row: dict[str, Any] = {"recording_s": _now() - began, **sums.means(), "replay_ms": steps.timed()}
-    row |= {"layouts": steps.replay_ms, "channels_last": steps.channels_last, "copies": steps.copies}
+    row |= {
+        "layouts": steps.replay_ms,
+        "channels_last": steps.channels_last,
+        "copies": steps.copies,
+        "fused_norms": steps.fused_norms,
+    }
     if whole:
         seconds = []
         for epoch in range(1, 4):

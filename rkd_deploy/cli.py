@@ -17,7 +17,7 @@ import typer
 from rkd_deploy.commands import bench, export, predict, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
-from rkd_deploy.errors import RkdError
+from rkd_deploy.errors import RkdError, missing_package
 from rkd_deploy.signals import handling
 from rkd_deploy.text import visible
 
@@ -80,7 +80,10 @@ def main() -> None:
 
 def _run(debug: bool) -> None:
     try:
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:  # whichever room met it first
+            raise (missing_package(error) or error) from error
     except (RkdError, SystemExit) as error:
         # Typer makes an exit of a KeyboardInterrupt, and of its own errors, which it has shown by then.
         if debug or (isinstance(error, SystemExit) and error.code != INTERRUPTED):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -101,10 +101,11 @@ def train(
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
-    from rkd_deploy.train.fitting import fit, fit_series
+    from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.series import fit_series
     from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
@@ -176,6 +177,7 @@ def compare(
     require_all("train", "torch", "safetensors")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import RunOn, check_backend
+    from rkd_deploy.bench.settings import BenchSettings
     from rkd_deploy.commands.options import status
     from rkd_deploy.compare import (
         compare_runs,
@@ -190,24 +192,19 @@ def compare(
     from rkd_deploy.train.runs import newest_run, open_run
 
     comparison = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
-    settings: dict[str, Any] = {}
     if latency:
         require_all("export", "onnx", "onnxscript")
         check_backend(backend)
-        settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
-        settings["min_seconds"] = min_seconds
+        settings = BenchSettings(
+            run_on=(RunOn(backend, device=device, threads=threads),),
+            batches=tuple(batch_sizes(batches)),
+            min_seconds=min_seconds,
+        )
         with status(f"Comparing on {backend}") as update:
-            comparison = timed(
-                comparison,
-                run_on=RunOn(backend, device=device, threads=threads),
-                batches=batch_sizes(batches),
-                min_seconds=min_seconds,
-                studied=report is not None,
-                progress=update,
-            )
+            comparison = timed(comparison, settings, studied=report is not None, progress=update)
     console = console_for(as_json)
     with output_folder(chosen_folder, root, "compare") as folder:
-        written = write_comparison(comparison, settings, folder)
+        written = write_comparison(comparison, folder)
         print_comparison(comparison, console)
         for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
             print_line(f"{name:<7} {file}", console)
@@ -217,5 +214,5 @@ def compare(
                 files["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
             print_line(f"Report  {files['report']}", console)
     if as_json:
-        record = to_record(comparison, settings)
+        record = to_record(comparison)
         print_json({**record, "results": without_samples(comparison.results), **files})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.reading import BenchRecord, bench_record, damaged, read_record
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import MissingDependencyError
@@ -180,13 +181,9 @@ def comparison_markdown(comparison: Comparison) -> str:
     return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
 
 
-def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison as its record has it, without provenance.
-
-    Args:
-        comparison: From `compare_runs`, with or without latencies.
-        settings: How latency was measured.
-    """
+def to_record(comparison: Comparison) -> dict[str, Any]:
+    """A comparison, with or without latencies, as its record has it; provenance is added where it is written."""
+    roofline, layers = comparison.roofline, comparison.layers
     return {
         "schema": SCHEMA,
         "kind": "compare",
@@ -194,21 +191,36 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "test_images": comparison.test_images,
         "rows": [asdict(row) for row in comparison.rows],
         "results": [result.to_row() for result in comparison.results],
-        **comparison.study,
+        **({} if roofline is None else {"roofline": roofline.to_record()}),
+        **({} if layers is None else {"layers": [times.to_record() for times in layers]}),
         "verdicts": [{**asdict(verdict), "outcome": verdict.outcome} for verdict in comparison.verdicts],
         "missing": list(comparison.missing),
-        "settings": dict(settings),
+        "settings": _settings_record(comparison.settings),
     }
 
 
-def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder: Path) -> Files:
+def _settings_record(settings: BenchSettings | None) -> dict[str, Any]:
+    """How latency was measured; empty where it was not."""
+    if settings is None:
+        return {}
+    (place,) = settings.run_on
+    return {
+        "backend": place.backend,
+        "device": place.device,
+        "batches": list(settings.batches or (1,)),
+        "threads": place.threads,
+        "min_seconds": settings.min_seconds,
+    }
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Files:
     """Write compare.json, compare.md and compare.png into a folder.
 
     Raises:
         StorageError: A file could not be written; the earlier one is intact.
     """
     record, table = folder / "compare.json", folder / "compare.md"
-    write_json(record, {**to_record(comparison, settings), "provenance": asdict(provenance())})
+    write_json(record, {**to_record(comparison), "provenance": asdict(provenance())})
     write_text(table, comparison_markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:

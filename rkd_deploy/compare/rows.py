@@ -15,11 +15,14 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rkd_deploy.bench.layers import LayerTimes
 from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.roofline import Roofline
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
@@ -86,7 +89,9 @@ class Comparison:
         networks: A run and part for each row: what its latency is measured on.
         missing: A sentence for every control that a recipe left out.
         results: Every measurement of the rows' networks, once timed; each has its row's name as its model.
-        study: What was found out around it: "roofline" and "layers", as a bench records them.
+        settings: How latency was measured; None where it was not.
+        roofline: The bounds of the rows' networks, where asked for.
+        layers: Times of their layers, where asked for.
         verdicts: For every S + A whether it beats the best control of these rows.
     """
 
@@ -96,7 +101,9 @@ class Comparison:
     networks: tuple[tuple[Run, str], ...]
     missing: tuple[str, ...]
     results: tuple[Result, ...] = ()
-    study: Mapping[str, Any] = field(default_factory=dict)
+    settings: BenchSettings | None = None
+    roofline: Roofline | None = None
+    layers: tuple[LayerTimes, ...] | None = None
     verdicts: tuple[Verdict, ...] = ()
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.roofline import Analysis
 from rkd_deploy.bench.timing import Progress
@@ -17,10 +15,8 @@ from rkd_deploy.pipeline import export_run
 
 def timed(
     comparison: Comparison,
+    settings: BenchSettings | None = None,
     *,
-    run_on: RunOn | None = None,
-    batches: Sequence[int] = (1,),
-    min_seconds: float = 1.0,
     studied: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -31,9 +27,8 @@ def timed(
 
     Args:
         comparison: From `compare_runs`.
-        run_on: Backend, device and threads to measure on. Default: ONNX Runtime on the CPU.
-        batches: Numbers of images in one call; the rows tell of the first.
-        min_seconds: Time in timed calls of each network at each batch size, at least.
+        settings: One place to run and the batch sizes, of which the rows have the first. Default: ONNX Runtime on the
+            CPU, single images, 1 s for each network.
         studied: Whether the roofline and the time of each layer are wanted too.
         progress: Told what is being exported or measured, and how far it is.
 
@@ -41,8 +36,8 @@ def timed(
         GateError: An exported graph does not do what the network does.
         BackendError: The backend cannot run here.
     """
-    run_on = run_on or RunOn()
-    settings = BenchSettings(run_on=(run_on,), batches=tuple(batches), min_seconds=min_seconds)
+    settings = settings or BenchSettings(batches=(1,), min_seconds=1.0)
+    (run_on,), batches = settings.run_on, settings.batches or (1,)
     with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
         bundles = []
         for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
@@ -54,12 +49,12 @@ def timed(
             )
             bundles.append(exported.folder)
         names = [row.name for row in comparison.rows]
-        study = Analysis(bundles, [run_on], batches, names=names)
+        analysis = Analysis(bundles, [run_on], batches, names=names)
         if studied:
-            study.predict(progress)
+            analysis.predict(progress)
         results = bench(bundles, settings, progress=progress)
         if studied:
-            study.profile(progress)
+            analysis.profile(progress)
     results = [
         dataclasses.replace(result, model=row.name, part=row.part, accuracy=row.top1)
         for result, row in zip(results, comparison.rows * len(batches), strict=True)
@@ -80,7 +75,13 @@ def timed(
         for verdict in comparison.verdicts
     )
     return dataclasses.replace(
-        comparison, rows=rows, results=tuple(results), study=study.to_record(), verdicts=verdicts
+        comparison,
+        rows=rows,
+        results=tuple(results),
+        settings=settings,
+        roofline=analysis.roofline,
+        layers=None if analysis.layers is None else tuple(analysis.layers),
+        verdicts=verdicts,
     )
 
 

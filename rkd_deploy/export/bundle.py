@@ -164,7 +164,7 @@ def export_bundle(
             card,
             outputs=tuple(outputs),
             fusion=choice.level if card.part in ("fused", "student") else "none",
-            fusion_search=choice.summary,
+            fusion_search=_search_summary(choice, job),
             versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         )
         file = temporary / ONNX_NAME
@@ -211,8 +211,8 @@ def export_bundle(
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
-        if choice.record:
-            write_json(temporary / "fusion.json", choice.record)
+        if choice.search is not None:
+            write_json(temporary / "fusion.json", choice.search.to_record())
         write_text(temporary / CARD_NAME, with_checksums(card, temporary))
         prover = "onnxruntime" if job is None else job.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
@@ -256,8 +256,15 @@ def _fused(
         return convert_ungated(graph, to_onnx(graph, card.preprocess, unfused=model), card.preprocess, inputs, options)
 
     choice = choose_level(model, converted, _measured_on(target, options), progress)
-    summary = {**choice.summary, "precision": options.precision, "target": options.runtime} if choice.summary else {}
-    return dataclasses.replace(choice, proto=float32(choice.network), summary=summary)
+    return dataclasses.replace(choice, proto=float32(choice.network))
+
+
+def _search_summary(choice: Choice, job: PrecisionJob | None) -> dict[str, Any]:
+    """What the card says of the search for a level, and of what precision the files were that it timed."""
+    if choice.search is None:
+        return {}
+    lower = {} if job is None else {"precision": job.options.precision, "target": job.options.runtime}
+    return choice.search.to_summary() | lower
 
 
 def _measured_on(target: Target | None, options: PrecisionOptions) -> Target:

@@ -18,7 +18,7 @@ from torch import nn
 
 from rkd_deploy.backends import RunOn, check_backend
 from rkd_deploy.bench import BenchSettings, Result, bench
-from rkd_deploy.bench.machine import provenance
+from rkd_deploy.bench.machine import Provenance, provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
@@ -187,6 +187,51 @@ class Target:
     """Time in timed calls of each candidate at each batch size, at least."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusionSearch:
+    """What level auto measured, and which level it chose by it.
+
+    Attributes:
+        target: Where and how long each candidate was measured.
+        device: The device that the backend ran on.
+        sessions: Results by level, session and batch size, every sample in them.
+        judgements: Each level against `tail`.
+        refused: Levels that the branches cannot be brought to, with the reason.
+        chosen: The level that ships.
+        provenance: The machine and the versions.
+    """
+
+    target: Target
+    device: str
+    sessions: Mapping[str, Sequence[Sequence[Result]]]
+    judgements: Mapping[str, Judgement]
+    refused: Mapping[str, str]
+    chosen: str
+    provenance: Provenance
+
+    def to_summary(self) -> dict[str, Any]:
+        """The search as the card has it: medians, ratios and intervals."""
+        return {
+            "backend": self.target.run_on.backend,
+            "device": self.device,
+            "threads": self.target.run_on.threads,
+            "batches": list(self.target.batches),
+            "min_seconds": self.target.min_seconds,
+            "sessions": SESSIONS,
+            "p50_ms": {level: _medians(each) for level, each in self.sessions.items()},
+            "ratio_to_tail": {level: judgement.ratio for level, judgement in self.judgements.items()},
+            "interval_of_ratio": {level: [each.low, each.high] for level, each in self.judgements.items()},
+            "refused": dict(self.refused),
+            "chosen": self.chosen,
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """The search as fusion.json has it: a bench record of every sample, in the order of the measurements."""
+        by_session = zip(*self.sessions.values(), strict=True)
+        results = [result for session in by_session for level in session for result in level]
+        return to_record(results, self.provenance, self.to_summary())
+
+
 @dataclass(frozen=True)
 class Choice:
     """The level that ships.
@@ -195,15 +240,13 @@ class Choice:
         level: Its name.
         network: The fused network.
         proto: Its ONNX model, as `convert` made it.
-        summary: What the card says of the measurement; empty where nothing was measured.
-        record: The whole measurement, every sample; empty where nothing was measured.
+        search: The measurement that it was chosen by; None where nothing was measured.
     """
 
     level: str
     network: nn.Module
     proto: Any
-    summary: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    search: FusionSearch | None = None
 
 
 def choose_level(model: nn.Module, convert: Convert, target: Target, progress: Progress | None = None) -> Choice:
@@ -235,22 +278,16 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         sessions = _measured_levels(files, target, progress)
     judgements = judge_levels({level: [_p50_by_batch(results) for results in each] for level, each in sessions.items()})
     chosen = fastest_level(judgements)
-    summary = {
-        "backend": target.run_on.backend,
-        "device": sessions[chosen][0][0].device,
-        "threads": target.run_on.threads,
-        "batches": list(target.batches),
-        "min_seconds": target.min_seconds,
-        "sessions": SESSIONS,
-        "p50_ms": {level: _medians(each) for level, each in sessions.items()},
-        "ratio_to_tail": {level: judgement.ratio for level, judgement in judgements.items()},
-        "interval_of_ratio": {level: [judgement.low, judgement.high] for level, judgement in judgements.items()},
-        "refused": refused,
-        "chosen": chosen,
-    }
-    # A record lists what was measured in the order in which it was: session by session, level by level.
-    results = [result for session in zip(*sessions.values(), strict=True) for level in session for result in level]
-    return Choice(chosen, networks[chosen], protos[chosen], summary, to_record(results, provenance(), summary))
+    search = FusionSearch(
+        target=target,
+        device=sessions[chosen][0][0].device,
+        sessions=sessions,
+        judgements=judgements,
+        refused=refused,
+        chosen=chosen,
+        provenance=provenance(),
+    )
+    return Choice(chosen, networks[chosen], protos[chosen], search)
 
 
 def _measured_levels(

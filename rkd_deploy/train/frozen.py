@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.models.staged import FeatureNetwork
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (torch.relu, torch.relu_, functional.relu)
 
 
@@ -83,12 +83,20 @@ class FoldedCopy(FeatureNetwork):
             return tuple(self.passes(x_NCHW.to(self.dtype)))
 
 
-class _Passes(nn.Module):
+class Passes(nn.Module):
+    """The stage maps of a network, and its logits behind them where they are wanted, as a module: to be traced.
+
+    Args:
+        network: Its layers are used, not copied.
+        logits: Whether the logits come last.
+    """
+
     def __init__(self, network: FeatureNetwork, logits: bool) -> None:
         super().__init__()
         self.network, self.logits = network, logits
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        """The maps of images, and their logits."""
         if not self.logits:
             return tuple(self.network.features(x_NCHW))
         maps, logits_NK = self.network.maps_and_logits(x_NCHW)
@@ -104,7 +112,7 @@ def folded_copy(network: FeatureNetwork, dtype: torch.dtype, *, fused: bool) -> 
         fused: Whether convolution, sum and ReLU become one kernel of cuDNN.
     """
     for logits in (True, False):
-        passes = fold_batch_norms(_Passes(network, logits).eval())
+        passes = fold_batch_norms(Passes(network, logits).eval())
         if isinstance(passes, fx.GraphModule):
             if fused:
                 fuse_relus(passes)
@@ -158,12 +166,12 @@ def fuse_relus(passes: fx.GraphModule) -> None:
     """Make relu(conv(x)) and relu(conv(x) + z) one operation, in place, where nothing else reads what lies between."""
     modules = dict(passes.named_modules())
     for node in list(passes.graph.nodes):
-        if not _is_relu(node, modules) or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
+        if not is_relu(node, modules) or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
             continue
         before = node.args[0]
         conv: Any = before
         others: list[Any] = []
-        if before.op == "call_function" and before.target in _ADDITIONS and len(before.args) == 2 and not before.kwargs:
+        if before.op == "call_function" and before.target in ADDITIONS and len(before.args) == 2 and not before.kwargs:
             conv, *others = sorted(before.args, key=lambda argument: not _is_conv(argument, modules))
         if not _is_conv(conv, modules) or any(not isinstance(other, fx.Node) or other is conv for other in others):
             continue
@@ -177,7 +185,8 @@ def fuse_relus(passes: fx.GraphModule) -> None:
     passes.recompile()
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether an operation is a ReLU, as a module, a function or a method."""
     if node.op == "call_module":
         return type(modules[str(node.target)]) is nn.ReLU
     return (node.op == "call_function" and node.target in _RELUS) or (

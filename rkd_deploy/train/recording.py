@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,6 +21,7 @@ from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.frozen import ConvAddReLU, FoldedCopy, folded_copy
 from rkd_deploy.train.methods.base import Losses, Method
+from rkd_deploy.train.norms import BatchNormAddReLU, Sums, fused_passes
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 
@@ -37,6 +38,7 @@ class Speedups:
         fused: Their convolutions, sums and ReLUs are one kernel of cuDNN.
         meanwhile: They are computed on streams of their own beside what trains.
         cast_once: With amp, weights are cast to bfloat16 by one kernel, and gradients back by another.
+        fused_norms: Batch norm, sum and ReLU of what trains are four kernels (`norms.py`); with amp and channels_last.
         counted_once: The counters of all batch norms are moved by one kernel.
         cudnn_benchmark: cuDNN measures its algorithms.
         channels_last: The layout of maps and weights; None: the faster one, by measurement.
@@ -46,6 +48,7 @@ class Speedups:
     fused: bool = True
     meanwhile: bool = True
     cast_once: bool = True
+    fused_norms: bool = False
     counted_once: bool = True
     cudnn_benchmark: bool = True
     channels_last: bool | None = None
@@ -108,6 +111,8 @@ class RecordedSteps:
         self._burnt_in: tuple[float, ...] = ()
         self._copies: list[FoldedCopy] | None = None
         self._weights: dict[str, Tensor] = {}
+        self._fused: dict[FeatureNetwork, fx.GraphModule] = {}
+        self._norm_sums: Sums | None = None
         self.channels_last: bool | None = self._speedups.channels_last
         self.replay_ms: dict[str, float] = {}
         with torch.cuda.device(self._device):
@@ -182,6 +187,8 @@ class RecordedSteps:
         with torch.cuda.stream(self._stream):
             if self._copies is None:
                 self._copies = self._stand_ins()
+            self._fused = self._fused_networks() if self._speedups.fused_norms and channels_last else {}
+            _restore(before)
             for _ in range(_WARM_UPS):
                 self._step()
                 _restore(before)  # the tables end with the epoch
@@ -199,6 +206,11 @@ class RecordedSteps:
         """What stands in for each frozen network, in words."""
         fused = [any(isinstance(module, ConvAddReLU) for module in copy.modules()) for copy in self._copies or ()]
         return ["fused" if value else "folded" for value in fused]
+
+    @property
+    def fused_norms(self) -> int:
+        """How many batch norms have kernels of `norms.py`."""
+        return sum(isinstance(layer, BatchNormAddReLU) for p in self._fused.values() for layer in p.modules())
 
     def timed(self, replays: int = _TIMED, warm_ups: int = 2) -> float:
         """Milliseconds of a replay; training stands where it stood."""
@@ -276,6 +288,36 @@ class RecordedSteps:
         limit = 0.1 if self._recipe.amp else 0.01
         return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(maps, wanted, strict=True))
 
+    @torch.no_grad()
+    def _fused_networks(self) -> dict[FeatureNetwork, fx.GraphModule]:
+        """Passes with fused norms of the networks that train, of those that give the same."""
+        x_NCHW, _ = self._batch()
+        fused: dict[FeatureNetwork, fx.GraphModule] = {}
+        self._norm_sums = None
+        for network in self._method.modules():
+            trains = network.training and any(parameter.requires_grad for parameter in network.parameters())
+            if not trains or not isinstance(network, FeatureNetwork) or _has_networks(network):
+                continue
+            passes = fused_passes(network)
+            if passes is None:
+                continue
+            layers = [layer for layer in passes.modules() if isinstance(layer, BatchNormAddReLU)]
+            for layer in layers:
+                layer.sums = Sums(0, self._device)  # its own zeros, for once
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.amp, cache_enabled=False):
+                try:
+                    maps = passes(x_NCHW)
+                except (RuntimeError, OSError):  # no NVRTC, or one that refuses the source
+                    continue
+                wanted = network.features(x_NCHW)
+            if all(bool((a - b).norm() <= 0.1 * b.norm()) for a, b in zip(maps, wanted, strict=True)):
+                fused[network] = passes
+        layers = [layer for p in fused.values() for layer in p.modules() if isinstance(layer, BatchNormAddReLU)]
+        self._norm_sums = Sums(4 * sum(layer.norm.num_features for layer in layers), self._device)
+        for layer in layers:
+            layer.sums = self._norm_sums
+        return fused
+
     def _step(self) -> None:
         """One training step, all of it on the device."""
         self._rate.copy_(self._rates_S.index_select(0, self._step_1)[0])
@@ -299,8 +341,12 @@ class RecordedSteps:
             if self._speedups.meanwhile:
                 for copy, stream in zip(self._copies or (), self._streams, strict=False):
                     stack.enter_context(copy.started(x_NCHW, stream))
-            if self._speedups.counted_once:
+            if self._speedups.counted_once or self._fused:
                 stack.enter_context(_counted_once(self._method))
+            if self._norm_sums is not None:
+                self._norm_sums.clear()
+            for network, passes in self._fused.items():
+                stack.enter_context(_passing(network, passes))
             # A graph must not hold the casts of another step's weights, which is what autocast's cache would give it.
             stack.enter_context(
                 torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.amp, cache_enabled=False)
@@ -359,6 +405,20 @@ def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
         if parameter.is_contiguous(memory_format=layout) and gradient.is_contiguous(memory_format=layout):
             return gradient.as_strided(parameter.shape, parameter.stride())
     return gradient
+
+
+def _has_networks(network: nn.Module) -> bool:
+    return any(isinstance(module, FeatureNetwork) for module in network.modules() if module is not network)
+
+
+@contextlib.contextmanager
+def _passing(network: nn.Module, passes: nn.Module) -> Iterator[None]:
+    """While the block runs, other passes give the network's stage maps."""
+    network.__dict__["features"] = passes
+    try:
+        yield
+    finally:
+        del network.__dict__["features"]
 
 
 @contextlib.contextmanager

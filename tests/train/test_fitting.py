@@ -19,7 +19,7 @@ from rkd_deploy.data.sources import ImageSet, Split, load_images
 from rkd_deploy.errors import CheckpointError, DivergenceError, StorageError, UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import fitting
+from rkd_deploy.train import evaluation, fitting
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.log import read_log
@@ -218,14 +218,14 @@ def test_the_test_images_are_read_once_for_each_part_at_the_end(
     recipe = tiny_recipe(*QUICK, "train.epochs=2")
     test = load_images(recipe.data, recipe.train.seed).test
     reads: list[tuple[bool, int]] = []
-    predictions = fitting.predictions
+    predictions = evaluation.predictions
 
     def noting(module: nn.Module, split: Split, *rest: Any, **named: Any) -> Tensor:
         is_test = torch.equal(split.images_NCHW, test.images_NCHW) if len(split) == len(test) else False
         reads.append((is_test, len(list(tmp_path.glob("*/weights/*.safetensors")))))
         return predictions(module, split, *rest, **named)
 
-    monkeypatch.setattr(fitting, "predictions", noting)
+    monkeypatch.setattr(evaluation, "predictions", noting)
     fit(recipe, root=tmp_path)
     assert [number for is_test, number in reads if is_test] == [4, 4, 4, 4]  # every phase was done
     assert reads[-4:] == [(True, 4)] * 4

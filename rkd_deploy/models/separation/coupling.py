@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, require
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, Space
 from rkd_deploy.models.separation.dependency_graph import ChannelGraph, cuts_channels
+
+tp: Any = require("torch_pruning", "train")
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
