@@ -1,4 +1,4 @@
-"""Facts and results of a run beyond its recipe, typed: facts.json, metrics.json, weights' headers."""
+"""Facts and results of a run, typed: facts.json, metrics.json and headers of weights."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RunFacts:
     teacher_stages: tuple[str, ...] | None = None
     student_stages: tuple[str, ...] | None = None
     stage_channels: tuple[int, ...] | None = None
-    given_widths: tuple[int, ...] | None = None
+    given_widths: tuple[int, ...] | None = None  # the names are the keys of facts.json, which earlier runs have too
     student_widths: tuple[int, ...] | None = None
     assistant_widths: tuple[int, ...] | None = None
     shared_stages: int | None = None

@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: batch, passes, losses, update and sums, replayed without the host.
+"""Records a whole training step, from batch to update, as one CUDA graph, and replays it.
 
 The host launches a graph for each step and looks at nothing until the epoch ends. What changes from step to step lies
 in tables on the device: the random numbers of the epoch's batches, its learning rates, and the number of the step.
@@ -247,14 +247,14 @@ class RecordedSteps:
     def _cast_weights(self) -> dict[str, Tensor]:
         """A bfloat16 tensor for each weight that autocast would cast at every use, by its name in the method."""
         casts: dict[str, Tensor] = {}
-        kept = {
+        uncast = {
             id(parameter)
             for module in self._method.modules()
             if type(module) not in (nn.Conv2d, nn.Linear)
             for parameter in module.parameters(recurse=False)
         }
         for name, parameter in self._method.named_parameters():
-            if id(parameter) not in kept:
+            if id(parameter) not in uncast:
                 cast = torch.empty_like(parameter, dtype=self._dtype).copy_(parameter.detach())
                 casts[name] = cast.requires_grad_(parameter.requires_grad)
         return casts

@@ -1,4 +1,4 @@
-"""Loads the weights that T and S0 start from, and refuses those that make no sense on the data."""
+"""Loads the weights that T and S0 start from; refuses those that make no sense on the data."""
 
 from __future__ import annotations
 
