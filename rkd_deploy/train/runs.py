@@ -170,6 +170,7 @@ class RunLock:
             return
         path = self._run.folder / "recipe.toml"
         try:
+            # For writing, though nothing is written: NFS makes of flock a lock that needs it.
             stream = path.open("r+b")
         except OSError as error:
             raise storage_error(path, error) from error

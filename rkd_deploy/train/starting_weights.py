@@ -107,6 +107,7 @@ def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None
         RecipeError: They do.
     """
     for key, value in expected.items():
+        # To three decimals, which is what most who publish weights write down.
         if value is not None and max(abs(a - b) for a, b in zip(value, getattr(facts, key), strict=True)) > 1e-3:
             raise RecipeError(
                 f"{what} expects images normalised with {key} {list(value)}; the data use {list(getattr(facts, key))}. "

@@ -26,6 +26,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     Raises:
         StorageError: It could not be written whole; a file that was there before is intact.
     """
+    # Cloned: safetensors stores no strides, and refuses two tensors that share their memory, as tied weights do.
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     write_bytes(path, safetensors.torch.save(plain, {_FACTS: json.dumps(facts, allow_nan=False)}))
 
