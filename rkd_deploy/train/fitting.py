@@ -30,11 +30,12 @@ from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import evaluate, split_top1
 from rkd_deploy.train.facts import RunFacts, WeightsFacts
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, read_log, runs_of
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, runs_of
 from rkd_deploy.train.starting_weights import (
     load_published_weights,
     load_weights_from,
@@ -248,7 +249,7 @@ class _Trainer:
         self._keep(run, plan.name, last)
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
-        last_epoch = read_log(run.log.path)[-1]
+        last_epoch = read_epochs(run.log.path)[-1]
         if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")

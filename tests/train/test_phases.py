@@ -23,9 +23,10 @@ from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import evaluation, preparation
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
+from rkd_deploy.train.log import read_log
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.networks import load_part
-from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.runs import Run, newest_run
 from rkd_deploy.train.weights import load_tensors
 
 MakeRecipe = Callable[..., Recipe]
