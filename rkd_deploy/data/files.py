@@ -105,6 +105,7 @@ def cache_path(memory: Path, kind: str, facts: Iterable[object]) -> Path:
     Raises:
         StorageError: The folder cannot be made.
     """
+    # A digest of all facts is the name: what was learnt of other files is never read, and needs no comparing.
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(repr(fact).encode())

@@ -57,6 +57,7 @@ def limit(labels_N: Tensor, size: int | None, classes: int, key: str, seed: int)
 def split_off_test(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Draw positions of training and test images: a fraction of every class is tested, at least one of two and more."""
     have_K = labels_N.bincount()
+    # A class of one image keeps it for training: nothing could be learnt of it else.
     take_K = (fraction * have_K).round().long().clamp(min=1).minimum((have_K - 1).clamp(min=0))
     test_N = _draw_per_class(labels_N, take_K, purpose_generator(seed, "test"))
     is_test_N = torch.zeros(len(labels_N), dtype=torch.bool).index_fill(0, test_N, True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rkd_deploy.recipe import DataRecipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSizes:
@@ -110,6 +112,10 @@ class RunFacts:
         """The test split in words."""
         origin = (self.sources or {}).get("test")
         return f"{self.data} test" if origin is None else f"{self.data} test: {origin}"
+
+    def normalised(self, data: DataRecipe) -> DataRecipe:
+        """Table `[data]` with the normalisation of this run, which was measured or read when it began."""
+        return dataclasses.replace(data, mean=self.mean, std=self.std, normalisation="data")
 
     def to_json(self) -> dict[str, Any]:
         """The content of facts.json: what does not apply is left out."""
