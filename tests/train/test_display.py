@@ -28,9 +28,9 @@ def test_an_epoch_is_a_line_on_standard_error(capsys: pytest.CaptureFixture[str]
             for _ in range(5):
                 progress.step()
             progress.epoch(row(epoch, val_top1=None if epoch == 2 else 81.25))
-    seen = capsys.readouterr()
-    assert seen.out == ""  # that is for results
-    lines = [line.split() for line in seen.err.splitlines() if line.strip()]
+    printed = capsys.readouterr()
+    assert printed.out == ""  # that is for results
+    lines = [line.split() for line in printed.err.splitlines() if line.strip()]
     assert lines == [
         ["student", "1/2", "explained", "0.9877", "train", "97.50", "%", "val", "81.25", "%", "12,346", "images/s"],
         ["student", "2/2", "explained", "0.9877", "train", "97.50", "%", "12,346", "images/s"],

@@ -1,4 +1,4 @@
-"""A run from its recipe to its folder: what it leaves, what it never looks at, and what goes wrong on the way."""
+"""A run from recipe to folder: what it leaves, never looks at, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_a_run_folder_holds_everything_and_nothing_else(tiny_run: Run) -> None:
 
 
 def test_every_phase_is_logged_epoch_by_epoch(tiny_run: Run) -> None:
-    seen = [(row["phase"], row["epoch"]) for row in rows(tiny_run)]
+    logged = [(row["phase"], row["epoch"]) for row in rows(tiny_run)]
     epochs = {"teacher": 4, "s0": 2, "student": 2, "assistant": 2}
-    assert seen == [(phase, epoch + 1) for phase, number in epochs.items() for epoch in range(number)]
+    assert logged == [(phase, epoch + 1) for phase, number in epochs.items() for epoch in range(number)]
 
 
 def test_networks_learn(tiny_run: Run) -> None:
@@ -317,8 +317,8 @@ def test_average_and_last_weights_are_both_kept_and_tested(tmp_path: Path, tiny_
     last, ema = (fit(tiny_recipe(*how, f"train.ship={ship}"), root=tmp_path / ship) for ship in ("last", "ema"))
     assert {path.stem for path in (last.folder / "weights").iterdir()} == {"teacher", "teacher_ema", "s0", "s0_ema"}
     assert {path.stem for path in (ema.folder / "weights").iterdir()} == {"teacher", "teacher_last", "s0", "s0_last"}
-    for one, other in (("teacher", "teacher_last"), ("teacher_ema", "teacher")):
-        ours, theirs = state_of(last, one), state_of(ema, other)
+    for shipped, other in (("teacher", "teacher_last"), ("teacher_ema", "teacher")):
+        ours, theirs = state_of(last, shipped), state_of(ema, other)
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert changed(state_of(last, "teacher"), state_of(last, "teacher_ema")) >= {"conv1", "fc"}
     assert changed(state_of(last, "s0"), state_of(ema, "s0_last")) >= {"conv1", "fc"}  # taught by another T

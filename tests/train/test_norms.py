@@ -1,4 +1,4 @@
-"""The fused norms of training: the rewritten passes against the network, the kernels, on a CPU, against PyTorch."""
+"""The fused norms of training, against the network's passes and against PyTorch."""
 
 from __future__ import annotations
 

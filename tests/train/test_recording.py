@@ -1,4 +1,4 @@
-"""A recorded step against the same step made eagerly, on simulated graphs; folded copies against their networks."""
+"""A recorded step against the same step made eagerly; folded copies against networks."""
 
 from __future__ import annotations
 
@@ -112,13 +112,15 @@ def eagerly(method: Method, epochs: int = 3, **how: Any) -> dict[str, Tensor]:
     return ended(method, rows, stepper.optimizer)
 
 
-def recorded(method: Method, speedups: Speedups, made: DeviceLoader, epochs: int = 3, **how: Any) -> dict[str, Tensor]:
+def recorded(
+    method: Method, speedups: Speedups, loader: DeviceLoader, epochs: int = 3, **how: Any
+) -> dict[str, Tensor]:
     stepper, rows = Stepper(method, recipe(**how)), []
-    steps = RecordedSteps(method, stepper.optimizer, recipe(**how), made, speedups)
+    steps = RecordedSteps(method, stepper.optimizer, recipe(**how), loader, speedups)
     for epoch in range(epochs):
         stepper.start_epoch(epoch + 1)
         sums = EpochSums()
-        assert len(list(steps.epoch(epoch, 0, sums, rates(epoch)))) == len(made)
+        assert len(list(steps.epoch(epoch, 0, sums, rates(epoch)))) == len(loader)
         assert sums.first_bad() is None
         rows.append(sums.means())
     return ended(method, rows, stepper.optimizer)

@@ -1,4 +1,4 @@
-"""KD and DKD against a second implementation (probabilities, in float64), their identities, and extreme logits."""
+"""KD and DKD against second implementations, their identities, and extreme logits."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_their_range(
     assert KD(2.0, standardise=True)(*views, y).item() == pytest.approx(0, abs=1e-10)
     assert DKD(1.0, 8.0, 2.0, standardise=True)(*views, y).item() == pytest.approx(0, abs=1e-10)
     assert KD(2.0, standardise=False)(*views, y).item() > 0.01
-    seen = KD(2.0, standardise=True)(View((), z_T), View((), z_S), y)
-    torch.testing.assert_close(seen, kd_loss(standardised(z_T), standardised(z_S), 2))
+    loss = KD(2.0, standardise=True)(View((), z_T), View((), z_S), y)
+    torch.testing.assert_close(loss, kd_loss(standardised(z_T), standardised(z_S), 2))
     assert standardised(torch.ones(2, K)).abs().max() == 0  # rows without any spread
 
 
@@ -125,9 +125,9 @@ def test_the_published_weights_and_their_warm_up(logits: Logits) -> None:
         weighted, plain = dkd(*views, y)
         assert weighted.item() == pytest.approx(part * plain.item())
         assert kd(*views, y)[0].item() == pytest.approx(0.9 * kd_loss(z_T, z_S, 4).item())
-    own = WeightedLoss(KD(4.0, False), weight=3.0, warmup_epochs=4)
-    own.start_epoch(1)
-    assert own.weight == 0.75
+    borrowed = WeightedLoss(KD(4.0, False), weight=3.0, warmup_epochs=4)
+    borrowed.start_epoch(1)
+    assert borrowed.weight == 0.75
 
 
 def test_dkd_takes_the_class_of_a_smoothed_target() -> None:
