@@ -10,7 +10,7 @@ import torch
 from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.pytorch import GraphedPyTorchBackend, PyTorchBackend
 from rkd_deploy.backends.pytorch_cuda import exact_float32, kernel_us
-from rkd_deploy.bench.parity import compare
+from rkd_deploy.bench.parity import compare_logits
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -89,8 +89,8 @@ def test_float32_on_cuda_is_the_cpus_to_1e_4(name):
         PyTorchBackend(network, **shape) as cpu,
         kinds[name](network, RunOn(name, device="cuda"), **shape) as cuda,
     ):
-        assert compare(cpu.infer(x), cuda.infer(x), 1e-4).passed
-        assert compare(cpu.infer(x), cuda.infer(x), 1e-4).passed
+        assert compare_logits(cpu.infer(x), cuda.infer(x), 1e-4).passed
+        assert compare_logits(cpu.infer(x), cuda.infer(x), 1e-4).passed
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from rkd_deploy.bench.loadgen import (
     Load,
     check_scenarios,
     library,
-    read_log,
+    read_loadgen_log,
     run_scenario,
 )
 from rkd_deploy.bench.reading import read_bench
@@ -92,7 +92,7 @@ def test_what_the_model_answers_reaches_loadgen_for_every_query(zoo, tmp_path):
         facts = run_scenario(backend, inputs, "SingleStream", tmp_path / "logs", Load(**BRIEF))
     assert facts["valid"]
     assert facts["queries"] >= 10
-    assert read_log(tmp_path / "logs/mlperf_log_detail.txt")["result_query_count"] == facts["queries"]
+    assert read_loadgen_log(tmp_path / "logs/mlperf_log_detail.txt")["result_query_count"] == facts["queries"]
 
 
 def test_a_fixed_batch_of_one_is_asked_for_one_by_one(tmp_path):
@@ -123,7 +123,7 @@ def test_a_log_without_a_result_is_refused(tmp_path):
     (tmp_path / "mlperf_log_detail.txt").write_text(':::MLLOG {"key": "loadgen_version", "value": "6"}\n')
     for name in ("mlperf_log_detail.txt", "absent.txt"):
         with pytest.raises(BackendError, match="wrote no result"):
-            read_log(tmp_path / name)
+            read_loadgen_log(tmp_path / name)
 
 
 @pytest.mark.parametrize("field", ["min_seconds", "min_queries", "target_qps", "target_latency_ms", "max_batch"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rkd_deploy.bench import machine as module
-from rkd_deploy.bench.machine import command_line, parse_gpus, provenance
+from rkd_deploy.bench.machine import command_without_folders, parse_gpus, provenance
 
 
 def test_it_is_json_and_says_what_ran_where():
@@ -44,7 +44,7 @@ def test_it_names_no_host_and_no_folder(monkeypatch):
     ],
 )
 def test_commands_lose_their_folders(argv, expected, tmp_path):
-    assert command_line([argument.format(folder=tmp_path) for argument in argv]) == expected
+    assert command_without_folders([argument.format(folder=tmp_path) for argument in argv]) == expected
 
 
 def test_gpus_are_read_from_nvidia_smis_answer():

@@ -15,7 +15,7 @@ from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.ceilings import LARGEST, SMALLEST, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import GraphCost
-from rkd_deploy.bench.roofline import Analysis, Prediction, _bounded, achieved, bound, predict
+from rkd_deploy.bench.roofline import Analysis, LatencyBound, _bounded, achieved, bound, predict_roofline
 from rkd_deploy.errors import BackendError
 from rkd_deploy.report.columns import print_roofline
 from tests.support.benching import bench_settings
@@ -36,7 +36,7 @@ def convolution(zoo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predicted(convolution):
-    return predict([convolution], RunOn(threads=1), batches=(1, 2))
+    return predict_roofline([convolution], RunOn(threads=1), batches=(1, 2))
 
 
 def test_the_bound_is_the_larger_of_two_times():
@@ -96,13 +96,13 @@ def test_a_measurement_is_a_share_of_its_bound(predicted, convolution):
 
 def test_what_is_no_onnx_file_gets_no_bound_and_a_reason(tmp_path):
     (tmp_path / "model.plan").write_bytes(b"ftrt an engine")
-    (prediction,) = predict([tmp_path / "model.plan"], RunOn("tensorrt"), batches=(1,)).predictions
+    (prediction,) = predict_roofline([tmp_path / "model.plan"], RunOn("tensorrt"), batches=(1,)).predictions
     assert prediction.bound_ms is None
     assert "no ONNX file" in prediction.note
 
 
 def test_a_backend_without_onnx_files_gets_the_counts_alone(convolution):
-    (prediction,) = predict([convolution], RunOn("pytorch"), batches=(1,)).predictions
+    (prediction,) = predict_roofline([convolution], RunOn("pytorch"), batches=(1,)).predictions
     assert prediction.macs > 0
     assert prediction.bound_ms is None
     assert "of pytorch" in prediction.note
@@ -114,7 +114,7 @@ def test_a_backend_that_cannot_run_is_an_error_with_its_reason():
 
 
 def test_the_same_name_on_another_file_is_not_taken_for_it():
-    prediction = Prediction(model="m", file_bytes=1, backend="b", device="cpu", threads=None, batch=1, bound_ms=1.0)
+    prediction = LatencyBound(model="m", file_bytes=1, backend="b", device="cpu", threads=None, batch=1, bound_ms=1.0)
 
     class Found:
         model, file_bytes, backend, device, threads, batch, p50_ms = "m", 2, "b", "cpu", None, 1, 4.0

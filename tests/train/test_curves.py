@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rkd_deploy.errors import StorageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.display import Silent, TensorBoard, draw, draw_curves, with_tensorboard
+from rkd_deploy.train.display import Silent, TensorBoard, draw_curves, draw_phases, with_tensorboard
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.log import read_log
 from rkd_deploy.train.runs import Run, create_run
@@ -29,7 +29,7 @@ def row(phase: str, epoch: int, **more: Any) -> dict[str, Any]:
 
 def test_the_picture_shows_every_value_of_every_phase() -> None:
     rows = [row("teacher", epoch) for epoch in (1, 2, 3)] + [row("student", epoch, student=0.5) for epoch in (1, 2)]
-    figure = draw(rows, "tiny-001")
+    figure = draw_phases(rows, "tiny-001")
     axes = figure.get_axes()
     assert [panel.get_title(loc="left") for panel in axes[:2]] == ["teacher", "student"]
     lines = {(index, line.get_label()): line for index, panel in enumerate(axes) for line in panel.get_lines()}
@@ -47,7 +47,7 @@ def test_a_phase_that_classifies_nothing_has_its_losses_only() -> None:
     rows = [{**row("stage_1_student", epoch), "val_top1": None} for epoch in (1, 2)]
     for epoch_row in rows:
         del epoch_row["train_top1"]
-    losses, accuracies = draw(rows, "tiny-001").get_axes()
+    losses, accuracies = draw_phases(rows, "tiny-001").get_axes()
     assert [line.get_label() for line in losses.get_lines()] == ["ce"]
     assert accuracies.get_lines() == []
     assert accuracies.get_legend() is None

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rkd_deploy.train.display import Progress
+from rkd_deploy.train.display import ProgressDisplay
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def row(epoch: int, **more: Any) -> dict[str, Any]:
 
 
 def test_an_epoch_is_a_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         progress.phase("student", 2, 5, 0)
         for epoch in (1, 2):
             for _ in range(5):
@@ -41,7 +41,7 @@ def test_an_epoch_is_a_line_on_standard_error(capsys: pytest.CaptureFixture[str]
 def test_a_long_phase_is_about_twenty_lines_and_ends_with_its_last_epoch(
     capsys: pytest.CaptureFixture[str], epochs: int, most: int
 ) -> None:
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         progress.phase("teacher", 1, 1, 0)
         progress.phase("student", epochs, 1, 0)
         for epoch in range(1, epochs + 1):
