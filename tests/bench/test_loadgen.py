@@ -107,8 +107,8 @@ def test_a_model_that_fails_in_the_middle_is_an_error_and_no_crash(scenario, tmp
         queries = 0
 
         def infer(self, x):
-            self.asked += any(tmp_path.glob(".logs.*"))  # before, it is our own estimate that runs
-            if self.asked == 5:
+            self.queries += any(tmp_path.glob(".logs.*"))  # before, it is our own estimate that runs
+            if self.queries == 5:
                 raise BackendError("out of memory")
             return super().infer(x)
 

@@ -334,26 +334,26 @@ def test_average_and_last_weights_are_both_kept_and_tested(tmp_path: Path, tiny_
 # What a person and a script are told
 
 
-class Told(Silent):
+class Recorder(Silent):
     """Notes what it is told."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, int, int, int]] = []
+        self.events: list[tuple[str, int, int, int]] = []
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        self.seen.append((name, epochs, steps_per_epoch, 0))
+        self.events.append((name, epochs, steps_per_epoch, 0))
 
     def step(self) -> None:
-        self.seen[-1] = (*self.seen[-1][:3], self.seen[-1][3] + 1)
+        self.events[-1] = (*self.events[-1][:3], self.events[-1][3] + 1)
 
 
 def test_the_evaluation_at_the_end_moves_a_bar_to_its_end(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(splits, "EVALUATED_AT_ONCE", 8)  # of 20 images: 3 batches for each of two parts
-    display = Told()
+    display = Recorder()
     run = fit(tiny_recipe(*QUICK, "method.name=kd"), root=tmp_path, display=display)
-    assert display.seen[-1] == ("test", 1, 6, 6)
+    assert display.events[-1] == ("test", 1, 6, 6)
     metrics = run.read_json("metrics.json")
     assert metrics["training_seconds"] == pytest.approx(sum(row["seconds"] for row in read_log(run.log.path)))
     assert 50 < metrics["peak_memory_mb"] < 100_000

@@ -48,16 +48,16 @@ class Noted:
     """A display that notes what it is told."""
 
     def __init__(self) -> None:
-        self.seen: list[Any] = []
+        self.events: list[Any] = []
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        self.seen.append((name, epochs, steps_per_epoch, done))
+        self.events.append((name, epochs, steps_per_epoch, done))
 
     def step(self) -> None:
-        self.seen.append("step")
+        self.events.append("step")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.seen.append(row)
+        self.events.append(row)
 
 
 def images(count: int = 12, classes: int = 4) -> Split:
@@ -116,9 +116,9 @@ def test_the_log_has_the_means_of_each_epoch(run: Run) -> None:
             "val_top1": 42.0,
         }
     assert len(rows) == 2
-    steps = [logged if isinstance(logged, str) else type(logged) for logged in display.seen]
+    steps = [logged if isinstance(logged, str) else type(logged) for logged in display.events]
     assert steps == [tuple, "step", "step", "step", dict, "step", "step", "step", dict]
-    assert display.seen[0] == ("told", 2, 3, 0)
+    assert display.events[0] == ("told", 2, 3, 0)
 
 
 def test_the_rate_follows_the_schedule(run: Run) -> None:
@@ -194,7 +194,7 @@ def test_a_request_to_stop_is_answered_after_one_step_with_a_checkpoint(run: Run
     phase = Phase("told", method, method, 1, lambda module: None)
     with pytest.raises(InterruptedTraining, match=rf"Stopped by SIGINT; .*rkd-deploy train {run.folder} --resume"):
         train_phase(phase, loader(images(12), 4), TrainRecipe(batch_size=4), run, display, stop)
-    assert display.seen == [("told", 1, 3, 0), "step"]
+    assert display.events == [("told", 1, 3, 0), "step"]
     _, facts = load_tensors(run.checkpoint)
     assert (facts["phase"], facts["epoch"], facts["batch"], facts["images"]) == ("told", 0, 1, 4)
 
