@@ -29,7 +29,8 @@ from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.storage import write_json
-from rkd_deploy.train.recording import RecordedSteps, Speedups
+from rkd_deploy.train.passes import Speedups
+from rkd_deploy.train.recording import RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 
@@ -145,8 +146,8 @@ def _recorded(case: str, batch: int, device: torch.device, speedups: Speedups, *
     row |= {
         "layouts": steps.replay_ms,
         "channels_last": steps.channels_last,
-        "copies": steps.copies,
-        "fused_norms": steps.fused_norms,
+        "copies": steps.passes.copies,
+        "fused_norms": steps.passes.fused_norms,
     }
     if whole:
         seconds = []

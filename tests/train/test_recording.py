@@ -23,7 +23,8 @@ from rkd_deploy.train.methods.dkd import DKD
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
-from rkd_deploy.train.recording import RecordedSteps, Speedups
+from rkd_deploy.train.passes import Speedups
+from rkd_deploy.train.recording import RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 from tests.support import simulated_graphs
