@@ -78,7 +78,9 @@ def main() -> None:
             try:
                 row[name] = task()
             except Exception:
-                row[name] = {"error": traceback.format_exc()[-1500:]}
+                row[name] = {"error": traceback.format_exc()[-6000:]}
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())  # one that a broken capture left is of no use
             print(case, batch, name, f"({time.perf_counter() - began:.1f} s)", _brief(row[name]), flush=True)
             write_json(asked.out, record)
 

@@ -146,7 +146,7 @@ class RecordedSteps:
         self._graph = None
         self.channels_last = channels_last
         self._lay_out()
-        before = [(tensor, tensor.clone()) for tensor in self._moving()]
+        before = self._snapshot()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -167,7 +167,7 @@ class RecordedSteps:
     def timed(self, replays: int = _TIMED, warm_ups: int = 2) -> float:
         """Milliseconds of a replay; training stands where it stood."""
         assert self._graph is not None
-        before = [(tensor, tensor.clone()) for tensor in self._moving()]
+        before = self._snapshot()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         for number in range(warm_ups + replays):
             if number == warm_ups:
@@ -191,10 +191,13 @@ class RecordedSteps:
                     momentum.copy_(state["momentum_buffer"])
                 state["momentum_buffer"] = momentum
 
-    def _moving(self) -> list[Tensor]:
-        """All that a step changes, the number of the step first."""
+    def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
+        """All that a step changes, and its values."""
         momenta = [state["momentum_buffer"] for state in self._optimizer.state.values() if "momentum_buffer" in state]
-        return [self._step_1, *self._trained, *momenta, *self._method.buffers()]
+        moving = [self._step_1, *self._trained, *momenta, *self._method.buffers()]
+        # Detached: a clone with a gradient would keep the weights' autograd nodes, of the present stream: a
+        # backward pass that is captured on another stream would have to wait for this one, which ends the capture.
+        return [(tensor, tensor.detach().clone()) for tensor in moving]
 
     def _step(self) -> None:
         """One training step, all of it on the device."""
