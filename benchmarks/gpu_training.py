@@ -21,7 +21,7 @@ from rkd_deploy.models import zoo
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train import fitting
-from rkd_deploy.train.runs import read_log
+from rkd_deploy.train.log import read_log
 
 FAST = ("train.amp=true", "train.channels_last=true", "train.cuda_graphs=true")
 SETTINGS: Mapping[str, tuple[str, ...]] = {

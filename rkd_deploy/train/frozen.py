@@ -1,4 +1,4 @@
-"""Frozen networks made fast: batch norms folded, weights cast once, convolution, sum and ReLU in one kernel."""
+"""Makes frozen networks fast: batch norm folded, weights cast once, kernels fused."""
 
 from __future__ import annotations
 

@@ -94,14 +94,14 @@ class FastPasses:
     def _cast_weights(self) -> dict[str, Tensor]:
         """A bfloat16 tensor for each weight that autocast would cast at every use, by its name in the method."""
         casts: dict[str, Tensor] = {}
-        kept = {
+        uncast = {
             id(parameter)
             for module in self._method.modules()
             if type(module) not in (nn.Conv2d, nn.Linear)
             for parameter in module.parameters(recurse=False)
         }
         for name, parameter in self._method.named_parameters():
-            if id(parameter) not in kept:
+            if id(parameter) not in uncast:
                 cast = torch.empty_like(parameter, dtype=self.dtype).copy_(parameter.detach())
                 casts[name] = cast.requires_grad_(parameter.requires_grad)
         return casts

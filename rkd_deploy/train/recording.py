@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: batch, passes, losses, update and sums, replayed without the host.
+"""Records a whole training step, from batch to update, as one CUDA graph, and replays it.
 
 The host launches a graph for each step and looks at nothing until the epoch ends. What changes from step to step lies
 in tables on the device: the random numbers of the epoch's batches, its learning rates, and the number of the step.

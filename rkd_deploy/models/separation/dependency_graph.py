@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch_pruning as tp
 from torch import nn
 
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, require
+
+tp: Any = require("torch_pruning", "train")
 
 
 class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
