@@ -1,4 +1,4 @@
-"""What each speedup of a recorded training step is worth on a GPU, beside the floor of arithmetic and memory.
+"""Times each speedup of a recorded training step on a GPU, beside the step's floor.
 
     uv run python benchmarks/recorded_step.py [--seconds 60] [--out recorded_step.json]
 
@@ -52,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("recorded_step.json"))
-    asked = parser.parse_args()
-    end = time.perf_counter() + asked.seconds
+    options = parser.parse_args()
+    end = time.perf_counter() + options.seconds
     device = torch.device("cuda")
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
     record["provenance"] = {"time_utc": provenance().time_utc}
@@ -82,7 +82,7 @@ def main() -> None:
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 generator.graphsafe_set_state(generator.clone_state())  # one that a broken capture left is of no use
             print(case, batch, name, f"({time.perf_counter() - began:.1f} s)", _brief(row[name]), flush=True)
-            write_json(asked.out, record)
+            write_json(options.out, record)
 
 
 def _brief(value: Any) -> Any:
