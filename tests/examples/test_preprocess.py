@@ -17,6 +17,7 @@ from rkd_deploy.images import to_array
 
 REPO = Path(__file__).parents[2]
 PREPROCESS = REPO / "examples/browser/preprocess.js"
+CPP = REPO / "examples/cpp"
 COLOUR = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 GREY = {"mean": (0.5,), "std": (0.25,)}
 
@@ -82,6 +83,36 @@ def node_runner(folder: Path, script: Path):
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+def cpp_runner(folder: Path):
+    """The header of examples/cpp takes RGB, as its decoder gives; other sources are made that first."""
+    program = folder / "resize_cases"
+
+    def run(listed):
+        if (compiler := shutil.which("g++")) is None:
+            pytest.skip("g++ is not installed, and preprocess.hpp is C++ (apt-get install g++)")
+        source = Path(__file__).with_name("resize_cases.cpp")
+        options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-I{CPP}"]
+        built = subprocess.run(
+            [compiler, *options, source, "-o", program], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert built.returncode == 0, built.stderr
+        lines = []
+        for case in listed:
+            pixels = np.fromfile(case["file"], np.uint8).reshape(case["height"], case["width"], case["channels"])
+            (pixels.repeat(3, axis=2) if case["channels"] == 1 else pixels[:, :, :3]).tofile(case["file"])
+            rule = case["rule"]
+            shape = (case["width"], case["height"], rule["height"], rule["width"], len(rule["mean"]))
+            lines.append(" ".join(map(str, (case["file"], *shape, rule["interpolation"], rule["crop_fraction"]))))
+        (folder / "cases.txt").write_text("\n".join(lines) + "\n")
+        subprocess.run([program, folder / "cases.txt"], check=True, timeout=120)
+
+    return run
+
+
+def test_cpp_gives_pillows_bytes(photo, tmp_path):
+    assert differences(photo, tmp_path, cpp_runner(tmp_path)) == []
 
 
 def test_javascript_gives_pillows_bytes(photo, tmp_path):
