@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.backends import infer_many, load_backend
 from rkd_deploy.bench.accuracy import top1
-from rkd_deploy.bench.parity import compare, gate
+from rkd_deploy.bench.parity import compare_logits, gate
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse_branch
@@ -160,7 +160,7 @@ class ExitLogits:
                 z = np.cumsum([infer_many(graph, x) for graph in graphs], axis=0)
                 if expected is not None:
                     model, tolerance = expected
-                    parity = compare(_rows(_reference(model, images_NHWC, preprocess)), _rows(z), tolerance)
+                    parity = compare_logits(_rows(_reference(model, images_NHWC, preprocess)), _rows(z), tolerance)
                     gate(parity, "the sums of the graphs for early exit against PyTorch")
                 z_parts.append(z)
                 labels.append(labels_n)
@@ -178,6 +178,7 @@ class ExitLogits:
         """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
+        # Who leaves after step i has paid for the graphs 0 .. i: hence the running sum.
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
         return ExitRow(threshold, tuple(shares), mean, 1 - mean / fused_macs, self._top1(threshold))
 

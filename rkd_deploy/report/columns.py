@@ -11,7 +11,7 @@ from rkd_deploy.bench.compare import Ratio
 from rkd_deploy.bench.loadgen import LABEL, ScenarioResult
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import PERCENTILES, Figures, Result
-from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
+from rkd_deploy.bench.roofline import Achieved, LatencyBound, achieved
 from rkd_deploy.report.conditions import condition_lines, pace_lines
 from rkd_deploy.report.tables import Column, milliseconds, print_line, print_table
 
@@ -176,6 +176,7 @@ def with_names(results: Sequence[Result]) -> list[Result]:
 
 def _name(result: Result, models: Sequence[tuple[str | None, ...]]) -> str:
     name, *facts = result.model, result.part, result.fusion, result.precision, (result.file_sha256 or "")[:8]
+    # Facts are added from the most telling on, and only until the name is the only one.
     alike = [model for model in models if model[0] == name]
     for place, fact in enumerate(facts, start=1):
         if len(alike) > 1 and len({model[place] for model in alike}) > 1 and fact:
@@ -235,7 +236,7 @@ ROOFLINE_COLUMNS: tuple[Column[Achieved], ...] = (
 )
 
 
-def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result], console: Console) -> None:
+def print_roofline(predictions: Sequence[LatencyBound], results: Sequence[Result], console: Console) -> None:
     """Print the bounds, before a measurement (no results) or after it, and why a bound is missing."""
     print_line(
         "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than", console

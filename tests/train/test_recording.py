@@ -1,4 +1,4 @@
-"""A recorded step against the same step made eagerly, on simulated graphs; folded copies against their networks."""
+"""A recorded step against the same step made eagerly; folded copies against networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train import recording
+from rkd_deploy.train import capture
 from rkd_deploy.train.frozen import ConvAddReLU, folded_copy
 from rkd_deploy.train.methods.base import Method, WeightedLoss
 from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
@@ -23,7 +23,8 @@ from rkd_deploy.train.methods.dkd import DKD
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
-from rkd_deploy.train.recording import RecordedSteps, Speedups
+from rkd_deploy.train.passes import Speedups
+from rkd_deploy.train.recording import RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 from tests.support import simulated_graphs
@@ -37,7 +38,8 @@ PLAIN = Speedups(
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    monkeypatch.setattr(recording, "_TIMED", 1)
+    monkeypatch.setattr(capture, "_REPLAYS", 1)
+    monkeypatch.setattr(capture, "_WARM_UPS", 2)
     return simulated_graphs.install(monkeypatch)
 
 
@@ -112,13 +114,15 @@ def eagerly(method: Method, epochs: int = 3, **how: Any) -> dict[str, Tensor]:
     return ended(method, rows, stepper.optimizer)
 
 
-def recorded(method: Method, speedups: Speedups, made: DeviceLoader, epochs: int = 3, **how: Any) -> dict[str, Tensor]:
+def recorded(
+    method: Method, speedups: Speedups, loader: DeviceLoader, epochs: int = 3, **how: Any
+) -> dict[str, Tensor]:
     stepper, rows = Stepper(method, recipe(**how)), []
-    steps = RecordedSteps(method, stepper.optimizer, recipe(**how), made, speedups)
+    steps = RecordedSteps(method, stepper.optimizer, recipe(**how), loader, speedups)
     for epoch in range(epochs):
         stepper.start_epoch(epoch + 1)
         sums = EpochSums()
-        assert len(list(steps.epoch(epoch, 0, sums, rates(epoch)))) == len(made)
+        assert len(list(steps.epoch(epoch, 0, sums, rates(epoch)))) == len(loader)
         assert sums.first_bad() is None
         rows.append(sums.means())
     return ended(method, rows, stepper.optimizer)
@@ -139,6 +143,29 @@ def test_recorded_steps_learn_what_eager_steps_learn(graphs: list[Any], name: st
 
 def test_without_speedups_a_recorded_step_is_the_eager_one_to_the_bit(graphs: list[Any]) -> None:
     assert_close(recorded(made("kd"), PLAIN, loader()), eagerly(made("kd")), 0.0)
+
+
+def test_no_autograd_node_of_another_stream_lives_when_a_step_is_captured(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of values that were put aside with their gradients: a GPU refuses to capture the backward pass then."""
+    method, alive = made("kd"), []
+
+    def step(self: RecordedSteps) -> None:
+        nodes = [parameter.view_as(parameter).grad_fn for parameter in self._trained]
+        accumulators = [node.next_functions[0][0] for node in nodes if node is not None]
+        alive.extend("seen" in node.metadata for node in accumulators if node is not None)
+        for node in accumulators:
+            assert node is not None
+            node.metadata["seen"] = True
+        del nodes, accumulators, node
+
+    monkeypatch.setattr(RecordedSteps, "_step", step)
+    stepper = Stepper(method, recipe())
+    stepper.start_epoch(1)
+    next(RecordedSteps(method, stepper.optimizer, recipe(), loader(), PLAIN).epoch(0, 0, EpochSums(), rates(0)))
+    assert alive
+    assert not any(alive)
 
 
 def test_a_weight_that_changes_is_recorded_anew_and_no_other(graphs: list[Any]) -> None:
@@ -196,11 +223,11 @@ def test_a_copy_that_gives_other_maps_is_not_used(graphs: list[Any], monkeypatch
     assert_close(recorded(made("kd"), Speedups(), loader()), eagerly(made("kd")), 1e-3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_folded_copy_gives_the_maps_and_logits_of_its_network(fused: bool) -> None:
+@pytest.mark.parametrize("fused", ["cudnn", None])
+def test_a_folded_copy_gives_the_maps_and_logits_of_its_network(fused: str | None) -> None:
     torch.manual_seed(0)
     network = shaken(CifarResNet(14, (4, 4, 8, 8), CLASSES)).double().eval()
-    copy = folded_copy(network, torch.float64, fused=fused)
+    copy = folded_copy(network, torch.float64, fused)
     assert copy is not None
     assert not any(isinstance(module, nn.BatchNorm2d) for module in copy.modules())
     assert sum(isinstance(module, ConvAddReLU) for module in copy.modules()) == (13 if fused else 0)
