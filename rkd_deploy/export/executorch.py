@@ -21,7 +21,7 @@ import torch
 
 from rkd_deploy.backends import Array, RunOn, describe_model
 from rkd_deploy.backends.files import CARD_NAME, model_path, program_path
-from rkd_deploy.bench.parity import GOLDEN_NAME, Parity, compare, gate, read_golden
+from rkd_deploy.bench.parity import GOLDEN_NAME, Parity, compare_logits, gate, read_golden
 from rkd_deploy.errors import ExportError, UsageError, require
 from rkd_deploy.storage import new_folder, write_bytes, write_text
 
@@ -63,7 +63,7 @@ def export_executorch(bundle: Path, folder: Path) -> Parity:
         content = _lowered(torch.export.load(file).module(), torch.from_numpy(inputs[:1]))
         write_bytes(temporary / PROGRAM_NAME, content)
         write_text(temporary / CARD_NAME, dataclasses.replace(card, checksums={}).to_json() + "\n")
-        parity = compare(logits_NK, run_program(content, inputs), TOLERANCE)
+        parity = compare_logits(logits_NK, run_program(content, inputs), TOLERANCE)
         gate(parity, f"{folder / PROGRAM_NAME} against {bundle}")
     return parity
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from rkd_deploy.backends import RunOn, describe_model, infer_many
 from rkd_deploy.backends.files import model_path
-from rkd_deploy.bench.parity import GOLDEN_NAME, Parity, compare, gate, read_golden
+from rkd_deploy.bench.parity import GOLDEN_NAME, Parity, compare_logits, gate, read_golden
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require
 from rkd_deploy.storage import new_folder, write_bytes, write_json
@@ -56,7 +56,7 @@ def export_transformers_js(bundle: Path, folder: Path) -> Parity:
         write_json(temporary / "preprocessor_config.json", processor_config(card.preprocess))
         pixels = inputs.astype(np.float32).transpose(0, 3, 1, 2) if card.preprocess.embedded else inputs
         with RunOn().load(file) as backend:
-            parity = compare(logits_NK, infer_many(backend, np.ascontiguousarray(pixels)), tolerance)
+            parity = compare_logits(logits_NK, infer_many(backend, np.ascontiguousarray(pixels)), tolerance)
         gate(parity, f"{folder} against {bundle}", card.precision)
     return parity
 
