@@ -76,7 +76,7 @@ class Channels:
     """The removable channels of a network, and which tensors hold them.
 
     Attributes:
-        axes: By (tensor, dimension), the unit of each index, or `STAYS`.
+        axes: By (tensor, dimension), the unit of each index, or `STAYS`; a norm without tensors is there as "NAME.".
         output: The unit of each channel that comes out, or `STAYS`.
         spaces: Each unit is in one of them; in the order of the layers.
         widths: Channels of each width before anything is removed.
@@ -112,7 +112,7 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     with torch.enable_grad():
         graph = _Graph().build_dependency(
             network,
-            torch.zeros(1, 3, *input_size),
+            [torch.zeros(1, 3, *input_size)],  # a bare tensor would be unpacked, and lose its batch
             output_transform=lambda y: y * 1,  # else the last layer stands for the output
             verbose=False,
         )
@@ -123,16 +123,34 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     try:
         for group in groups:
             latest = graph._module2name.get(group[0].dep.target.module, latest)
-            coupling.add(group, importance(group))
+            coupling.add(group, _importance(group, importance))
+    except UsageError:
+        raise
     except (IndexError, ValueError, RuntimeError) as error:  # channels that Torch-Pruning loses track of
+        reason = graph.regrouped or f"{type(error).__name__}: {error}"
         raise UsageError(
             f"S0 cannot be narrowed: the channels of module {latest} cannot be followed through the network "
-            f"({type(error).__name__}: {error}). Give another S0: a convolutional network. Any network can be the "
+            f"({reason}). Give another S0: a convolutional network. Any network can be the "
             "teacher."
         ) from error
     coupling.tie_grouped_convolutions()
     coupling.tie_splits()
     return coupling.numbered()
+
+
+def _importance(group: Any, importance: Any) -> Tensor | None:
+    """A number for each channel of a group; None where a layer's shape is not known to Torch-Pruning: all alike then.
+
+    It fails on a convolution of a group for each input that has several outputs. Importances decide which weights are
+    inherited, and nothing else.
+    """
+    grouped = any(
+        isinstance(layer := item.dep.target.module, nn.Conv2d)
+        and layer.groups == layer.in_channels < layer.out_channels
+        and layer.groups > 1
+        for item in group
+    )
+    return None if grouped else importance(group)
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
@@ -142,9 +160,13 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     unequal splits and shuffles. PyTorch's autograd graph knows: every node has the shape of what it gave.
     """
 
+    regrouped = ""
+    """The first operation that sees channels as a matrix and is no shuffle, in words."""
+
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         for node in nodes.values():
+            self.regrouped = self.regrouped or _regrouping(node.grad_fn)
             if node.type == tp.ops.OPTYPE.RESHAPE:
                 # The base takes every reshape for a flattening that multiplies the channels, and divides by zero at
                 # ShuffleNet's. A feature extractor flattens nothing but 1x1 maps, which keeps the channels, so every
@@ -232,7 +254,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         if dim == 1 and (len(node.outputs) != len(parts) or len(readers) != len(parts)):
             raise UsageError(
                 f"S0 cannot be narrowed: it splits {sizes[dim]} channels into {len(parts)} parts (operator "
-                f"{grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
+                f"{grad_fn.name()}), which {len(node.outputs)} layers and operations read; "
                 "only parts that are read by one layer each can be followed. Give another S0."
             )
         node.outputs = [readers[number] for number in sorted(readers)] if dim == 1 else node.outputs
@@ -244,6 +266,25 @@ def _cuts_channels(operation: Any) -> bool:
     grad_fn = operation.grad_fn
     sizes = grad_fn._saved_self_sym_sizes
     return operation.dim == 1 and not (grad_fn._saved_start == 0 and grad_fn._saved_end >= sizes[1])
+
+
+def _regrouping(grad_fn: Any) -> str:
+    """What an operation does that sees the channels of a map as a matrix, in words; else nothing."""
+    before = list(getattr(grad_fn, "_saved_self_sym_sizes", ()))
+    after = [list(entry.shape) for entry in getattr(grad_fn, "_input_metadata", ())]
+    if len(before) != 4 or len(after) != 1 or len(after[0]) != 5 or after[0][1] * after[0][2] != before[1]:
+        return ""
+    return f"a map of {before[1]} channels is seen as {after[0][1]} times {after[0][2]}, and not to shuffle them"
+
+
+def _norm_size(layer: Any) -> int:
+    """Channels of a norm or a PReLU; those of a norm without weights and statistics it was told."""
+    if layer.weight is not None:
+        return len(layer.weight)
+    for name in ("num_features", "num_channels"):
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    return int(layer.normalized_shape[-1])
 
 
 def _channels_of(grad_fn: Any) -> int | None:
@@ -414,8 +455,10 @@ class _Coupling:
             groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
             out = self._graph.is_out_channel_pruning_fn(handler)
             yield ("out", size_out) if out else ("in", size_in * groups)
+        elif isinstance(layer, nn.PReLU) and len(layer.weight) == 1:
+            return  # one slope for all channels
         elif isinstance(layer, (*_NORMS, nn.PReLU)):
-            yield "out", len(layer.weight if layer.weight is not None else layer.running_mean)
+            yield "out", _norm_size(layer)
         elif isinstance(layer, tp.ops._OutputOp):
             yield "output", layer.shape[1]
         elif offsets := self._offsets(layer):
@@ -445,9 +488,9 @@ class _Coupling:
                 if getattr(layer, "groups", 1) == 1:  # else a whole group has the same number of inputs as before
                     yield (f"{name}.weight", 1), owner
             elif name:
-                for tensor in ("weight", "bias", "running_mean", "running_var"):
-                    if getattr(layer, tensor, None) is not None:
-                        yield (f"{name}.{tensor}", 0), owner
+                tensors = ("weight", "bias", "running_mean", "running_var")
+                for tensor in [tensor for tensor in tensors if getattr(layer, tensor, None) is not None] or [""]:
+                    yield (f"{name}.{tensor}", 0), owner
 
     def _together(self, channels: Iterable[int]) -> None:
         self._units.join(channels := list(map(int, channels)))

@@ -22,6 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
+from rkd_deploy.models.plain import plain
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, trace_channels
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 
@@ -48,6 +49,7 @@ class Pruner:
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         self._network = network
+        _check_untied(network)
         used_at = _run(network, input_size, "S0 cannot be narrowed")
         self.channels: Channels = trace_channels(network, input_size)
         self.widths: Widths = self.channels.widths
@@ -97,6 +99,8 @@ class Pruner:
                         is_parameter = isinstance(tensor, nn.Parameter)
                         setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced)
             _describe(module)
+            if (units := self.channels.axes.get((f"{path}.", 0))) is not None and hasattr(module, "num_features"):
+                module.num_features = len(indices_of(units, kept_units))
         return network
 
 
@@ -170,6 +174,16 @@ def _describe(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
+def _check_untied(network: nn.Module) -> None:
+    """Refuse layers that share a weight: to go on sharing it, they would have to be narrowed alike."""
+    owners: dict[int, str] = {}
+    for path, parameter in network.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), path)
+        module, other = (network.get_submodule(name.rpartition(".")[0]) for name in (owner, path))
+        if module is not other:  # one module at two paths is one layer
+            raise UsageError(f"S0 cannot be narrowed: {owner} and {path} are one weight of two layers. {WAY_OUT}")
+
+
 def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
     """Run a copy without data.
 
@@ -179,7 +193,19 @@ def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dic
     Raises:
         UsageError: It fails; the message names the module and the operator.
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    try:
+        return _run_on("meta", network, input_size, complaint)
+    except UsageError as error:
+        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+            raise
+        try:  # a tensor that a forward makes has data, and runs on the CPU alone
+            return _run_on("cpu", network, input_size, complaint)
+        except UsageError:
+            raise error from error.__cause__
+
+
+def _run_on(device: str, network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
+    shadow = copy.deepcopy(network).to(device).float().eval()
     used_at: Counter[str] = Counter()
     for path, layer in shadow.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -190,15 +216,17 @@ def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dic
     with tracker:
         try:
             with torch.no_grad(), operators:
-                shadow(torch.empty(1, 3, *input_size, device="meta"))
+                shadow(torch.zeros(1, 3, *input_size, device=device))
         except _AttentionError:
-            reason = "attention: transformers cannot be narrowed"
+            reason, cause = "attention: transformers cannot be narrowed", None
+        except _ValueError:
+            reason, cause = "it reads a value of a map, and chooses its way by it: no graph can be made of that", None
         except Exception as error:  # whatever a foreign forward raises
-            reason = " ".join(str(error).split())
+            reason, cause = " ".join(str(error).split()), error
         else:
             return used_at
         where = max(tracker.parents - {"Global"}, key=lambda name: name.count("."), default=type(network).__name__)
-    raise UsageError(f"{complaint}: module {where}, operator {operators.latest} ({reason}). {WAY_OUT}")
+    raise UsageError(f"{complaint}: module {where}, operator {operators.latest} ({reason}). {WAY_OUT}") from cause
 
 
 def _as_it_is(channels: int, x_NCHW: Tensor) -> Tensor:
@@ -215,8 +243,12 @@ class _AttentionError(Exception):
     """The network multiplies activations with each other."""
 
 
+class _ValueError(Exception):
+    """The network reads a value of a tensor."""
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the latest operator, and stops at attention."""
+    """Notes the latest operator, and stops at attention and where values are read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -227,6 +259,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.latest = func.overloadpacket.__name__
         if self.latest.startswith(_ATTENTION):
             raise _AttentionError
+        if self.latest == "_local_scalar_dense":
+            raise _ValueError
         return func(*args, **(kwargs or {}))
 
 
@@ -345,7 +379,7 @@ class Pruned(Staged):
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
         """A network of the same layers with other numbers of channels and fresh weights."""
-        network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes))
+        network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes)).float()
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -393,7 +427,7 @@ def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, 
     Raises:
         UsageError: The family narrows its layers in a way in which weights cannot be inherited.
     """
-    network = source.network if isinstance(source, External) else source
+    network = plain(source.network if isinstance(source, External) else source)
     channels = trace_channels(network, input_size)
     inherit([_state(branch, source) for branch in branches], network.state_dict(), channels)
 
