@@ -1,4 +1,4 @@
-"""A thousand faults by seed, each in a process of its own: is every one an error that a person can read?
+"""Feeds faults to the package by seed: is each an error that a person can read?
 
     uv run python benchmarks/bad_input.py --count 1000 --seed 0
 
@@ -32,7 +32,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults import GROUPS, Fault, Material, WronglyAcceptedError, draw
+from damage import Fault, Material, WronglyAcceptedError
+from faults import GROUPS, draw
 from record import Claim, save
 
 SECONDS = 30.0
@@ -236,7 +237,11 @@ def main() -> None:
         print(f"{group:12}" + "".join(f"{kinds[kind]:6} {kind}" for kind in KINDS))
     if options.only is not None:
         return
-    unclear = [[one.fault.group, one.fault.name, one.kind, one.reason] for one in outcomes if one.kind != "clear"]
+    unclear = [
+        [outcome.fault.group, outcome.fault.name, outcome.kind, outcome.reason]
+        for outcome in outcomes
+        if outcome.kind != "clear"
+    ]
     rough, bad = (sum(kinds[kind] for kinds in counts.values()) for kind in ("rough", "bad"))
     samples = {
         "seed": options.seed,

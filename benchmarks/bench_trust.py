@@ -1,4 +1,4 @@
-"""What our bench adds to what it measures, and whether others who measure the same see the same.
+"""Holds our bench against other tools, and measures what it adds by itself.
 
     uv run python benchmarks/bench_trust.py
 
@@ -74,7 +74,7 @@ print(json.dumps({"peak": max(result["resident_peak_bytes"], after), **{key: res
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = resnet20(folder / "bundle") / "model.onnx"
@@ -138,7 +138,7 @@ def _loop_by_hand(run: Callable[[], object]) -> float:
 
 def benchmark_app(model: Path) -> list[Claim]:
     """OpenVINO through our backend over its own tool, in turns."""
-    ours, printed, whole = [], [], []
+    ours, printed, calls = [], [], []
     pace = Pace(1)
     for number in range(6 * SESSIONS):
         turns, paces = {}, [_pace_now(pace)]
@@ -151,7 +151,7 @@ def benchmark_app(model: Path) -> list[Claim]:
         request, call = turns[_benchmark_app]
         ours.append(turns[_ours][0])
         printed.append(request)
-        whole.append(request + call)
+        calls.append(request + call)
         if len(ours) == SESSIONS:
             break
     pace.close()
@@ -160,7 +160,7 @@ def benchmark_app(model: Path) -> list[Claim]:
         raise SystemExit("The pace of this machine changed in every session: measure when it has less else to do.")
     what = "OpenVINO through our backend over benchmark_app"
     return [
-        _off_one(f"{what}, off 1", ours, whole),
+        _off_one(f"{what}, off 1", ours, calls),
         _off_one(f"{what}'s requests without the call from Python, off 1", ours, printed, limit=None),
     ]
 
@@ -197,17 +197,17 @@ def _benchmark_app(model: Path) -> tuple[float, float]:
     options += ["-inference_only", "true"]  # else it fills its inputs anew in every iteration
     shape = ["-data_shape", f"[{BATCH},32,32,3]"]
     done = subprocess.run([str(tool), "-m", str(model), *options, *shape], check=True, capture_output=True, text=True)
-    told = {key: float(value) for key, value in re.findall(r"(Count|Duration|Median|Average):\s+([\d.]+)", done.stdout)}
-    return told["Median"], told["Duration"] / told["Count"] - told["Average"]
+    printed = {
+        key: float(value) for key, value in re.findall(r"(Count|Duration|Median|Average):\s+([\d.]+)", done.stdout)
+    }
+    return printed["Median"], printed["Duration"] / printed["Count"] - printed["Average"]
 
 
 def itself(model: Path, folder: Path) -> list[Claim]:
     """Benches of the same model, each in its own process: do they agree, and what do they hold."""
     benches = [_bench(model, "2.5", folder) for _ in range(RUNS)]
     pairs = list(combinations(benches, 2))
-    apart = [
-        one["p50_low_ms"] > other["p50_high_ms"] or other["p50_low_ms"] > one["p50_high_ms"] for one, other in pairs
-    ]
+    apart = [a["p50_low_ms"] > b["p50_high_ms"] or b["p50_low_ms"] > a["p50_high_ms"] for a, b in pairs]
     ends: dict[str, Any] = {
         key: [bench[key] for bench in benches] for key in ("p50_ms", "p50_low_ms", "p50_high_ms", "pace_ms")
     }
@@ -216,9 +216,9 @@ def itself(model: Path, folder: Path) -> list[Claim]:
     ratios = [measure_ratios(model, model, RunOn(threads=1), batches=(BATCH,))[0] for _ in range(RUNS)]
     wrong = [ratio for ratio in ratios if ratio.verdict != "not shown"]
     sides = {
-        "ratio": [one.ratio for one in ratios],
-        "low": [one.low for one in ratios],
-        "high": [one.high for one in ratios],
+        "ratio": [ratio.ratio for ratio in ratios],
+        "low": [ratio.low for ratio in ratios],
+        "high": [ratio.high for ratio in ratios],
     }
     apart_claim = "pairs of benches in 100 whose intervals do not meet"
     return [
@@ -241,8 +241,8 @@ def itself(model: Path, folder: Path) -> list[Claim]:
 
 
 def _bench(model: Path, seconds: str, folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_answer(BENCH, model, seconds, str(folder)))
-    return found
+    result: dict[str, Any] = json.loads(_answer(BENCH, model, seconds, str(folder)))
+    return result
 
 
 def _answer(code: str, model: Path, *arguments: str) -> str:
@@ -251,7 +251,7 @@ def _answer(code: str, model: Path, *arguments: str) -> str:
 
 
 def _off_one(what: str, ours: list[float], theirs: list[float], limit: float | None = 0.02) -> Claim:
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    ratios = [our_ms / their_ms for our_ms, their_ms in zip(ours, theirs, strict=True)]
     print(f"{what}: ratio {median(ratios):.4f}, of sessions {min(ratios):.4f} to {max(ratios):.4f}")
     samples = {"ours_ms": ours, "theirs_ms": theirs}
     return Claim(what, abs(median(ratios) - 1), "ratio", limit, samples)

@@ -1,4 +1,4 @@
-"""What an app pays: loading and the first prediction without torch, and our share of every prediction.
+"""Measures what an app pays: loading, the first prediction, our share of each.
 
     uv run python benchmarks/embedding.py
 
@@ -60,7 +60,7 @@ print(json.dumps([ours, raw]))
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = resnet20(Path(folder) / "bundle")
         loads = [_run(LOAD, bundle) for _ in range(LOADS)]

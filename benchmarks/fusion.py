@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from rkd_deploy.backends import load_backend
 from rkd_deploy.bench.sessions import SESSIONS
 from rkd_deploy.bench.statistics import judge
-from rkd_deploy.bench.timing import measure_interleaved
+from rkd_deploy.bench.timing import Limits, Workload, measure_workloads
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
@@ -81,8 +81,8 @@ def _speed(name: str, seconds: float) -> Iterator[Claim]:
         for backend in BACKENDS:
             for batch in BATCHES:
                 print(f"{name} on {backend}, batch {batch}", file=sys.stderr)
-                found = [_session(files, backend, batch, size, seconds, number) for number in range(SESSIONS)]
-                yield from _claims(f"{name}, round_to {ROUND_TO[name]}, {backend}, batch {batch}", found)
+                sessions = [_session(files, backend, batch, size, seconds, number) for number in range(SESSIONS)]
+                yield from _claims(f"{name}, round_to {ROUND_TO[name]}, {backend}, batch {batch}", sessions)
 
 
 def _session(
@@ -93,11 +93,11 @@ def _session(
     names = list(files)
     with ExitStack() as stack:
         loaded = {
-            name: (stack.enter_context(load_backend(backend, files[name], threads=1)), x)
+            name: Workload((stack.enter_context(load_backend(backend, files[name], threads=1)),), x)
             for name in names[number % len(names) :] + names[: number % len(names)]
         }
-        limits = {"min_seconds": seconds, "warmup_seconds": 0.05, "warmup_runs": 1, "min_runs": 2}
-        timings = measure_interleaved(loaded, **limits)  # type: ignore[arg-type]
+        limits = Limits(min_seconds=seconds, min_runs=2, warmup_seconds=0.05, warmup_runs=1)
+        timings = measure_workloads(loaded, limits)
     turns = {name: timing.round_medians_ms for name, timing in timings.items()}
     return {
         name: median(a / b for a, b in zip(turns[name], turns["S0"], strict=False)) for name in names if name != "S0"
@@ -110,7 +110,9 @@ def _claims(what: str, sessions: Sequence[Mapping[str, float]]) -> Iterator[Clai
     for level, ratio in ratios.items():
         limit = LIMIT if level == BESIDE else None
         yield Claim(f"{what}: S + A, level {level}, over S0", ratio, "ratio", limit, {"sessions": samples[level]})
-    chosen = fastest_level({level: judge([one[level] / one["tail"] for one in sessions]) for level in LEVELS})
+    chosen = fastest_level(
+        {level: judge([session[level] / session["tail"] for session in sessions]) for level in LEVELS}
+    )
     yield Claim(f"{what}: S + A, level auto ({chosen}), over S0", ratios[chosen], "ratio", LIMIT)
 
 
@@ -177,7 +179,7 @@ class ResNet18(Staged):
 
     @property
     def fc(self) -> nn.Linear | None:
-        """The linear classifier."""
+        """The network's head, a linear layer."""
         return self.linear
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
@@ -188,8 +190,14 @@ class ResNet18(Staged):
             maps.append(layer(maps[-1]))
         return tuple(maps[1:])
 
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The stem and the first stage, then each of the others."""
+        network: Any = self.network
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        return nn.Sequential(stem, network.layer1), network.layer2, network.layer3, network.layer4
+
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> ResNet18:
-        """The same depth at other widths."""
+        """A network of this depth at other widths."""
         return ResNet18(widths, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""The ladder: S0 by every loss, S0 with S + A's own losses, and S + A in each layout, seed by seed, on one rung.
+"""Trains S0 by every loss, S0 with S + A's losses, and S + A in each layout, seed by seed.
 
     uv run python benchmarks/ladder.py digits --seeds 10 --root runs/ladder
     uv run python benchmarks/ladder.py cifar100_resnet20_resnet8 --seeds 3 --data FOLDER --teacher cifar100_resnet20.pth
@@ -92,7 +92,7 @@ RUNGS = {
 
 
 def main() -> None:
-    """Climb one rung."""
+    """Train and compare the networks of one rung."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rung", choices=RUNGS)
     parser.add_argument("--seeds", type=int, default=3)
@@ -126,32 +126,32 @@ def main() -> None:
 
 def _trained(recipe: Recipe, root: Path) -> Run:
     """The finished run of a recipe: found, gone on with, or begun."""
-    found = runs_of(root, recipe)
+    runs = runs_of(root, recipe)
     with Progress() as progress:
         try:
-            return resume(found[-1], display=progress) if found else fit(recipe, root=root, display=progress)
+            return resume(runs[-1], display=progress) if runs else fit(recipe, root=root, display=progress)
         except InterruptedTraining as error:
             raise SystemExit(f"{error} The same command goes on.") from error
 
 
 def _held_out(runs: dict[str, list[Run]]) -> Iterator[str]:
-    for name, own in runs.items():
-        last = [list(run.read_json("metrics.json")["phases"].values())[-1]["val_top1_last"] for run in own]
-        yield f"{name}: {', '.join(f'{one:.2f}' for one in last)}; mean {statistics.fmean(last):.2f} % held out"
+    for name, trained in runs.items():
+        last = [list(run.read_json("metrics.json")["phases"].values())[-1]["val_top1_last"] for run in trained]
+        yield f"{name}: {', '.join(f'{top1:.2f}' for top1 in last)}; mean {statistics.fmean(last):.2f} % held out"
 
 
 def _record(chosen: argparse.Namespace, rows: dict[str, tuple[str, ...]], runs: dict[str, list[Run]]) -> None:
     lines: list[dict[str, Any]] = []
-    for name, own in runs.items():
-        metrics = [run.read_json("metrics.json") for run in own]
+    for name, trained in runs.items():
+        metrics = [run.read_json("metrics.json") for run in trained]
         for part in metrics[0]["parts"]:
-            accuracies = [one["parts"][part]["test_top1"] for one in metrics]
+            accuracies = [run_metrics["parts"][part]["test_top1"] for run_metrics in metrics]
             facts = metrics[0]["parts"][part]
             line = {"row": name, "part": part, "network": PARTS[part], "settings": list(rows[name])}
             line |= {"test_top1": accuracies, "mean": statistics.fmean(accuracies)}
-            line |= {"deviation": statistics.stdev(accuracies) if len(own) > 1 else None}
+            line |= {"deviation": statistics.stdev(accuracies) if len(trained) > 1 else None}
             line |= {"macs": facts["macs"], "parameters": facts["parameters"]}
-            line["training_seconds"] = statistics.fmean(one["training_seconds"] for one in metrics)
+            line["training_seconds"] = statistics.fmean(run_metrics["training_seconds"] for run_metrics in metrics)
             lines.append(line)
     controls = [line for line in lines if line["part"] in CONTROLS]
     for line in lines:
@@ -165,8 +165,8 @@ def _record(chosen: argparse.Namespace, rows: dict[str, tuple[str, ...]], runs: 
     record: dict[str, Any] = {"theme": "ladder", "rung": chosen.rung, "seeds": chosen.seeds, "set": chosen.more}
     record |= {"provenance": (facts := asdict(provenance())), "rows": lines}
     if chosen.latency:
-        made = timed(compare_runs([own[0] for own in runs.values()]))
-        record["latency_p50_ms"] = {row.name: row.p50_ms for row in made.rows}
+        comparison = timed(compare_runs([trained[0] for trained in runs.values()]))
+        record["latency_p50_ms"] = {row.name: row.p50_ms for row in comparison.rows}
     path = FOLDER / f"ladder_{chosen.rung}_{hardware(facts)}.json"
     write_json(path, record)
     for line in lines:

@@ -41,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cifar", required=True, help="folder that holds cifar-100-python/")
     parser.add_argument("--photos", required=True, help="folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    save("loader", [*of_cifar(asked.cifar), of_photos(asked.photos)])
+    save("loader", [*of_cifar(arguments.cifar), of_photos(arguments.photos)])
 
 
 def of_cifar(root: str) -> list[Claim]:
@@ -119,8 +119,8 @@ def seconds_a_batch(batches: Iterable[Any], count: int) -> float:
     iterator = iter(batches)
     next(iterator)
     began = time.perf_counter()
-    seen = sum(1 for _ in islice(iterator, count))
-    return (time.perf_counter() - began) / seen
+    batch_count = sum(1 for _ in islice(iterator, count))
+    return (time.perf_counter() - began) / batch_count
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

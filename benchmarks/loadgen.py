@@ -26,12 +26,12 @@ SECONDS = 0.5
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = resnet20(Path(folder) / "bundle")
         with load_backend("onnxruntime", bundle, threads=1) as backend:
             ours, theirs = _rounds(backend, Path(folder) / "logs")
-    ratio = median(one / other for one, other in zip(ours, theirs, strict=True))
+    ratio = median(our_p90 / their_p90 for our_p90, their_p90 in zip(ours, theirs, strict=True))
     print(f"p90 of SingleStream: ours {median(ours):.4f} ms, LoadGen's {median(theirs):.4f} ms, ratio {ratio:.4f}")
     samples = {"ours_p90_ms": ours, "loadgen_p90_ms": theirs}
     save(

@@ -51,7 +51,7 @@ LIMITS = {"fp16": 0.1, "bf16": None, "int8": 0.5}
 """Points of accuracy on the whole test split."""
 FASTER = 1.8
 HELD_OUT_BATCHES = 2
-"""Of 256 images. That network knows all training images, so more of them would say no more."""
+"""Batches of 256 training images to judge on: that network knows all of them, so more would say no more."""
 CIFAR = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 IMAGENET = Preprocess(height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -59,7 +59,7 @@ Array = npt.NDArray[Any]
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     weights, root = Path(sys.argv[1]), sys.argv[2]
     images = load_images(DataRecipe(name="cifar100", root=root, val_fraction=0), 0)
     count = int(sys.argv[3]) if len(sys.argv) > 3 else len(images.test)
@@ -109,17 +109,17 @@ def accuracy(network: nn.Module, images: ImageSet, count: int) -> Iterator[Claim
     held_out: HeldOut | None = None
     for precision, target in FILES:
         options = PrecisionOptions(precision=precision, target=target, drop=100.0, agreement=0.0)
-        asked = precision_job(images, options, CIFAR)
+        job = precision_job(images, options, CIFAR)
         # The same images for every file: those that int8 is not calibrated on.
         if held_out is None:
             others = precision_job(images, PrecisionOptions(precision="int8"), CIFAR).held_out
             held_out = HeldOut(reference, itertools.islice(others, HELD_OUT_BATCHES), card)
-        pixels = None if asked.calibration is None else asked.calibration.images_NHWC
+        pixels = None if job.calibration is None else job.calibration.images_NHWC
         lowered = convert(graph, proto, CIFAR, pixels, held_out, options)
-        found = logits_of(lowered.proto, inputs, options.prover)
+        logits_NK = logits_of(lowered.proto, inputs, options.prover)
         what = f"ResNet-56 {precision} for {target} on {options.prover}"
-        yield Claim(f"{what}: points lost", before - _top1(found, labels_N), "points", LIMITS[precision])
-        agreement = 100 * float((found.argmax(1) == expected.argmax(1)).mean())
+        yield Claim(f"{what}: points lost", before - _top1(logits_NK, labels_N), "points", LIMITS[precision])
+        agreement = 100 * float((logits_NK.argmax(1) == expected.argmax(1)).mean())
         yield Claim(f"{what}: same class as fp32", agreement, "%", None)
         yield Claim(f"{what}: same class on held-out images", lowered.result.agreement, "%", None)
         yield Claim(f"{what}: file", len(lowered.proto.SerializeToString()) / 1e6, "MB", None)

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of training, go on, and compare with a run that was left alone, byte by byte.
+"""Kills training at random moments, resumes it, and compares with a run left alone.
 
     uv run python benchmarks/resume_after_kill.py [KILLS]
 
@@ -23,14 +23,15 @@ from record import FOLDER, Claim, save
 
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.recipe.method import SCHEMES
-from rkd_deploy.train.runs import newest_run, read_log
+from rkd_deploy.train.log import read_log
+from rkd_deploy.train.runs import newest_run
 
 NURSERY = FOLDER.parent / "tests" / "support" / "nursery.py"
 EPOCH_ONLY, EACH_STEP = 60.0, 0.0
 
 
 def main() -> None:
-    """Kill, compare, record."""
+    """Kill and resume trainings, compare them, and write the record."""
     wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 24
     variants = [(scheme, minutes) for scheme in SCHEMES for minutes in (EPOCH_ONLY, EACH_STEP)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}

@@ -24,7 +24,7 @@ from rkd_deploy.train.runs import open_run
 
 
 def main() -> None:
-    """Export, measure, write."""
+    """Export and measure a run, and write its record."""
     run = open_run(Path(sys.argv[1]))
     metrics, facts = run.read_json("metrics.json"), run.read_json("facts.json")
     bundles = {}
@@ -52,8 +52,8 @@ def main() -> None:
     print(path.name)
 
 
-def _notes(teacher: str | None, given: str | None) -> dict[str, str]:
-    notes = {"teacher": teacher, "s0": given}
+def _notes(teacher: str | None, s0: str | None) -> dict[str, str]:
+    notes = {"teacher": teacher, "s0": s0}
     return {part: f"given: {Path(checkpoint).name}" for part, checkpoint in notes.items() if checkpoint is not None}
 
 

@@ -1,4 +1,4 @@
-"""Whether a bundle runs unchanged in runtimes that this package has no part in, against its golden.npz.
+"""Runs a bundle in runtimes outside of this package, against its golden.npz.
 
     uv run python benchmarks/runtimes.py [NODE_FOLDER]
 
@@ -96,7 +96,7 @@ def _bundles(folder: Path) -> dict[str, Path]:
     }
     preprocess = Preprocess(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     card = ModelCard(name="runtimes", labels=tuple(map(str, range(100))), preprocess=preprocess)
-    made = {}
+    bundles = {}
     for name, ((student, assistant), levels) in pairs.items():
         model = ResidualStudent(student, [assistant], channels=64, num_classes=100)
         torch.nn.init.normal_(model.branches()[1][1].norm.weight, std=0.1)
@@ -110,13 +110,13 @@ def _bundles(folder: Path) -> dict[str, Path]:
             model.train()(torch.randn(64, 3, 32, 32))
         model.eval()
         for level in levels:
-            made[f"{name} {level}"] = folder / f"{name}-{level}"
-            export_bundle(model, card, made[f"{name} {level}"], level=level)
+            bundles[f"{name} {level}"] = folder / f"{name}-{level}"
+            export_bundle(model, card, bundles[f"{name} {level}"], level=level)
         if name == "ResNet-20":
-            made[f"{name} tail, float32 input"] = folder / f"{name}-float32"
+            bundles[f"{name} tail, float32 input"] = folder / f"{name}-float32"
             floats = dataclasses.replace(card, preprocess=dataclasses.replace(preprocess, embedded=False))
-            export_bundle(model, floats, made[f"{name} tail, float32 input"])
-    return made
+            export_bundle(model, floats, bundles[f"{name} tail, float32 input"])
+    return bundles
 
 
 def _reference(file: Path, x: Array) -> Logits:
@@ -163,8 +163,8 @@ def _mnn(file: Path, x: Array) -> Logits:
     subprocess.run(command, check=True, capture_output=True)
     module = MNN.nn.load_module_from_file(str(converted), ["input"], ["logits"])
     kind, order = (MNN.expr.uint8, MNN.expr.NHWC) if x.dtype == np.uint8 else (MNN.expr.float, MNN.expr.NCHW)
-    given = MNN.expr.const(x, list(x.shape), order, kind)
-    return np.array(module.forward([given])[0].read()), version_of("mnn")
+    tensor = MNN.expr.const(x, list(x.shape), order, kind)
+    return np.array(module.forward([tensor])[0].read()), version_of("mnn")
 
 
 def _ncnn(file: Path, x: Array) -> Logits:

@@ -1,4 +1,4 @@
-"""How long it takes to cut S and A from an S0 that has to be pruned, and how fast they are beside it.
+"""Times cutting S and A from an S0 that is pruned, and S + A beside that S0.
 
     uv run python benchmarks/separation.py
 
@@ -28,11 +28,11 @@ TIMED = ("tv:resnet50", 224, 1000)
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     name, side, classes = TIMED
-    given = zoo.create(name, classes, input_size=(side, side))
+    s0 = zoo.create(name, classes, input_size=(side, side))
     began = time.perf_counter()
-    separate(given, num_classes=classes, input_size=side)
+    separate(s0, num_classes=classes, input_size=side)
     claims = [Claim(f"{name} cut by MACs", time.perf_counter() - began, "s", 30.0)]
     for backend in BACKENDS:
         for network in SMALL:
@@ -42,26 +42,27 @@ def main() -> None:
 
 
 def _by_latency(name: str, side: int, classes: int, backend: str, batches: tuple[int, ...]) -> list[Claim]:
-    given = zoo.create(name, classes, input_size=(side, side))
+    s0 = zoo.create(name, classes, input_size=(side, side))
     began = time.perf_counter()
     with ExportStopwatch(RunOn(backend), batches, input_size=(side, side), note=print) as stopwatch:
         try:
-            made = separate(given, num_classes=classes, input_size=side, budget="latency", stopwatch=stopwatch)
+            separation = separate(s0, num_classes=classes, input_size=side, budget="latency", stopwatch=stopwatch)
         except BudgetError as error:
             print(error)
             return [Claim(f"{name} cut by latency on {backend}: failures", 1.0, "failures", 0.0)]
     seconds = time.perf_counter() - began
-    assert made.latency is not None
-    fused = made.latency["fused"]
+    assert separation.latency is not None
+    fused = separation.latency["fused"]
     levels = {fused["level"]: fused} | fused["other_levels"]
-    found: list[dict[str, Any]] = [
+    confirmed: list[dict[str, Any]] = [
         row for row in fused["readings"] if row["confirm"] and row["fraction"] == fused["fraction_of_macs"]
     ]
     tried = {"readings": {level: record["readings"] for level, record in levels.items()}, "refused": fused["refused"]}
-    share = f"{made.cost / made.budget:.2f} of its MACs"
+    share = f"{separation.cost / separation.budget:.2f} of its MACs"
     what = f"S + A over {name} on {backend}, level {fused['level']}, {share}"
     ratios = [
-        Claim(f"{what}, batch {batch}", ratio, "ratio", 1 + ROUNDING) for batch, ratio in found[-1]["ratios"].items()
+        Claim(f"{what}, batch {batch}", ratio, "ratio", 1 + ROUNDING)
+        for batch, ratio in confirmed[-1]["ratios"].items()
     ]
     return [
         Claim(f"{name} cut by latency on {backend}", seconds, "s", 180.0 if name == TIMED[0] else None, tried),

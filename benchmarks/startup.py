@@ -21,7 +21,7 @@ HEAVY = ("torch", "onnxruntime")
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     command = str(Path(sys.executable).with_name("rkd-deploy"))
     bare, imported, helped = [], [], []
     for _ in range(RUNS):

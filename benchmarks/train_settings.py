@@ -1,4 +1,4 @@
-"""Where channels_last and compile help: the student step with each of them over the same step without.
+"""Times the student's step with channels_last and with compile, over the step without.
 
     uv run python benchmarks/train_settings.py
 
@@ -23,7 +23,7 @@ SETTINGS: tuple[dict[str, Any], ...] = ({"channels_last": True}, {"compile": Tru
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure, and write the record."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     save("train_settings", [_over_plain(setting, device) for setting in SETTINGS])
 

@@ -103,10 +103,10 @@ def _memory(name: str) -> Claim:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks: dict[str, list[float]] = {"full": [], "bare": []}
     for _ in range(3):
-        for side, found in peaks.items():
+        for side, megabytes in peaks.items():
             command = [sys.executable, __file__, name, side]
             run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found.append(float(run.stdout))
+            megabytes.append(float(run.stdout))
     return ratio_of_medians(f"peak memory of {name} over its bare passes", 1.2, peaks["full"], peaks["bare"])
 
 

@@ -321,7 +321,7 @@ def keys() -> str:
             table = key.table
             lines += ["", f"## [{table}]", "", "| key | default | meaning |", "| --- | --- | --- |"]
         default = "" if key.default is None else f"`{key.default}`"
-        lines.append(f"| `{key.name}` | {default} | {key.meaning.replace('|', chr(92) + '|')} |")
+        lines.append(f"| `{key.name}` | {default} | {key.sentences.replace('|', chr(92) + '|')} |")
     return "\n".join(lines[1:]) + "\n"
 
 

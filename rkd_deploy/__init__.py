@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rkd_deploy.backends import Backend, load_backend
+    from rkd_deploy.backends import Backend, RunOn, load_backend
     from rkd_deploy.bench.parity import verify
     from rkd_deploy.bench.timing import measure
     from rkd_deploy.card import ModelCard, Preprocess
@@ -36,6 +36,7 @@ _HOMES = {
     "Prediction": "serve.classifier",
     "load_backend": "backends",
     "Backend": "backends",
+    "RunOn": "backends",
     "measure": "bench.timing",
     "verify": "bench.parity",
     "ModelCard": "card",
@@ -59,6 +60,7 @@ __all__ = [
     "Prediction",
     "load",
     "load_backend",
+    "RunOn",
     "measure",
     "verify",
     "ModelCard",

@@ -1,4 +1,4 @@
-"""What travels with a model: how to feed it, what it answers, where it comes from.
+"""Describes a model: how to feed it, what it answers, where it comes from.
 
 The same card is written to `model.json` beside the ONNX file and into the file's metadata, so that either can be lost.
 Standard library only: an app reads it without torch, and other languages read the JSON.
@@ -70,6 +70,22 @@ class Preprocess:
         return len(self.mean)
 
     @property
+    def resize_to(self) -> tuple[int, int]:
+        """Height and width that an image must cover once it is resized, before its centre is cropped."""
+        return round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
+
+    @property
+    def fixed_rules(self) -> dict[str, Any]:
+        """What is the same for every model, or follows from the fields: a card says it to readers that are not us."""
+        return {
+            "resize": "shorter side",
+            "resize_to": list(self.resize_to),
+            "antialias": self.interpolation != "nearest",
+            "crop": "center",
+            "colour_order": "RGB" if self.channels == 3 else "grey",
+        }
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Shape of one input as the graph takes it, without the batch."""
         shape = (self.height, self.width)
@@ -81,12 +97,11 @@ class Preprocess:
         return "uint8" if self.embedded else "float32"
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The same facts under the field names of Hugging Face's preprocessor_config.json."""
-        resized = round(self.height / self.crop_fraction), round(self.width / self.crop_fraction)
+        """The rule under the field names of Hugging Face's preprocessor_config.json."""
         return {
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": min(resized)},
+            "size": {"shortest_edge": min(self.resize_to)},
             "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": True,
             "crop_size": {"height": self.height, "width": self.width},
@@ -110,10 +125,10 @@ class ModelCard:
     """Which network of the run this is: fused (S + A), student (S alone), s0, teacher."""
     fusion: str = "none"
     fusion_search: Mapping[str, Any] = field(default_factory=dict)
-    """Where the fusion was chosen by measuring: on what, the medians in ms, the choice. Samples are in fusion.json."""
+    """How level auto chose the fusion: measured on what, medians in ms, the choice. fusion.json has the samples."""
     precision: str = "fp32"
     lowering: Mapping[str, Any] = field(default_factory=dict)
-    """Of a file below fp32: target, calibration, layers kept in float32, what the gate measured and its limits."""
+    """Conversion of a file below fp32: target, calibration, layers left in float32, the gate's figures and limits."""
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
     parameters: int = 0
@@ -122,7 +137,7 @@ class ModelCard:
     parity: Mapping[str, Any] = field(default_factory=dict)
     """What the export's gate measured against PyTorch, and its tolerance."""
     early_exit: Mapping[str, Any] = field(default_factory=dict)
-    """Where it was exported so: files and MACs of its steps, the threshold, and what it saves and costs."""
+    """Early exit, where it was exported: files and MACs of its steps, the threshold, and what it saves and costs."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """The run, the recipe and the SHA-256 of the weights."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -131,7 +146,9 @@ class ModelCard:
 
     def to_json(self) -> str:
         """One JSON object; `from_json` gives the equal card back."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, allow_nan=False)
+        content = {"schema": SCHEMA, **asdict(self)}
+        content["preprocess"] |= self.preprocess.fixed_rules
+        return json.dumps(content, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelCard:
@@ -159,7 +176,14 @@ class ModelCard:
         try:
             if "outputs" not in content:
                 raise DecodingError("outputs is missing")  # an app must not guess which output is which
-            return decode(cls, content)
+            card = decode(cls, content)
+            stated = content["preprocess"]
+            for rule, value in card.preprocess.fixed_rules.items():
+                if stated.get(rule, value) != value:  # cards of before have none of them
+                    raise DecodingError(
+                        f"preprocess.{rule} is {shortened(stated[rule])} where this version can only do {value!r}"
+                    )
+            return card
         except (DecodingError, UsageError) as error:
             raise ModelFileError(
                 f"The model card in {where} lacks a field or has a wrong one ({error}). "

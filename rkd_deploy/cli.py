@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands import bench, export, train, use
+from rkd_deploy.commands import bench, export, predict, serve, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
-from rkd_deploy.errors import RkdError
+from rkd_deploy.errors import RkdError, missing_package
 from rkd_deploy.signals import handling
 from rkd_deploy.text import visible
 
@@ -53,7 +53,8 @@ app.command()(bench.bench)
 app.command("bench-compare")(bench.bench_compare)
 app.command()(train.compare)
 app.command()(bench.report)
-app.command()(use.predict)
+app.command()(predict.predict)
+app.command(cls=SettingsCommand)(serve.serve)
 app.command()(use.verify)
 app.command()(use.info)
 app.command()(use.backends)
@@ -80,7 +81,10 @@ def main() -> None:
 
 def _run(debug: bool) -> None:
     try:
-        app()
+        try:
+            app()
+        except ModuleNotFoundError as error:  # whichever room met it first
+            raise (missing_package(error) or error) from error
     except (RkdError, SystemExit) as error:
         # Typer makes an exit of a KeyboardInterrupt, and of its own errors, which it has shown by then.
         if debug or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
@@ -96,7 +100,7 @@ def _run(debug: bool) -> None:
 
 
 def _check_outputs() -> None:
-    """Both outputs are there, and what their encoding lacks is written as an escape."""
+    """Make sure that both outputs are there, and write as an escape what their encoding lacks."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)
     if sys.stdout is None:

@@ -1,4 +1,4 @@
-"""Reads JSON into typed frozen values; whatever does not fit is one error that names the place."""
+"""Reads JSON into typed frozen values; what does not fit is an error that names the place."""
 
 from __future__ import annotations
 

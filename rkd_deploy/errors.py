@@ -27,6 +27,32 @@ import shlex
 from collections.abc import Iterable
 from types import ModuleType
 
+EXTRAS = {
+    "torch": "train",
+    "torchvision": "train",
+    "torch_pruning": "train",
+    "safetensors": "train",
+    "sklearn": "train",
+    "matplotlib": "train",
+    "timm": "timm",
+    "webdataset": "webdataset",
+    "tensorboard": "tensorboard",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "cuda": "tensorrt",
+    "modelopt": "quant",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "orjson": "serve",
+    "mlperf_loadgen": "loadgen",
+}
+"""The extra of this package that brings each optional package, by its import name."""
+
 
 class RkdError(Exception):
     """Base of every error this package raises on purpose."""
@@ -119,6 +145,16 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+def missing_package(error: ModuleNotFoundError) -> MissingDependencyError | None:
+    """The error for an optional package that an import did not find; None for any other module."""
+    package = (error.name or "").split(".")[0]
+    if package not in EXTRAS:
+        return None
+    return MissingDependencyError(
+        f"{package} is needed here and is not installed. Install it with: {install_line(EXTRAS[package])}"
+    )
+
+
 def command_line(*words: object) -> str:
     """An rkd-deploy command to paste into a shell, each word quoted where it has to be."""
     return shlex.join(["rkd-deploy", *map(str, words)])
@@ -131,7 +167,10 @@ def install_line(extra: str) -> str:
 
 def shortened(value: object) -> str:
     """A value as Python writes it, at most 80 characters of it, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists too deep in one another
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -99,5 +99,12 @@ def check_number(name: str, value: Any, low: float | None, high: float | None = 
     if numeric and low <= value <= high and abs(value) < math.inf:  # every comparison with NaN is false
         return
     rule = f"between {low} and {high}" if high < math.inf else f"at least {low}" if low > -math.inf else "finite"
-    text = str(value) if len(str(value)) <= 80 else shortened(value)
-    raise UsageError(f"{name} {text} must be {'a whole number ' if whole else ''}{rule}.")
+    raise UsageError(f"{name} {_shown(value)} must be {'a whole number ' if whole else ''}{rule}.")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        return shortened(value)
+    return text if len(text) <= 80 else shortened(value)

@@ -1,4 +1,4 @@
-"""From a run folder to a bundle, and the quickstart: what joins training, export and bench.
+"""Joins training, export and bench: from a run folder to a bundle, and the quickstart.
 
 Everything here is glue; each step is a public function of its own package.
 """
@@ -32,12 +32,11 @@ from rkd_deploy.export.measuring import Target
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
-from rkd_deploy.recipe import DataRecipe, Recipe, read_recipe
+from rkd_deploy.recipe import DataRecipe, Recipe, named_by_folder, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
-from rkd_deploy.train.preparation import data_of
 from rkd_deploy.train.runs import Run
 
 CHUNK = 256
@@ -87,19 +86,22 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     else:
         pool, left_N = images.train, np.setdiff1d(np.arange(len(images.train)), taken_N)
         source = f"{train} not calibrated on"
+    # Another stream than the one that drew the calibration images.
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = Batches(pool.take(chosen_N))
     return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
 
 
 def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe inside the package: digits, no download."""
-    return read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides)
+    """The recipe inside the package: digits, no download; for other images, named by their folder."""
+    recipe = read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides := list(overrides))
+    is_named = any(override.partition("=")[0].strip() == "name" for override in overrides)
+    return recipe if is_named else named_by_folder(recipe)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle and what the gate saw."""
+    """A bundle and the proof that it passed."""
 
     folder: Path
     proof: Proof
@@ -163,8 +165,8 @@ def export_run(
         note("reading the run's images")
         images()
     if early_exit or exit_threshold is not None:
-        seen = Batches(images().test) if test_images else ()
-        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=seen)
+        reported = Batches(images().test) if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=reported)
     proof = export_bundle(
         model,
         card,
@@ -209,7 +211,7 @@ def standing_bundle(run: Run) -> Path | None:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What the quickstart made."""
+    """The run, bundles, results and tables of the quickstart."""
 
     run: Run
     bundles: dict[str, Path]
@@ -218,7 +220,7 @@ class Quickstart:
 
 
 def quickstart(root: Path, display: Display, note: Callable[[str], None], min_seconds: float = 1.0) -> Quickstart:
-    """Train, export, prove, measure, draw.
+    """Train the embedded example, export and prove its networks, measure and draw them.
 
     S and A are cut to lie side by side: layers as small as these are too short to pay for a second branch, and S + A
     then have S0's shapes and speed. The recipe itself leaves that open, because `train --set` may choose a method or a
@@ -289,7 +291,7 @@ def _free_folder(run: Run, part: str) -> Path:
 
 
 def _images(run: Run) -> ImageSet:
-    data = data_of(run.recipe, run)
+    data = run.facts.normalised(run.recipe.data)
     if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
     images, trained = load_images(data, run.recipe.train.seed), run.facts.classes

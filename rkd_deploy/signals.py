@@ -1,4 +1,4 @@
-"""Handles Ctrl-C (SIGINT) and SIGTERM while something runs that must not be lost. Standard library only."""
+"""Handles Ctrl-C (SIGINT) and SIGTERM while something runs that must not be lost."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rkd_deploy.errors import StorageError
 
@@ -141,8 +141,13 @@ def _flag(name: str) -> int:
     return getattr(os, name, 0)  # each is missing on one system or another
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+@contextmanager
+def new_file(path: Path, *, needed: int | None = None) -> Iterator[BinaryIO]:
+    """Give a stream to a temporary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Args:
+        path: What the file is to be; a file that is there is replaced.
+        needed: Bytes that will be written, where they are known, for the message of a full disk.
 
     Raises:
         StorageError: It could not be written; a file that was there before is intact.
@@ -153,20 +158,24 @@ def write_bytes(path: Path, content: bytes) -> None:
         _remove_leftovers(path)
         temporary, descriptor = _locked_file(path)
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
             temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; a run folder is to be read by others too
             temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise storage_error(path, error, needed=len(content)) from error
-    except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise storage_error(path, error, needed=needed) from error
         raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all (see `new_file` for the errors)."""
+    with new_file(path, needed=len(content)) as stream:
+        stream.write(content)
 
 
 def append_bytes(path: Path, content: bytes) -> None:

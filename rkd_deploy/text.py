@@ -1,4 +1,7 @@
-"""Makes foreign text harmless to show: names of files, models and labels, messages of other libraries."""
+"""Makes foreign text harmless to show.
+
+Names of files, models and labels and messages of other libraries may hold anything.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,11 @@ def visible(text: object) -> str:
 def markdown(text: object) -> str:
     """Text in one line whose signs stay what they are in Markdown: no mark-up, no HTML, no new cell of a table."""
     return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def slug(text: str) -> str:
+    """A text as a name in addresses and of folders: "digits S + A" -> "digits-s-a"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100] or "model"
 
 
 def _shown(sign: str) -> str:

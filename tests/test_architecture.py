@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import rkd_deploy
 
 REPO = Path(__file__).parents[1]
 PAGE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
-INSIDE_OF_OTHERS = ("pytorch.py", "model.py")  # the backend that is PyTorch; what runs inside Triton
+INSIDE_OF_OTHERS = ("pytorch.py", "pytorch_cuda.py", "model.py")  # the backend that is PyTorch; what runs inside Triton
 
 
 def loaded(code: str) -> set[str]:
@@ -58,6 +59,12 @@ def test_every_public_name_is_there_and_documented(name):
     value = getattr(rkd_deploy, name)
     assert value.__doc__
     assert name in dir(rkd_deploy)
+
+
+def test_where_a_model_runs_is_said_without_torch():
+    # What a public function takes, an app must get from the package itself.
+    loaded("import rkd_deploy; assert rkd_deploy.RunOn('onnxruntime', threads=2).threads == 2")
+    assert typing.get_type_hints(rkd_deploy.verify)["run_on"] == rkd_deploy.RunOn | str
 
 
 def test_no_public_name_hides_a_subpackage():

@@ -78,6 +78,11 @@ def test_json_is_what_other_languages_expect() -> None:
             "interpolation": "bilinear",
             "crop_fraction": 1.0,
             "embedded": True,
+            "resize": "shorter side",
+            "resize_to": [32, 24],
+            "antialias": True,
+            "crop": "center",
+            "colour_order": "RGB",
         },
         "outputs": ["logits"],
         "part": "fused",
@@ -113,6 +118,16 @@ def test_another_schema_is_refused_with_the_way_out(schema: object) -> None:
         f"b/model.json is written in card schema {schema}; this version reads schema 1. "
         "Update with: pip install -U rkd-deploy"
     )
+
+
+@pytest.mark.parametrize("rule", ["resize", "resize_to", "antialias", "crop", "colour_order"])
+def test_a_rule_that_this_version_cannot_follow_is_refused(rule: str) -> None:
+    """Every card says them; in those of before they went without saying."""
+    preprocess = json.loads(CARD.to_json())["preprocess"]
+    with pytest.raises(ModelFileError, match=f"preprocess.{rule} is 'another' where this version can only do"):
+        ModelCard.from_json(changed(preprocess=preprocess | {rule: "another"}), "model.json")
+    del preprocess[rule]
+    assert ModelCard.from_json(changed(preprocess=preprocess), "model.json") == CARD
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_exported_file_answers_a_photo_as_evaluation_did(photos: Path) -> No
     facts = run.read_json("facts.json")
     assert facts["sources"]["test"] == "folder val"
     assert facts["skipped"] == 0
-    test = load_images(data_of(run.recipe, run), 0).test
+    test = load_images(run.facts.normalised(run.recipe.data), 0).test
     assert isinstance(test, FileSplit)
     model, normalise = load_part(run, "s0"), Normaliser(facts["mean"], facts["std"], torch.device("cpu"))
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_normalised_as_it_began(photos: Path) -> None:
         fit(recipe(photos), root=photos.parent / "runs", display=StopAfter(1))
     run = open_run(photos.parent / "runs" / "photos-001")
     facts = run.read_json("facts.json")
-    assert data_of(run.recipe, run).mean == tuple(facts["mean"])
+    assert run.facts.normalised(run.recipe.data).mean == tuple(facts["mean"])
     assert data_of(run.recipe).mean is None
 
 
@@ -140,6 +140,44 @@ def test_the_teachers_normalisation_comes_from_the_recipe_or_its_weights(
     torch.save(state, tmp_path / "t.pth")
     with pytest.raises(RecipeError, match=r"t\.pth does not say how its images were normalised"):
         data_of(tiny_recipe("data.normalisation=teacher", f"teacher.checkpoint={tmp_path / 't.pth'}"))
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5,) * 3, (0.5,) * 3)
+TIMM = "timm:vit_tiny_patch16_224"
+"""Published with a normalisation of its own."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "normalisation"),
+    [
+        (["data.normalisation=imagenet"], IMAGENET),
+        (["teacher.name=tv:resnet18", "teacher.pretrained=true"], IMAGENET),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true"], HALVES),
+        ([f"student.name={TIMM}", "student.pretrained=true"], HALVES),
+        (
+            [f"student.name={TIMM}", "student.pretrained=true", "teacher.name=tv:resnet18", "teacher.pretrained=true"],
+            IMAGENET,
+        ),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=teacher"], HALVES),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=imagenet"], IMAGENET),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.std=[0.1,0.2,0.3]"], (HALVES[0], (0.1, 0.2, 0.3))),
+        ([f"teacher.name={TIMM}", "teacher.pretrained=true", "data.normalisation=data"], ((0.305,) * 3, (0.318,) * 3)),
+        ([], ((0.305,) * 3, (0.318,) * 3)),
+    ],
+)
+def test_the_normalisation_of_published_weights_is_taken_by_itself(
+    tiny_recipe: Callable[..., Recipe], overrides: list[str], normalisation: tuple[tuple[float, ...], ...]
+) -> None:
+    images = load_images(data_of(tiny_recipe(*overrides)), 0)
+    assert (images.mean, images.std) == normalisation
+
+
+def test_imagenet_is_a_word_for_photos_too(photos: Path) -> None:
+    images = load_images(recipe(photos, "data.normalisation=imagenet").data, 0)
+    assert (images.mean, images.std) == IMAGENET
+    with pytest.raises(RecipeError, match=r'data\.mean and data\.std go before data\.normalisation = "imagenet"'):
+        recipe(photos, "data.normalisation=imagenet", "data.mean=[0.5,0.5,0.5]")
 
 
 def test_skipped_photos_are_counted_in_the_facts(photos: Path) -> None:

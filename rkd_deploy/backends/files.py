@@ -12,11 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from io import BytesIO
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PurePosixPath
 
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.decoding import parse_object
@@ -147,7 +145,8 @@ _CARD_SUM = re.compile(rf'"{re.escape(CARD_NAME)}": "([0-9a-f]{{64}})"')
 
 def with_checksums(card: ModelCard, folder: Path) -> str:
     """The text of model.json for a folder that holds every other file of the bundle."""
-    sums = {file.name: _sha256_of(file) for file in sorted(folder.iterdir()) if file.name != CARD_NAME}
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    sums = {name: _sha256_of(file) for name, file in files.items() if name != CARD_NAME}
     blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
@@ -188,7 +187,7 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
         complete: Whether every file but engines must be there; else an app may have left some out.
 
     Returns:
-        The SHA-256 of each file, by its name.
+        The SHA-256 of each file, by its name in the folder of the bundle.
 
     Raises:
         ModelFileError: A file was changed or is missing; the message names all of them.
@@ -206,12 +205,12 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
     if card_sum is None or _sha256(text.replace(card_sum[1], _ZEROS).encode()) != card_sum[1]:
         changed.append(CARD_NAME)
     for name in sorted(sums.keys() - {CARD_NAME}):
-        if Path(name).name != name:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise ModelFileError(
                 f"{beside} lists the file {name!r}, which is not in the folder of the bundle: a bundle is one folder. "
                 "Export it again with rkd-deploy export."
             )
-        if not (listed := beside.with_name(name)).is_file():
+        if not (listed := beside.parent / name).is_file():
             if not name.removesuffix(".json").endswith(ENGINE_SUFFIXES):  # which can be built again, and elsewhere must
                 missing.append(name)
         elif _sha256_of(listed) != sums[name]:
@@ -271,61 +270,9 @@ def newest_bundle(root: Path) -> Path:
     return max(cards, key=lambda path: path.stat().st_mtime_ns).parent
 
 
-_OPSET_IMPORT, _DOMAIN, _VERSION = 8, 1, 2  # field numbers of ModelProto and OperatorSetIdProto
-_LENGTHS = {1: 8, 5: 4}  # bytes of the wire types of fixed size
-
-DEFAULT_DOMAINS = (b"", b"ai.onnx")
-
-
-def opset(file: Path) -> int:
-    """The version of ONNX's own operators that a file imports; 0 where it imports none.
-
-    Only the outermost fields are looked at, and the graph and its weights skipped, so it costs the same for any size.
-
-    Args:
-        file: An ONNX file that a runtime has read: no other check is made.
-
-    Reference: https://protobuf.dev/programming-guides/encoding, onnx.proto of https://github.com/onnx/onnx
-    """
-    newest = 0
-    with file.open("rb") as stream:
-        for number, content in _fields(stream, _OPSET_IMPORT):
-            if number == _OPSET_IMPORT and isinstance(content, bytes):
-                entry = dict(_fields(BytesIO(content), _DOMAIN))
-                version = entry.get(_VERSION, 0)
-                if entry.get(_DOMAIN, b"") in DEFAULT_DOMAINS and isinstance(version, int):
-                    newest = max(newest, version)
-    return newest
-
-
 def too_new(file: Path, written_in: str, library: str, version: str, newest: str) -> BackendError:
     """The error for a file that is newer than the library that is to run it."""
     return BackendError(
         f"{file} is written in {written_in}, and {library} {version} reads up to {newest}. Update {library}, or export "
         "the model again in an older one (opset_version of torch.onnx.export)."
     )
-
-
-def _fields(stream: BinaryIO, wanted: int) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a protobuf message; fields with a length are skipped but for the wanted one."""
-    while (key := _varint(stream)) is not None:
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            yield number, _varint(stream) or 0
-            continue
-        size = _LENGTHS[kind] if kind in _LENGTHS else _varint(stream) or 0
-        if number == wanted:
-            yield number, stream.read(size)
-        else:
-            stream.seek(size, 1)
-
-
-def _varint(stream: BinaryIO) -> int | None:
-    """A protobuf varint: a number in groups of 7 bits, the lowest first; None at the end of the stream."""
-    value = shift = 0
-    while byte := stream.read(1):
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-        shift += 7
-    return None

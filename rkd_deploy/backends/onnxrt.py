@@ -6,15 +6,19 @@ the CPU without an error. Here that is one: `onnxrt_session.check_provider`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns
 from rkd_deploy.backends.onnxrt_session import (
     PROVIDERS,
     check_provider,
@@ -62,7 +66,7 @@ class OnnxRuntimeBackend(Backend):
         file, run_on = model_path(path), run_on or RunOn(self.name)
         kind, self._index = parse_device(run_on.where)
         self._kind, provider, self._threads = kind, self._provider(kind), run_on.threads
-        self._session: Any = open_session(file, provider, self._index, run_on)
+        self._session: Any = self._opened(file, provider, run_on)
         self._binding: Any = None
         self._local = threading.local()
         check_provider(self._session.get_providers(), provider)
@@ -94,6 +98,9 @@ class OnnxRuntimeBackend(Backend):
         """Which of `PROVIDERS` runs the model on this kind of device."""
         return kind
 
+    def _opened(self, file: Path, provider: str, run_on: RunOn) -> Any:
+        return open_session(file, provider, self._index, run_on)
+
     @property
     def info(self) -> ModelInfo:
         """What the model takes and gives; the metadata are the custom metadata of the ONNX file."""
@@ -101,6 +108,7 @@ class OnnxRuntimeBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Run one batch, host to host; small inputs on a CPU go through memory that is bound once."""
+        # The usual case first and with few calls: a small model answers in the time of some dozen of them.
         bound: _BoundRun | None = getattr(self._local, "bound", None)
         if bound is not None and self._session is not None and bound.fits(x):
             try:
@@ -169,6 +177,79 @@ class OnnxRuntimeBackend(Backend):
         if self._session is None:
             raise closed_backend(self.name)
         return self._session
+
+
+class GraphedOnnxRuntimeBackend(OnnxRuntimeBackend):
+    """An ONNX file on CUDA, each input shape's run captured as a CUDA graph and launched whole; threads take turns.
+
+    A model of which the CUDA provider could run a part only is refused: a graph holds no work of the CPU.
+    """
+
+    name = "onnxruntime:cuda-graphs"
+
+    def __init__(self, path: str | os.PathLike[str], run_on: RunOn | None = None) -> None:
+        """Load the file; arguments and errors as for `OnnxRuntimeBackend`."""
+        super().__init__(path, run_on or RunOn(self.name))
+        self._info = replace(self._info, cuda_graph=True)
+        self._runs: CapturedRuns | None = CapturedRuns(self._session, self._input.name, self._logits[0], self._index)
+        self._by_shape: dict[tuple[int, ...], CapturedRun] = {}
+
+    def _provider(self, kind: str) -> str:
+        if kind == "cpu":
+            raise BackendError(
+                f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only. On a CPU "
+                "run onnxruntime."
+            )
+        return kind
+
+    def _opened(self, file: Path, provider: str, run_on: RunOn) -> Any:
+        return open_session(file, provider, self._index, run_on, graph=True)
+
+    def infer(self, x: Array) -> Array:
+        """Launch the graph of this shape, which the first run of the shape captures."""
+        self._live()
+        self._input.check(x)
+        runs = self._runs
+        assert runs is not None  # as long as the session lives
+        with runs.lock, _explained_runs():
+            run = self._by_shape.get(x.shape)
+            if run is None:
+                run = self._by_shape[x.shape] = runs.capture(x)
+                check_rows(run.shape, len(x))
+            return run.infer(x)
+
+    def prepare(self, x: Array) -> Callable[[], None]:
+        """Capture a graph of its own for this input; ONNX Runtime waits for each launch to end."""
+        self._live()
+        self._input.check(x)
+        runs = self._runs
+        assert runs is not None
+        with runs.lock, _explained_runs():
+            captured = runs.capture(x)
+        check_rows(captured.shape, len(x))
+
+        def run() -> None:
+            self._live()
+            with runs.lock, _explained_runs():
+                captured.replay()
+
+        return run
+
+    def close(self) -> None:
+        """Let go of the graphs and the session."""
+        super().close()
+        self._runs = None
+        self._by_shape = {}
+
+
+@contextlib.contextmanager
+def _explained_runs() -> Iterator[None]:
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:  # ONNX Runtime's own exceptions have no other base
+        raise failed_run(error) from error
 
 
 class TensorRtProviderBackend(OnnxRuntimeBackend):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rkd_deploy.backends import onnxrt_cuda
 from rkd_deploy.backends.files import failed_load, too_new
 from rkd_deploy.backends.protocol import Array, InputSpec, LayerRun, LayerTime
 from rkd_deploy.backends.runtimes import RunOn
@@ -39,7 +40,7 @@ _CANNOT_RUN = {
 _CANNOT_RUN["tensorrt"] = _CANNOT_RUN["cuda"]
 
 
-def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
+def open_session(file: Path, kind: str, index: int, run_on: RunOn, *, graph: bool = False) -> Any:
     """An InferenceSession of a file.
 
     Args:
@@ -47,6 +48,7 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
         kind: A key of `PROVIDERS`.
         index: Number of the CUDA device.
         run_on: Threads and memory limit.
+        graph: Whether its runs on CUDA are captured as CUDA graphs.
 
     Raises:
         ModelFileError: The file is corrupt.
@@ -66,10 +68,9 @@ def open_session(file: Path, kind: str, index: int, run_on: RunOn) -> Any:
             f"{str(file)!a} has bytes in its name that are no UTF-8, and ONNX Runtime opens no such file. Rename it."
         ) from error
     options = session_options(run_on.threads)
-    # TF32 is on by default in the CUDA provider, and a model that says fp32 must not lose 13 bits of its mantissa.
-    cuda = {"device_id": str(index), "use_tf32": "0"}
-    if run_on.memory_limit is not None:  # and no memory taken ahead: by default the arena grows by powers of two
-        cuda |= {"gpu_mem_limit": str(run_on.memory_limit), "arena_extend_strategy": "kSameAsRequested"}
+    if kind != "cpu":
+        onnxrt_cuda.preload()
+    cuda = onnxrt_cuda.provider_options(file, index, run_on, graph=graph) if kind == "cuda" else {}
     provider = (PROVIDERS[kind], {"cpu": {}, "cuda": cuda, "tensorrt": {"device_id": str(index)}}[kind])
     if kind == "tensorrt":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

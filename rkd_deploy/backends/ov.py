@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from rkd_deploy.backends.files import failed_load, model_path, opset, too_new
+from rkd_deploy.backends.files import failed_load, model_path, too_new
+from rkd_deploy.backends.onnx_bytes import opset
 from rkd_deploy.backends.protocol import (
     Array,
     Backend,

@@ -183,7 +183,7 @@ def check_rows(shape: Sequence[int], batch: int) -> None:
     """Refuse an answer that has not one row for each input.
 
     Raises:
-        BackendError: Its first dimension is another number than the batch.
+        BackendError: The first dimension is another number than the batch.
     """
     if not shape or shape[0] != batch:
         raise BackendError(

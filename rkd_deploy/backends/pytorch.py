@@ -3,7 +3,8 @@
 Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
 (`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
 
-The only file of `backends` that imports torch; it is loaded by name, so nothing else reaches torch through it.
+This file and `pytorch_cuda.py` are the only ones of `backends` that import torch; they are loaded by name, so nothing
+else reaches torch through them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,13 @@ from rkd_deploy.backends.protocol import (
     closed_backend,
     parse_device,
 )
+from rkd_deploy.backends.pytorch_cuda import RecordedRun, kernel_us, limit_memory, new_stream, on_stream
 from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.errors import BackendError, UsageError
-
-_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
+from rkd_deploy.errors import BackendError
 
 
 class PyTorchBackend(Backend):
-    """An nn.Module in inference mode. Float32 on CUDA follows PyTorch's own TF32 settings."""
+    """An nn.Module in inference mode. On CUDA it has a stream of its own, and float32 is exact: TF32 is off."""
 
     name = "pytorch"
 
@@ -78,7 +78,7 @@ class PyTorchBackend(Backend):
         if run_on.threads is not None:
             torch.set_num_threads(run_on.threads)
         if run_on.memory_limit is not None:
-            _limit_memory(self._place, run_on.memory_limit)
+            limit_memory(self._place, run_on.memory_limit)
         self._input = InputSpec("input", tuple(input_shape), np.dtype(input_dtype))
         self._info = ModelInfo(
             input_name=self._input.name, input_shape=self._input.shape, input_dtype=self._input.dtype.name, file=file
@@ -93,6 +93,10 @@ class PyTorchBackend(Backend):
         )
         with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
             self._module.eval()
+        # Streams of callers run side by side only where each has a stream of the device.
+        self._stream = new_stream(self._place)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._place))  # the weights are copied on that
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], run_on: RunOn) -> Self:
@@ -133,16 +137,19 @@ class PyTorchBackend(Backend):
         """Run one batch, host to host, in inference mode."""
         module = self._live()
         self._input.check(x)
-        return _to_numpy(_run(module, self._tensor(x)))
+        with on_stream(self._stream):
+            return _to_numpy(_run(module, self._tensor(x)))
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Copy `x` to the device once; each call of what is returned starts one run there."""
         self._live()
         self._input.check(x)
-        resident = self._tensor(x).clone()
+        with on_stream(self._stream):
+            resident = self._tensor(x).clone()
 
         def run() -> None:
-            _run(self._live(), resident)
+            with on_stream(self._stream):
+                _run(self._live(), resident)
 
         return run
 
@@ -152,15 +159,18 @@ class PyTorchBackend(Backend):
         self._input.check(x)
         if not isinstance(module, torch.fx.GraphModule):
             return []
-        interpreter, tensor = _Named(module), self._tensor(x)
-        with _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
+        interpreter = _Named(module)
+        with on_stream(self._stream), _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
+            tensor = self._tensor(x)
             for interpreter.run_number in range(count):
                 interpreter.run(tensor)
+            self.synchronize()
         runs: list[LayerRun] = [[] for _ in range(count)]
         for event in sorted(profile.events(), key=lambda event: event.time_range.start):
             run, _, name = event.name.partition(" ")
-            if name in interpreter.kinds and run.isdecimal():
-                total = event.cpu_time_total if self._place.type == "cpu" else event.device_time_total
+            # Of an annotated operator a GPU's profile has a second event, of the device, under the same name.
+            if name in interpreter.kinds and run.isdecimal() and event.device_type.name == "CPU":
+                total = event.cpu_time_total if self._stream is None else kernel_us(event)
                 op, precision = interpreter.kinds[name]
                 runs[int(run)].append(LayerTime(name, op, total / 1000, precision))
         return runs
@@ -168,12 +178,14 @@ class PyTorchBackend(Backend):
     def synchronize(self) -> None:
         """Wait until the device has done all that was enqueued; on a CPU every run has ended already."""
         self._live()
-        if self._place.type == "cuda":
-            torch.cuda.synchronize(self._place)
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Let go of the module and its weights."""
         self._module = None
+        if self._place.type == "cuda":  # else the next backend's memory would be hidden in what PyTorch has kept
+            torch.cuda.empty_cache()
 
     def _live(self) -> nn.Module:
         if self._module is None:
@@ -241,71 +253,38 @@ class GraphedPyTorchBackend(PyTorchBackend):
             )
         super().__init__(module, run_on, **facts)
         self._info = replace(self._info, cuda_graph=True)
-        self._recorded: _Recorded | None = None
+        self._recorded: RecordedRun | None = None
         self._lock = threading.Lock()
 
     def infer(self, x: Array) -> Array:
         """Replay the graph of this input shape on one batch, host to host; record it first where it is new."""
         module = self._live()
         self._input.check(x)
-        tensor = self._tensor(x)
-        with self._lock:
+        with self._lock, on_stream(self._stream):
+            tensor = self._tensor(x)
             if self._recorded is None or self._recorded.shape != tensor.shape:
                 self._recorded = None  # gives its memory back first
-                self._recorded = _Recorded(module, tensor)
+                self._recorded = _record(module, tensor)
             return _to_numpy(self._recorded.run(tensor).to("cpu", copy=True))
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Record a graph of its own for `x`; each call of what is returned replays it."""
         module = self._live()
         self._input.check(x)
-        recorded = _Recorded(module, self._tensor(x))
+        with on_stream(self._stream):
+            recorded = _record(module, self._tensor(x))
 
         def run() -> None:
             self._live()
-            recorded.replay()
+            with on_stream(self._stream):
+                recorded.replay()
 
         return run
 
     def close(self) -> None:
         """Let go of the module and of the recorded graph."""
-        super().close()
         self._recorded = None
-
-
-class _Recorded:
-    """One input shape's run as a CUDA graph: it reads and writes the same memory each time.
-
-    Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, module: nn.Module, x: Tensor) -> None:
-        self._x = x.clone()
-        with torch.cuda.device(x.device), _explained(len(x)):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(_WARM_UPS):
-                    _run(module, self._x)
-            torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = _run(module, self._x)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the input that the graph was recorded for."""
-        return self._x.shape
-
-    def run(self, x: Tensor) -> Tensor:
-        """Logits of another input of the recorded shape; the next run overwrites them."""
-        self._x.copy_(x)
-        self.replay()
-        return self._logits
-
-    def replay(self) -> None:
-        """Start a run of the input that is in the graph's memory."""
-        self._graph.replay()
+        super().close()
 
 
 class _Named(torch.fx.Interpreter):
@@ -331,6 +310,11 @@ class _Named(torch.fx.Interpreter):
 def devices() -> tuple[str, ...]:
     """Devices that PyTorch would run on here."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _record(module: nn.Module, x: Tensor) -> RecordedRun:
+    with _explained(len(x)):
+        return RecordedRun(lambda resident: _run(module, resident), x)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
@@ -379,12 +363,3 @@ def _place(device: str) -> torch.device:
             "or run on device='cpu'."
         )
     return torch.device(kind, index)
-
-
-def _limit_memory(place: torch.device, limit: int) -> None:
-    total = torch.cuda.mem_get_info(place)[1]
-    if limit > total:
-        raise UsageError(
-            f"memory_limit is {limit:,} bytes, and cuda:{place.index or 0} has {total:,}. Give at most that."
-        )
-    torch.cuda.set_per_process_memory_fraction(limit / total, place)

@@ -46,6 +46,9 @@ class _Runtime:
 _HERE = "rkd_deploy.backends"
 _RUNTIMES = {
     "onnxruntime": _Runtime("onnxruntime", "cpu", f"{_HERE}.onnxrt:OnnxRuntimeBackend", limited=True),
+    "onnxruntime:cuda-graphs": _Runtime(
+        "onnxruntime", "gpu", f"{_HERE}.onnxrt:GraphedOnnxRuntimeBackend", "cuda", limited=True
+    ),
     "onnxruntime:tensorrt": _Runtime("onnxruntime", "gpu", f"{_HERE}.onnxrt:TensorRtProviderBackend", "cuda"),
     "pytorch": _Runtime("torch", "export", f"{_HERE}.pytorch:PyTorchBackend", limited=True),
     "pytorch:compile": _Runtime("torch", "export", f"{_HERE}.pytorch:CompiledPyTorchBackend", limited=True),
@@ -66,7 +69,8 @@ class RunOn:
 
     Attributes:
         backend: One of onnxruntime, pytorch, openvino, tensorrt, tensorrt-rtx; or one of them run another way:
-            pytorch:compile, pytorch:cuda-graphs, onnxruntime:tensorrt (its TensorRT execution provider).
+            pytorch:compile, pytorch:cuda-graphs, onnxruntime:cuda-graphs, onnxruntime:tensorrt (its TensorRT execution
+            provider).
         device: "cpu", "cuda" or "cuda:N"; None: the backend's own, a GPU for the two TensorRTs, else the CPU.
         threads: Threads inside one operator on a CPU; None leaves the number to the runtime.
         memory_limit: Most bytes of device memory that the runtime may take for itself, on CUDA by ONNX Runtime and
@@ -102,7 +106,8 @@ class RunOn:
                 f"it holds for {limited}. Leave it out."
             )
         if not self.cuda_graph and not runtime.engine:
-            instead = ": pytorch is the same without them" if self.backend == "pytorch:cuda-graphs" else ""
+            plain, _, way = self.backend.partition(":")
+            instead = f": {plain} is the same without them" if way == "cuda-graphs" else ""
             raise UsageError(
                 f"cuda_graph=False (--no-cuda-graph) has no effect on {self.backend}{instead}; it is for "
                 f"{' and '.join(ENGINE_BACKENDS)}, which capture their runs. Leave it out."

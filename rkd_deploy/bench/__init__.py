@@ -74,7 +74,7 @@ def bench(
 
 @dataclass(frozen=True)
 class _Schedule:
-    """How the models are measured at each place and batch size."""
+    """Measures the models at one place and batch size after the other, all in the same way."""
 
     settings: BenchSettings
     resident_before: int | None
@@ -82,7 +82,7 @@ class _Schedule:
 
     @property
     def modes(self) -> tuple[bool, ...]:
-        """With transfers, without, or both."""
+        """Values of `transfers` to measure with: True is host to host, False device-resident."""
         return (True, False) if self.settings.transfers is None else (self.settings.transfers,)
 
     def run(
@@ -94,7 +94,7 @@ class _Schedule:
         accuracies: Mapping[str, Accuracy],
         progress: Progress,
     ) -> Iterator[Result]:
-        """Measure models by turns, and give a result for each; then pass on the Ctrl-C that came meanwhile."""
+        """Measure models by turns, and give a result for each; then raise the Ctrl-C that came meanwhile."""
         settings = self.settings
         workloads: dict[str, Workload] = {}
         for model in loaded:
@@ -104,14 +104,7 @@ class _Schedule:
         stopped: KeyboardInterrupt | None = None
         pace = _pace(run_on, loaded[0].backend.device)
         try:
-            timings = measure_workloads(
-                workloads,
-                min_seconds=settings.min_seconds,
-                min_runs=settings.min_runs,
-                warmup_seconds=settings.warmup_seconds,
-                pace=pace,
-                progress=progress,
-            )
+            timings = measure_workloads(workloads, settings.limits, pace=pace, progress=progress)
         except MeasurementInterrupted as stop:
             timings, stopped = stop.timings, stop
         finally:
@@ -132,7 +125,7 @@ class _Schedule:
 
 
 def _pace(run_on: RunOn, device: str) -> Pace | None:
-    """The pace of the cores that a model runs on; what a GPU does is not seen on them."""
+    """A pace on as many threads as a model runs on; None on a GPU, whose pace cannot be seen on CPU cores."""
     if device != "cpu":
         return None
     return Pace((run_on.threads or cores()) * run_on.streams)

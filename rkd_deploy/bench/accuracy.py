@@ -1,4 +1,4 @@
-"""Top-1 accuracy of a backend, the same file that is timed.
+"""Top-1 accuracy of a model file on a backend, or as its card states it.
 
 Letters: N images.
 """
@@ -26,7 +26,7 @@ _AT_ONCE = 64
 
 
 def predictions(backend: Backend, batches: Iterable[Array]) -> npt.NDArray[np.int64]:
-    """The class with the largest logit, for each image.
+    """The class with the largest logit for each image.
 
     Args:
         backend: The model.
@@ -59,7 +59,7 @@ def top1(predicted: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy of one file.
+    """Top-1 accuracy of one model file.
 
     Attributes:
         top1: Share of right predictions, in %.
@@ -125,9 +125,9 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
         )
     foreign = [path.name for path in classes if path.name not in index]
     if foreign or not classes:
-        found = f"the folders {', '.join(foreign[:5])} are none of its {len(names)} classes" if foreign else "no folder"
+        holds = f"the folders {', '.join(foreign[:5])} are none of its {len(names)} classes" if foreign else "no folder"
         raise DataError(
-            f"{folder} was given for the model's accuracy: {found}. It must hold one folder for each class, named by "
+            f"{folder} was given for the model's accuracy: {holds}. It must hold one folder for each class, named by "
             f"the card's labels ({', '.join(names[:5])}, ..: rkd-deploy info MODEL shows them)."
         )
     visited: dict[tuple[int, int], str] = {}
@@ -147,9 +147,9 @@ def folder_top1(backend: Backend, card: ModelCard | None, folder: Path, progress
 
     Args:
         backend: The model, which stays open.
-        card: Its labels and pre-processing.
+        card: Card of the model, for its labels and pre-processing.
         folder: As for `labelled_images`.
-        progress: Told how far it is.
+        progress: Called with "accuracy", and the share of the images that is done.
 
     Raises:
         UsageError: There is no card.

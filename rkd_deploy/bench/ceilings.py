@@ -1,4 +1,6 @@
-"""What a machine can do at the most, seen through the same backend, device and threads as the model's own run.
+"""Measures what a machine can do at the most, through the backend that the model runs on.
+
+Device and threads are the model's own too.
 
 Multiply-adds per second: the better of a large matrix product and a 3x3 convolution, models of one operator. Bytes per
 second: the better of a copy (one elementwise operator) and of reading weights (a matrix times one vector), of as many
@@ -30,32 +32,32 @@ from rkd_deploy.bench.graph_cost import macs
 from rkd_deploy.errors import BackendError, RkdError, require
 
 ARITHMETIC = ("float32", "float16", "int8")
-"""What a ceiling is measured in."""
+"""Types of multiply-adds that a ceiling can be measured for."""
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-"""Those that run an ONNX file; PyTorch's runs exported programs."""
+"""Backends whose ceilings can be measured: those that run an ONNX file. PyTorch's runs exported programs."""
 SMALLEST, LARGEST = 1 << 22, 1 << 27
-"""Bytes moved by one run: below, the call itself would be measured; above, most caches are full long since."""
+"""Bounds of the bytes that one run moves: below, the call itself would be measured; above, caches are full anyway."""
 _SECONDS, _RUNS = 0.15, 5
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Of one backend on one device with so many threads."""
+    """What one backend on one device, with so many threads, reaches at the most."""
 
     backend: str
     device: str
     threads: int | None
     arithmetic: str
     macs_per_s: float
-    """The better of `kernels`."""
+    """Multiply-adds per second of the fastest of `kernels`."""
     kernels: Mapping[str, float]
-    """Multiply-adds per second of each, by name."""
+    """Multiply-adds per second of each kernel that was measured, by its name."""
     bytes_per_s: Mapping[int, float]
-    """The better of a copy and a matrix times a vector, by the bytes that one run of it reads and writes."""
+    """Bytes per second by the bytes that one run reads and writes: the better of a copy and a matrix times a vector."""
 
 
 def footprint(bytes_moved: int) -> int:
-    """The size of the copy that stands for a model: the next power of two, within what is measured."""
+    """Bytes of the copy that stands for a model: the next power of two, within `SMALLEST` and `LARGEST`."""
     return min(LARGEST, max(SMALLEST, 1 << math.ceil(math.log2(max(1, bytes_moved)))))
 
 
@@ -65,7 +67,7 @@ def measure_ceilings(
     arithmetic: str = "float32",
     footprints: Sequence[int] = (LARGEST,),
 ) -> Ceilings:
-    """Measure in a process of its own; about 0.2 s for each kernel and footprint, and the start of the process.
+    """Measure ceilings in a process of their own: about 0.2 s for each kernel and footprint, and the process's start.
 
     Args:
         run_on: Where; the backend is one of `BACKENDS`.
@@ -100,7 +102,7 @@ def measure_ceilings(
 
 
 def _answer() -> None:
-    """What runs in the other process: a question on standard input, the answer on the last line of standard output."""
+    """Main function of the measuring process: a question on standard input, the answer on the last line of output."""
     try:
         answer: dict[str, Any] = asdict(_measured(**json.load(sys.stdin)))
     except RkdError as error:
@@ -111,7 +113,7 @@ def _answer() -> None:
 def _measured(
     backend: str, device: str | None, threads: int | None, arithmetic: str, footprints: Sequence[int]
 ) -> Ceilings:
-    # Memory is as fast for any type, and not every runtime copies every type.
+    # Memory is as fast for any type, and not every runtime copies int8.
     dtype = np.dtype("float32" if arithmetic == "int8" else arithmetic)
     kernels: dict[str, float] = {}
     copies: dict[int, float] = {}
@@ -157,7 +159,7 @@ def _write(
     weight: tuple[int, ...] = (),
     **attributes: Any,
 ) -> Array:
-    """Write a model of one operator, x and y the shapes of its ends, and give an input for it."""
+    """Write a model of one operator, x and y the shapes of input and output, and give an input for it."""
     onnx = require("onnx", "export")
     kind, generator = onnx.helper.np_dtype_to_tensor_dtype(dtype), np.random.default_rng(0)
     constants = {"weight": (generator.random(weight, np.float32) - 0.5).astype(dtype)} if weight else {}
@@ -176,16 +178,16 @@ def _write_quantised(
     signed: bool,
     **attributes: Any,
 ) -> Array:
-    """The same product between quantised ends, the form that runtimes make one int8 kernel of.
+    """Write a product between quantised ends, the form of which runtimes make one int8 kernel; give an input for it.
 
     Args:
-        file: Where to.
-        op: Of the operator.
-        x: Shape of its input, and so y, weight.
-        y: Of its output.
-        weight: Of its weight.
+        file: Where the model goes.
+        op: Name of the operator.
+        x: Shape of the input.
+        y: Shape of the output.
+        weight: Shape of the weight.
         signed: Activations in int8, which TensorRT takes alone; else in uint8, which is fast on CPUs.
-        attributes: Of the operator.
+        attributes: Attributes of the operator.
     """
     onnx = require("onnx", "export")
     generator, dtype = np.random.default_rng(0), np.dtype(np.int8 if signed else np.uint8)
@@ -218,7 +220,7 @@ def _save(
 
 
 def _best(enqueue: Callable[[], None], synchronize: Callable[[], None]) -> float:
-    """Seconds of the fastest run."""
+    """Seconds of the fastest run: whatever disturbs a run only ever makes it longer."""
     best, runs, end = math.inf, 0, math.inf
     while runs < _RUNS or time.perf_counter() < end:
         start = time.perf_counter()

@@ -59,7 +59,7 @@ class Ratio(Judgement):
     count: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; ends that do not exist are None."""
+        """The ratio for JSON; ends that do not exist are None."""
         ends = {"low": self.low or None, "high": self.high if math.isfinite(self.high) else None}
         return {**asdict(self), **ends, "verdict": self.verdict}
 
@@ -74,7 +74,7 @@ def measure_ratios(
     confidence: float = 0.95,
     progress: Progress | None = None,
 ) -> list[Ratio]:
-    """Measure two models side by side, now, in `SESSIONS` sessions.
+    """Ratios of two models that are measured side by side now, in `SESSIONS` sessions.
 
     Args:
         a: Bundle or ONNX file.
@@ -88,6 +88,8 @@ def measure_ratios(
     Raises:
         RkdError: As `bench` raises it.
     """
+    # Short sessions and many: what differs between two loads of a model is a session's, and more samples within one
+    # would only make sure of it.
     settings = BenchSettings(
         run_on=(run_on or RunOn(),),
         batches=tuple(batches),
@@ -131,20 +133,21 @@ def _ratio(a: Result, b: Result, judgement: Judgement, unit: str, count: int) ->
 
 
 def recorded_ratio(a_ms: Sequence[float], b_ms: Sequence[float], confidence: float = 0.95) -> Judgement:
-    """Ratio of two models that were measured apart, with its interval.
+    """Ratio of two models that were measured apart, with its confidence interval.
 
     Args:
         a_ms: Median latency of A in each turn.
         b_ms: Median latency of B in each turn.
         confidence: Above 0 and below 1.
     """
+    # Bonferroni: two intervals of 1 - e / 2 each hold together with at least 1 - e, whatever ties them.
     each = (1 + confidence) / 2
     (a_low, a_high), (b_low, b_high) = (median_interval(medians, each) for medians in (a_ms, b_ms))
     return Judgement(median_low(b_ms) / median_low(a_ms), b_low / a_high, b_high / a_low if a_low else math.inf)
 
 
 def recorded_ratios(a: Sequence[Result], b: Sequence[Result], confidence: float = 0.95) -> list[Ratio]:
-    """A ratio for every condition under which two records were measured.
+    """Ratios for every condition under which both of two records were measured.
 
     Args:
         a: Results of a bench.
@@ -189,7 +192,7 @@ def _by_condition(results: Sequence[Result]) -> dict[tuple[Any, ...], Result]:
 
 
 def differing_environment(a: Provenance, b: Provenance) -> list[str]:
-    """What two machines, or the versions on them, differ in, a line each: a ratio is of all of that, too."""
+    """Differences of two machines or the versions on them, a line each: a ratio across them is of these too."""
     machine = [name for name in ("cpu", "cores", "platform", "python") if getattr(a, name) != getattr(b, name)]
     packages = sorted(name for name in {*a.versions, *b.versions} if a.versions.get(name) != b.versions.get(name))
     return [f"{name}: {getattr(a, name)} and {getattr(b, name)}" for name in machine] + [

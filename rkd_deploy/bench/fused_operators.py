@@ -1,4 +1,4 @@
-"""Puts ONNX's standard operators in the place of ONNX Runtime's own, so that their shapes can be inferred.
+"""Replaces ONNX Runtime's own operators by standard ones, so that shapes can be inferred.
 
 A file that ONNX Runtime optimised or quantised holds operators of its domains, of which onnx knows no shapes: without
 this everything behind the first one would have no known size. What stands in computes the same shape, and need not
@@ -38,10 +38,10 @@ _STANDS_IN: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {
         for op in ("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax")
     },
 }
-"""Domain and type of an operator, to the standard one of the same shape and the inputs that it takes over."""
+"""Standard operator of the same output shape, and which inputs it takes over, by domain and type of an operator."""
 
 _FLOAT_RESULT = ("MatMulIntegerToFloat", "QGemm")
-"""Operators whose result is float32 and their factors are integers; QGemm's where the result has no scale."""
+"""Operators of integer factors whose result is float32; QGemm's is where it is given no scale for the result."""
 _RESHAPED = ((_MICROSOFT, "QLinearConcat"), (_NCHWC, "ReorderInput"), (_NCHWC, "ReorderOutput"))
 _TRANSPOSED = ("transA", "transB", "transBatchA", "transBatchB")
 
@@ -111,4 +111,4 @@ _ATTRIBUTES = {
     "QuantizeLinear": ("axis",),
     "DequantizeLinear": ("axis",),
 }
-"""Attributes that a shape depends on, by standard operator."""
+"""Attributes that an operator's output shape depends on, by standard operator."""

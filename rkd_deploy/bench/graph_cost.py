@@ -1,4 +1,4 @@
-"""Counts what an ONNX file does at the least, multiply-adds and bytes, from its shapes alone.
+"""Counts the multiply-adds and bytes of an ONNX file at the least, from its shapes alone.
 
 One multiply and one add are one MAC. Counted are the operators that are sums of products, ONNX Runtime's own among
 them; what else a graph does (activations, pooling, sums) costs bytes and no MACs here. What cannot be counted is named,
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rkd_deploy.backends.files import DEFAULT_DOMAINS, broken_model, model_path
+from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.onnx_bytes import DEFAULT_DOMAINS
 from rkd_deploy.bench.fused_operators import multiplies_nothing, standardised
 from rkd_deploy.errors import UsageError, require
 
@@ -67,7 +68,7 @@ _QUANTISED = (
 
 @dataclass(frozen=True)
 class GraphCost:
-    """What one call with one batch does at the least.
+    """Multiply-adds and bytes of one call with one batch, at the least.
 
     Attributes:
         macs_in: Multiply-adds by the type they are done in: that of the weights as stored, "int8" where both factors
@@ -89,7 +90,7 @@ class GraphCost:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds in all types."""
+        """Multiply-adds of all types together."""
         return sum(self.macs_in.values())
 
     @property
@@ -99,12 +100,12 @@ class GraphCost:
 
     @property
     def least_bytes(self) -> int:
-        """Each weight, the input and the outputs moved once: no run can do with fewer, however it fuses."""
+        """Bytes of each weight, the input and the outputs moved once: no run can do with fewer, however it fuses."""
         return self.weight_bytes + self.input_bytes + self.output_bytes
 
 
 def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = ()) -> GraphCost:
-    """Count an ONNX file.
+    """Count the cost of an ONNX file's graph at one batch size.
 
     Args:
         path: Bundle folder or ONNX file.
@@ -192,7 +193,7 @@ def _count(graph: Any, onnx: Any) -> GraphCost:
 class _Tensor:
     name: str
     shape: Shape | None
-    """None where it is not known."""
+    """Sizes of the dimensions; None where they are not known."""
     dtype: str
     itemsize: int
 
@@ -218,7 +219,7 @@ def _of_value(value: Any, onnx: Any) -> _Tensor:
 
 
 def _done_in(node: Any, known: Mapping[str, _Tensor], makers: Mapping[str, Any]) -> str:
-    """Type that a product is done in: where both factors are dequantised, runtimes do it in the stored one."""
+    """Type that a product is done in: where both factors are dequantised, the stored type, as runtimes do."""
     if node.op_type in _QUANTISED:
         return "int8"
     weight = node.input[_WEIGHT[node.op_type]]

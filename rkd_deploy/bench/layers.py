@@ -25,12 +25,12 @@ from rkd_deploy.backends.protocol import LayerRun
 from rkd_deploy.bench.loading import Case, load_model, random_input
 from rkd_deploy.bench.timing import Progress
 
-_WARMUP, _RUNS = 5, 30
+_WARMUP, _RUNS = 5, 30  # the first runs allocate, and choose kernels
 
 
 @dataclass(frozen=True)
 class LayerMedian:
-    """One operator that runs, after the runtime's fusions."""
+    """One operator that runs after the runtime's fusions, and its median time."""
 
     name: str
     op: str
@@ -47,10 +47,10 @@ class LayerTimes(Case):
 
     runs: int
     layers: tuple[LayerMedian, ...]
-    """In the order they run."""
+    """The layers in the order they run."""
 
     def to_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The times for JSON."""
         return asdict(self)
 
 
@@ -64,7 +64,7 @@ def layer_times(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[LayerTimes]:
-    """Time every layer of each model, on seeded random inputs; none where the backend does not give it.
+    """Time every layer of each model, on seeded random inputs; models whose backend has no profile are left out.
 
     Args:
         models: As for `bench`.
@@ -109,8 +109,9 @@ def layer_times(
 def _medians(runs: Sequence[LayerRun]) -> tuple[LayerMedian, ...]:
     times: dict[tuple[str, str, str | None], list[float]] = {}
     for run in runs:
+        # Names need not be unique: layers of one name add up to one row, in every run alike.
         totals: dict[tuple[str, str, str | None], float] = {}
-        for layer in run:  # names need not be unique
+        for layer in run:
             key = (layer.name, layer.op, layer.precision)
             totals[key] = totals.get(key, 0.0) + layer.ms
         for key, ms in totals.items():

@@ -1,4 +1,4 @@
-"""Runs the four scenarios of MLPerf Inference by its own LoadGen: "LoadGen, unofficial".
+"""Runs MLPerf Inference's four scenarios by its own LoadGen: "LoadGen, unofficial".
 
 LoadGen decides when queries come and takes the time itself; here is only the system under test. It stays unofficial
 whatever LoadGen says: runs are shorter than the 600 s that MLPerf asks for, inputs are noise, and nobody reviews it.
@@ -40,21 +40,21 @@ from rkd_deploy.storage import new_folder
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 LIBRARY = 16
-"""Number of different inputs, as LoadGen's query sample library has them."""
+"""Number of different inputs in LoadGen's query sample library."""
 MULTI_STREAM_IMAGES = 8
 SERVER_LATENCY_MS = 15.0
-"""The bound that MLPerf sets for its image classifier."""
+"""MLPerf's bound on the latency of its image classifier in scenario Server, in ms."""
 _MARGIN = 2
-"""LoadGen makes its queries beforehand, as many as an estimate says: so many times that, lest they run out."""
+"""Factor on the estimated number of queries: LoadGen makes them beforehand, and they must not run out."""
 
 
 _MOST = 10**9
-"""No rate, time or number of queries of a real test comes near it."""
+"""More than any rate, time or number of queries of a real test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How hard and how long LoadGen asks.
+    """Settings of LoadGen: how long it asks, how often, and for what.
 
     Attributes:
         min_seconds: LoadGen's min_duration; officially 600.
@@ -102,7 +102,7 @@ def check_scenarios(names: Sequence[str]) -> None:
 
 
 def library(backend: Backend, card: ModelCard | None, seed: int, shape: Sequence[int] | None = None) -> list[Array]:
-    """The inputs that queries are drawn from: `LIBRARY` seeded ones, each [1, ...].
+    """Seeded inputs that queries are drawn from, `LIBRARY` of them, each [1, ...].
 
     Raises:
         UsageError: As `random_input` raises it.
@@ -111,7 +111,7 @@ def library(backend: Backend, card: ModelCard | None, seed: int, shape: Sequence
 
 
 def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs: Path, load: Load) -> dict[str, Any]:
-    """Run one scenario, and read LoadGen's log of it.
+    """Run one scenario on a model, and read LoadGen's log of it.
 
     Args:
         backend: A loaded model.
@@ -165,10 +165,10 @@ def _samples_per_s(facts: dict[str, Any]) -> float:
 
 
 def read_log(file: Path) -> dict[str, Any]:
-    """The facts of mlperf_log_detail.txt, a line of JSON for each, behind LoadGen's mark.
+    """Facts of LoadGen's mlperf_log_detail.txt, which has a line of JSON behind a mark for each.
 
     Raises:
-        BackendError: There are none: LoadGen did not come to its end.
+        BackendError: The log holds no result: LoadGen did not come to its end.
     """
     mark = ":::MLLOG "
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -189,9 +189,10 @@ def _test_settings(
     test.min_duration_ms, test.min_query_count = round(load.min_seconds * 1000), load.min_queries
     test.performance_sample_count_override = len(inputs)
     test.multi_stream_samples_per_query = MULTI_STREAM_IMAGES
+    # Faster than estimated on purpose: a machine that speeds up meanwhile must not run out of queries.
     test.single_stream_expected_latency_ns = max(1, round(seconds * 1e9 / _MARGIN))
     test.multi_stream_expected_latency_ns = max(1, round(seconds * 1e9 / _MARGIN))
-    target_qps = load.target_qps or 0.5 / seconds
+    target_qps = load.target_qps or 0.5 / seconds  # at its full rate a queue of random arrivals grows without end
     test.offline_expected_qps = _MARGIN * images / seconds
     test.server_target_qps = target_qps
     test.server_target_latency_ns = round(load.target_latency_ms * 1e6)
@@ -200,7 +201,7 @@ def _test_settings(
 
 
 def _seconds(backend: Backend, x: Array, max_batch: int) -> float:
-    """Roughly how long a query takes in seconds: LoadGen needs an estimate beforehand."""
+    """Estimate of the seconds that a query takes, which LoadGen needs beforehand."""
     infer_many(backend, x, max_batch)
     runs, started = 0, time.perf_counter()
     while (past := time.perf_counter() - started) < 0.2 or runs < 3:
@@ -212,8 +213,8 @@ def _seconds(backend: Backend, x: Array, max_batch: int) -> float:
 class _System:
     """The system under test: answers LoadGen's queries with runs of the model.
 
-    LoadGen calls from C++, where an exception would end the process: the first one is kept, what follows is answered
-    with nothing, and `run` raises it.
+    LoadGen calls from C++, where an exception would end the process: the first error is remembered, later queries are
+    answered with nothing, and `run` raises it.
     """
 
     def __init__(self, lg: Any, backend: Backend, inputs: Sequence[Array], max_batch: int, *, in_thread: bool) -> None:
@@ -253,7 +254,7 @@ class _System:
         self._failed = KeyboardInterrupt()
 
     def _serve(self) -> None:
-        """Answer what waits, a power of two of it at once, so that few batch sizes come up; None is the end."""
+        """Answer waiting queries until None comes, a power of two at once, so that few batch sizes come up."""
         assert self._waiting is not None
         waiting: list[Any] = []
         goes_on = True
@@ -292,11 +293,11 @@ class _System:
 
 
 def _nothing() -> None:
-    """LoadGen's flush: nothing is held back."""
+    """Do nothing when LoadGen flushes: no query is held back."""
 
 
 def _nothing_with(indices: Sequence[int]) -> None:
-    """LoadGen's load and unload: the inputs are in memory throughout."""
+    """Do nothing when LoadGen loads or unloads inputs: they are in memory throughout."""
 
 
 LABEL = "LoadGen, unofficial"
@@ -304,7 +305,7 @@ LABEL = "LoadGen, unofficial"
 
 @dataclass(frozen=True, kw_only=True)
 class ScenarioResult:
-    """What LoadGen reported of a model in a scenario; durations in ms, None where the scenario has no such figure."""
+    """LoadGen's figures of a model in a scenario; durations in ms, None where the scenario has no such figure."""
 
     label: str = LABEL
     model: str
@@ -313,19 +314,19 @@ class ScenarioResult:
     threads: int | None
     scenario: str
     valid: bool
-    """LoadGen's own verdict, by its rules for this run's shorter duration."""
+    """Whether LoadGen calls the run valid, by its rules for this run's shorter duration."""
     reason: str | None
-    """Why it is not valid, in LoadGen's words."""
+    """Why the run is not valid, in LoadGen's words; None where it is."""
     queries: int
     samples_per_s: float
-    """Of Server: completed; of the others: images over time."""
+    """Images per second: in scenario Server those completed, else all images over the time."""
     p50_ms: float
     p90_ms: float
     p99_ms: float
     target_qps: float | None
     target_latency_ms: float | None
     logs: str
-    """LoadGen's own logs, a folder in the report's folder."""
+    """Name of the folder with LoadGen's logs, in the report's folder."""
 
 
 def run_scenarios(

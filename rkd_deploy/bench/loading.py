@@ -38,7 +38,7 @@ def load_model(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model to measure, loaded once for each stream; what loading it took."""
+    """A model to measure, loaded once for each stream, and what loading it took."""
 
     key: str
     """Name of the model, made unique by its number."""
@@ -103,6 +103,7 @@ def _load(
         sha256=_sha256(file),
         backends=backends,
         card=card,
+        # An engine is built by the first stream alone, and comes out of the cache for the others.
         load_seconds=(seconds - (info.build_seconds or 0)) / len(backends),
         build_seconds=info.build_seconds,
         engine_kept=file.parent.name if file.parent.parent == cache_folder() else None,
@@ -116,10 +117,10 @@ def _sha256(file: Path) -> str:
 
 
 def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequence[int]:
-    """The batch sizes asked for; else the usual ones, or that of the models where it is fixed.
+    """Batch sizes to measure at: those asked for, else the usual ones, or the models' own where it is fixed.
 
     Raises:
-        UsageError: A model does not take one, or the models' fixed sizes differ.
+        UsageError: A model does not take a batch size, or the models' fixed sizes differ.
     """
     fixed = {loaded.name: loaded.backend.info.input_shape[0] for loaded in models}
     sizes = {size for size in fixed.values() if size is not None}
@@ -148,7 +149,7 @@ def _check_batch(backend: Backend, batch: int) -> None:
 def random_input(
     backend: Backend, card: ModelCard | None, batch: int, seed: int, shape: Sequence[int] | None = None
 ) -> Array:
-    """A batch of noise that a model takes: any byte, or standard normal numbers.
+    """A seeded batch of noise in a model's input type: uniform bytes, or standard normal numbers.
 
     Args:
         backend: The model.
@@ -209,10 +210,10 @@ class Case:
     backend: str
     device: str
     threads: int | None
-    """As asked for; None left it to the runtime."""
+    """Number of threads that was asked for; None left it to the runtime."""
     batch: int
 
     @classmethod
     def of(cls, result: Any) -> Case:
-        """The case of anything that has these facts: two things of one case belong to the same measurement."""
+        """The case of anything that has these fields: what shares a case belongs to the same measurement."""
         return Case(**{field.name: getattr(result, field.name) for field in fields(Case)})

@@ -1,4 +1,4 @@
-"""The machine that a bench runs on: versions, clocks, memory, and its pace beside a measurement.
+"""The machine of a bench: versions, clocks, memory, and its pace beside a measurement.
 
 Clocks, limits and load are what makes two honest tools disagree about one model. They are read from /proc and /sys
 (Linux) and from nvidia-smi; what a machine does not tell, as virtual ones do not tell temperatures, is None.
@@ -53,7 +53,7 @@ _GPU_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What was run, when, and on which machine; None where it is not known.
+    """Command, time, versions and machine of a measurement; None where something is not known.
 
     Attributes:
         command: The command line, of each path the last component.
@@ -100,10 +100,10 @@ def provenance() -> Provenance:
 
 
 def command_line(argv: list[str]) -> str:
-    """The command without the machine's folders: of every path in it the last component is left."""
+    """A command as one line without the machine's folders: of every path in it the last component is left."""
     if not argv:
         return ""
-    arguments = [re.sub(r"(^|[=:,])[~/][^=:,]*", lambda found: found[1] + Path(found[0]).name, a) for a in argv[1:]]
+    arguments = [re.sub(r"(^|[=:,])[~/][^=:,]*", lambda path: path[1] + Path(path[0]).name, a) for a in argv[1:]]
     return " ".join([Path(argv[0]).name, *arguments])
 
 
@@ -125,8 +125,8 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or None
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine() or None
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.machine() or None
 
 
 def _memory_bytes() -> int | None:
@@ -137,14 +137,14 @@ def _memory_bytes() -> int | None:
 
 
 def gpus() -> list[dict[str, str]] | None:
-    """What nvidia-smi tells of each GPU, values with their units; None where there is no nvidia-smi."""
+    """Facts of each GPU from nvidia-smi, values with their units; None where there is no nvidia-smi."""
     query = f"--query-gpu={','.join(_GPU_FIELDS)}"
     answer = _output(["nvidia-smi", query, "--format=csv,noheader"])
     return parse_gpus(answer) if answer else None
 
 
 def parse_gpus(answer: str) -> list[dict[str, str]]:
-    """One dictionary for each line of nvidia-smi's CSV answer, values with their units."""
+    """Facts of each GPU from nvidia-smi's CSV answer, a line for each, values with their units."""
     rows = csv.reader(answer.strip().splitlines(), skipinitialspace=True)
     return [dict(zip(_GPU_FIELDS, row, strict=False)) for row in rows]
 
@@ -203,7 +203,7 @@ class MachineState:
 
 
 def machine_state(root: Path = Path("/")) -> MachineState:
-    """The machine's state now.
+    """The state that the machine is in now.
 
     Args:
         root: Folder in which proc and sys lie.
@@ -224,17 +224,17 @@ def machine_state(root: Path = Path("/")) -> MachineState:
 
 
 def _clocks(root: Path) -> tuple[float, float] | None:
-    found = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3)
-    if not found:
-        found = [
-            float(mhz) for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    mhz = _numbers(root, f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3)
+    if not mhz:  # a virtual machine without cpufreq; x86 tells a clock there too
+        mhz = [
+            float(text) for text in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
         ]
-    return (min(found), max(found)) if found else None
+    return (min(mhz), max(mhz)) if mhz else None
 
 
 def _governor(root: Path) -> str | None:
-    found = {_text(file) for file in root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_governor")}
-    return ", ".join(sorted(found - {""})) or None
+    governors = {_text(file) for file in root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_governor")}
+    return ", ".join(sorted(governors - {""})) or None
 
 
 def _power_limit(root: Path) -> float | None:
@@ -263,8 +263,8 @@ def _quota(root: Path) -> float | None:
 
 
 def _steal(root: Path) -> float | None:
-    found = re.match(r"cpu +(?:\d+ ){7}(\d+)", _text(root / "proc/stat"))
-    return int(found[1]) / os.sysconf("SC_CLK_TCK") if found else None
+    ticks = re.match(r"cpu +(?:\d+ ){7}(\d+)", _text(root / "proc/stat"))  # the eighth number of all cores
+    return int(ticks[1]) / os.sysconf("SC_CLK_TCK") if ticks else None
 
 
 def _preempted(root: Path) -> int | None:
@@ -290,7 +290,7 @@ def _text(file: Path) -> str:
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"
-"""What `proc(5)` says to write into clear_refs for that."""
+"""Written into /proc/self/clear_refs it resets the peak of resident memory (`proc(5)`)."""
 
 
 def resident_bytes() -> int | None:
@@ -299,12 +299,12 @@ def resident_bytes() -> int | None:
 
 
 def resident_peak_bytes() -> int | None:
-    """The most it was since `reset_peak` (VmHWM)."""
+    """Largest resident memory of this process since `reset_peak` (VmHWM)."""
     return _status("VmHWM")
 
 
 def reset_peak() -> bool:
-    """Start the peak anew; False where the kernel does not allow it, and the peak is that of the whole process."""
+    """Reset the peak of resident memory; False where the kernel does not allow it: it is then of the whole process."""
     try:
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     except OSError:
@@ -313,7 +313,7 @@ def reset_peak() -> bool:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping (MemAvailable)."""
+    """Memory of the machine that can be had without swapping (MemAvailable)."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
@@ -324,11 +324,11 @@ def device_used_bytes(device: str) -> int | None:
         device: "cuda:N"; of "cpu" nothing is known here.
     """
     kind, _, index = device.partition(":")
-    found = gpus() if kind == "cuda" else None
+    facts = gpus() if kind == "cuda" else None
     number = int(index or 0)
-    if not found or number >= len(found):
+    if not facts or number >= len(facts):
         return None
-    mebibytes = re.match(r"(\d+) MiB", found[number].get("memory.used", ""))
+    mebibytes = re.match(r"(\d+) MiB", facts[number].get("memory.used", ""))
     return int(mebibytes[1]) * 2**20 if mebibytes else None
 
 
@@ -338,19 +338,19 @@ def _status(name: str) -> int | None:
 
 def _kilobytes(file: Path, name: str) -> int | None:
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+        line = re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(line[1]) * 1024 if line else None
 
 
 _SIDE = 1 << 16
-"""Numbers in one pass: 512 KB with the result, which the second level of caches holds."""
+"""Numbers in one pass of `Pace`: 512 KB with the result, which the second level of caches holds."""
 _PASSES, _REPEATS = 8, 5
 
 
 class Pace:
-    """The machine's own pace: the time of the same work again and again, on several threads at once.
+    """The machine's own pace: the time of one fixed piece of work, on several threads at once.
 
     It is reported beside a measurement and changes no figure: a neighbour that takes part of a core shows in it, which
     a virtual machine shows in no clock. Two paces compare only within one bench.
@@ -365,7 +365,7 @@ class Pace:
         self._arrays = [_aligned() for _ in range(self._threads)]
 
     def __call__(self) -> float:
-        """Do the work.
+        """Do the work once and time it.
 
         Returns:
             Time of the slowest thread in ms, each thread's the median of `_REPEATS`.
@@ -374,15 +374,16 @@ class Pace:
         return max(run(_timed, self._arrays))
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads that do the work."""
         if self._pool is not None:
             self._pool.shutdown()
 
 
 def _aligned() -> tuple[np.ndarray, np.ndarray]:
-    """Input and output at the beginning of a cache line each, and at different places of their pages.
+    """Input and output of `Pace`'s work, float32 [_SIDE], at places in memory that are equally fast in every process.
 
-    Where NumPy puts them, vectors straddle lines, and the work takes a third longer in one process than in another.
+    Each begins with a cache line, and they lie at different places of their pages. Where NumPy puts them, vectors
+    straddle lines, and the work takes a third longer in one process than in another.
     """
     line, page = 64 // 4, 4096 // 4
     memory = np.empty(2 * _SIDE + page, np.float32)
@@ -396,7 +397,7 @@ def _aligned() -> tuple[np.ndarray, np.ndarray]:
 def _timed(arrays: tuple[np.ndarray, np.ndarray]) -> float:
     x, y = arrays
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(_REPEATS):  # of several the median: an interruption of one would be taken for the machine's pace
         start = time.perf_counter()
         for _ in range(_PASSES):
             np.exp(x, out=y)  # vector instructions, and without the interpreter's lock

@@ -1,4 +1,4 @@
-"""Whether an exported model still does what the trained one does: the parity gate.
+"""The parity gate: whether an exported model still does what the trained one does.
 
 Letters: N batch, K classes.
 """
@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 
 from rkd_deploy.backends import Array, RunOn, available, infer_many
-from rkd_deploy.backends.files import CARD_NAME, check_files, model_path
+from rkd_deploy.backends.files import CARD_NAME, check_files, model_path, read_card
+from rkd_deploy.card import ModelCard
+from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import BackendError, GateError, ModelFileError, UsageError
 from rkd_deploy.fields import check_number
+from rkd_deploy.images import as_input, to_array
 from rkd_deploy.storage import open_regular
 
 GOLDEN_NAME = "golden.npz"
+GOLDEN_PHOTO = "golden/photo.jpg"
+PHOTO_LOGITS = "golden/photo.json"
 _KEYS = ("inputs", "logits", "tolerance")
 # What zipfile and NumPy raise on broken archives.
 _BROKEN_ARCHIVE = (
@@ -41,7 +46,7 @@ _BROKEN_ARCHIVE = (
 
 @dataclass(frozen=True)
 class Parity:
-    """What comparing two sets of logits gave."""
+    """Differences of two sets of logits, and whether they pass."""
 
     max_abs_diff: float
     """Largest |reference - candidate|; NaN where a logit is not finite."""
@@ -51,11 +56,11 @@ class Parity:
     n: int
     """Number of inputs."""
     tolerance: float
-    """On `max_abs_diff`."""
+    """Largest `max_abs_diff` that passes."""
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; NaN, which JSON has not, becomes None."""
+        """The parity for JSON; NaN, which JSON has not, becomes None."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -105,25 +110,25 @@ def _advice(parity: Parity, precision: str) -> str:
 
 
 def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
-    """Let a parity through, or stop.
+    """Let a parity that passed through, and stop at any other.
 
     Args:
         parity: What `compare` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
-        precision: Of the file, for advice that fits it.
+        precision: Precision of the file, for advice that fits it.
 
     Raises:
-        GateError: It did not pass.
+        GateError: The parity did not pass.
     """
     if parity.passed:
         return
-    found = (
+    difference = (
         "some logits are NaN or infinite"
         if math.isnan(parity.max_abs_diff)
         else f"logits differ by up to {parity.max_abs_diff:.3g} (mean {parity.mean_abs_diff:.3g})"
     )
     raise GateError(
-        f"Parity failed for {what}: {found} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
+        f"Parity failed for {what}: {difference} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
         f"the same class comes first for {parity.agreement:.1%} of them. "
         f"{_advice(parity, precision)} Where the difference is acceptable, state a larger tolerance."
     )
@@ -135,12 +140,15 @@ def verify(
     *,
     tolerance: float | None = None,
 ) -> Parity:
-    """Prove a bundle again: run the inputs of its golden.npz and compare with the logits stored there.
+    """Prove a bundle again: run its golden inputs and its golden photo, and compare with the logits stored beside them.
+
+    The photo goes through `images.to_array`, so pre-processing as it is done here is proven too; bundles of before have
+    none.
 
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
         run_on: Where, or the name of a backend, which then runs on its own device.
-        tolerance: None takes the one that is stored with the logits.
+        tolerance: Largest difference that passes. Default: the tolerance that is stored with the logits.
 
     Returns:
         The parity, passed or not; give it to `gate` to stop where it is not.
@@ -148,6 +156,7 @@ def verify(
     Raises:
         ModelFileError: The model or golden.npz is missing, corrupt, or they do not belong together; a file of the
             bundle is not as it was written.
+        DataError: The photo cannot be decoded here.
         BackendError: The backend cannot run here, or not on the device asked for.
     """
     golden = model_path(bundle_path).with_name(GOLDEN_NAME)
@@ -160,6 +169,9 @@ def verify(
     inputs, logits_NK, stored = read_golden(golden)
     run_on = run_on if isinstance(run_on, RunOn) else RunOn(run_on)
     with run_on.load(bundle_path) as loaded:
+        photo = _read_photo(golden.parent, read_card(bundle_path, loaded.info.metadata))
+        if photo is not None:
+            inputs, logits_NK = _joined(inputs, photo[0], golden), _joined(logits_NK, photo[1], golden)
         try:
             candidate_NK = infer_many(loaded, inputs)
         except UsageError as error:
@@ -193,14 +205,52 @@ def read_golden(path: Path) -> tuple[Array, Array, float]:
         ) from error
 
 
+def _read_photo(folder: Path, card: ModelCard | None) -> tuple[Array, Array] | None:
+    """The golden photo of a bundle as the graph takes it, [1, ...], with its logits [1, K]; None: it has none."""
+    if card is None or not (folder / GOLDEN_PHOTO).is_file():
+        return None
+    file = folder / PHOTO_LOGITS
+    try:
+        expected = decode(PhotoAnswer, read_json(file))
+    except DecodingError as error:
+        raise ModelFileError(
+            f"{file} cannot be read ({error}); it must hold the logits of {GOLDEN_PHOTO}. "
+            "Export the bundle again with rkd-deploy export."
+        ) from error
+    pixels = to_array(folder / GOLDEN_PHOTO, card.preprocess)[np.newaxis]
+    return as_input(pixels, card.preprocess), np.array([expected.logits], np.float32)
+
+
+def _joined(rows: Array, more: Array, golden: Path) -> Array:
+    if rows.shape[1:] != more.shape[1:] or rows.ndim == 0:
+        raise ModelFileError(
+            f"{golden} holds arrays of shape {list(rows.shape)} and {golden.parent / GOLDEN_PHOTO} gives "
+            f"{list(more.shape)}: they do not belong together. Export the bundle again with rkd-deploy export."
+        )
+    return np.concatenate([rows, more.astype(rows.dtype, copy=False)])
+
+
+@dataclass(frozen=True)
+class PhotoAnswer:
+    """What a bundle must answer for its golden photo: the content of golden/photo.json."""
+
+    logits: tuple[float, ...]
+    tolerance: float
+    """Largest difference of a logit."""
+    label: str
+    index: int
+    probability: float
+    """Probability of the class with the largest logit."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend made of a bundle.
+    """Whether one backend reproduces a bundle's golden logits.
 
     Attributes:
-        backend: Its name.
-        parity: Its logits against the golden ones; None where it cannot run this bundle here.
-        reason: Why it cannot; None where it can.
+        backend: Name of the backend.
+        parity: The backend's logits against the golden ones; None where it cannot run this bundle here.
+        reason: Why it cannot run the bundle; None where it can.
     """
 
     backend: str
@@ -219,7 +269,7 @@ def verify_everywhere(
     Args:
         bundle_path: Bundle folder, or the ONNX file in it.
         device: As `RunOn.device`, for every backend.
-        tolerance: None takes the bundle's own.
+        tolerance: Largest difference that passes. Default: the bundle's own.
 
     Raises:
         ModelFileError: The bundle is missing, corrupt or changed.

@@ -1,4 +1,4 @@
-"""Reads records, of a bench or a comparison, back into typed values; those of older versions too."""
+"""Reads records of benches and comparisons, older versions' too, into typed values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = ("bench", "compare")
 
 @dataclass(frozen=True)
 class MachineStates:
-    """The machine before the first and after the last measurement."""
+    """States of the machine before the first and after the last measurement."""
 
     before: MachineState
     after: MachineState
@@ -28,11 +28,11 @@ class MachineStates:
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """What a record holds of a bench; empty where nothing was measured, fields of later versions left out.
+    """A bench as a record holds it; empty where nothing was measured, fields of later versions left out.
 
     Attributes:
-        results: In the order they were measured.
-        scenarios: What LoadGen reported.
+        results: Results in the order they were measured.
+        scenarios: Results of LoadGen's scenarios.
         roofline: Bounds that were predicted, and the ceilings of the machine they follow from.
         layers: Time of each layer.
         provenance: What was run, when and where.
@@ -52,7 +52,7 @@ class BenchRecord:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The JSON of a record, its kind and schema checked.
+    """Read the JSON of a record; its kind and schema are checked.
 
     Raises:
         ModelFileError: The file cannot be read, is no record, or was written by a newer version.
@@ -73,7 +73,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_bench(path: Path) -> BenchRecord:
-    """The bench in a record.
+    """Read the bench out of a record's file.
 
     Raises:
         ModelFileError: As for `read_record`; or the record is damaged.
@@ -86,7 +86,7 @@ def read_bench(path: Path) -> BenchRecord:
 
 
 def bench_record(content: Mapping[str, Any]) -> BenchRecord:
-    """The bench in the JSON of a record.
+    """Read the bench out of a record's JSON.
 
     Raises:
         DecodingError: The record is damaged.

@@ -24,12 +24,12 @@ RECORD_NAME = "bench.json"
 
 @dataclass(frozen=True)
 class Recorded:
-    """A bench that was written down.
+    """A bench whose record was written.
 
     Attributes:
         path: bench.json, with every sample.
-        results: What was measured, in order.
-        scenarios: What LoadGen reported.
+        results: Results in the order they were measured.
+        scenarios: Results of LoadGen's scenarios.
         error: What ended the bench early; the record is marked as partial then. None: everything was measured.
     """
 
@@ -59,7 +59,7 @@ def record_bench(
         settings: As for `bench`.
         folder: Where bench.json is written; made when it is not there.
         progress: As for `bench`.
-        scenarios: Of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
+        scenarios: Some of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
         load: How hard and how long LoadGen asks.
         analyse: Called with the results when all is measured; gives what else belongs into the record.
 
@@ -129,7 +129,7 @@ def write_record(
     Args:
         results: What `bench` gave.
         settings: How it was measured.
-        folder: Made when it is not there.
+        folder: Folder of the record; made when it is not there.
         states: The machine before the first and after the last measurement.
         scenarios: What LoadGen reported.
         more: What else belongs into the record: "roofline" and "layers".

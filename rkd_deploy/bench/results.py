@@ -1,4 +1,4 @@
-"""Figures of one measurement and the facts around them, and how a record holds both."""
+"""Figures of one measurement, the facts around them, and how a record holds both."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Percentile:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What follows from the samples of one measurement.
+    """Figures that follow from the samples of one measurement.
 
     Attributes:
         transfers: True: host to host. False: input and output stayed on the device.
-        percentiles: By q of `PERCENTILES`, in %; a record has `p50_ms`, `p50_low_ms`, `p99_9_high_ms` and so on.
+        percentiles: Percentiles by their q in %, of `PERCENTILES`; a record has `p50_ms`, `p50_low_ms` and so on.
         mean_ms: Arithmetic mean.
         cv: Standard deviation over mean.
         throughput_per_s: Images per second of callers that never wait, one for each stream.
@@ -78,12 +78,12 @@ class Figures:
 
     @property
     def p50_ms(self) -> float:
-        """Median latency."""
+        """Median latency in ms."""
         return self.percentiles[50].ms
 
     @staticmethod
     def of(timing: Timing) -> dict[str, Any]:
-        """The fields of `Figures` by name, of a timing."""
+        """Values of `Figures`' fields by name, from the samples of a timing."""
         return {
             "transfers": timing.transfers,
             "percentiles": {q: _percentile(timing, q) for q in PERCENTILES},
@@ -103,15 +103,15 @@ class Figures:
     def to_row(self) -> dict[str, Any]:
         """The figures as a record has them: a key for each end of each percentile's interval."""
         row: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name == "percentiles":
+        for figure in fields(self):
+            value = getattr(self, figure.name)
+            if figure.name == "percentiles":
                 for q, percentile in self.percentiles.items():
                     name = f"p{q:g}".replace(".", "_")
                     row |= {f"{name}_ms": percentile.ms, f"{name}_low_ms": percentile.low_ms}
                     row[f"{name}_high_ms"] = percentile.high_ms
             else:
-                row[one.name] = value.to_row() if isinstance(value, Figures) else value
+                row[figure.name] = value.to_row() if isinstance(value, Figures) else value
         return row
 
 
@@ -174,7 +174,7 @@ class Result(Figures):
     memory_limit_bytes: int | None = None
     load_seconds: float | None = None
     build_seconds: float | None = None
-    engine_kept: str | None = None
+    engine_kept: str | None = None  # the names are the keys of bench.json, which earlier records have too
     resident_load_bytes: int | None = None
     resident_peak_bytes: int | None = None
     resident_growth_bytes: int | None = None
@@ -183,7 +183,7 @@ class Result(Figures):
 
     @classmethod
     def from_timing(cls, timing: Timing, *, device_only: Timing | None = None, **facts: Any) -> Self:
-        """Join the samples with the other fields.
+        """Make a result of samples and the fields that do not follow from them.
 
         Args:
             timing: Samples of the figures.
@@ -210,8 +210,8 @@ def result_of_row(row: Any, where: str = "results") -> Result:
 
 
 def _percentiles(row: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Percentiles by q, of the keys `p50_ms`, `p50_low_ms` and so on."""
-    names = [found[1] for key in row if (found := re.fullmatch(r"(p\d+(?:_\d+)?)_ms", str(key)))]
+    """Percentiles of a record's row by q, from its keys `p50_ms`, `p50_low_ms` and so on."""
+    names = [match[1] for key in row if (match := re.fullmatch(r"(p\d+(?:_\d+)?)_ms", str(key)))]
     if row.get("p50_ms") is None:
         raise DecodingError(f"{where}.p50_ms is missing")
     return {

@@ -1,4 +1,4 @@
-"""Prediction first: how fast a model could be on this machine, before it is measured.
+"""Predicts how fast a model could be on this machine, before it is measured.
 
 With W_k multiply-adds in arithmetic k, Q bytes that have to be moved at the least, and the machine's ceilings pi_k
 (MAC/s) and beta (bytes/s), no run takes less than
@@ -36,41 +36,41 @@ from rkd_deploy.errors import BackendError, UsageError, require
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(Case):
-    """What is told of one case; None where it cannot be, and `note` says why."""
+    """Prediction for one case; None where something cannot be told, and `note` says why."""
 
     macs: int | None = None
-    """Of one call."""
+    """Multiply-adds of one call."""
     least_bytes: int | None = None
-    """Weights, input and outputs, each once."""
+    """Bytes of weights, input and outputs, each moved once."""
     unfused_bytes: int | None = None
-    """All operators' inputs and outputs."""
+    """Bytes of all operators' inputs and outputs."""
     arithmetic: str | None = None
-    """What the multiply-adds are done in; of several the shares."""
+    """Type that the multiply-adds are done in; of several types their shares."""
     macs_per_s: float | None = None
-    """The machine's ceiling; of several kinds of arithmetic that of their mixture."""
+    """The machine's ceiling of multiply-adds; of several types that of their mixture."""
     bytes_per_s: float | None = None
-    """The machine's ceiling for a working set of this size."""
+    """The machine's ceiling of bytes for a working set of this size."""
     bound_ms: float | None = None
-    """No call can be faster."""
+    """Time in ms that no call can fall below."""
     limit: str | None = None
-    """Which ceiling it comes from: "compute" or "memory"."""
+    """Ceiling that the bound comes from: "compute" or "memory"."""
     note: str | None = None
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What was predicted, and from what."""
+    """Predictions, and the ceilings that they follow from."""
 
     ceilings: tuple[Ceilings, ...] = ()
     predictions: tuple[Prediction, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The roofline for JSON."""
         return asdict(self)
 
 
 def bound(macs: int, least_bytes: int, macs_per_s: float, bytes_per_s: float) -> tuple[float, str]:
-    """The roofline as time.
+    """The roofline's bound as the time of one call.
 
     Returns:
         Milliseconds, and which ceiling they come from: "compute" or "memory".
@@ -87,14 +87,14 @@ def predict(
     shape: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Roofline:
-    """What each model has to do, what the machine can do, and the time that follows.
+    """Predict the least time of a call of each model, from what it has to do and what the machine can do.
 
     Args:
         models: Bundle folders or ONNX files; of others the prediction says that nothing is known.
         run_on: Where; its streams are of no effect: the bound is one caller's.
         batches: Numbers of images in one call.
-        shape: Of one input, for models that leave it open and have no card.
-        progress: Told what is being done.
+        shape: Shape of one input, for models that leave it open and have no card.
+        progress: Called with what is being measured.
 
     Returns:
         A prediction for each batch size and model, in that order.
@@ -105,10 +105,10 @@ def predict(
         BackendError: The backend cannot run here.
     """
     subjects = [_subject(path, shape) for path in models]
-    wanted = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
-    costs = [cost for *_, cost, _ in wanted if cost is not None]
+    cases = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
+    costs = [cost for *_, cost, _ in cases if cost is not None]
     ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in BACKENDS else {}
-    ran_on = next((one.device for one in ceilings.values()), run_on.where)
+    ran_on = next((measured.device for measured in ceilings.values()), run_on.where)
     predictions = tuple(
         Prediction(
             model=subject.name,
@@ -119,48 +119,48 @@ def predict(
             threads=run_on.threads,
             **({"note": note} if cost is None else _bounded(cost, ceilings, run_on.backend)),
         )
-        for subject, batch, cost, note in wanted
+        for subject, batch, cost, note in cases
     )
     return Roofline(tuple(ceilings.values()), predictions)
 
 
 def _ceilings(run_on: RunOn, costs: Sequence[GraphCost], progress: Progress | None) -> dict[str, Ceilings]:
-    """By arithmetic; float32's too where another one's cannot be measured, or is not known here."""
+    """Ceilings by arithmetic; float32's too where those of another type cannot be measured."""
     sizes = sorted({footprint(cost.least_bytes) for cost in costs})
-    found: dict[str, Ceilings] = {}
+    ceilings: dict[str, Ceilings] = {}
 
     def measure(arithmetic: str) -> None:
         if progress is not None:
             progress(f"the machine's ceilings on {run_on} in {arithmetic}", 0)
-        found[arithmetic] = measure_ceilings(run_on, arithmetic=arithmetic, footprints=sizes)
+        ceilings[arithmetic] = measure_ceilings(run_on, arithmetic=arithmetic, footprints=sizes)
 
     wanted = {kind for cost in costs for kind in cost.macs_in}
     for kind in sorted(wanted & {*ARITHMETIC} - {"float32"}):
         with suppress(BackendError):  # of a runtime without such kernels; float32 below tells what is wrong otherwise
             measure(kind)
-    if not wanted or not wanted <= {*found}:
+    if not wanted or not wanted <= {*ceilings}:
         measure("float32")
-    return found
+    return ceilings
 
 
 @dataclass(frozen=True)
 class _Subject:
     name: str
-    """As bench calls it."""
+    """Name of the model, as bench calls it."""
     file: Path
     image: tuple[int, ...]
     """Shape of one image, where a card says it."""
     readable: bool
-    """Whether it is an ONNX file; an engine is none."""
+    """Whether the file is an ONNX file; an engine is none."""
 
 
 def _subject(path: str | os.PathLike[str], shape: Sequence[int] | None) -> _Subject:
     onnx, file = require("onnx", "export"), model_path(path)
     try:
-        found = onnx.load(str(file), load_external_data=False)
+        model = onnx.load(str(file), load_external_data=False)
     except Exception:  # protobuf's own, of whatever kind: an engine, or a broken file, which the bench itself refuses
         return _Subject(model_name(path), file, (), False)
-    card = read_card(path, {entry.key: entry.value for entry in found.metadata_props})
+    card = read_card(path, {entry.key: entry.value for entry in model.metadata_props})
     name = card.name if card is not None else model_name(path)
     image = shape or (() if card is None else card.preprocess.input_shape)
     return _Subject(name, file, tuple(image), True)
@@ -185,34 +185,34 @@ def _bounded(cost: GraphCost, ceilings: Mapping[str, Ceilings], backend: str) ->
     }
     if not ceilings:
         return {**known, "note": f"no ceiling is measured of {backend}, which runs no ONNX file"}
-    seconds = 0.0
+    seconds = 0.0  # the types of arithmetic one after the other: units for several types are not promised to overlap
     for kind, macs in cost.macs_in.items():
         if kind not in ceilings:
             notes.append(
                 f"{kind} is bounded by the peak of float32, which it may exceed: its own could not be measured"
             )
         seconds += macs / ceilings.get(kind, ceilings.get("float32", next(iter(ceilings.values())))).macs_per_s
-    rate = max(one.bytes_per_s[footprint(cost.least_bytes)] for one in ceilings.values())
-    peak = cost.macs / seconds if seconds else max(one.macs_per_s for one in ceilings.values())
+    rate = max(measured.bytes_per_s[footprint(cost.least_bytes)] for measured in ceilings.values())
+    peak = cost.macs / seconds if seconds else max(measured.macs_per_s for measured in ceilings.values())
     bound_ms, limit = bound(cost.macs, cost.least_bytes, peak, rate)
-    told = {"macs_per_s": peak, "bytes_per_s": rate, "bound_ms": bound_ms, "limit": limit}
-    return {**known, **told, "note": "; ".join(notes) or None}
+    roof = {"macs_per_s": peak, "bytes_per_s": rate, "bound_ms": bound_ms, "limit": limit}
+    return {**known, **roof, "note": "; ".join(notes) or None}
 
 
 def _shares(cost: GraphCost) -> str:
     if len(cost.macs_in) < 2:
         return cost.arithmetic
-    ordered = sorted(cost.macs_in.items(), key=lambda one: -one[1])
+    ordered = sorted(cost.macs_in.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {100 * macs / cost.macs:.0f} %" for kind, macs in ordered)
 
 
 @dataclass(frozen=True)
 class Achieved:
-    """A prediction beside what was measured."""
+    """A prediction beside the latency that was measured."""
 
     prediction: Prediction
     p50_ms: float | None
-    """None where it was not measured."""
+    """Median latency in ms; None where it was not measured."""
 
     @property
     def share(self) -> float | None:
@@ -222,19 +222,20 @@ class Achieved:
 
 
 def achieved(predictions: Iterable[Prediction], results: Iterable[Result]) -> list[Achieved]:
-    """Each prediction with the median of the result that it was made for."""
+    """Pair each prediction with the median of the result that it was made for."""
+    # Reversed, so that of several results of one case (numbers of streams, say) the first is the one that stays.
     medians = {_case(result): result.p50_ms for result in reversed(list(results))}
     return [Achieved(prediction, medians.get(_case(prediction))) for prediction in predictions]
 
 
-def _case(one: Prediction | Result) -> Case:
-    case = Case.of(one)
+def _case(source: Prediction | Result) -> Case:
+    case = Case.of(source)
     # What is predicted is the ONNX file, and what runs the engine that was built of it.
     return replace(case, file_bytes=0) if case.backend in ENGINE_BACKENDS else case
 
 
 class Analysis:
-    """Of some models under all settings of one bench; neither step touches the timed runs."""
+    """Rooflines and layer times of some models at all places of one bench, apart from the timed runs."""
 
     def __init__(
         self,
@@ -255,15 +256,15 @@ class Analysis:
             names: To call the models by, where their own are not those of the results.
         """
         self._models, self._names, self._shape = list(models), names, shape
-        self._asked = None if batches is None else list(batches)
-        self._batches = self._asked or list(USUAL_BATCHES)
+        self._engine_batches = None if batches is None else list(batches)
+        self._batches = self._engine_batches or list(USUAL_BATCHES)
         self._run_on = list(dict.fromkeys(replace(place, streams=1, cuda_graph=True) for place in run_on))
         self.roofline: Roofline | None = None
         self.layers: list[LayerTimes] | None = None
 
     def predict(self, progress: Progress | None = None) -> None:
-        """Before the measurement, under each setting: see `roofline.predict`, also for the errors."""
-        found = [
+        """Predict at each place, before the measurement; errors as for `roofline.predict`."""
+        rooflines = [
             predict(
                 self._models,
                 place,
@@ -273,37 +274,43 @@ class Analysis:
             )
             for number, place in enumerate(self._run_on)
         ]
-        predictions = [one for each in found for one in each.predictions]
+        predictions = [prediction for roofline in rooflines for prediction in roofline.predictions]
         if self._names is not None:
             names = list(self._names) * (len(predictions) // len(self._names))
-            predictions = [replace(one, model=name) for one, name in zip(predictions, names, strict=True)]
-        self.roofline = Roofline(tuple(one for each in found for one in each.ceilings), tuple(predictions))
+            predictions = [replace(prediction, model=name) for prediction, name in zip(predictions, names, strict=True)]
+        ceilings = tuple(measured for roofline in rooflines for measured in roofline.ceilings)
+        self.roofline = Roofline(ceilings, tuple(predictions))
 
     def profile(self, progress: Progress | None = None, *, batch: int | None = None) -> None:
-        """After it, under each setting, at the smallest batch unless one is given: see `layers.layer_times`."""
+        """Time the layers at each place, after the measurement; errors as for `layers.layer_times`.
+
+        Args:
+            progress: Called with what is being profiled, and the share that is done.
+            batch: Images in one call. Default: the smallest batch of the bench.
+        """
         self.layers = []
         for number, place in enumerate(self._run_on):
-            found = layer_times(
+            profiles = layer_times(
                 self._models,
                 place,
                 batch=batch or min(self._batches),
-                batches=self._asked,
+                batches=self._engine_batches,
                 shape=self._shape,
                 progress=self._counted(progress, number),
             )
-            if self._names is not None and found:
-                found = [replace(one, model=name) for one, name in zip(found, self._names, strict=True)]
-            self.layers += found
+            if self._names is not None and profiles:
+                profiles = [replace(times, model=name) for times, name in zip(profiles, self._names, strict=True)]
+            self.layers += profiles
 
     def to_record(self) -> dict[str, Any]:
-        """What was found, for the record of the bench."""
-        found: dict[str, Any] = {}
+        """Rooflines and layer times for the record of the bench; what was not asked for is left out."""
+        record: dict[str, Any] = {}
         if self.roofline is not None:
-            found["roofline"] = self.roofline.to_record()
+            record["roofline"] = self.roofline.to_record()
         if self.layers is not None:
-            found["layers"] = [times.to_record() for times in self.layers]
-        return found
+            record["layers"] = [times.to_record() for times in self.layers]
+        return record
 
     def _counted(self, progress: Progress | None, number: int) -> Progress | None:
-        """Shares of one setting as shares of all of them."""
+        """A progress that takes shares of one place, and reports them as shares of all places."""
         return None if progress is None else lambda name, share: progress(name, (number + share) / len(self._run_on))

@@ -8,8 +8,8 @@ from typing import TypeVar
 from rkd_deploy.bench.timing import Progress
 
 SESSIONS = 8
-"""Six are the fewest that bound a median on both sides with 95 % confidence; eight bound it by their extremes, too,
-and may lose none: 2 * 2^-8 is less than 5 %, 2 * 9 * 2^-8 is not."""
+"""Number of sessions. Six are the fewest that bound a median on both sides with 95 % confidence (2 * 2^-6 is less than
+5 %); eight, too, bound it by their extremes: to leave one out on each side takes 2 * 9 * 2^-8, more than 5 %."""
 
 K = TypeVar("K")
 V = TypeVar("V")

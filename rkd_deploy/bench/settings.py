@@ -1,4 +1,4 @@
-"""What a bench measures with: where models run, at which batch sizes, for how long, on what."""
+"""Settings of a bench: where models run, at which batch sizes, for how long, on what."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.bench.timing import check_limits
+from rkd_deploy.bench.timing import Limits
 from rkd_deploy.errors import UsageError
 from rkd_deploy.fields import check_number
 
@@ -20,10 +20,10 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """How a bench measures; every model is measured in the same way.
+    """Settings of a bench; every model is measured in the same way.
 
     Attributes:
-        run_on: Where; measured one after the other.
+        run_on: Places where models run, measured one after the other.
         batches: Numbers of images in one call; None: 1, 8 and 32, or the models' own where it is fixed.
         min_seconds: Time in timed calls of each model at each batch size, at least.
         min_runs: Number of those calls, at least.
@@ -48,7 +48,7 @@ class BenchSettings:
     data: Path | None = None
 
     def __post_init__(self) -> None:
-        check_limits(self.min_seconds, self.min_runs, self.warmup_seconds)
+        _ = self.limits  # refused here, before anything is loaded
         check_number("seed", self.seed, 0, whole=True)
         for name, numbers in (("batches", self.batches), ("shape", self.shape)):
             for number in numbers or ():
@@ -59,8 +59,13 @@ class BenchSettings:
                 "one of each."
             )
 
+    @property
+    def limits(self) -> Limits:
+        """How long each model is timed at each batch size."""
+        return Limits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
+
     def to_record(self) -> dict[str, Any]:
-        """For the "settings" of a record: backends, threads and streams as lists, since every combination was run."""
+        """The "settings" of a record: backends, threads and streams as lists, since every combination was run."""
         first = self.run_on[0]
         threads = dict.fromkeys(place.threads for place in self.run_on if place.threads is not None)
         return {
@@ -89,13 +94,13 @@ def combinations(
     memory_limit: int | None = None,
     cuda_graph: bool = True,
 ) -> tuple[RunOn, ...]:
-    """Every backend with every number of threads and streams.
+    """Places to run: every backend with every number of threads and streams.
 
     A backend that runs on GPUs only has no threads: beside others it is measured once, whatever the thread counts.
 
     Args:
         backends: As `RunOn.backend`.
-        device: As `RunOn.device`, and so the others; of every one the same.
+        device: As `RunOn.device`, the same for every backend.
         threads: Thread counts; None leaves the number to the runtime.
         streams: Numbers of callers at once.
         memory_limit: Most bytes of device memory.
@@ -114,7 +119,9 @@ def combinations(
 
 
 def check_models(models: Sequence[PathLike], run_on: Sequence[RunOn]) -> None:
-    """Refuse what cannot be measured before anything is loaded: a bench of many backends ends before its first minute.
+    """Refuse models that cannot be measured, before anything is loaded.
+
+    So a bench of many backends does not end at its last one after an hour.
 
     Raises:
         UsageError: No model, or an engine for a backend that runs none.

@@ -22,26 +22,26 @@ class Timing:
     """The samples of one model at one batch size, and what follows from them; durations in ms."""
 
     samples_ms: tuple[float, ...]
-    """In the order they were measured; with several streams, stream after stream within a turn."""
+    """Samples in the order they were measured; with several streams, stream after stream within a turn."""
     batch: int
     transfers: bool
-    """True: host to host. False: input and output stay on the device."""
+    """Whether calls went host to host; False: input and output stayed on the device."""
     first_run_ms: float
     warmup_runs: int
-    """Untimed calls, those after each change of model included."""
+    """Number of untimed calls, those after each change of model included."""
     warmup_seconds: float
     rounds: tuple[int, ...] = ()
-    """How many of the samples fell into each turn of 0.1 s, in order: drift is within turns small, between them not."""
+    """Number of samples in each turn of 0.1 s, in order: drift is small within turns, and not between them."""
     streams: int = 1
-    """Callers at once."""
+    """Number of callers at once."""
     paces_ms: tuple[float, ...] = ()
-    """The machine's pace (`pace.Pace`) just before each turn; empty where it was not taken."""
+    """The machine's pace (`machine.Pace`) just before each turn; empty where it was not taken."""
     complete: bool = True
-    """False: interrupted before its limits were reached."""
+    """Whether the limits were reached; False after an interruption."""
 
     @cached_property
     def round_medians_ms(self) -> tuple[float, ...]:
-        """Median (nearest rank) of each turn, in order."""
+        """Median (nearest rank) of the samples of each turn, in order."""
         ends = np.cumsum(self.rounds).tolist()
         turns = [sorted(self.samples_ms[end - count : end]) for end, count in zip(ends, self.rounds, strict=True)]
         return tuple(turn[_rank(50, len(turn)) - 1] for turn in turns)
@@ -51,7 +51,7 @@ class Timing:
         return tuple(sorted(self.samples_ms))
 
     def percentile(self, q: float) -> float:
-        """The nearest-rank percentile: the smallest sample with at least q percent of all at or below it.
+        """The q-th percentile by nearest rank: the smallest sample with at least q percent of all at or below it.
 
         Raises:
             UsageError: `q` is not above 0 and at most 100.
@@ -61,12 +61,12 @@ class Timing:
 
     @property
     def p50(self) -> float:
-        """Median, nearest rank."""
+        """Median of the samples, nearest rank."""
         return self.percentile(50)
 
     @property
     def mean(self) -> float:
-        """Arithmetic mean."""
+        """Arithmetic mean of the samples."""
         return math.fsum(self.samples_ms) / len(self.samples_ms)
 
     @property
@@ -109,7 +109,7 @@ class Timing:
         )
 
     def design_effect(self, q: float) -> float:
-        """How many times the variance of independent samples the share of samples below a percentile really has.
+        """Variance of the share of samples below a percentile, over what it would be for independent samples.
 
         With n_j samples in turn j, y_j of them at or below the q-th percentile, p their share over all m turns:
         Var(p) = m / (m - 1) * sum_j (y_j - p n_j)^2 / n^2, and the effect is Var(p) / (p (1 - p) / n), at least 1;
@@ -122,6 +122,7 @@ class Timing:
         if m < 2 or p == 1:
             return 1.0
         counts = np.asarray(self.rounds)
+        # At least 1: turns that differ less than chance would have it are luck, and must not narrow the interval.
         y = np.add.reduceat(below, np.cumsum(counts) - counts, dtype=np.int64)
         variance = m / (m - 1) * float(np.sum((y - p * counts) ** 2)) / n**2
         return max(1.0, variance * n / (p * (1 - p)) * _small_sample_factor(m - 1))
@@ -129,10 +130,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether one latency is slower than another, by repeated sessions.
+    """Ratio of two latencies over repeated sessions, and whether it shows one to be slower.
 
     Attributes:
-        ratio: Median over the sessions of the one's latency over the other's; below 1, it is faster.
+        ratio: Median over the sessions of the first latency over the second; below 1, the first is faster.
         low: Lower end of the median's confidence interval, 0 where there are too few sessions for one.
         high: Upper end, infinite where there are too few sessions for one.
     """
@@ -148,13 +149,13 @@ class Judgement:
 
 
 def judge(ratios: Sequence[float], confidence: float = 0.95) -> Judgement:
-    """The judge of "slower", for models and networks that were measured side by side in repeated sessions.
+    """Judge whether one model is slower than another, both measured side by side in repeated sessions.
 
     What slows a machine down for longer than a session slows both sides alike and cancels out in the session's ratio;
     what hits one side alone is an outlier, which a median leaves out. The interval is that of the sign test.
 
     Args:
-        ratios: Latency of the one over that of the other in each session (`sessions.measure_in_sessions`).
+        ratios: First latency over the second in each session (`sessions.measure_in_sessions`).
         confidence: Above 0 and below 1.
     """
     ordered = sorted(ratios)
@@ -176,8 +177,9 @@ def interval_ranks(count: int, share: float, confidence: float) -> tuple[int | N
         share: The percentile as a share, above 0 and at most 1.
         confidence: Above 0 and below 1.
     """
-    if share == 1:
+    if share == 1:  # nothing measured bounds the largest value that could come up
         return count, None
+    # In logarithms: binomial coefficients of a few thousand samples are beyond any float.
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     k = np.arange(count + 1)
     log_choose = log_factorial[count] - log_factorial[k] - log_factorial[count - k]

@@ -23,28 +23,54 @@ from rkd_deploy.fields import check_number
 
 __all__ = [
     "Clock",
+    "Limits",
     "MeasurementInterrupted",
     "Progress",
     "Timing",
     "Workload",
     "measure",
-    "measure_interleaved",
     "measure_workloads",
 ]
 
 Clock = Callable[[], int]
-"""Nanoseconds since some fixed instant."""
+"""Gives nanoseconds since some fixed instant."""
 
 _LONGEST, _MOST_RUNS = 86_400, 10**9
-"""A day of calls of 0.1 ms: every sample is kept in memory."""
+"""Largest limits in seconds and runs: a day, or as many calls of 0.1 ms; every sample stays in memory."""
 
 ROUND_NS = 100_000_000
 """How long one model runs before the next one has its turn."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a workload is timed: until every one of these is reached.
+
+    Attributes:
+        min_seconds: Time in timed calls of each stream, at least.
+        min_runs: Number of timed calls of all streams, at least.
+        warmup_seconds: Time in untimed calls before, at least.
+        warmup_runs: Number of untimed calls before, at least.
+
+    Raises:
+        UsageError: A limit is no finite number, negative or too large, or `min_runs` is below 1.
+    """
+
+    min_seconds: float = 2.0
+    min_runs: int = 100
+    warmup_seconds: float = 0.5
+    warmup_runs: int = 10
+
+    def __post_init__(self) -> None:
+        check_number("min_seconds", self.min_seconds, 0, _LONGEST)
+        check_number("min_runs", self.min_runs, 1, _MOST_RUNS, whole=True)
+        check_number("warmup_seconds", self.warmup_seconds, 0, _LONGEST)
+        check_number("warmup_runs", self.warmup_runs, 0, _MOST_RUNS, whole=True)
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What is timed under one name.
+    """A loaded model and the batch it is timed on.
 
     Attributes:
         backends: The loaded model; for several streams, one of its own for each.
@@ -60,10 +86,10 @@ class Workload:
 class Runner:
     """One workload under measurement: its streams, and the samples so far."""
 
-    def __init__(self, name: str, workload: Workload, min_ns: int, min_runs: int, clock: Clock) -> None:
+    def __init__(self, name: str, workload: Workload, limits: Limits, clock: Clock) -> None:
         self.name = name
         self._workload = workload
-        self._min_ns, self._min_runs = min_ns, min_runs
+        self._min_ns, self._min_runs = int(limits.min_seconds * 1e9), limits.min_runs
         self._samples: list[int] = []
         self._rounds: list[int] = []
         self._paces_ms: list[float] = []
@@ -74,6 +100,7 @@ class Runner:
         self._streams = [Stream(_call(backend, workload), clock, threads) for backend in workload.backends]
         for stream in self._streams:  # one after the other: together they would wait for one another
             stream.start(0, 1)()
+        # Of the first stream alone: what it loaded or compiled, the others find done.
         self._first = self._take()[0]
 
     def warm_up(self, min_ns: int, min_runs: int) -> None:
@@ -84,13 +111,14 @@ class Runner:
         self._warmup_total += sum(samples)
 
     def run_round(self, pace_ms: float | None = None) -> None:
-        """One turn: `ROUND_NS`, or less where that reaches both limits.
+        """Measure for one turn: `ROUND_NS`, or less where that reaches both limits.
 
         Args:
             pace_ms: The machine's pace just before.
         """
         streams = len(self._streams)
         try:
+            # Both limits, less what is measured already, shared among the streams; -(-a // b) rounds up.
             self._together(
                 self._min_ns - self._total // streams, -(-(self._min_runs - len(self._samples)) // streams), ROUND_NS
             )
@@ -114,7 +142,7 @@ class Runner:
         return min(1.0, time_share, len(self._samples) / self._min_runs)
 
     def timing(self) -> Timing:
-        """The samples so far."""
+        """The samples so far as a `Timing`."""
         return Timing(
             samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
             batch=len(self._workload.x),
@@ -157,16 +185,17 @@ class Stream:
         return self._thread.submit(self._run, min_ns, min_runs, most_ns).result
 
     def take(self) -> list[int]:
-        """The samples since the last call."""
+        """Hand over the samples since the last call."""
         samples, self._samples = self._samples, []
         return samples
 
     def close(self) -> None:
-        """End its thread, after the turn it is in."""
+        """End the stream's thread, after the turn it is in."""
         if self._thread is not None:
             self._thread.shutdown()
 
     def _run(self, min_ns: int, min_runs: int, most_ns: int) -> None:
+        # Looked up once: the loop is part of what is measured, and some models take no longer than a few lines of it.
         call, clock, append = self._call, self._clock, self._samples.append
         total = runs = 0
         while total < most_ns and (total < min_ns or runs < min_runs):
@@ -217,7 +246,7 @@ def measure(
     clock: Clock = time.perf_counter_ns,
     progress: Progress | None = None,
 ) -> Timing:
-    """Time one model.
+    """Time one loaded model.
 
     Args:
         backend: The model.
@@ -234,63 +263,15 @@ def measure(
         UsageError: A limit is negative, or `x` does not fit the model.
         BackendError: A run failed.
     """
-    return measure_interleaved(
-        {backend.name: (backend, x)},
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        warmup_seconds=warmup_seconds,
-        warmup_runs=warmup_runs,
-        transfers=transfers,
-        clock=clock,
-        progress=progress,
-    )[backend.name]
-
-
-def measure_interleaved(
-    models: Mapping[str, tuple[Backend, Array]],
-    *,
-    min_seconds: float = 2.0,
-    min_runs: int = 100,
-    warmup_seconds: float = 0.5,
-    warmup_runs: int = 10,
-    transfers: bool = True,
-    clock: Clock = time.perf_counter_ns,
-    progress: Progress | None = None,
-) -> dict[str, Timing]:
-    """Time several models by turns, one stream each, as `measure_workloads` does.
-
-    Args:
-        models: Backend and batch by name; the rest as for `measure`, and each limit holds for each model.
-        min_seconds: Time in timed calls of each, at least.
-        min_runs: Number of those calls, at least.
-        warmup_seconds: Time in untimed calls before, at least.
-        warmup_runs: Number of untimed calls before, at least.
-        transfers: True times `infer`, host to host; False times device-resident runs (`prepare`).
-        clock: Nanoseconds.
-        progress: Called with each name, and the share of its measurement that is done.
-
-    Raises:
-        UsageError: A limit is negative, or an input does not fit its model.
-        BackendError: A run failed.
-    """
-    return measure_workloads(
-        {name: Workload((backend,), x, transfers) for name, (backend, x) in models.items()},
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        warmup_seconds=warmup_seconds,
-        warmup_runs=warmup_runs,
-        clock=clock,
-        progress=progress,
-    )
+    limits = Limits(min_seconds=min_seconds, min_runs=min_runs, warmup_seconds=warmup_seconds, warmup_runs=warmup_runs)
+    workloads = {backend.name: Workload((backend,), x, transfers)}
+    return measure_workloads(workloads, limits, clock=clock, progress=progress)[backend.name]
 
 
 def measure_workloads(
     workloads: Mapping[str, Workload],
+    limits: Limits | None = None,
     *,
-    min_seconds: float = 2.0,
-    min_runs: int = 100,
-    warmup_seconds: float = 0.5,
-    warmup_runs: int = 10,
     clock: Clock = time.perf_counter_ns,
     pace: Callable[[], float] | None = None,
     progress: Progress | None = None,
@@ -301,31 +282,28 @@ def measure_workloads(
     not counted: it finds the caches full of something else.
 
     Args:
-        workloads: By name; each limit holds for each of them.
-        min_seconds: Time in timed calls of each stream, at least.
-        min_runs: Number of timed calls of all streams, at least.
-        warmup_seconds: Time in untimed calls before, at least.
-        warmup_runs: Number of untimed calls before, at least.
+        workloads: Workloads by name.
+        limits: How long each of them is timed.
         clock: Nanoseconds.
         pace: Called before each turn; gives how fast the machine itself is, in ms: a `machine.Pace`.
         progress: Called with each name, and the share of its measurement that is done.
 
     Raises:
-        UsageError: A limit is negative, or an input does not fit its model.
+        UsageError: An input does not fit its model.
         BackendError: A run failed.
         MeasurementInterrupted: Ctrl-C, once a sample was taken.
     """
-    check_limits(min_seconds, min_runs, warmup_seconds, warmup_runs)
+    limits = limits or Limits()
     runners: list[Runner] = []
-    min_ns = int(min_seconds * 1e9)
     try:
         for name, workload in workloads.items():
-            runners.append(Runner(name, workload, min_ns, min_runs, clock))
+            runners.append(Runner(name, workload, limits, clock))
         for runner in runners:
-            runner.warm_up(int(warmup_seconds * 1e9), warmup_runs)
+            runner.warm_up(int(limits.warmup_seconds * 1e9), limits.warmup_runs)
         pending = runners
         while pending:
             for runner in pending:
+                # Before the turn and not within it: the pace runs on the cores that the model is about to use.
                 pace_ms = None if pace is None else pace()
                 if len(runners) > 1 or pace is not None:
                     runner.warm_up(0, 1)
@@ -342,15 +320,3 @@ def measure_workloads(
         for runner in runners:
             runner.close()
     return {runner.name: runner.timing() for runner in runners}
-
-
-def check_limits(min_seconds: float, min_runs: int, warmup_seconds: float = 0.0, warmup_runs: int = 0) -> None:
-    """Refuse limits that no measurement can have.
-
-    Raises:
-        UsageError: One is no finite number, negative or too large, or `min_runs` is below 1.
-    """
-    check_number("min_seconds", min_seconds, 0, _LONGEST)
-    check_number("min_runs", min_runs, 1, _MOST_RUNS, whole=True)
-    check_number("warmup_seconds", warmup_seconds, 0, _LONGEST)
-    check_number("warmup_runs", warmup_runs, 0, _MOST_RUNS, whole=True)

@@ -1,4 +1,4 @@
-"""How fast models are."""
+"""The commands that measure: bench, bench-compare and report."""
 
 from __future__ import annotations
 
@@ -189,14 +189,14 @@ def bench(
         shape=None if shape is None else tuple(parse_ints("--shape", shape)),
         data=data,
     )
-    asked = scenarios or []
-    check_scenarios(asked)
-    if "Server" not in asked and (target_qps, target_latency) != (None, None):
+    scenario_names = scenarios or []
+    check_scenarios(scenario_names)
+    if "Server" not in scenario_names and (target_qps, target_latency) != (None, None):
         raise UsageError(
             "--target-qps and --target-latency are Server's: give --scenario Server too, or leave them out."
         )
     load = None
-    if asked:
+    if scenario_names:
         bound = SERVER_LATENCY_MS if target_latency is None else target_latency
         load = Load(min_seconds=min_seconds, min_queries=min_runs, target_qps=target_qps, target_latency_ms=bound)
     for place in settings.run_on:  # before a bundle is sought: it may be needless to make one
@@ -218,7 +218,9 @@ def bench(
 
     with output_folder(chosen_folder, root, "bench") as folder:
         with status("Measuring") as update:
-            recorded = record_bench(chosen, settings, folder, update, scenarios=asked, load=load, analyse=analyse)
+            recorded = record_bench(
+                chosen, settings, folder, update, scenarios=scenario_names, load=load, analyse=analyse
+            )
         record = read_bench(recorded.path)
         write_tables(record, folder)
         print_bench(record, console, details=details)
@@ -271,13 +273,13 @@ def bench_compare(
     differing: list[str] = []
     if all(records):
         ours, theirs = read_bench(a), read_bench(b)
-        found = compare.recorded_ratios(ours.results, theirs.results)
+        ratios = compare.recorded_ratios(ours.results, theirs.results)
         differing = compare.differing_environment(ours.provenance, theirs.provenance)
     elif any(records):
         raise UsageError(f"{a} and {b}: give two models, or two records (bench.json), not one of each.")
     else:
         with status(f"Measuring on {backend}") as update:
-            found = compare.measure_ratios(
+            ratios = compare.measure_ratios(
                 a,
                 b,
                 RunOn(backend, device=device, threads=threads),
@@ -286,14 +288,14 @@ def bench_compare(
                 progress=update,
             )
     console = console_for(as_json)
-    columns.print_ratios(found, console)
+    columns.print_ratios(ratios, console)
     for line in differing:
         print_line(f"Measured under different conditions: {line}", console, style="yellow")
-    slower = [one for one in found if one.low > 1 + tolerance]
+    slower = [ratio for ratio in ratios if ratio.low > 1 + tolerance]
     if as_json and not slower:
-        print_json({"ratios": [one.to_dict() for one in found], "differing": differing})
+        print_json({"ratios": [ratio.to_dict() for ratio in ratios], "differing": differing})
     if slower:
-        worst = max(slower, key=lambda one: one.low)
+        worst = max(slower, key=lambda ratio: ratio.low)
         raise GateError(
             f"{worst.b} is slower than {worst.a} at batch {worst.batch}: {worst.ratio:.3f} times its latency, at least "
             f"{worst.low:.3f} times; {1 + tolerance:.3f} is allowed (--tolerance {tolerance:g})."

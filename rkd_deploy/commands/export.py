@@ -1,4 +1,4 @@
-"""From a run to a bundle, an engine or a model repository."""
+"""The command export: from a run to a bundle, an engine or a model repository."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ def add_engine(
     from rkd_deploy.commands.options import status
 
     with status(f"Building the {flavour} engine of {model}") as update:
-        made = export_engine(model, flavour, settings, output=output, progress=update)
-    record = made.record
+        built = export_engine(model, flavour, settings, output=output, progress=update)
+    record = built.record
     console_for(as_json).print(
-        f"Engine {made.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
-        f"built in {record.build_seconds:,.1f} s. Next: {command_line('bench', made.file, '--backend', flavour)}",
+        f"Engine {built.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
+        f"built in {record.build_seconds:,.1f} s. Next: {command_line('bench', built.file, '--backend', flavour)}",
         markup=False,
     )
     facts = {key: value for key, value in record.to_dict().items() if key != "layers"}
-    return {"engine": {**facts, "file": str(made.file)}}
+    return {"engine": {**facts, "file": str(built.file)}}
 
 
 def write_repository(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
@@ -275,12 +275,12 @@ def export(
         print_json(_facts(exported, lower.precision) | added)
 
 
-def _print_proof(made: Exported, precision: str, as_json: bool) -> None:
+def _print_proof(exported: Exported, precision: str, as_json: bool) -> None:
     """What was proven, in words."""
     from rkd_deploy.backends import describe_model
     from rkd_deploy.report.columns import print_exits
 
-    proof = made.proof
+    proof = exported.proof
     console = console_for(as_json)
     console.print(
         f"Parity passed: logits differ from PyTorch's by at most {proof.parity.max_abs_diff:.2g} "
@@ -290,31 +290,35 @@ def _print_proof(made: Exported, precision: str, as_json: bool) -> None:
         console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
     if proof.conversion is not None:
         console.print(f"{precision}: {proof.conversion.result.in_words()}.")
-        console.print(f"Left in float32: {', '.join(proof.conversion.kept) or 'no layer'}.")
+        console.print(f"Left in float32: {', '.join(proof.conversion.float32_layers) or 'no layer'}.")
         if proof.converted_top1 is not None:
             console.print(f"Top-1 of the {precision} file on the test images: {proof.converted_top1:.2f} %.")
-    exits = describe_model(made.folder).early_exit
+    exits = describe_model(exported.folder).early_exit
     if exits:
         print_exits(exits, console)
-    console.print(f"Bundle {made.folder}. Next: {command_line('bench', made.folder)}", markup=False)
+    console.print(f"Bundle {exported.folder}. Next: {command_line('bench', exported.folder)}", markup=False)
 
 
-def _facts(made: Exported, precision: str) -> dict[str, Any]:
+def _facts(exported: Exported, precision: str) -> dict[str, Any]:
     """What was proven, for --json."""
     from rkd_deploy.backends import describe_model
 
-    proof = made.proof
+    proof = exported.proof
     converted: dict[str, Any] = {}
     if (conversion := proof.conversion) is not None:
-        converted = {"precision": precision, "gate": conversion.result.to_dict(), "kept": list(conversion.kept)}
+        converted = {
+            "precision": precision,
+            "gate": conversion.result.to_dict(),
+            "kept": list(conversion.float32_layers),
+        }
     return {
-        "bundle": str(made.folder),
+        "bundle": str(exported.folder),
         "parity": proof.parity.to_dict(),
         "images": proof.images,
         "differing": proof.differing,
         "torch_top1": proof.torch_top1,
         "onnx_top1": proof.onnx_top1,
-        "early_exit": describe_model(made.folder).early_exit,
+        "early_exit": describe_model(exported.folder).early_exit,
         **converted,
     }
 
@@ -328,9 +332,9 @@ def _fusion_target(
     precision: PrecisionOptions,
 ) -> Target | None:
     """What --fuse auto measures on; None for a level that is not measured."""
-    given = {"--backend": backend, "--device": device, "--batch": batches, "--threads": threads}
+    place = {"--backend": backend, "--device": device, "--batch": batches, "--threads": threads}
     if level != "auto":
-        for option, value in given.items():
+        for option, value in place.items():
             if value is not None:
                 raise UsageError(
                     f"{option} {value} says what --fuse auto measures on; --fuse {level or 'tail'} measures nothing."

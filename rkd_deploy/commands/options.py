@@ -162,7 +162,7 @@ could not be read, and COLUMNS=0 would print nothing."""
 
 
 def console_for(as_json: bool) -> Console:
-    """Where text for people goes: standard output, or standard error beside JSON.
+    """The console for text for people: standard output, or standard error beside JSON.
 
     Strings are printed as they are: mark-up and control characters in them, of file or model names, do nothing.
     """

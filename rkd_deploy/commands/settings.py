@@ -97,7 +97,7 @@ def _declared(kind: type) -> dict[str, Option]:
 
 def _parameters(group: str, place: Any, kind: type, panel: str) -> list[Parameter]:
     hints, defaults = typing.get_type_hints(kind), {field.name: field.default for field in fields(kind)}
-    made = []
+    parameters = []
     for name, declared in _declared(kind).items():
         as_field = declared.parse is None and declared.reads is None
         # A field in another form than what is typed has its default in the settings alone.
@@ -105,7 +105,7 @@ def _parameters(group: str, place: Any, kind: type, panel: str) -> list[Paramete
         annotation = hints[name] if as_field else declared.reads | None
         metavar = "<str>" if annotation == list[str] | None else None  # typer's own is <list[str]>
         info = typer.Option(declared.flag, help=declared.help, metavar=metavar, rich_help_panel=panel)
-        made.append(
+        parameters.append(
             Parameter(
                 f"{group}_{name}",
                 place,
@@ -113,7 +113,7 @@ def _parameters(group: str, place: Any, kind: type, panel: str) -> list[Paramete
                 annotation=typing.Annotated[annotation, info],
             )
         )
-    return made
+    return parameters
 
 
 def _differs(value: Any, default: Any) -> bool:
@@ -149,7 +149,7 @@ class SettingsCommand(TyperCommand):
 
     @property
     def params(self) -> Any:
-        """Arguments and options."""
+        """Arguments and options of the command, made when they are first asked for."""
         return self._completed.params
 
     @params.setter

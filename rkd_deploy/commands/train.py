@@ -1,9 +1,9 @@
-"""Train, and put what was trained side by side."""
+"""The commands that train: quickstart, train and compare."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,6 +25,7 @@ from rkd_deploy.commands.options import (
     without_samples,
 )
 from rkd_deploy.errors import UsageError, command_line
+from rkd_deploy.text import visible
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
@@ -37,25 +38,27 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     from rkd_deploy.train.display import Progress
 
     with Progress() as progress:
-        made = run_quickstart(root, progress, lambda line: progress.console.print(f"[bold]{line}[/bold]"))
+        outcome = run_quickstart(
+            root, progress, lambda line: progress.console.print(visible(line), style="bold", markup=False)
+        )
     console = console_for(as_json)
-    print_results(made.results, console)
+    print_results(outcome.results, console)
     files = {
-        "Run": made.run.folder,
-        "Bundle": made.bundles["fused"],
-        "Table": made.tables.table,
-        "Plot": made.tables.plot,
+        "Run": outcome.run.folder,
+        "Bundle": outcome.bundles["fused"],
+        "Table": outcome.tables.table,
+        "Plot": outcome.tables.plot,
     }
     for name, path in files.items():
         print_line(f"{name:<8} {path}", console)
     if as_json:
-        bundles = {part: str(folder) for part, folder in made.bundles.items()}
+        bundles = {part: str(folder) for part, folder in outcome.bundles.items()}
         print_json(
             {
-                "run": str(made.run.folder),
+                "run": str(outcome.run.folder),
                 "bundles": bundles,
-                "plot": str(made.tables.plot),
-                "results": without_samples(made.results),
+                "plot": str(outcome.tables.plot),
+                "results": without_samples(outcome.results),
             }
         )
 
@@ -98,10 +101,11 @@ def train(
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import Progress, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
-    from rkd_deploy.train.fitting import fit, fit_series
+    from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS
     from rkd_deploy.train.runs import newest_run, open_run
+    from rkd_deploy.train.series import fit_series
     from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
     if budget is not None:
@@ -122,8 +126,8 @@ def train(
         return
     with Progress() as progress:
         if resume:
-            found = newest_run(root, finished=False) if recipe is None else open_run(recipe)
-            run = resume_run(found, display=progress)
+            unfinished = newest_run(root, finished=False) if recipe is None else open_run(recipe)
+            run = resume_run(unfinished, display=progress)
         else:
             chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
             run = fit(chosen, root=root, display=progress)
@@ -173,6 +177,7 @@ def compare(
     require_all("train", "torch", "safetensors")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import RunOn, check_backend
+    from rkd_deploy.bench.settings import BenchSettings
     from rkd_deploy.commands.options import status
     from rkd_deploy.compare import (
         compare_runs,
@@ -186,33 +191,28 @@ def compare(
     from rkd_deploy.report.tables import print_line
     from rkd_deploy.train.runs import newest_run, open_run
 
-    found = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
-    settings: dict[str, Any] = {}
+    comparison = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
     if latency:
         require_all("export", "onnx", "onnxscript")
         check_backend(backend)
-        settings = {"backend": backend, "device": device, "batches": batch_sizes(batches), "threads": threads}
-        settings["min_seconds"] = min_seconds
+        settings = BenchSettings(
+            run_on=(RunOn(backend, device=device, threads=threads),),
+            batches=tuple(batch_sizes(batches)),
+            min_seconds=min_seconds,
+        )
         with status(f"Comparing on {backend}") as update:
-            found = timed(
-                found,
-                run_on=RunOn(backend, device=device, threads=threads),
-                batches=batch_sizes(batches),
-                min_seconds=min_seconds,
-                studied=report is not None,
-                progress=update,
-            )
+            comparison = timed(comparison, settings, studied=report is not None, progress=update)
     console = console_for(as_json)
     with output_folder(chosen_folder, root, "compare") as folder:
-        written = write_comparison(found, settings, folder)
-        print_comparison(found, console)
+        written = write_comparison(comparison, folder)
+        print_comparison(comparison, console)
         for name, file in (("Record", written.record), ("Table", written.table), ("Plot", written.plot)):
             print_line(f"{name:<7} {file}", console)
-        made = {"record": str(written.record)}
+        files = {"record": str(written.record)}
         if report is not None:
             with status("Drawing the report"):
-                made["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
-            print_line(f"Report  {made['report']}", console)
+                files["report"] = str(write_comparison_report(read_comparison(written.record), folder).page)
+            print_line(f"Report  {files['report']}", console)
     if as_json:
-        shown = to_record(found, settings)
-        print_json({**shown, "results": without_samples(found.results), **made})
+        record = to_record(comparison)
+        print_json({**record, "results": without_samples(comparison.results), **files})

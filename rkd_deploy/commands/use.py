@@ -1,4 +1,4 @@
-"""The commands that use a bundle: predict, verify, info, and the backends that can run it."""
+"""The commands that look at a bundle: verify, info, and the backends that can run it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,16 @@ import typer
 
 from rkd_deploy.commands.options import (
     RUNS,
-    BackendName,
     DeviceName,
     Json,
-    Model,
     Newest,
     Root,
-    Threads,
     as_dict,
     fact_lines,
     newest_bundle,
     print_json,
 )
 from rkd_deploy.text import visible
-
-
-def predict(
-    model: Model,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    top: Annotated[int, typer.Option("--top", help="How many classes of each.")] = 5,
-    backend: BackendName = "onnxruntime",
-    device: DeviceName = None,
-    threads: Threads = None,
-    exit_threshold: Annotated[
-        float | None,
-        typer.Option("--exit-threshold", help="Run the assistants only where the student is less confident than this."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Classify image files."""
-    from rkd_deploy.serve.classifier import load
-
-    predictions = {}
-    with load(model, backend=backend, device=device, threads=threads, exit_threshold=exit_threshold) as classifier:
-        for image in images:
-            best = classifier.predict(image, top=top)
-            predictions[str(image)] = [{"label": guess.label, "probability": guess.probability} for guess in best]
-            listed = ", ".join(f"{guess.label} {100 * guess.probability:.1f} %" for guess in best)
-            typer.echo(visible(f"{image}: {listed}"), err=as_json)
-        exits = list(classifier.exits)
-    if exits:
-        typer.echo(f"{exits[0]} of {sum(exits)} images left after S alone.", err=as_json)
-    if as_json:
-        print_json({"predictions": predictions, **({"exits": exits} if exits else {})})
 
 
 def verify(

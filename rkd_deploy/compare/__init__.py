@@ -1,4 +1,4 @@
-"""Networks of several runs side by side, with the controls that make their accuracy mean something."""
+"""Compare: networks of several runs side by side, with their controls."""
 
 from __future__ import annotations
 

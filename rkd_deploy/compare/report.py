@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.reading import BenchRecord, bench_record, damaged, read_record
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import MissingDependencyError
@@ -30,7 +31,7 @@ _Value = Callable[[NetworkRow], float | None]
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Write the picture as PNG.
+    """Write the picture of a comparison as PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -148,7 +149,7 @@ COLUMNS: tuple[Column[NetworkRow], ...] = (
 
 @dataclass(frozen=True)
 class Files:
-    """Where a comparison was written to.
+    """The files of a comparison: record, table and picture.
 
     Attributes:
         record: compare.json.
@@ -162,7 +163,7 @@ class Files:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The table, what it means, and what is missing in it."""
+    """Print the table of a comparison, its verdicts, what it means, and what is missing in it."""
     print_line(f"{comparison.data}, {comparison.test_images:,} test images", console)
     tables.print_table(COLUMNS, comparison.rows, console)
     for verdict in comparison.verdicts:
@@ -173,20 +174,16 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The table and its notes as Markdown."""
+    """The table of a comparison and its notes as Markdown."""
     missing = "".join(f"\nMissing: {markdown(sentence)}\n" for sentence in comparison.missing)
     head = f"{markdown(comparison.data)}, {comparison.test_images:,} test images.\n\n"
     verdicts = "".join(f"\n{markdown(verdict.sentence())}\n" for verdict in comparison.verdicts)
     return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
 
 
-def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, for JSON.
-
-    Args:
-        comparison: The rows.
-        settings: How latency was measured.
-    """
+def to_record(comparison: Comparison) -> dict[str, Any]:
+    """A comparison, with or without latencies, as its record has it; provenance is added where it is written."""
+    roofline, layers = comparison.roofline, comparison.layers
     return {
         "schema": SCHEMA,
         "kind": "compare",
@@ -194,21 +191,36 @@ def to_record(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, 
         "test_images": comparison.test_images,
         "rows": [asdict(row) for row in comparison.rows],
         "results": [result.to_row() for result in comparison.results],
-        **comparison.study,
-        "verdicts": [{**asdict(one), "outcome": one.outcome} for one in comparison.verdicts],
+        **({} if roofline is None else {"roofline": roofline.to_record()}),
+        **({} if layers is None else {"layers": [times.to_record() for times in layers]}),
+        "verdicts": [{**asdict(verdict), "outcome": verdict.outcome} for verdict in comparison.verdicts],
         "missing": list(comparison.missing),
-        "settings": dict(settings),
+        "settings": _settings_record(comparison.settings),
     }
 
 
-def write_comparison(comparison: Comparison, settings: Mapping[str, Any], folder: Path) -> Files:
+def _settings_record(settings: BenchSettings | None) -> dict[str, Any]:
+    """How latency was measured; empty where it was not."""
+    if settings is None:
+        return {}
+    (place,) = settings.run_on
+    return {
+        "backend": place.backend,
+        "device": place.device,
+        "batches": list(settings.batches or (1,)),
+        "threads": place.threads,
+        "min_seconds": settings.min_seconds,
+    }
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Files:
     """Write compare.json, compare.md and compare.png into a folder.
 
     Raises:
         StorageError: A file could not be written; the earlier one is intact.
     """
     record, table = folder / "compare.json", folder / "compare.md"
-    write_json(record, {**to_record(comparison, settings), "provenance": asdict(provenance())})
+    write_json(record, {**to_record(comparison), "provenance": asdict(provenance())})
     write_text(table, comparison_markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:
@@ -286,5 +298,7 @@ def _section(comparison: Comparison) -> Section:
     words = f"Most accurate: {best.name}, {best.top1:.2f} % of the test images."
     picture = Picture("Accuracy, cost, latency", words, comparison_figure(comparison, narrow=True))
     table = table_of("Networks", COLUMNS, comparison.rows)
-    said = [verdict.sentence() for verdict in comparison.verdicts]
-    return Section("Networks", [*said, NOTE, *(f"Missing: {one}" for one in comparison.missing)], [table, picture])
+    verdicts = [verdict.sentence() for verdict in comparison.verdicts]
+    return Section(
+        "Networks", [*verdicts, NOTE, *(f"Missing: {control}" for control in comparison.missing)], [table, picture]
+    )

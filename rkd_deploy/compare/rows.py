@@ -15,11 +15,14 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rkd_deploy.bench.layers import LayerTimes
 from rkd_deploy.bench.results import Result
+from rkd_deploy.bench.roofline import Roofline
+from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
@@ -42,7 +45,7 @@ class NetworkRow:
         standard_error: What drawing the test images leaves open, sqrt(p (1 - p) / n), in points: of one network.
         test_images: n.
         val_last: Accuracy on the held-out images after the last epoch in %, None without any.
-        val_best: The same after the best epoch: how much choosing it there would have given.
+        val_best: Accuracy on the held-out images after the best epoch: how much choosing it there would have given.
         macs: Multiply-adds of one image.
         parameters: Their number.
         seconds: Training time of its own phases; None where its weights were given.
@@ -86,7 +89,9 @@ class Comparison:
         networks: A run and part for each row: what its latency is measured on.
         missing: A sentence for every control that a recipe left out.
         results: Every measurement of the rows' networks, once timed; each has its row's name as its model.
-        study: What was found out around it: "roofline" and "layers", as a bench records them.
+        settings: How latency was measured; None where it was not.
+        roofline: The bounds of the rows' networks, where asked for.
+        layers: Times of their layers, where asked for.
         verdicts: For every S + A whether it beats the best control of these rows.
     """
 
@@ -96,7 +101,9 @@ class Comparison:
     networks: tuple[tuple[Run, str], ...]
     missing: tuple[str, ...]
     results: tuple[Result, ...] = ()
-    study: Mapping[str, Any] = field(default_factory=dict)
+    settings: BenchSettings | None = None
+    roofline: Roofline | None = None
+    layers: tuple[LayerTimes, ...] | None = None
     verdicts: tuple[Verdict, ...] = ()
 
 
@@ -153,6 +160,7 @@ def _verdicts(rows: Sequence[NetworkRow], groups: Sequence[Sequence[_Network]]) 
     controls = [pair for pair in zip(rows, groups, strict=True) if pair[0].part in CONTROLS]
     for row, group in zip(rows, groups, strict=True):
         if row.part == "fused" and controls:
+            # The strictest of the controls: S + A must beat the best network of the same cost, not the plainest.
             control, others = max(controls, key=lambda pair: pair[0].top1)
             yield Verdict(
                 network=row.name,
@@ -169,6 +177,8 @@ def _gain(ours: Sequence[_Network], others: Sequence[_Network]) -> Gain:
         {network.run.recipe.train.seed: network.results.test_top1 for network in group} for group in (ours, others)
     ]
     seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
+    # Seeds tell most: they vary all that training varies. Of one run, its pairs of right and wrong images tell more
+    # than two accuracies do, because both networks saw the same images.
     if len(seeds) > 1:
         return gain_of_seeds(*([by_seed[seed] for seed in seeds] for by_seed in accuracies))
     images = ours[0].results.test_images
@@ -183,6 +193,7 @@ def _networks(run: Run) -> Iterable[_Network]:
     metrics = run.metrics
     for part in metrics.parts:
         weights = [part, _sha256(run, phase_of(run.recipe, part))]
+        # The row has points over S0: the same S beside another S0 is another row.
         if part in ("student", "fused", "control") and "s0" in metrics.parts:
             weights.append(_sha256(run, phase_of(run.recipe, "s0")))
         yield _Network(run, part, tuple(weights), metrics)
@@ -238,19 +249,21 @@ def _recipe_without_seed(network: _Network) -> str:
     other.
     """
     run, recipe = network.run, network.run.recipe
-    whole = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
+    # By the key, not by the recipe: what a network does not depend on (of T all of [student], say) must not keep its
+    # seeds apart.
+    content = dataclasses.asdict(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=0)))
     for table, phase in (("teacher", "teacher"), ("student", "s0")):
-        if whole[table]["checkpoint"] is not None and run.weights(phase).is_file():
-            whole[table]["checkpoint"] = _sha256(run, phase)
-    tables = {key: whole[key] for key in ("data", "train")}
+        if content[table]["checkpoint"] is not None and run.weights(phase).is_file():
+            content[table]["checkpoint"] = _sha256(run, phase)
+    tables = {key: content[key] for key in ("data", "train")}
     if network.part == "teacher":
-        tables["teacher"] = whole["teacher"]
+        tables["teacher"] = content["teacher"]
     elif network.part == "s0" and recipe.method.loss == "none":
-        tables |= {key: whole["student"][key] for key in ("name", "checkpoint")}
+        tables |= {key: content["student"][key] for key in ("name", "checkpoint")}
     elif network.part == "s0":
-        tables |= {"name": whole["student"]["name"], "teacher": whole["teacher"], "method": whole["method"]}
+        tables |= {"name": content["student"]["name"], "teacher": content["teacher"], "method": content["method"]}
     else:
-        tables |= {key: whole[key] for key in ("teacher", "student", "method")}
+        tables |= {key: content[key] for key in ("teacher", "student", "method")}
     return json.dumps([network.part, tables], sort_keys=True)
 
 
@@ -304,11 +317,11 @@ def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
         deviation=statistics.stdev(accuracies) if len(group) > 1 else None,
         standard_error=math.sqrt(top1 * (100 - top1) / images),
         test_images=images,
-        val_last=_mean(own[-1].val_top1_last if own else None for own in phases),
-        val_best=_mean(own[-1].val_top1_best if own else None for own in phases),
+        val_last=_mean(trained[-1].val_top1_last if trained else None for trained in phases),
+        val_best=_mean(trained[-1].val_top1_best if trained else None for trained in phases),
         macs=results[0].macs,
         parameters=results[0].parameters,
-        seconds=_mean(sum(phase.seconds for phase in own) if own else None for own in phases),
+        seconds=_mean(sum(phase.seconds for phase in trained) if trained else None for trained in phases),
         over_s0=_mean(_over(network, "s0") for network in group) if part not in ("teacher", "s0") else None,
         over_control=_mean(_over(network, "control") for network in group) if part in ("student", "fused") else None,
         over_student=_mean(_over(network, "student") for network in group) if part == "fused" else None,
@@ -323,10 +336,10 @@ def _own_phases(network: _Network) -> list[PhaseMetrics]:
     controls = {name: phase for name, phase in phases.items() if name.startswith("control")}
     if network.part == "control":
         return list(controls.values())
-    own = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0", *controls)}
+    of_method = {name: phase for name, phase in phases.items() if name not in ("teacher", "s0", *controls)}
     # S is what phases of its own gave (one, or one a stage), where it is not trained along with A.
-    students = [phase for name, phase in own.items() if name.endswith("student")]
-    return students if network.part == "student" and students else list(own.values())
+    students = [phase for name, phase in of_method.items() if name.endswith("student")]
+    return students if network.part == "student" and students else list(of_method.values())
 
 
 def _over(network: _Network, control: str) -> float | None:

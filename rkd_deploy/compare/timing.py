@@ -1,13 +1,11 @@
-"""Latency of the networks of a comparison: each exported, proven and timed in turn with the others."""
+"""Exports the networks of a comparison and times them in turn."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.roofline import Analysis
 from rkd_deploy.bench.timing import Progress
@@ -17,23 +15,20 @@ from rkd_deploy.pipeline import export_run
 
 def timed(
     comparison: Comparison,
+    settings: BenchSettings | None = None,
     *,
-    run_on: RunOn | None = None,
-    batches: Sequence[int] = (1,),
-    min_seconds: float = 1.0,
     studied: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """The same comparison with latencies.
+    """Measure latencies, and add them to a comparison.
 
     Each row's network (that of the first seed) is exported into a temporary folder and proven on random images; what
     ships is exported, and proven on the test images, by `export_run`.
 
     Args:
         comparison: From `compare_runs`.
-        run_on: Where. Default: ONNX Runtime on the CPU.
-        batches: Numbers of images in one call; the rows tell of the first.
-        min_seconds: Time in timed calls of each network at each batch size, at least.
+        settings: One place to run and the batch sizes, of which the rows have the first. Default: ONNX Runtime on the
+            CPU, single images, 1 s for each network.
         studied: Whether the roofline and the time of each layer are wanted too.
         progress: Told what is being exported or measured, and how far it is.
 
@@ -41,25 +36,25 @@ def timed(
         GateError: An exported graph does not do what the network does.
         BackendError: The backend cannot run here.
     """
-    run_on = run_on or RunOn()
-    settings = BenchSettings(run_on=(run_on,), batches=tuple(batches), min_seconds=min_seconds)
+    settings = settings or BenchSettings(batches=(1,), min_seconds=1.0)
+    (run_on,), batches = settings.run_on, settings.batches or (1,)
     with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
         bundles = []
         for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
             if progress is not None:
                 progress(f"exporting {row.name}", number / len(comparison.rows))
             program = run_on.backend.startswith("pytorch")
-            made = export_run(
+            exported = export_run(
                 run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
             )
-            bundles.append(made.folder)
+            bundles.append(exported.folder)
         names = [row.name for row in comparison.rows]
-        study = Analysis(bundles, [run_on], batches, names=names)
+        analysis = Analysis(bundles, [run_on], batches, names=names)
         if studied:
-            study.predict(progress)
+            analysis.predict(progress)
         results = bench(bundles, settings, progress=progress)
         if studied:
-            study.profile(progress)
+            analysis.profile(progress)
     results = [
         dataclasses.replace(result, model=row.name, part=row.part, accuracy=row.top1)
         for result, row in zip(results, comparison.rows * len(batches), strict=True)
@@ -76,11 +71,17 @@ def timed(
     )
     medians = {row.name: row.p50_ms for row in rows}
     verdicts = tuple(
-        dataclasses.replace(one, time_ratio=_ratio(medians[one.network], medians[one.control_name]))
-        for one in comparison.verdicts
+        dataclasses.replace(verdict, time_ratio=_ratio(medians[verdict.network], medians[verdict.control_name]))
+        for verdict in comparison.verdicts
     )
     return dataclasses.replace(
-        comparison, rows=rows, results=tuple(results), study=study.to_record(), verdicts=verdicts
+        comparison,
+        rows=rows,
+        results=tuple(results),
+        settings=settings,
+        roofline=analysis.roofline,
+        layers=None if analysis.layers is None else tuple(analysis.layers),
+        verdicts=verdicts,
     )
 
 

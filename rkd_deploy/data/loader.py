@@ -1,4 +1,4 @@
-"""The loader of sets in the device's memory: no workers, no copies, a whole batch augmented at once.
+"""Loads sets in the device's memory: no workers, no copies, a whole batch augmented at once.
 
 What epoch e gives depends only on (seed, e): a run can be resumed at any batch and sees what it would have seen.
 `train_loader` chooses between this one and that for images in files (`streaming.py`).
@@ -50,8 +50,8 @@ def train_loader(
         recipe: Says what is done to the images.
         split: From `load_images`, on the device if it is in memory.
         normalise: uint8 batch to float batch.
-        classes: How many there are.
-        batch_size: Of all processes together.
+        classes: Number of classes K.
+        batch_size: Images in a batch of all processes together.
         seed: Decides, with the number of an epoch, everything random in it.
         share: The part of every batch that this process takes.
 
@@ -121,30 +121,61 @@ class DeviceLoader:
         """Images in a batch of this process."""
         return self._batches.size
 
+    @property
+    def on_device_alone(self) -> bool:
+        """Whether a batch is made by the device alone, from `draws`: then a CUDA graph can record how."""
+        return self._randaugment is None and not self._mixing.mixes
+
     def epoch(self, number: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch, as `batches.Loader.epoch` says."""
+        draws_DN = self.draws(number)
+        for batch in range(first_batch, len(self)):
+            draws_DB = draws_DN[:, self._batches.positions(batch).to(draws_DN.device)]
+            images_NCHW = self._augmented(draws_DB)
+            if self._randaugment is not None:
+                images_NCHW = self._randaugmented(images_NCHW, number, draws_DB[0])
+            x_NCHW, y_N = self._normalise(images_NCHW), self._labels_N[draws_DB[0]]
+            yield self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, number, batch))
+
+    def draws(self, number: int) -> Tensor:
+        """All random numbers of an epoch, int64 [D, N] on the device, by place in the order of the epoch.
+
+        The rows are the image; whether it is flipped; first row and column of its crop; top, left, height and width of
+        its resized crop. Only those that the augmentations need are there.
+        """
         count, device = len(self._labels_N), self._labels_N.device
         generator = generator_of_epoch(self._seed, number)
-        order_N = torch.randperm(count, generator=generator).to(device)
-        offsets_2N = torch.randint(0, 2 * self._padding + 1, (2, count), generator=generator).to(device)
-        flips_N = (torch.rand(count, generator=generator) < 0.5).to(device)
-        windows_4N = augment.draw_windows(count, self._size, generator).to(device) if self._resizes else None
-        for batch in range(first_batch, len(self)):
-            positions_N = self._batches.positions(batch).to(device)
-            index_N = order_N[positions_N]
-            if self._padding:
-                top_N, left_N = offsets_2N[:, positions_N]
-                images_NCHW = augment.crop(self._images_NCHW, index_N, top_N, left_N, self._size)
-            else:
-                images_NCHW = self._images_NCHW[index_N]
-            if windows_4N is not None:
-                images_NCHW = augment.resized_crop(images_NCHW, windows_4N[:, positions_N])
-            if self._flips:
-                images_NCHW = augment.flip(images_NCHW, flips_N[positions_N])
-            if self._randaugment is not None:
-                images_NCHW = self._randaugmented(images_NCHW, number, index_N)
-            x_NCHW, y_N = self._normalise(images_NCHW), self._labels_N[index_N]
-            yield self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, number, batch))
+        # All of an epoch's numbers at once and in this order, wherever the epoch is resumed.
+        order_N = torch.randperm(count, generator=generator)
+        offsets_2N = torch.randint(0, 2 * self._padding + 1, (2, count), generator=generator)
+        flips_N = torch.rand(count, generator=generator) < 0.5
+        rows = [order_N[None], flips_N[None].long(), *([offsets_2N] if self._padding else [])]
+        if self._resizes:
+            rows.append(augment.draw_windows(count, self._size, generator))
+        return torch.cat(rows).to(device)
+
+    def draws_by_batch(self, number: int) -> Tensor:
+        """The `draws` of an epoch, batch after batch, int64 [batches, D, B]."""
+        draws_DN = self.draws(number)
+        positions_SB = torch.stack([self._batches.positions(batch) for batch in range(len(self))])
+        return draws_DN[:, positions_SB.to(draws_DN.device)].transpose(0, 1).contiguous()
+
+    def batch(self, draws_DB: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch from its `draws`, as `epoch` gives it; only where `on_device_alone`."""
+        x_NCHW, y_N = self._normalise(self._augmented(draws_DB)), self._labels_N[draws_DB[0]]
+        return self._mixing(x_NCHW, y_N, generator_of_batch(self._seed, 0, 0))  # draws nothing where nothing mixes
+
+    def _augmented(self, draws_DB: Tensor) -> Tensor:
+        """The images that are drawn, cropped and flipped, uint8."""
+        index_N, flips_N, *others = draws_DB
+        if self._padding:
+            top_N, left_N = others[:2]
+            images_NCHW = augment.crop(self._images_NCHW, index_N, top_N, left_N, self._size)
+        else:
+            images_NCHW = self._images_NCHW[index_N]
+        if self._resizes:
+            images_NCHW = augment.resized_crop(images_NCHW, draws_DB[-4:])
+        return augment.flip(images_NCHW, flips_N) if self._flips else images_NCHW
 
     def _randaugmented(self, images_NCHW: Tensor, epoch: int, index_N: Tensor) -> Tensor:
         assert self._randaugment is not None

@@ -1,4 +1,4 @@
-"""Data sets as a recipe asks for them: found or downloaded, split by seed, decoded or streamed, normalised."""
+"""Reads data sets as a recipe asks for them: found, split by seed, decoded or streamed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that published ImageNet weights are trained with."""
 
 DEFAULT_ROOT = Path(".data")
-"""Folder that CIFAR is downloaded into, and that what is learnt of files is kept in."""
+"""Folder that CIFAR is downloaded into, and that holds the caches of what was learnt of files."""
 
 _SIDE, _TEST_FRACTION = 224, 0.2
 _Drawn = dict[str, tuple[LabelledImages, Tensor]]
-"""Of each split the images on disk, and the positions of those that belong to it, int64 [N]."""
+"""Images on disk and the positions, int64 [N], of those that belong to a split, by the split's name."""
 
 
 def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
@@ -97,7 +97,7 @@ def _scan(recipe: DataRecipe, memory: Path) -> tuple[SplitsOnDisk, list[str]]:
 
 
 def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn, dict[str, str]]:
-    """Which images each split has, and in words where they come from."""
+    """Draw the images of each split; gives them, and in words where they come from."""
     train, classes = on_disk.splits["train"], len(on_disk.classes)
     sources = {"train": on_disk.origins["train"]}
     if "test" in on_disk.splits:
@@ -130,7 +130,7 @@ def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn,
 
 
 def _preprocess(recipe: DataRecipe) -> Preprocess:
-    """From a file to the pixels that networks see; normalisation is another step."""
+    """The way from a file to the pixels that networks see; normalisation is another step."""
     side = recipe.image_size or _SIDE
     fraction = recipe.crop_fraction or (0.875 if recipe.name == "imagenet" else 1.0)
     return Preprocess(height=side, width=side, mean=(0.0,) * 3, std=(1.0,) * 3, crop_fraction=fraction)
@@ -142,14 +142,14 @@ def _in_memory(recipe: DataRecipe, images: int) -> bool:
 
 
 def _decoded(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
-    """The split in memory without its broken images, and what is wrong with them."""
+    """Decode a split into memory without its broken images; gives it, and what is wrong with those."""
     whole, broken = split.in_memory(threads)
     remember_broken(split.source, split.index_N.tolist(), broken, memory)
     return whole, broken
 
 
 def _checked(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
-    """The split without its broken images, and what is wrong with them."""
+    """Leave the broken images out of a split in files; gives it, and what is wrong with those."""
     positions = split.index_N.tolist()
     broken = find_broken(split.source, positions, threads, memory)
     whole_N = torch.tensor([position not in broken for position in positions]).nonzero().flatten()
@@ -177,7 +177,8 @@ def _check_enough(splits: Mapping[str, AnySplit], on_disk: SplitsOnDisk, broken:
 def _normalisation(recipe: DataRecipe, train: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if recipe.mean and recipe.std:
         return recipe.mean, recipe.std
-    mean, std = IMAGENET if recipe.name == "imagenet" else channel_statistics(train, seed)
+    as_imagenet = recipe.normalisation == "imagenet" or (recipe.name == "imagenet" and recipe.normalisation is None)
+    mean, std = IMAGENET if as_imagenet else channel_statistics(train, seed)
     return recipe.mean or mean, recipe.std or std
 
 
@@ -203,7 +204,7 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
     if recipe.of_files:
         return load_files(recipe, seed, DEFAULT_ROOT)
     train, test, classes = _digits(recipe.image_size or 16) if recipe.name == "digits" else _cifar(recipe)
-    mean, std = _NORMALISATION[recipe.name]
+    mean, std = IMAGENET if recipe.normalisation == "imagenet" else _NORMALISATION[recipe.name]
     train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
     test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", recipe.split_seed or 0))
     train_N, val_N = hold_out(len(train), recipe.val_fraction, seed)

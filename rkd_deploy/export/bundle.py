@@ -5,6 +5,7 @@
     labels.txt                one class name a line
     preprocessor_config.json  Hugging Face's field names
     golden.npz                inputs, the logits for them, and the tolerance
+    golden/photo.jpg, .json   a whole photo, and the logits for it: any app or server can be held against these two
     model.pt2                 on request: the same graph as an exported PyTorch program
     student.onnx, assistant_1.onnx, ..   on request: S and each A alone, for early exit
     fusion.json               where the level was chosen by measuring: the whole measurement
@@ -56,6 +57,7 @@ from rkd_deploy.export.proving import (
     prove_converted,
     random_batch,
     reference_of,
+    write_photo,
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import as_input, normalise
@@ -166,7 +168,7 @@ def export_bundle(
             card,
             outputs=tuple(outputs),
             fusion=choice.level if card.part in ("fused", "student") else "none",
-            fusion_search=choice.summary,
+            fusion_search=_search_summary(choice, job),
             versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         )
         file = temporary / ONNX_NAME
@@ -207,12 +209,14 @@ def export_bundle(
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
         write_bytes(temporary / GOLDEN_NAME, npz(golden))
+        with reference if job is None else RunOn(job.options.prover).load(file) as source:
+            write_photo(temporary, card, source.infer, float(golden["tolerance"]))
         if with_pytorch and graph is not None:
             buffer = io.BytesIO()
             torch.export.save(to_program(graph, preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
-        if choice.record:
-            write_json(temporary / "fusion.json", choice.record)
+        if choice.search is not None:
+            write_json(temporary / "fusion.json", choice.search.to_record())
         write_text(temporary / CARD_NAME, with_checksums(card, temporary))
         prover = "onnxruntime" if job is None else job.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
@@ -221,6 +225,7 @@ def export_bundle(
 
 def _write(proto: Any, file: Path) -> None:
     """Write a graph without the metadata of converters and quantisers: the card is appended in the end."""
+    # Serialised deterministically: the same run gives the same bytes, and so the same checksums.
     del proto.metadata_props[:]
     write_bytes(file, proto.SerializeToString(deterministic=True))
 
@@ -255,8 +260,15 @@ def _fused(
         return convert_ungated(graph, to_onnx(graph, card.preprocess, unfused=model), card.preprocess, inputs, options)
 
     choice = choose_level(model, converted, _measured_on(target, options), progress)
-    summary = {**choice.summary, "precision": options.precision, "target": options.runtime} if choice.summary else {}
-    return dataclasses.replace(choice, proto=float32(choice.network), summary=summary)
+    return dataclasses.replace(choice, proto=float32(choice.network))
+
+
+def _search_summary(choice: Choice, job: PrecisionJob | None) -> dict[str, Any]:
+    """What the card says of the search for a level, and of what precision the files were that it timed."""
+    if choice.search is None:
+        return {}
+    lower = {} if job is None else {"precision": job.options.precision, "target": job.options.runtime}
+    return choice.search.to_summary() | lower
 
 
 def _measured_on(target: Target | None, options: PrecisionOptions) -> Target:

@@ -50,6 +50,7 @@ from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.serve.early_exit import check_threshold, exit_steps
 from rkd_deploy.storage import write_bytes
 
+# The last is above 1, because the softmax of a sure network rounds to exactly 1.
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
 """Thresholds of the table; the first is S alone, the last S + A for every image."""
 
@@ -62,7 +63,7 @@ class FirstBranches(nn.Module):
         self.model, self.step = model, step
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to z_i, logits [N, K]."""
         return cast(Tensor, self.model.head(pool(self.model.summed_map(x_NCHW, self.step))))
 
 
@@ -167,23 +168,25 @@ class ExitLogits:
             self.z_kNK, self.labels_N = list(np.concatenate(z_parts, axis=1)), np.concatenate(labels)
         self.images = len(self.labels_N)
 
-    def row(self, threshold: float, macs: Sequence[int], whole: int) -> ExitRow:
+    def row(self, threshold: float, macs: Sequence[int], fused_macs: int) -> ExitRow:
         """What a threshold saves and costs.
 
         Args:
             threshold: Confidence at which an image leaves.
             macs: MACs of each graph.
-            whole: MACs of the fused graph: behind a trunk less than of all graphs, each of which runs the trunk again.
+            fused_macs: MACs of the fused graph: behind a trunk less than of all graphs, each of which runs it again.
         """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
-        return ExitRow(threshold, tuple(shares), mean, 1 - mean / whole, self._top1(threshold))
+        return ExitRow(threshold, tuple(shares), mean, 1 - mean / fused_macs, self._top1(threshold))
 
     def lowest_without_loss(self) -> float:
         """The lowest threshold, to 0.01, at which no fewer images are right than with all assistants."""
-        whole = self._top1(THRESHOLDS[-1])
-        return next((t for t in np.linspace(0, 1, 101).round(2).tolist() if self._top1(t) >= whole), THRESHOLDS[-1])
+        # Every threshold is tried, from below: accuracy does not rise with the threshold throughout, since an assistant
+        # may also spoil what S had right, and bisection could end beyond the lowest.
+        all_top1 = self._top1(THRESHOLDS[-1])
+        return next((t for t in np.linspace(0, 1, 101).round(2).tolist() if self._top1(t) >= all_top1), THRESHOLDS[-1])
 
     def _top1(self, threshold: float) -> float:
         step_N = exit_steps(self.z_kNK, threshold)
@@ -299,27 +302,27 @@ class ExitGraphs:
     def report(self, request: EarlyExit) -> ExitReport:
         """Measure what leaving early saves and costs with these graphs; the threshold is chosen on held-out images."""
         held_out = self._logits(request.held_out)
-        given = request.threshold
-        threshold = held_out.lowest_without_loss() if given is None else given
-        test, macs, whole = self._logits(request.test), self._macs, self._fused_macs()
+        requested = request.threshold
+        threshold = held_out.lowest_without_loss() if requested is None else requested
+        test, macs, fused_macs = self._logits(request.test), self._macs, self._fused_macs()
         of_test = (THRESHOLDS[0], threshold, THRESHOLDS[-1])
         return ExitReport(
             files=tuple(self._files),
             macs=tuple(macs),
             threshold=threshold,
-            chosen_on=f"{held_out.images} held-out images" if given is None else "given",
-            held_out=tuple(held_out.row(value, macs, whole) for value in THRESHOLDS) if held_out.images else (),
-            test=tuple(test.row(value, macs, whole) for value in of_test) if test.images else (),
+            chosen_on=f"{held_out.images} held-out images" if requested is None else "given",
+            held_out=tuple(held_out.row(value, macs, fused_macs) for value in THRESHOLDS) if held_out.images else (),
+            test=tuple(test.row(value, macs, fused_macs) for value in of_test) if test.images else (),
             conversion=self._conversion,
         )
 
     def _fused_macs(self) -> int:
         """MACs of the fused graph, which runs a trunk once, where each of these graphs runs it again."""
-        whole = sum(self._macs)
+        total = sum(self._macs)
         if (trunk := self._model.trunk) is not None:
             preprocess = self._card.preprocess
-            whole -= (len(self._macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
-        return whole
+            total -= (len(self._macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
+        return total
 
     def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
         """A branch as it runs: its adapter and the head are one matrix."""

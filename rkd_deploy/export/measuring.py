@@ -1,4 +1,4 @@
-"""Measures networks as they would be deployed: the latency budget against S0, and level auto."""
+"""Measures networks as they would be deployed, for latency budgets and for level auto."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import nn
 
 from rkd_deploy.backends import RunOn, check_backend
 from rkd_deploy.bench import BenchSettings, Result, bench
-from rkd_deploy.bench.machine import provenance
+from rkd_deploy.bench.machine import Provenance, provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Progress, measure_interleaved
+from rkd_deploy.bench.timing import Limits, Progress, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -31,15 +31,13 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.latency import Reading
 
 BACKENDS = ("onnxruntime", "openvino")
-"""Those that run an ONNX file."""
+"""Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
-_SEARCH = {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1}
+_SEARCH = Limits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
 """Limits of each network at each batch size while the search looks for widths."""
-_CONFIRMATION = {
-    "min_seconds": 2.5 / SESSIONS,
-    "min_runs": -(-10 // SESSIONS),
-    "warmup_seconds": 0.3 / SESSIONS,
-}
+_CONFIRMATION = Limits(
+    min_seconds=2.5 / SESSIONS, min_runs=-(-10 // SESSIONS), warmup_seconds=0.3 / SESSIONS, warmup_runs=2
+)  # -(-a // b) rounds up
 """Limits of each network at each batch size in each session of a confirmation."""
 
 
@@ -95,17 +93,23 @@ class ExportStopwatch:
         comparisons = {batch: self._compared(files, batch, confirm) for batch in self._batches}
         reading = Reading(
             ratios={batch: comparison.ratio for batch, comparison in comparisons.items()},
-            intervals={batch: one.interval for batch, one in comparisons.items() if one.interval is not None},
-            candidate_ms={batch: _median_ms(one.timings["candidate"]) for batch, one in comparisons.items()},
-            s0_ms={batch: _median_ms(one.timings["s0"]) for batch, one in comparisons.items()},
+            intervals={
+                batch: comparison.interval
+                for batch, comparison in comparisons.items()
+                if comparison.interval is not None
+            },
+            candidate_ms={
+                batch: _median_ms(comparison.timings["candidate"]) for batch, comparison in comparisons.items()
+            },
+            s0_ms={batch: _median_ms(comparison.timings["s0"]) for batch, comparison in comparisons.items()},
             runs={
                 batch: sum(len(timing.samples_ms) for timing in comparison.timings["candidate"])
                 for batch, comparison in comparisons.items()
             },
         )
-        told = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
+        ratios = ", ".join(f"{ratio:.3f} at batch {batch}" for batch, ratio in reading.ratios.items())
         how = f"{self._run_on.backend}, level {level}{', confirmed' if confirm else ''}"
-        self._note(f"Latency over that of S0 on {how}: {told}")
+        self._note(f"Latency over that of S0 on {how}: {ratios}")
         return reading
 
     def _compared(self, files: Mapping[str, Path], batch: int, confirm: bool) -> _Comparison:
@@ -122,14 +126,13 @@ class ExportStopwatch:
         ratio = timings["candidate"].percentile(10) / timings["s0"].percentile(10)
         return _Comparison(ratio, None, {name: [timing] for name, timing in timings.items()})
 
-    def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
+    def _timed(self, files: Mapping[str, Path], batch: int, limits: Limits) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
-            return measure_interleaved(
-                {name: (stack.enter_context(self._run_on.load(file)), x) for name, file in files.items()},
-                warmup_runs=2,
+            return measure_workloads(
+                {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
+                limits,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
-                **limits,
             )
 
     def describe(self) -> dict[str, Any]:
@@ -173,12 +176,57 @@ Convert = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how level auto measures its candidates."""
+    """The place and the limits at which level auto measures its candidates."""
 
     run_on: RunOn = field(default_factory=RunOn)
     batches: tuple[int, ...] = (1,)
     min_seconds: float = 1.0
     """Time in timed calls of each candidate at each batch size, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionSearch:
+    """What level auto measured, and which level it chose by it.
+
+    Attributes:
+        target: Where and how long each candidate was measured.
+        device: The device that the backend ran on.
+        sessions: Results by level, session and batch size, every sample in them.
+        judgements: Each level against `tail`.
+        refused: Levels that the branches cannot be brought to, with the reason.
+        chosen: The level that ships.
+        provenance: The machine and the versions.
+    """
+
+    target: Target
+    device: str
+    sessions: Mapping[str, Sequence[Sequence[Result]]]
+    judgements: Mapping[str, Judgement]
+    refused: Mapping[str, str]
+    chosen: str
+    provenance: Provenance
+
+    def to_summary(self) -> dict[str, Any]:
+        """The search as the card has it: medians, ratios and intervals."""
+        return {
+            "backend": self.target.run_on.backend,
+            "device": self.device,
+            "threads": self.target.run_on.threads,
+            "batches": list(self.target.batches),
+            "min_seconds": self.target.min_seconds,
+            "sessions": SESSIONS,
+            "p50_ms": {level: _medians(each) for level, each in self.sessions.items()},
+            "ratio_to_tail": {level: judgement.ratio for level, judgement in self.judgements.items()},
+            "interval_of_ratio": {level: [each.low, each.high] for level, each in self.judgements.items()},
+            "refused": dict(self.refused),
+            "chosen": self.chosen,
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """The search as fusion.json has it: a bench record of every sample, in the order of the measurements."""
+        by_session = zip(*self.sessions.values(), strict=True)
+        results = [result for session in by_session for level in session for result in level]
+        return to_record(results, self.provenance, self.to_summary())
 
 
 @dataclass(frozen=True)
@@ -189,15 +237,13 @@ class Choice:
         level: Its name.
         network: The fused network.
         proto: Its ONNX model, as `convert` made it.
-        summary: For the card; empty where nothing was measured.
-        record: The whole measurement, every sample; empty where nothing was measured.
+        search: The measurement that it was chosen by; None where nothing was measured.
     """
 
     level: str
     network: nn.Module
     proto: Any
-    summary: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    search: FusionSearch | None = None
 
 
 def choose_level(model: nn.Module, convert: Convert, target: Target, progress: Progress | None = None) -> Choice:
@@ -229,21 +275,16 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         sessions = _measured_levels(files, target, progress)
     judgements = judge_levels({level: [_p50_by_batch(results) for results in each] for level, each in sessions.items()})
     chosen = fastest_level(judgements)
-    summary = {
-        "backend": target.run_on.backend,
-        "device": sessions[chosen][0][0].device,
-        "threads": target.run_on.threads,
-        "batches": list(target.batches),
-        "min_seconds": target.min_seconds,
-        "sessions": SESSIONS,
-        "p50_ms": {level: _medians(each) for level, each in sessions.items()},
-        "ratio_to_tail": {level: judgement.ratio for level, judgement in judgements.items()},
-        "interval_of_ratio": {level: [judgement.low, judgement.high] for level, judgement in judgements.items()},
-        "refused": refused,
-        "chosen": chosen,
-    }
-    results = [result for session in zip(*sessions.values(), strict=True) for level in session for result in level]
-    return Choice(chosen, networks[chosen], protos[chosen], summary, to_record(results, provenance(), summary))
+    search = FusionSearch(
+        target=target,
+        device=sessions[chosen][0][0].device,
+        sessions=sessions,
+        judgements=judgements,
+        refused=refused,
+        chosen=chosen,
+        provenance=provenance(),
+    )
+    return Choice(chosen, networks[chosen], protos[chosen], search)
 
 
 def _measured_levels(
@@ -271,7 +312,10 @@ def _p50_by_batch(results: Sequence[Result]) -> dict[int, float]:
 
 def _medians(sessions: Sequence[Sequence[Result]]) -> dict[str, float]:
     """Median latency in ms by batch size, the median over the sessions."""
-    return {str(results[0].batch): median_low(one.p50_ms for one in results) for results in zip(*sessions, strict=True)}
+    return {
+        str(results[0].batch): median_low(result.p50_ms for result in results)
+        for results in zip(*sessions, strict=True)
+    }
 
 
 def judge_levels(p50_ms: Mapping[str, Sequence[Mapping[int, float]]]) -> dict[str, Judgement]:
@@ -295,7 +339,7 @@ def _ratio(times: Mapping[int, float], tail: Mapping[int, float]) -> float:
 
 def fastest_level(judgements: Mapping[str, Judgement]) -> str:
     """The level of the least ratio among those that are faster than `tail` beyond chance; else `tail`, the simplest."""
-    faster = {level: one.ratio for level, one in judgements.items() if one.verdict == "faster"}
+    faster = {level: judgement.ratio for level, judgement in judgements.items() if judgement.verdict == "faster"}
     return min(faster, key=lambda level: faster[level], default="tail")
 
 
@@ -303,6 +347,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     """The networks by level, and why a level is none."""
     networks, refused = {"tail": fuse(model, "tail")}, {}
     if isinstance(model, ResidualStudent):
+        # A level that these branches cannot be brought to is no failure here: it is left out, and the card says why.
         try:
             networks["wide"] = wide = fuse(model, "wide")
             if isinstance(wide, WideBranches) and wide.can_group:

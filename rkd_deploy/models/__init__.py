@@ -1,1 +1,1 @@
-"""Networks and what is derived from them: stage maps, cost, separation into S and A."""
+"""Networks, and what is derived from them: stage maps, cost, separation into S and A."""

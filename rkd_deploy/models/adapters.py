@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """P, from the channels of a map to those of T's.
+    """An adapter P, from the channels of a map to those of T's map.
 
     Args:
         in_channels: C.
@@ -35,7 +35,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.norm.weight)
 
     def forward(self, f_NCHW: Tensor) -> Tensor:
-        """P f, [N, C_T, H, W]."""
+        """The adapted map P f, [N, C_T, H, W]."""
         return cast(Tensor, self.norm(self.conv(f_NCHW)))
 
     @torch.no_grad()
@@ -52,12 +52,12 @@ class Adapter(nn.Module):
 
 
 def as_convolution(adapter: nn.Module) -> nn.Conv2d:
-    """The 1x1 convolution that an adapter is at inference."""
+    """The 1x1 convolution that an adapter is at inference; a plain convolution as it is."""
     return adapter.folded() if isinstance(adapter, Adapter) else cast(nn.Conv2d, adapter)
 
 
 def with_norms(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A state dict of before adapters had batch norm, as a module that has adapters takes it.
+    """Convert a state dict from before adapters had batch norm to one that a module with adapters takes.
 
     Args:
         state: Tensors by name; one that names batch norms already is given back as it is.
@@ -74,5 +74,6 @@ def with_norms(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tens
             weights[f"{name}.norm.bias"] = bias
             weights[f"{name}.norm.weight"] = torch.ones_like(bias)
             weights[f"{name}.norm.running_mean"] = torch.zeros_like(bias)
+            # Batch norm divides by sqrt(var + eps): with this variance by exactly 1.
             weights[f"{name}.norm.running_var"] = torch.full_like(bias, 1 - adapter.norm.eps)
     return weights

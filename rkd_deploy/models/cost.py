@@ -39,7 +39,7 @@ _FREE = frozenset(_FREE_NAMES.split())
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """Cost of one image.
+    """Cost of a network: multiply-adds for one image, and parameters.
 
     Attributes:
         macs: Multiply-adds.

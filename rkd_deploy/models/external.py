@@ -1,8 +1,8 @@
-"""Any classifier seen through its stage maps: torchvision's, timm's, or a user's own.
+"""Any classifier through its stage maps: torchvision's, timm's, or a user's own.
 
 The network is wrapped, not rewritten: its modules, weights and names stay, its logits are its own. Where its stages end
-is found by running it once (`stage_maps.py`) or said by the user. The maps come from its traced graph (`tracing.py`);
-from hooks on its modules (`hooking.py`) where it cannot be traced, and then only modules can be stages.
+is found by running it once (`stage_maps.py`) or named by the user. The maps come from its traced graph (`tracing.py`);
+from hooks on its modules (`Hooked`) where it cannot be traced, and then only modules can be stages.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class Hooked:
     """Reads stage maps by forward hooks, for networks that `tracing.Traced` cannot trace: only modules have names.
 
     Args:
-        network: Its weights stay where they are.
+        network: The network to read; its weights stay where they are.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    one_answer = True
-    """Not known before it is run in training."""
+    single_output = True
+    """Whether the network gives one tensor; taken for granted, because only a run in training could tell."""
 
     def knows(self, stage: str) -> bool:
         """Whether the network has a module of this name."""
         return bool(stage) and stage in dict(self.network.named_modules())
 
     def reader(self, stages: Sequence[str], answer: bool) -> Reader:
-        """From (holder, images) to the tuple of what stages give, with the network's answer last if it is wanted."""
+        """A function from (holder, images) to the maps of some stages, the network's answer last if it is wanted."""
 
         def read(holder: nn.Module, x_NCHW: Tensor) -> tuple[Any, ...]:
             network: nn.Module = holder.get_submodule("network")
@@ -54,7 +54,7 @@ class Hooked:
         return read
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """Outputs of all modules in the order of their calls, in eval mode."""
+        """Run the network in eval mode; gives the outputs of all modules, in the order of their calls."""
         modules = dict(self.network.named_modules())
         with in_mode(self.network, False):
             outputs, _ = _run(self.network, list(modules), x_NCHW)
@@ -65,7 +65,7 @@ class Hooked:
         ]
 
     def used_modules(self, x_NCHW: Tensor, stages: Sequence[str]) -> set[str]:
-        """Paths of the modules that are called before these stages have given their maps, and of all loose tensors."""
+        """Paths of the modules that are called until some stages have given their maps, and of all loose tensors."""
         with in_mode(self.network, False):
             outputs, _ = _run(self.network, [name for name, _ in self.network.named_modules()], x_NCHW)
         called = [name for name, _ in outputs]
@@ -74,7 +74,7 @@ class Hooked:
         return {*called[: end + 1], *loose}
 
     def tail(self, stage: str) -> nn.Module | None:
-        """None: hooks do not show how the logits follow from a map."""
+        """No function: hooks do not show how the logits follow from a map."""
         return None
 
 
@@ -94,13 +94,14 @@ def _run(network: nn.Module, paths: Sequence[str], x_NCHW: Tensor) -> tuple[list
 
 
 _ENLARGED = 64
-"""Pixels. On smaller images the deep maps of several resolutions all come down to one position."""
+"""Least height and width in pixels at which stages are looked for: on smaller images the deep maps of several
+resolutions all come down to one position."""
 
 
 class External(FeatureNetwork):
     """Stage maps and head of a classifier that this package has not written.
 
-    A pruned copy of the network is seen in the same way: ``External(pruned, given.stages, input_size=...)``, with
+    A pruned copy of the network is seen in the same way: ``External(pruned, original.stages, input_size=...)``, with
     ``head=False`` where the copy is one of `without_head`.
 
     Args:
@@ -162,13 +163,13 @@ class External(FeatureNetwork):
         return self._as_maps(self._read_maps(self, x_NCHW))
 
     def maps_and_logits(self, x_NCHW: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Stage maps and the network's own logits [N, K] of one pass."""
+        """Stage maps of one pass, and the logits [N, K] as the network itself computes them."""
         assert self._read_all is not None
         *values, logits_NK = self._read_all(self, x_NCHW)
         return self._as_maps(values), logits_NK
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The network's own logits [N, K], or the pooled last map [N, C] without a head."""
+        """Logits [N, K] as the network itself computes them, or the pooled last map [N, C] without a head."""
         return pool(self.features(x_NCHW)[-1]) if self._read_all is None else cast(Tensor, self.network(x_NCHW))
 
     def without_head(self) -> External:
@@ -198,13 +199,13 @@ class External(FeatureNetwork):
         return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
 
     def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
-        """Channels C of the last map and classes K, measured by one pass."""
+        """Channels C of the last map and number of classes K, measured by one pass."""
         with in_mode(self, False):
             if self._read_all is None:
                 return self.features(x_NCHW)[-1].shape[1], None
             maps, logits_NK = self.maps_and_logits(x_NCHW)
         shape = tuple(logits_NK.shape) if isinstance(logits_NK, Tensor) else ()
-        if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.one_answer:
+        if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.single_output:
             raise UsageError(
                 f"{_name(source)} must give logits [N, K] in training as in evaluation, one row for each image; for "
                 f"{len(x_NCHW)} images it gave {f'a tensor {shape}' if shape else 'something else, or more'}. "
@@ -215,7 +216,10 @@ class External(FeatureNetwork):
         return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
-        """Path of a linear layer, or a module (in a tuple, because its weights are registered with the network)."""
+        """The head that reproduces the logits: path of a linear layer, or a module; None where there is none.
+
+        The module comes in a tuple, because its weights are registered with the network already.
+        """
         x_NCHW = _images(self.network, self.input_size)
         with torch.no_grad():
             network, values, logits_NK = self.network, *self._answer(self.network, x_NCHW)
@@ -234,6 +238,7 @@ class External(FeatureNetwork):
                 return answer_NK.shape == logits_NK.shape and torch.allclose(answer_NK, logits_NK, 1e-4, tolerance)
 
             shape = (logits_NK.shape[1], self.channels)
+            # From the end: of several layers that give these logits the last one is the head, by its own right.
             for path, module in reversed(list(network.named_modules())):
                 if type(module) is nn.Linear and module.weight.shape == shape and right(module):
                     return str(path)
@@ -278,7 +283,7 @@ def _source(network: nn.Module) -> Source:
 
 
 def _images(network: nn.Module, size: Size) -> Tensor:
-    """Two noise images, always the same: with a batch of 2, its axis differs from other axes of size 1."""
+    """A batch of two noise images, always the same: of one, its axis would look like other axes of size 1."""
     like = next(network.parameters(), torch.empty(0))
     x_NCHW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     return x_NCHW.to(like)
@@ -336,7 +341,7 @@ def _name(source: Source) -> str:
 
 
 def _shaken(network: nn.Module) -> nn.Module:
-    """A copy of the network with a little noise added to all its weights."""
+    """A copy of a network with a little noise added to all its weights."""
     shaken = copy.deepcopy(network).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in shaken.parameters():
@@ -345,10 +350,11 @@ def _shaken(network: nn.Module) -> nn.Module:
 
 
 def _copy_of_used(network: nn.Module, used: set[str]) -> nn.Module:
-    """A copy with identities for layers that hold weights and are not used; what they stand in keeps its attributes.
+    """A copy of a network with identities in the place of layers that hold weights and are not used.
 
-    A layer may have children that hold none, as timm's norms have an activation. What runs after the last stage runs on
-    other channels then, so no layer that counts them may be left there.
+    What these layers stand in keeps its attributes. A layer may have children that hold no weights, as timm's norms
+    have an activation. What runs after the last stage runs on other channels then, so no layer that counts them may be
+    left there.
     """
     unused = {}
     for path, module in network.named_modules():

@@ -17,7 +17,8 @@ _PROBABILITIES: Mapping[Any, str] = {
     torch.ops.aten.sigmoid.default: "sigmoid",
     torch.ops.aten.hardsigmoid.default: "hardsigmoid",
 }
-"""Log-softmax is none of them: the softmax and the order of log-probabilities are those of the logits."""
+"""Operations that make probabilities, and their names. Log-softmax is none: the softmax of log-probabilities and their
+order are those of the logits."""
 
 _UNCHANGED = (
     "view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand",
@@ -27,34 +28,35 @@ _UNCHANGED = (
 
 
 class _LastOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which operation every tensor came from, through those that keep the values."""
+    """Notes which operation computed every tensor's values, looking through those that keep them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[int, tuple[Tensor, Any]] = {}  # the tensor too: an id is given again when it is freed
+        # With the tensor itself, which keeps it alive: an id is used again when it is freed.
+        self._origins: dict[int, tuple[Tensor, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             keeps = func.name().split("::")[-1].split(".")[0] in _UNCHANGED
-            self._made[id(result)] = (result, self.of(args[0]) if keeps and args else func)
+            self._origins[id(result)] = (result, self.of(args[0]) if keeps and args else func)
         return result
 
     def of(self, tensor: Any) -> Any:
         """The operation that computed a tensor's values; None where it came from outside."""
-        return self._made.get(id(tensor), (None, None))[1]
+        return self._origins.get(id(tensor), (None, None))[1]
 
 
 def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
     """Refuse a classifier whose last operation makes probabilities.
 
     Args:
-        network: Images to its answer.
+        network: Images to logits, as it claims.
         x_NCHW: One image or a few.
-        name: What messages call it.
+        name: What messages call the network.
 
     Raises:
-        UsageError: It ends in a softmax or a sigmoid.
+        UsageError: The network ends in a softmax or a sigmoid.
     """
     with torch.no_grad(), in_mode(network, False), _LastOperation() as operations:
         answer = network(x_NCHW)
@@ -93,7 +95,7 @@ def check_logits(answer_NK: Tensor, name: str) -> None:
 
     Args:
         answer_NK: What the network gave for N images.
-        name: What messages call it.
+        name: What messages call the network.
 
     Raises:
         DivergenceError: A number is NaN or infinite.

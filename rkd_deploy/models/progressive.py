@@ -1,4 +1,4 @@
-"""S and its assistants exchanging maps: the sum of stage k feeds stage k + 1.
+"""S and its assistants exchange maps: the sum of stage k feeds stage k + 1.
 
     s_0   = x, the image
     f_b^k = stage k of branch b on Q_b^k s_{k-1}             b = S, A_1, .. A_n; Q_b^1 = identity
@@ -44,16 +44,16 @@ class BranchStage(nn.Module):
         self.back, self.stage, self.adapter = back, stage, adapter
 
     def map(self, s_NCHW: Tensor) -> Tensor:
-        """The branch's own map f_b^k of s_{k-1}."""
+        """The map f_b^k of this branch alone, from s_{k-1}."""
         return cast(Tensor, self.stage(self.back(s_NCHW)))
 
     def forward(self, s_NCHW: Tensor) -> Tensor:
-        """P_b^k f_b^k of s_{k-1}, [N, C_T^k, H', W']."""
+        """The adapted map P_b^k f_b^k, [N, C_T^k, H', W'], from s_{k-1}."""
         return cast(Tensor, self.adapter(self.map(s_NCHW)))
 
 
 class ProgressiveStudent(nn.Module):
-    """The network that ships.
+    """S, its assistants, all adapters and the head: the network that ships.
 
     Args:
         steps: For each k = 1 .. K the steps of S, A_1, .. A_n, in this order.
@@ -66,18 +66,18 @@ class ProgressiveStudent(nn.Module):
         self.head = head
 
     def rows(self) -> list[list[BranchStage]]:
-        """The steps, for each k those of S, A_1, .. A_n."""
+        """The steps of every stage k, those of S, A_1, .. A_n in this order."""
         return [cast("list[BranchStage]", list(row)) for row in cast("list[nn.ModuleList]", list(self.steps))]
 
     def summed_map(self, x_NCHW: Tensor, stages: int | None = None) -> Tensor:
-        """s_k with k = `stages`; s_0 is the image. Default: the last."""
+        """The sum s_k after k = `stages` stages; s_0 is the image. Default: after the last."""
         s = x_NCHW
         for row in self.rows()[:stages]:
             s = _sum([step(s) for step in row])
         return s
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """S's own maps f_S^1 .. f_S^K, as borrowed losses see them."""
+        """Maps f_S^1 .. f_S^K of S alone, as borrowed losses see them."""
         maps, s = [], x_NCHW
         for student, *assistants in self.rows():
             maps.append(student.map(s))
@@ -85,11 +85,11 @@ class ProgressiveStudent(nn.Module):
         return tuple(maps)
 
     def last_adapters(self) -> list[nn.Conv2d]:
-        """P_S^K, P_1^K, .. of the last stage."""
+        """Adapters P_S^K, P_1^K, .. of the last stage."""
         return [step.adapter for step in self.rows()[-1]]
 
     def alone(self) -> ProgressiveStudent:
-        """S with A's maps left out of every sum, the same layers: the control that shows what they add.
+        """S without its assistants, of the same layers: every sum holds S's map alone.
 
         S has learnt from sums that hold them, so this is what S is worth without its assistants, and not what a
         student trained alone would be.
@@ -114,8 +114,8 @@ def progressive_student(
         student: S, without a head; its layers are used, not copied.
         assistants: A_1 .. A_n, as S.
         channels: C_T^1 .. C_T^K, the deepest maps of T that have a partner (`paired_channels`).
-        num_classes: Of the head.
-        image_size: Height and width.
+        num_classes: Number of classes K of the head.
+        image_size: Height and width in pixels.
 
     Raises:
         UsageError: S cannot be cut into stages.
@@ -129,7 +129,7 @@ def progressive_student(
 
 
 def paired_channels(teacher: Sequence[Shape], student: Sequence[Shape]) -> list[int]:
-    """C_T^1 .. C_T^K of T's maps that have a partner among S0's, from the (C, H, W) of both."""
+    """Channels C_T^1 .. C_T^K of T's maps that have a partner among S0's, from the (C, H, W) of both."""
     return [shape[0] for shape in teacher[-min(len(teacher), len(student)) :]]
 
 
@@ -137,7 +137,7 @@ def adapter_cost(maps: Sequence[Shape], channels: Sequence[int], unit: str) -> i
     """The cost of all P and Q of one branch.
 
     Args:
-        maps: (C, H, W) of its stage maps.
+        maps: (C, H, W) of the branch's stage maps.
         channels: C_T^1 .. C_T^K.
         unit: ``"macs"`` or ``"params"``.
     """

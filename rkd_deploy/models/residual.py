@@ -1,4 +1,4 @@
-"""S and its assistants as one classifier: z = h(GAP(P_S f_S + P_1 f_1 + ... + P_k f_k)).
+"""S and its assistants as one classifier: z = h(GAP(P_S f_S + P_1 f_1 + .. + P_k f_k)).
 
 After "Residual Knowledge Distillation" (Gao, Shen, Li, Loy, arXiv 2002.09168): the student S imitates the teacher's
 feature map, the assistant A learns what S leaves over, and their maps are summed. A chain A_1 .. A_k, each learning
@@ -21,10 +21,10 @@ from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
 class StageAdapters(nn.Module):
-    """1x1 adapters to T's channels at stages before the last: for losses there alone, they never ship.
+    """Adapters to T's channels at stages before the last, for losses there alone: they never ship.
 
     Args:
-        stages: Which of S's stages, from 1.
+        stages: Numbers of S's stages, from 1.
         branches: Channels of every stage map of S, of A_1, ..
         channels: C_T at each of `stages`.
     """
@@ -40,17 +40,17 @@ class StageAdapters(nn.Module):
         )
 
     def forward(self, branch: int, maps: Sequence[Tensor]) -> list[Tensor]:
-        """R_b^j f_b^j at every stage j, from all stage maps of branch b = 0 (S), 1, .."""
+        """Adapted maps R_b^j f_b^j at every stage j, from all stage maps of branch b = 0 (S), 1, .."""
         adapters = cast(nn.ModuleList, self.adapters[branch])
         return [adapter(maps[j - 1]) for adapter, j in zip(adapters, self.stages, strict=True)]
 
     def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
-        """f_T^j at every stage j; T's stages and S's are paired from the deepest."""
+        """Maps f_T^j of T at every stage j; T's stages and S's are paired from the deepest."""
         return [maps_T[j - 1 - self.count] for j in self.stages]
 
 
 class ResidualStudent(nn.Module):
-    """The network that ships: student, assistants, their adapters and one head.
+    """S, its assistants, their adapters and one head: the network that ships.
 
     Args:
         student: S, without a head.
@@ -84,12 +84,12 @@ class ResidualStudent(nn.Module):
         self.stage_adapters: StageAdapters | None = None
 
     def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
-        """(S, P_S), (A_1, P_1), .. (A_k, P_k)."""
+        """Pairs of network and adapter: (S, P_S), (A_1, P_1), .. (A_k, P_k)."""
         pairs = zip(self.assistants, self.assistant_adapters, strict=True)
         return [(self.student, self.student_adapter), *cast("list[tuple[FeatureNetwork, Adapter]]", list(pairs))]
 
     def student_network(self) -> FeatureNetwork:
-        """S from the images on, the trunk in front of it where there is one; the layers are the model's."""
+        """S from the images on, with the trunk in front where there is one; the layers are the model's."""
         if self.trunk is None:
             return self.student
         assert isinstance(self.student, StageRun)
@@ -102,7 +102,7 @@ class ResidualStudent(nn.Module):
         return [*trunk, *self.branches()[branch], *adapters]
 
     def shared(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """The trunk's stage maps; none where nothing is shared."""
+        """Stage maps of the trunk; none where nothing is shared."""
         return () if self.trunk is None else self.trunk.features(x_NCHW)
 
     def stage_maps(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -134,30 +134,30 @@ class ResidualStudent(nn.Module):
 
         Args:
             branch: b = 0 (S), 1, ..
-            maps: All its stage maps.
+            maps: All stage maps of the branch.
         """
         early = [] if self.stage_adapters is None else self.stage_adapters(branch, maps)
         return [*early, self.branches()[branch][1](maps[-1])]
 
     def targets(self, maps_T: Sequence[Tensor]) -> list[Tensor]:
-        """T's maps that `compared_maps` are compared with."""
+        """Maps of T that `compared_maps` are compared with."""
         early = [] if self.stage_adapters is None else self.stage_adapters.targets(maps_T)
         return [*early, maps_T[-1]]
 
     def student_map(self, x_NCHW: Tensor) -> Tensor:
-        """P_S f_S, [N, C_T, H', W']."""
+        """The adapted map P_S f_S of S, [N, C_T, H', W']."""
         return cast(Tensor, self.student_adapter(self.stage_maps(0, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def assistant_map(self, x_NCHW: Tensor, number: int = 1) -> Tensor:
-        """P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
+        """The adapted map P_i f_i of assistant i = `number`, counted from 1, [N, C_T, H', W']."""
         return cast(Tensor, self.branches()[number][1](self.stage_maps(number, x_NCHW, self.shared(x_NCHW))[-1]))
 
     def summed_map(self, x_NCHW: Tensor, assistants: int | None = None) -> Tensor:
-        """P_S f_S + P_1 f_1 + .., the approximation of the teacher's map, [N, C_T, H', W'].
+        """The sum P_S f_S + P_1 f_1 + .., the approximation of T's map, [N, C_T, H', W'].
 
         Args:
             x_NCHW: Images.
-            assistants: How many of them are summed, from the first. Default: all.
+            assistants: How many assistants are summed, from the first. Default: all.
         """
         shared = self.shared(x_NCHW)
         count = 1 + (len(self.assistants) if assistants is None else assistants)
@@ -173,7 +173,7 @@ class ResidualStudent(nn.Module):
 
 
 class StudentAlone(nn.Module):
-    """S without assistants, under the same head: z = h(GAP(P_S f_S)). The control that shows what they add."""
+    """S without its assistants, under the same head: z = h(GAP(P_S f_S))."""
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class StudentAlone(nn.Module):
         self.head = model.head
 
     def branches(self) -> list[tuple[FeatureNetwork, Adapter]]:
-        """S and its adapter P_S, the only branch."""
+        """The only branch: S and its adapter P_S."""
         return [(self.student, self.student_adapter)]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

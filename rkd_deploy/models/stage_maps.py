@@ -1,4 +1,4 @@
-"""Where the stages of an unknown network end, and how its tensors become maps [N, C, H, W].
+"""Finds where the stages of an unknown network end, and turns its tensors into maps.
 
 A stage map is the last map at one resolution. "Last" is not the last operation: the first block of the next stage may
 still work at the old resolution (the expansion of an inverted residual block, the norm before a strided convolution).
@@ -26,13 +26,13 @@ _POOLING = ("AvgPool2d", "avg_pool2d", "mean")
 
 
 class Step(NamedTuple):
-    """One module or operation that was run.
+    """One module or operation of a run, and what it gave.
 
     Attributes:
         name: As `tracing.Trace.names` has it: after the module that it is or stands in.
-        what: Name of its class or function.
-        shape: Of the tensor that it gave.
-        is_module: Whether it is what a module puts out.
+        what: Name of the module's class or of the function.
+        shape: Shape of the tensor that it gave.
+        is_module: Whether the tensor is what a module puts out.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """Path of the module whose `forward` did it."""
+        """Path of the module whose `forward` did the step."""
         return self.name.rpartition(".")[0]
 
 
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     prefix: int = 0
 
     def to_map(self, value: Tensor) -> Tensor:
-        """The map in a tensor of this layout, as [N, C, H, W]."""
+        """The map [N, C, H, W] in a tensor of this layout."""
         if self.order == "NCHW":
             return value
         if self.order == "NHWC":
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
         return unflatten(value[:, self.prefix :].transpose(1, 2), 2, self.grid)
 
     def from_pooled(self, pooled_NC: Tensor) -> Tensor:
-        """A map of one position, as the network has it; the tokens before it are zeros."""
+        """Pooled channels [N, C] as a map of one position, in this layout; the tokens before it are zeros."""
         if self.order == "NCHW":
             return pooled_NC[:, :, None, None]
         if self.order == "NHWC":
@@ -80,9 +80,9 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
     """The layout of a tensor, or None where it is no map.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         image: Height and width of the image.
-        before: Height and width of the map that tokens come of. None: they are taken for those of a square.
+        before: Height and width of the map that tokens come of. None: they are taken for a square map's.
     """
     if len(shape) == 4:
         _, first, second, third = shape
@@ -102,7 +102,7 @@ def layout_of(shape: Sequence[int], image: Size, before: Size | None) -> Layout 
 
 
 def layouts_of(steps: Iterable[Step], image: Size) -> dict[str, Layout]:
-    """The layouts of all steps that give a map, by their names."""
+    """Layouts of all steps that give a map, by the steps' names."""
     layouts: dict[str, Layout] = {}
     before: Size | None = None
     for step in steps:
@@ -120,7 +120,7 @@ def find_stages(steps: Sequence[Step], image: Size) -> list[str]:
     """Names of the stages' last steps, deepest last; empty where there is no map.
 
     Args:
-        steps: What the network did to one image, in order.
+        steps: Steps of the network on one image, in order.
         image: Height and width of the image.
     """
     layouts = layouts_of(steps, image)
@@ -153,7 +153,7 @@ def candidates(steps: Sequence[Step], image: Size) -> dict[str, str]:
 
 
 def _units(steps: Sequence[Step], layouts: dict[str, Layout], image: Size) -> Iterator[Step]:
-    """The steps whose output is a map, taken apart as far as needed, up to the global pooling."""
+    """Steps whose output is a map, the network taken apart as far as needed, up to the global pooling."""
     opened = _opened(steps, layouts, image)
     pooled_in = None
     for step in steps:
@@ -169,7 +169,7 @@ def _units(steps: Sequence[Step], layouts: dict[str, Layout], image: Size) -> It
 
 
 def _opened(steps: Iterable[Step], layouts: dict[str, Layout], image: Size) -> set[str]:
-    """The network itself and the modules in which the resolution changes more than once, their input's included."""
+    """Paths of the network and of modules in which the resolution changes more than once, their input's included."""
     sizes: dict[str, set[Size]] = {}
     before = image
     for step in steps:

@@ -15,7 +15,7 @@ class StageRun(FeatureNetwork):
 
     Args:
         stages: As `Staged.stages` gives them; their layers are used, not copied.
-        channels: Of the last map.
+        channels: Channels of the last map.
     """
 
     fc: None
@@ -32,7 +32,7 @@ class StageRun(FeatureNetwork):
         return self._channels
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """The map after each stage."""
+        """The map after each stage of this run."""
         maps = []
         for stage in self.stages:
             x_NCHW = stage(x_NCHW)
@@ -40,10 +40,10 @@ class StageRun(FeatureNetwork):
         return tuple(maps)
 
     def without_head(self) -> FeatureNetwork:
-        """A copy: there is no head."""
+        """A copy of the run, which has no head."""
         return copy.deepcopy(self)
 
 
 def joined(*runs: StageRun) -> StageRun:
-    """Runs that follow each other as one, of the same layers."""
+    """Join runs that follow each other into one, of the same layers."""
     return StageRun([stage for run in runs for stage in run.stages], runs[-1].channels)

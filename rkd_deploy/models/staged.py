@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError
 
 Widths = tuple[int, ...]
-"""Channels of whatever may be narrowed in one network, from the stem on (`Staged.widths`)."""
+"""Channel counts of what may be narrowed in one network, from the stem on (`Staged.widths`)."""
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -129,7 +129,7 @@ def stage_shapes(network: nn.Module, image_size: Sequence[int]) -> list[tuple[in
 
 
 def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of: int = 1) -> Widths:
-    """The widths, if a network can be built of them.
+    """Refuse widths that no network of a family can be built of; gives them back as a tuple.
 
     Args:
         widths: The channel counts to check.
@@ -138,7 +138,7 @@ def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of:
         multiple_of: What each must be a multiple of.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: There are more or fewer widths than needed, or one is no positive multiple.
     """
     if len(widths) != count or min(widths) < 1 or any(width % multiple_of for width in widths):
         rule = f", multiples of {multiple_of}" if multiple_of > 1 else ""
@@ -147,7 +147,7 @@ def checked_widths(widths: Sequence[int], count: int, meaning: str, multiple_of:
 
 
 def he_initialised(network: nn.Module) -> None:
-    """Fresh convolutions after He et al. 2015: normal, variance 2 / (kernel area x output channels), biases 0."""
+    """Draw fresh convolutions after He et al. 2015: normal, variance 2 / (kernel area x output channels), biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -157,7 +157,7 @@ def he_initialised(network: nn.Module) -> None:
 
 @contextmanager
 def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """The network in one mode for a while; afterwards every module is in its own again."""
+    """Put a network into one mode while the block runs; afterwards every module is in its own mode again."""
     modes = {module: module.training for module in network.modules()}
     network.train(training)
     try:

@@ -24,10 +24,10 @@ from rkd_deploy.models.stage_maps import Step
 from rkd_deploy.models.staged import in_mode
 
 ROOT = "network"
-"""The attribute that holds the network in whatever a function of a graph is called on."""
+"""Name of the attribute under which every `Holder` has the network."""
 
 Reader = Callable[[nn.Module, Tensor], Any]
-"""From a holder and images to a tuple."""
+"""A function from a holder and images to a tuple of tensors."""
 
 _RANDOM = ("DropPath", "StochasticDepth")  # by name: timm, torchvision and users each have their own
 
@@ -36,10 +36,10 @@ class Traced:
     """A network's graphs, one for training and one for evaluation: dropout and the like differ between the two.
 
     Args:
-        network: Its weights stay where they are.
+        network: The network to trace; its weights stay where they are.
 
     Attributes:
-        one_answer: Whether the network gives one tensor in both modes.
+        single_output: Whether the network gives one tensor in both modes.
 
     Raises:
         Exception: Whatever the network raises when it meets a symbol in place of a tensor.
@@ -51,28 +51,28 @@ class Traced:
         for training in (True, False):
             with in_mode(network, training):
                 self._graphs[training] = Trace(network)
-        self.one_answer = all(graph.one_answer for graph in self._graphs.values())
+        self.single_output = all(graph.single_output for graph in self._graphs.values())
 
     def knows(self, stage: str) -> bool:
         """Whether both graphs have an operation of this name."""
         return all(graph.resolve(stage) is not None for graph in self._graphs.values())
 
     def reader(self, stages: Sequence[str], answer: bool) -> Reader:
-        """From (holder, images) to the tuple of what stages give, with the network's answer last if it is wanted."""
+        """A function from (holder, images) to the maps of some stages, the network's answer last if it is wanted."""
         function = {mode: graph.function(graph.nodes(stages), answer) for mode, graph in self._graphs.items()}
         return lambda holder, x_NCHW: function[holder.training](holder, x_NCHW)
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """Operations on the way from images to these stages, or to the network's answer, in eval mode."""
+        """Run the way from images to some stages, or to the network's answer, in eval mode; gives its operations."""
         with in_mode(self.network, False):
             return self._graphs[False].steps(x_NCHW, stages, answer)
 
     def used_modules(self, x_NCHW: Tensor, stages: Sequence[str]) -> set[str]:
-        """Paths of modules and tensors that are read on the way to these stages, in either mode."""
+        """Paths of modules and tensors that are read on the way to some stages, in either mode."""
         return set().union(*(graph.used_modules(stages) for graph in self._graphs.values()))
 
     def tail(self, stage: str) -> nn.Module | None:
-        """From what a stage gives to the network's answer, in eval mode; None where the answer needs more than that."""
+        """A stage's map to the network's answer, in eval mode; None where the answer needs more than that map."""
         return self._graphs[False].tail(stage)
 
 
@@ -88,7 +88,7 @@ class Holder(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Any:
-        """The network's own answer."""
+        """The answer of the network."""
         return self.network(x)
 
 
@@ -99,7 +99,7 @@ class Trace:
         network: Left as it is.
 
     Attributes:
-        graph: Images to the network's answer.
+        graph: The whole graph, images to the network's answer.
         names: Operations by name, in order: ``layer4`` is what a module puts out, ``layer1.0.relu_1`` the second call
             of one, ``add`` an operation of the network's own `forward`, as torchvision's feature extraction has it.
         outputs: Modules by the operation that they put out; several where one module ends in another.
@@ -121,20 +121,21 @@ class Trace:
             )
         [result] = (node for node in self.graph.nodes if node.op == "output")
         answer = result.args[0]
-        self.one_answer = isinstance(answer, fx.Node) and not isinstance(answer.target, type)  # a named tuple is a type
+        # A named tuple is one node too: the call of its type.
+        self.single_output = isinstance(answer, fx.Node) and not isinstance(answer.target, type)
         self.names = tracer.names
         self.outputs = {path: node for path, node in tracer.outputs.items() if path}
 
     def resolve(self, name: str) -> fx.Node | None:
-        """The operation of a name; a module's is the last one that it did."""
+        """The operation of a name, for a module the last one that it did; None where there is none."""
         return self.names.get(name) or self.outputs.get(name)
 
     def cut(self, nodes: Sequence[fx.Node], answer: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-        """The graph from images to the tuple of what some operations give, with the network's answer last.
+        """Cut out the graph from images to the results of some operations, the network's answer last.
 
         Args:
             nodes: Operations of this graph.
-            answer: Without it, nothing that only the answer needs is left.
+            answer: Whether the answer is among the results; else nothing that it alone needs is left.
 
         Returns:
             The graph, and its operations by those of the whole graph.
@@ -147,16 +148,16 @@ class Trace:
         return graph, env
 
     def nodes(self, names: Sequence[str]) -> list[fx.Node]:
-        """The operations of names that are known."""
+        """The operations of known names."""
         return [cast(fx.Node, self.resolve(name)) for name in names]
 
     def function(self, nodes: Sequence[fx.Node], answer: bool) -> Reader:
-        """A cut graph as a function of a holder and images: it reads the weights of that holder's network."""
+        """A function from (holder, images) to the results of some operations; it reads the holder's weights."""
         # The class that fx makes for one graph has it as a plain function: nothing else of it is needed.
         return cast("Reader", type(fx.GraphModule(self.root, self.cut(nodes, answer)[0])).forward)
 
     def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """Operations on the way from images to these stages, or to the answer, with shapes from one run."""
+        """Operations on the way from images to some stages, or to the answer, with shapes from one run."""
         graph, env = self.cut(self.nodes(stages), answer)
         shapes = _Shapes(self.root, graph).of(x_NCHW)
         names: dict[fx.Node, list[tuple[str, bool]]] = {node: [] for node in self.graph.nodes}
@@ -173,12 +174,12 @@ class Trace:
         ]
 
     def used_modules(self, stages: Sequence[str]) -> set[str]:
-        """Paths of the modules and tensors that are read on the way from images to these stages."""
+        """Paths of the modules and tensors that are read on the way from images to some stages."""
         needed = self._leading_to(self.nodes(stages))
         return {_unrooted(str(node.target)) for node in needed if node.op in ("call_module", "get_attr")}
 
     def tail(self, stage: str) -> fx.GraphModule | None:
-        """From what one stage gives to the network's answer; None where the answer needs more than that."""
+        """A stage's map to the network's answer; None where the answer needs more than that map."""
         # The walk back from the answer stops at the map; where it still reaches the images, a path goes round the map
         # (a second head, a skip), and the answer is no function of this map alone.
         [start] = self.nodes([stage])
@@ -210,22 +211,22 @@ class Trace:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of what each operation gives."""
+    """Runs a graph and notes the shape of each operation's result."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
-        self._found: dict[fx.Node, tuple[int, ...]] = {}
+        self._shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def of(self, x_NCHW: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-        """Shapes of all tensors, by the operation."""
+        """Shapes of the tensors that operations give, by the operation."""
         self.run(x_NCHW)
-        return self._found
+        return self._shapes
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one operation and note the shape."""
+        """Run one operation and note the shape of its result."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self._found[n] = tuple(value.shape)
+            self._shapes[n] = tuple(value.shape)
         return value
 
 
@@ -238,7 +239,7 @@ class _Tracer(fx.Tracer):
         self._leaves = modules
         self.names: dict[str, fx.Node] = {}
         self.outputs: dict[str, fx.Node] = {}
-        self._seen: Counter[str] = Counter()
+        self._repetitions: Counter[str] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one operation: PyTorch's own, and those that draw random numbers."""
@@ -264,8 +265,8 @@ class _Tracer(fx.Tracer):
             else:
                 operation = target if isinstance(target, str) else target.__name__
                 name = ".".join(part for part in (_unrooted(self.scope.module_path), operation.strip("_")) if part)
-            times = self._seen[name]
-            self._seen[name] += 1
+            times = self._repetitions[name]
+            self._repetitions[name] += 1
             self.names[f"{name}_{times}" if times else name] = node
         return node
 
@@ -305,7 +306,7 @@ def _instance_norm(norm: nn.modules.instancenorm._InstanceNorm, x: Tensor) -> Te
 
 
 def _acts(node: fx.Node) -> bool:
-    """Whether an operation does something beside what it gives: `x.add_(y)` counts even if nobody reads the result."""
+    """Whether an operation has an effect beside its result: `x.add_(y)` counts even if nobody reads the result."""
     in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
     return in_place or node.is_impure(impure_random=False)
 
@@ -315,7 +316,7 @@ def _unrooted(path: str) -> str:
 
 
 def _timm_leaves() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
-    """Modules and functions that timm marks as not traceable; none as long as timm is not imported."""
+    """Modules and functions that timm marks as not traceable; none while timm is not imported."""
     layers = sys.modules.get("timm.layers")
     if layers is None:
         return (), ()

@@ -1,4 +1,4 @@
-"""S and A on a shared trunk: S0's first j stages once, S and A as the two ends behind.
+"""S and A on a shared trunk: S0's first j stages once, S and A as the ends behind it.
 
     t   = trunk(x)                                           stages 1 .. j
     f_S = S(t),  f_i = A_i(t)                                stages j + 1 .. K of each
@@ -32,10 +32,10 @@ def parted(
     num_classes: int,
     head: nn.Module | None = None,
 ) -> ResidualStudent:
-    """S and its assistants with one trunk, S's.
+    """Join S and its assistants on one trunk, the first stages of S.
 
     Args:
-        student: Its first stages are the trunk; their layers are used, not copied.
+        student: S, whose first stages become the trunk; their layers are used, not copied.
         assistants: A_1 .. A_k, whose first stages have the trunk's widths and are left out.
         shared_stages: j, at least 1, less than the number of stages.
         channels: C_T.
@@ -56,7 +56,7 @@ def check_parting(shared_stages: int, stages: int, name: str) -> None:
     """Refuse a place where nothing is shared, or nothing is left to part.
 
     Raises:
-        UsageError: It is one.
+        UsageError: S and A would share no stage, or all of them.
     """
     if not 1 <= shared_stages < stages:
         raise UsageError(
@@ -92,5 +92,5 @@ def _shapes(network: Staged, shared_stages: int) -> list[torch.Size]:
 @torch.no_grad()
 def _channels(network: Staged, shared_stages: int) -> int:
     shadow = copy.deepcopy(nn.Sequential(*network.stages()[:shared_stages])).to("meta").eval()
-    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))
+    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))  # channels do not depend on the size
     return map_NCHW.shape[1]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from rkd_deploy.errors import CheckpointError, UsageError, require, unknown_name
+from rkd_deploy.errors import CheckpointError, UsageError, require, shortened, unknown_name
 from rkd_deploy.models.external import External
 from rkd_deploy.models.families import cifar_resnet, mobilenet, resnet50, shufflenet, vgg, wide_resnet
 from rkd_deploy.models.plain import check_real, with_current_norms
@@ -35,10 +35,10 @@ class Published(NamedTuple):
     """Weights that torchvision or timm publish.
 
     Attributes:
-        state: By the names of the network's own modules; a classifier of other classes is left out.
-        mean: Per channel, in units of [0, 1]: the normalisation that they were trained with.
-        std: The same.
-        complete: Whether the classifier is among them.
+        state: Tensors by the names of the network's own modules; a classifier of other classes is left out.
+        mean: Mean that the weights' images were normalised with, per channel, in units of [0, 1].
+        std: Standard deviation that they were normalised with, per channel, in units of [0, 1].
+        complete: Whether the classifier is among the weights.
     """
 
     state: Mapping[str, Tensor]
@@ -53,10 +53,10 @@ def is_external(name: str) -> bool:
 
 
 def build(name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
-    """A network with fresh weights, or a user's own as it is.
+    """Build an external network with fresh weights, or copy a user's own as it is.
 
     Args:
-        name: See above.
+        name: ``tv:NAME``, ``timm:NAME`` or ``module:attribute`` (the docstring of this file).
         num_classes: K.
         size: Height and width of the images, for networks that are built for one size.
 
@@ -96,12 +96,51 @@ def published(name: str, network: nn.Module) -> Published:
     return Published({key: state[key] for key in state if key not in differing}, mean, std, not differing)
 
 
+def published_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that published weights were trained with, per channel; nothing is downloaded.
+
+    Args:
+        name: ``tv:NAME`` or ``timm:NAME``.
+
+    Raises:
+        UsageError: Nothing of this name.
+        CheckpointError: It has no published weights.
+        MissingDependencyError: timm is not installed.
+    """
+    prefix, _, model_name = name.partition(":")
+    if prefix == "tv":
+        preprocessing = _torchvision_published(model_name).transforms()
+        return tuple(preprocessing.mean), tuple(preprocessing.std)
+    settings = _timm_settings(model_name)
+    return tuple(settings.mean), tuple(settings.std)
+
+
+def _torchvision_published(model_name: str) -> Any:
+    import torchvision
+
+    _check_torchvision(model_name)
+    weights = getattr(torchvision.models.get_model_weights(model_name), "DEFAULT", None)
+    if weights is None:
+        raise CheckpointError(f"torchvision publishes no weights of tv:{model_name}. Leave pretrained out.")
+    return weights
+
+
+def _timm_settings(model_name: str) -> Any:
+    timm = require("timm", "timm")
+    _check_timm(model_name)
+    try:
+        settings = timm.get_pretrained_cfg(model_name)
+    except RuntimeError as error:  # no such set of weights
+        raise CheckpointError(f"timm publishes no weights timm:{model_name}: {error} Name others.") from error
+    if settings is None or not settings.has_weights:
+        raise CheckpointError(f"timm publishes no weights of timm:{model_name}. Leave pretrained out.")
+    return settings
+
+
 def _torchvision(model_name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if model_name not in names:
-        raise UsageError(_unknown("torchvision", model_name, names))
+    _check_torchvision(model_name)
     settings: dict[str, Any] = {}
     if model_name.startswith("vit_"):
         settings["image_size"] = _side(f"tv:{model_name}", size)
@@ -112,18 +151,30 @@ def _torchvision(model_name: str, num_classes: int, size: tuple[int, int]) -> nn
 
 def _timm(model_name: str, num_classes: int, size: tuple[int, int]) -> nn.Module:
     timm = require("timm", "timm")
-    architecture = model_name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise UsageError(_unknown("timm", architecture, timm.list_models()))
+    _check_timm(model_name)
     settings = {}
-    if timm.get_pretrained_cfg_value(architecture, "fixed_input_size"):
+    if timm.get_pretrained_cfg_value(model_name.partition(".")[0], "fixed_input_size"):
         settings["img_size"] = _side(f"timm:{model_name}", size)
     return cast(nn.Module, timm.create_model(model_name, num_classes=num_classes, **settings))
 
 
+def _check_torchvision(model_name: str) -> None:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if model_name not in names:
+        raise UsageError(_unknown("torchvision", model_name, names))
+
+
+def _check_timm(model_name: str) -> None:
+    timm, architecture = require("timm", "timm"), model_name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise UsageError(_unknown("timm", architecture, timm.list_models()))
+
+
 def _unknown(library: str, name: str, names: list[str]) -> str:
     near = ", ".join(difflib.get_close_matches(name, names, n=8, cutoff=0.5)) or "none"  # a thousand are too many
-    return f"Unknown classifier {name!r} of {library}. Near it, of {len(names)}: {near}."
+    return f"Unknown classifier {shortened(name)} of {library}. Near it, of {len(names)}: {near}."
 
 
 def _side(name: str, size: tuple[int, int]) -> int:
@@ -175,19 +226,13 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _torchvision_weights(model_name: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
-    import torchvision
-
-    weights = torchvision.models.get_model_weights(model_name).DEFAULT
-    preprocessing = weights.transforms()
-    state = weights.get_state_dict(progress=False, check_hash=True)
-    return state, tuple(preprocessing.mean), tuple(preprocessing.std)
+    state = _torchvision_published(model_name).get_state_dict(progress=False, check_hash=True)
+    return state, *published_normalisation(f"tv:{model_name}")
 
 
 def _timm_weights(model_name: str) -> tuple[Mapping[str, Tensor], tuple[float, ...], tuple[float, ...]]:
-    timm = require("timm", "timm")
-    network = timm.create_model(model_name, pretrained=True)
-    settings = network.pretrained_cfg
-    return network.state_dict(), tuple(settings["mean"]), tuple(settings["std"])
+    network = require("timm", "timm").create_model(model_name, pretrained=True)
+    return network.state_dict(), *published_normalisation(f"timm:{model_name}")
 
 
 _MAKERS: dict[str, Callable[[int], Staged]] = {
@@ -201,7 +246,7 @@ _MAKERS: dict[str, Callable[[int], Staged]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every network of the families written here."""
+    """Names of all networks of the families written here."""
     return tuple(_MAKERS)
 
 

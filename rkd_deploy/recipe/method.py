@@ -1,12 +1,11 @@
-"""Table `[method]` of a recipe, and which of its keys goes with which. Standard library only."""
+"""Table `[method]` of a recipe: what is trained, and by which losses."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import choice, in_range, toml_value
+from rkd_deploy.recipe.rules import ReadWhere, check_keys, key, rising
 
 BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 """Losses of other papers: beside the residual ones for S, or alone for S0."""
@@ -14,99 +13,95 @@ BASE_LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")
 SCHEMES = ("sequential", "progressive", "end_to_end")
 """Orders in which S, its assistants and the head are trained."""
 
-_WITH_RESIDUAL = 'with method.name = "residual"'
-_WITH_END_TO_END = f'{_WITH_RESIDUAL} and method.scheme = "end_to_end"'
-_WITH_LOSS = "with a base loss (method.base) or a baseline's (method.name)"
-_READ_WHERE = {
-    **dict.fromkeys(("scheme", "head", "distance", "feature_weight", "base"), _WITH_RESIDUAL),
-    **dict.fromkeys(("base_weight", "base_warmup_epochs"), _WITH_LOSS),
-    "stages": f'{_WITH_RESIDUAL} and method.scheme = "sequential" or "end_to_end"',
-    "stage_weight": f"{_WITH_RESIDUAL} and two stages or more in method.stages",
-    "ce_weight": f"{_WITH_END_TO_END}, or by a baseline with a loss of its own",
-    **dict.fromkeys(("student_weight", "assistant_weight", "step_decay", "detach"), _WITH_END_TO_END),
-    "temperature": 'by "kd" and "dkd"',
-    "standardise": 'by "kd" and "dkd"',
-    **dict.fromkeys(("dkd_alpha", "dkd_beta"), 'by "dkd"'),
-    "hint_stage": 'by "fitnet"',
-    "simkd_factor": 'by "simkd"',
-}
+HEADS = ("teacher", "trained", "finetuned")
+DISTANCES = ("relative", "mse", "normalised_mse", "smooth_l1", "cosine")
+
+_RESIDUAL = ReadWhere('with method.name = "residual"', lambda method: method.residual)
+_END_TO_END = ReadWhere(f'{_RESIDUAL.words} and method.scheme = "end_to_end"', lambda method: method.end_to_end)
+_NOT_PROGRESSIVE = ReadWhere(
+    f'{_RESIDUAL.words} and method.scheme = "sequential" or "end_to_end"',
+    lambda method: method.residual and method.scheme != "progressive",
+)
+_SEVERAL_STAGES = ReadWhere(
+    f"{_RESIDUAL.words} and two stages or more in method.stages",
+    lambda method: method.residual and len(method.stages) > 1,
+)
+_WITH_LOSS = ReadWhere(
+    "with a base loss (method.base) or a baseline's (method.name)", lambda method: method.loss != "none"
+)
+_WITH_CE = ReadWhere(
+    f"{_END_TO_END.words}, or by a baseline with a loss of its own",
+    lambda method: method.end_to_end or (method.loss != "none" and not method.residual),
+)
+
+
+def _of_loss(*losses: str) -> ReadWhere:
+    return ReadWhere("by " + " and ".join(f'"{loss}"' for loss in losses), lambda method: method.loss in losses)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRecipe:
-    """Table `[method]`: what is trained, and how. A key that the method has no use for must keep its default."""
+    """Table `[method]`: what is trained, and how; a key that the method does not read keeps its default."""
 
-    name: str = "residual"
+    name: str = key("residual", choices=("residual", "cross_entropy", *BASE_LOSSES))
     """residual: S and A within S0's cost. cross_entropy, kd, fitnet, at, dkd, reviewkd, simkd: a baseline, S0 itself
     trained with that loss (simkd ships a projector on top of S0)."""
-    scheme: str = "sequential"
+    scheme: str = key("sequential", choices=SCHEMES, read=_RESIDUAL)
     """sequential: S, then A on what S leaves over, then (if it learns) the head. progressive: the same stage by stage,
     the sum of both maps feeding the next stage; a phase for each stage of each. end_to_end: all losses at once."""
-    head: str | None = None
+    head: str | None = key(None, choices=HEADS, read=_RESIDUAL)
     """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features.
     finetuned: the same, starting from T's. Under end_to_end it learns along with the rest. Default: finetuned in
     end_to_end, else teacher."""
-    distance: str = "relative"
+    distance: str = key("relative", choices=DISTANCES, read=_RESIDUAL)
     """D: relative (squared error over the mean square of T's map: the share not explained), mse, normalised_mse (image
     by image over its target's square), smooth_l1 or cosine (directions only: lengths are not learnt)."""
-    feature_weight: float | None = None
+    feature_weight: float | None = key(None, low=1e-6, read=_RESIDUAL)
     """w, factor of D in the loss. Default: 1 in end_to_end, beside a task loss of 1, else 5, as in the code of ERA's
     authors."""
-    stages: tuple[int, ...] = ()
+    stages: tuple[int, ...] = key((), low=1, read=_NOT_PROGRESSIVE)
     """S0's stages, from 1 and the last among them, at which D is taken, by adapters that do not ship. Default: the last
     alone. Not for progressive, which takes every stage."""
-    stage_weight: float = 1.0
-    """v, factor of D at those before the last, beside w."""
-    base: str | None = None
+    stage_weight: float = key(1.0, low=0, read=_SEVERAL_STAGES)
+    """v, factor of D at the stages before the last, beside w."""
+    base: str | None = key(None, choices=("none", *BASE_LOSSES), read=_RESIDUAL)
     """X, a further loss: none, kd, fitnet, at, dkd, reviewkd, simkd. For S, and in end_to_end for the sum; with
     cross-entropy for the control S0. Default: dkd in end_to_end, else none."""
-    base_weight: float | None = None
+    base_weight: float | None = key(None, low=1e-9, read=_WITH_LOSS)
     """Factor of the base loss, or of the baseline's. Default: the published one."""
-    base_warmup_epochs: int | None = None
+    base_warmup_epochs: int | None = key(None, low=0, read=_WITH_LOSS)
     """Epochs over which that factor rises linearly. Default: the published share of all epochs (20 of 240 for dkd and
     reviewkd, else 0)."""
-    ce_weight: float | None = None
+    ce_weight: float | None = key(None, low=0, read=_WITH_CE)
     """c, factor of cross-entropy in end_to_end or in a baseline. Default: the published one of the loss beside it."""
-    student_weight: float = 0.0
+    student_weight: float = key(0.0, low=0, read=_END_TO_END)
     """v, factor of the task loss (cross-entropy and X) on S alone, beside that on the sum, in end_to_end: above 0 for
     early exit, where S answers easy images."""
-    assistant_weight: float = 1.0
+    assistant_weight: float = key(1.0, low=0, read=_END_TO_END)
     """alpha, factor of the assistants' D beside S's, in end_to_end."""
-    step_decay: float = 0.5
+    step_decay: float = key(0.5, low=0, high=1, read=_END_TO_END)
     """d: the D of assistant i in a chain counts d^(i - 1), in end_to_end."""
-    detach: bool = True
+    detach: bool = key(True, read=_END_TO_END)
     """Stop the gradient at the residual, in end_to_end: then S does not learn from what A cannot."""
-    temperature: float = 4.0
+    temperature: float = key(4.0, low=1e-3, read=_of_loss("kd", "dkd"))
     """tau, of kd and dkd."""
-    standardise: bool = False
+    standardise: bool = key(False, read=_of_loss("kd", "dkd"))
     """Standardise logits in kd and dkd; published with temperature = 2 and base_weight = 9."""
-    dkd_alpha: float = 1.0
+    dkd_alpha: float = key(1.0, low=0, read=_of_loss("dkd"))
     """Weight of the target class in dkd."""
-    dkd_beta: float = 8.0
-    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20."""
-    hint_stage: int = 2
+    dkd_beta: float = key(2.0, low=0, read=_of_loss("dkd"))
+    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20 and 8 for most other pairs."""
+    hint_stage: int = key(2, low=1, read=_of_loss("fitnet"))
     """Stage that fitnet compares, from 1."""
-    simkd_factor: int = 2
+    simkd_factor: int = key(2, low=1, read=_of_loss("simkd"))
     """f, by which simkd's projector is narrower in its middle."""
 
     def __post_init__(self) -> None:
-        choice("method.name", self.name, ("residual", "cross_entropy", *BASE_LOSSES))
-        choice("method.scheme", self.scheme, SCHEMES)
-        choice("method.head", self.classifier, ("teacher", "trained", "finetuned"))
-        choice("method.distance", self.distance, ("relative", "mse", "normalised_mse", "smooth_l1", "cosine"))
-        choice("method.base", self.base or "none", ("none", *BASE_LOSSES))
-        for name, low in (("feature_weight", 1e-6), ("base_weight", 1e-9), ("base_warmup_epochs", 0), ("ce_weight", 0)):
-            if (value := getattr(self, name)) is not None:
-                in_range(f"method.{name}", value, low)
-        if list(self.stages) != sorted(set(self.stages)) or (self.stages and self.stages[0] < 1):
-            raise RecipeError(f"method.stages = {list(self.stages)} must rise, from 1 on.")
-        for name in ("stage_weight", "student_weight", "assistant_weight", "dkd_alpha", "dkd_beta"):
-            in_range(f"method.{name}", getattr(self, name), 0)
-        in_range("method.step_decay", self.step_decay, 0, 1)
-        in_range("method.temperature", self.temperature, 1e-3)
-        in_range("method.hint_stage", self.hint_stage, 1)
-        in_range("method.simkd_factor", self.simkd_factor, 1)
-        self._check_use()
+        situation = f'method.name = "{self.name}"'
+        if self.residual:
+            situation += f', scheme = "{self.scheme}", base = "{self.loss}"'
+        check_keys("method", self, situation)
+        rising("method.stages", self.stages)
         self._check_progressive()
         self._check_that_heads_learn()
 
@@ -136,45 +131,6 @@ class MethodRecipe:
         if self.residual:
             return self.base if self.base is not None else "dkd" if self.end_to_end else "none"
         return "none" if self.name == "cross_entropy" else self.name
-
-    def _check_use(self) -> None:
-        """A setting that nothing reads is a misunderstanding: say so before hours of training."""
-        end_to_end, borrowed = self.end_to_end, self.loss != "none"
-        read = {
-            "name": True,
-            "scheme": self.residual,
-            "head": self.residual,
-            "distance": self.residual,
-            "feature_weight": self.residual,
-            "stages": self.residual and self.scheme != "progressive",
-            "stage_weight": self.residual and len(self.stages) > 1,
-            "base": self.residual,
-            "base_weight": borrowed,
-            "base_warmup_epochs": borrowed,
-            "ce_weight": end_to_end or (borrowed and not self.residual),
-            "student_weight": end_to_end,
-            "assistant_weight": end_to_end,
-            "step_decay": end_to_end,
-            "detach": end_to_end,
-            "temperature": self.loss in ("kd", "dkd"),
-            "standardise": self.loss in ("kd", "dkd"),
-            "dkd_alpha": self.loss == "dkd",
-            "dkd_beta": self.loss == "dkd",
-            "hint_stage": self.loss == "fitnet",
-            "simkd_factor": self.loss == "simkd",
-        }
-        for key in dataclasses.fields(self):
-            value = getattr(self, key.name)
-            if value == key.default or read[key.name]:
-                continue
-            what = f'method.name = "{self.name}"'
-            if self.residual:
-                what += f', scheme = "{self.scheme}", base = "{self.loss}"'
-            default = "" if key.default is None else f", or --set method.{key.name}={toml_value(key.default)}"
-            raise RecipeError(
-                f"method.{key.name} = {toml_value(value)} has no effect with {what}: it is read only "
-                f"{_READ_WHERE[key.name]}. Leave it out{default}."
-            )
 
     def _check_progressive(self) -> None:
         """A stage is finished before the next one learns: a loss that spans stages comes too late for the first."""

@@ -89,6 +89,8 @@ def pareto_front(points: Sequence[Result]) -> list[Result]:
         From the fastest to the most accurate; points that are equal in both stand all there.
     """
     front: list[Result] = []
+    # From the fastest on, the most accurate first of equally fast ones: then a point is beaten exactly where one before
+    # it is at least as accurate.
     for point in sorted(points, key=lambda result: (result.p50_ms, -_accuracy(result))):
         last = front[-1] if front else None
         if last is None or _accuracy(point) > _accuracy(last) or _same_place(point, last):
@@ -96,8 +98,8 @@ def pareto_front(points: Sequence[Result]) -> list[Result]:
     return front
 
 
-def _same_place(one: Result, other: Result) -> bool:
-    return (one.p50_ms, one.accuracy) == (other.p50_ms, other.accuracy)
+def _same_place(result: Result, other: Result) -> bool:
+    return (result.p50_ms, result.accuracy) == (other.p50_ms, other.accuracy)
 
 
 def _accuracy(result: Result) -> float:
@@ -161,6 +163,7 @@ def _frame(axes: Any, points: Sequence[Result]) -> None:
     axes.set_ylim(min(accuracies) - 0.25 * spread, max(accuracies) + 0.25 * spread)
     if slow / fast >= _LOG_FROM:
         axes.set_xscale("log")
+        # Room for names on both sides: a share of the span, on a logarithmic axis as a factor.
         room = (slow / fast) ** 0.22
         axes.set_xlim(fast / room, slow * room)
         log_scale(axes.xaxis)
@@ -194,16 +197,16 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
 
 def names(points: Sequence[Result | Case]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
-    found = [result.model for result in points]
+    unique = [result.model for result in points]
     for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
         values = [getattr(result, fact, None) for result in points]
-        groups = {name: {v for n, v in zip(found, values, strict=True) if n == name} for name in found}
+        groups = {name: {v for n, v in zip(unique, values, strict=True) if n == name} for name in unique}
         words = [f"{fact} {value}" if isinstance(value, int) else value for value in values]
-        found = [
+        unique = [
             f"{name}, {word}" if len(groups[name]) > 1 and word is not None else name
-            for name, word in zip(found, words, strict=True)
+            for name, word in zip(unique, words, strict=True)
         ]
-    return found
+    return unique
 
 
 def _label(axes: Any, points: Sequence[Result]) -> None:
@@ -252,6 +255,8 @@ def _free_place(
     best = (math.inf, (0.0, 0.0))
     for place in _places(size.width * scale, size.height * scale):
         box = size.translated(place[0] / scale, place[1] / scale).padded(3)
+        # Costs in pixels. A line through a text is worse than a corner of a box under it, and a name beyond the edge
+        # would be cut off: hence the weights. Below 1 nothing is touched, and nearer places were tried first.
         covered = sum(_overlap(box, other) for other in (*bars, *texts)) + 50 * sum(box.contains(*at) for at in lines)
         outside = box.width * box.height - _overlap(box, inside)
         crossed = sum(other.contains(*at) for at in _along(spot, _nearest(box, spot)) for other in texts)
@@ -295,7 +300,7 @@ def _along_stairs(axes: Any, line: Any) -> list[_Spot]:
     for x, y in zip(xs[1:], ys[1:], strict=True):
         corners += [(x, corners[-1][1]), (x, y)]
     spots = [tuple(spot) for spot in axes.transData.transform(corners)]
-    return [at for one, other in itertools.pairwise(spots) for at in _along(one, other)]
+    return [at for start, end in itertools.pairwise(spots) for at in _along(start, end)]
 
 
 def _nearest(box: Any, point: _Spot) -> _Spot:
@@ -310,7 +315,7 @@ def _ends(result: Result) -> tuple[float, float]:
     )
 
 
-def _overlap(one: Any, other: Any) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+def _overlap(box: Any, other: Any) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
     return float(width * height) if width > 0 and height > 0 else 0.0

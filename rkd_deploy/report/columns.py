@@ -1,4 +1,4 @@
-"""The columns of every table that is shown: results, percentiles, roofline, ratios, scenarios."""
+"""Says which columns the tables have: results, percentiles, roofline, ratios, scenarios."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SHORT_COLUMNS: tuple[Column[Result], ...] = (
     Column("Top-1, %", lambda r: None if r.accuracy is None else f"{r.accuracy:.2f}"),
     Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),
 )
-"""What fits any terminal; `RESULT_COLUMNS` and the tables of details have the rest."""
+"""Columns that fit any terminal; `RESULT_COLUMNS` and the tables of details have the rest."""
 
 
 def cut_short(result: Result) -> bool:
@@ -115,18 +115,18 @@ def _interval(figures: Figures, q: float) -> str | None:
 
 PERCENTILE_COLUMNS: tuple[Column[FiguresRow], ...] = (
     *_WHOSE,
-    Column("Mean, ms", lambda r: _told(r.figures.mean_ms, milliseconds)),
-    Column("CV, %", lambda r: _told(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
+    Column("Mean, ms", lambda r: _figure(r.figures.mean_ms, milliseconds)),
+    Column("CV, %", lambda r: _figure(r.figures.cv, lambda cv: f"{100 * cv:.1f}")),
     *_percentiles(),
     Column("Ended", lambda r: None if r.figures.complete else "interrupted", numeric=False),
 )
 RUN_COLUMNS: tuple[Column[FiguresRow], ...] = (
     *_WHOSE,
     Column("Load, s", lambda r: None if r.result.load_seconds is None else f"{r.result.load_seconds:.3f}"),
-    Column("First run, ms", lambda r: _told(r.figures.first_run_ms, milliseconds)),
-    Column("Warm-up runs", lambda r: _told(r.figures.warmup_runs, "{:,}".format)),
-    Column("Runs", lambda r: _told(r.figures.runs, "{:,}".format)),
-    Column("Machine's pace, ms", lambda r: _told(r.figures.pace_ms, milliseconds)),
+    Column("First run, ms", lambda r: _figure(r.figures.first_run_ms, milliseconds)),
+    Column("Warm-up runs", lambda r: _figure(r.figures.warmup_runs, "{:,}".format)),
+    Column("Runs", lambda r: _figure(r.figures.runs, "{:,}".format)),
+    Column("Machine's pace, ms", lambda r: _figure(r.figures.pace_ms, milliseconds)),
     Column("Engine", lambda r: _engine(r.result), numeric=False),
     Column("CUDA graph", lambda r: None if r.result.cuda_graph is None else ("on" if r.result.cuda_graph else "off")),
     Column("Memory limit, MB", lambda r: _megabytes(r.result.memory_limit_bytes)),
@@ -164,7 +164,7 @@ def print_bench(record: BenchRecord, console: Console, *, details: bool = False)
 
 
 def with_names(results: Sequence[Result]) -> list[Result]:
-    """The same results, with names that tell models apart which their cards call the same.
+    """Rename results so that models are told apart which their cards call the same.
 
     Two bundles of one run have one name in their cards; what differs is added: network, fusion, precision, or the
     beginning of the file's checksum.
@@ -197,7 +197,7 @@ def rows_of(results: Sequence[Result]) -> list[FiguresRow]:
     return [FiguresRow(result, figures) for result, figures in pairs if figures is not None]
 
 
-def _told(value: float | None, form: Callable[[Any], str]) -> str | None:
+def _figure(value: float | None, form: Callable[[Any], str]) -> str | None:
     """A figure as text; None where a record of another version lacks it."""
     return None if value is None else form(value)
 
@@ -241,7 +241,7 @@ def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result],
         "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than", console
     )
     print_table(ROOFLINE_COLUMNS, achieved(predictions, results), console)
-    for note in sorted({f"{one.model}: {one.note}" for one in predictions if one.note}):
+    for note in sorted({f"{prediction.model}: {prediction.note}" for prediction in predictions if prediction.note}):
         print_line(note, console, style="yellow")
 
 
@@ -259,7 +259,7 @@ _RATIO_COLUMNS: tuple[Column[Ratio], ...] = (
 
 
 def print_ratios(ratios: Sequence[Ratio], console: Console) -> None:
-    """A line for each condition."""
+    """Print a table of ratios, a line for each condition."""
     print_table(_RATIO_COLUMNS, ratios, console)
 
 

@@ -34,7 +34,7 @@ def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
     """The figure as an SVG element for the body of an HTML page.
 
     Args:
-        figure: Of matplotlib.
+        figure: A matplotlib Figure.
         identity: In front of every id: an HTML page has one space of ids, and matplotlib numbers each figure from 1.
         title: Its name, for screen readers.
         description: What it shows, for them too.
@@ -74,20 +74,21 @@ def _adapted(name: str, value: str, identity: str) -> str:
     if name == "id":
         return f"{identity}-{value}"
     if name == "style":
+        # The size and weight stay, the family goes: text is set in the font of the page, which the reader has.
         value = re.sub(r"font: (?:(\d+) )?([\d.]+px)[^;]*", _font, value)
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
         value = re.sub(r"#[0-9a-fA-F]{6}\b", _variable, value)
-    return re.sub(r"^#|url\(#", lambda found: f"{found[0]}{identity}-", value)
+    return re.sub(r"^#|url\(#", lambda match: f"{match[0]}{identity}-", value)
 
 
-def _font(found: re.Match[str]) -> str:
-    weight = f"; font-weight: {found[1]}" if found[1] else ""
-    return f"font-size: {found[2]}{weight}"
+def _font(match: re.Match[str]) -> str:
+    weight = f"; font-weight: {match[1]}" if match[1] else ""
+    return f"font-size: {match[2]}{weight}"
 
 
-def _variable(found: re.Match[str]) -> str:
-    name = _NAMED.get(found[0].lower())
-    assert name is not None, f"{found[0]} has no name in the theme, and would be unreadable on the other background"
+def _variable(match: re.Match[str]) -> str:
+    name = _NAMED.get(match[0].lower())
+    assert name is not None, f"{match[0]} has no name in the theme, and would be unreadable on the other background"
     return f"var(--{name})"
 
 
@@ -110,10 +111,10 @@ class Table:
     caption: str
     head: Sequence[str]
     numeric: Sequence[bool]
-    """Of each column: aligned to the right."""
+    """Whether a column is aligned to the right, for each."""
     rows: Sequence[Sequence[str]]
     folded: bool = False
-    """Opened on demand, where the page can do that."""
+    """Whether it is opened on demand, where the page can do that."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ class Section:
 
 def table_of(caption: str, columns: Sequence[Column[R]], rows: Sequence[R], *, folded: bool = False) -> Table:
     """A table of anything; settings that all rows share stand in its caption."""
-    shared, kept, cells = tables.without_shared(columns, rows)
-    said = f"{caption} ({shared})" if shared else caption
-    return Table(said, [column.title for column in kept], [column.numeric for column in kept], cells, folded)
+    shared, others, cells = tables.without_shared(columns, rows)
+    caption = f"{caption} ({shared})" if shared else caption
+    return Table(caption, [column.title for column in others], [column.numeric for column in others], cells, folded)
 
 
 def sections_markdown(title: str, sections: Sequence[Section]) -> str:
-    """All of it as Markdown; of a picture what it shows, in words."""
+    """A report as Markdown; of a picture what it shows, in words."""
     return f"# {markdown(title)}\n" + "".join(_markdown_section(section) for section in sections)
 
 
@@ -158,7 +159,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a report was written to."""
+    """The two files of a report, HTML and Markdown."""
 
     page: Path
     markdown: Path
@@ -168,26 +169,28 @@ def write_pages(title: str, facts: Mapping[str, str], sections: Sequence[Section
     """Write NAME.html and NAME.md; what an earlier report left there is replaced.
 
     Args:
-        title: Of the page.
-        facts: What stands below it in a line: name to value.
+        title: Title of the page.
+        facts: What stands below the title in a line: name to value.
         sections: The content.
         folder: Made when it is not there.
-        name: Of both files.
+        name: Name of both files, without the suffix.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
         StorageError: A file could not be written; the earlier one is intact.
     """
     pages = Pages(folder / f"{name}.html", folder / f"{name}.md")
-    said = Section("In short", (), [Table("What was measured", ["What", "Value"], [False, False], list(facts.items()))])
+    summary = Section(
+        "In short", (), [Table("What was measured", ["What", "Value"], [False, False], list(facts.items()))]
+    )
     write_text(pages.page, page(title, facts, sections))
-    write_text(pages.markdown, sections_markdown(title, [said, *sections] if facts else sections))
+    write_text(pages.markdown, sections_markdown(title, [summary, *sections] if facts else sections))
     return pages
 
 
 def page(title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
-    """The whole HTML document."""
-    contents = "".join(f'<a href="#part-{n}">{_html(one.title)}</a>' for n, one in enumerate(sections))
+    """A report as an HTML document."""
+    contents = "".join(f'<a href="#part-{n}">{_html(section.title)}</a>' for n, section in enumerate(sections))
     terms = "".join(f"<div><dt>{_html(key)}</dt><dd>{_html(value)}</dd></div>" for key, value in facts.items())
     body = "".join(_section(f"part-{number}", section) for number, section in enumerate(sections))
     return f"""<!doctype html>

@@ -1,4 +1,4 @@
-"""The pictures of a report, each as wide as a phone."""
+"""Draws the pictures of a report, each as wide as a phone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RANKS = 400
 _BINS = 48
 
 Named = Mapping[str, Figures]
-"""What was measured, by the names that it has on the page."""
+"""Figures by the names that they have on the page."""
 
 
 @drawing()
@@ -30,6 +30,8 @@ def distributions(results: Named, colours: Mapping[str, str]) -> Any:
     axes = figure.subplots()
     for number, (name, result) in enumerate(results.items()):
         times_N = np.sort(np.asarray(result.samples_ms))
+        # Every rank is a call, so nothing is averaged; of more calls than pixels, evenly spaced ranks give the same
+        # picture.
         ranks = np.unique(np.linspace(0, len(times_N) - 1, min(_RANKS, len(times_N))).round().astype(int))
         shares = 100 * (ranks + 1) / len(times_N)
         axes.step(
@@ -142,12 +144,13 @@ def roofs(
     """Multiply-adds per second over multiply-adds per byte: the roof, and where each model stands below it.
 
     Args:
-        lines: Of each roof its name ("" for the only one), MAC/s and bytes/s.
-        points: Of each model its MACs per byte, MAC/s and batch.
-        colours: Of each model.
+        lines: Name ("" for the only roof), MAC/s and bytes/s of each roof.
+        points: MACs per byte, MAC/s and batch of each measurement, by model.
+        colours: Colours by model.
     """
     figure = new_figure(WIDTH, 3.3 + 0.2 * len(points))
     axes = figure.subplots()
+    # The bend of each roof must be in the picture, also where all models lie on one side of it.
     ridges = [peak / rate for _, peak, rate in lines]
     intensities = [x for spots in points.values() for x, _, _ in spots] + ridges
     left, right = min(intensities) / 2.5, max(intensities) * 2.5
@@ -217,6 +220,7 @@ def _edges(samples: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     fast, slow = min(map(np.min, samples)), max(map(np.max, samples))
     if fast == slow:
         fast, slow = 0.99 * fast, 1.01 * slow
+    # Bins as wide as they look: equal ratios where the axis is logarithmic.
     spaced = np.geomspace if slow / fast >= _LOG_FROM else np.linspace
     edges = spaced(fast, slow, _BINS + 1)
     edges[0], edges[-1] = fast, slow  # rounding must not lose the outermost samples

@@ -1,4 +1,4 @@
-"""Which pictures and tables a report of a bench has, in which order, and what they say in words."""
+"""Chooses and describes the pictures and tables in the report of a bench."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def sections(records: Sequence[BenchRecord]) -> list[Section]:
     results = [result for record in records for result in record.results if result.p50_ms]
     named = _by_batch(results)
     colours = _colours(named)
-    found = [
+    candidates = [
         Section("Accuracy, latency, throughput", (), [*_accuracy(results), *_throughput(named, colours)]),
         *_latency(named, colours),
         *_roofline(_joined([record.roofline for record in records]), results, colours),
         *_layers([times for record in records for times in record.layers], colours),
         *_environment([environment(record) for record in records]),
     ]
-    return [section for section in found if section.text or section.blocks]
+    return [section for section in candidates if section.text or section.blocks]
 
 
 def environment(record: BenchRecord) -> dict[str, Any]:
@@ -50,9 +50,10 @@ def environment(record: BenchRecord) -> dict[str, Any]:
 def remark(record: BenchRecord) -> str:
     """The sentence of a partial record, with the results that were cut short; the others in it are whole."""
     cut = [
-        f"{one.model} on {one.backend}{'' if one.threads is None else f', threads {one.threads}'}, batch {one.batch}"
-        for one in record.results
-        if columns.cut_short(one)
+        f"{result.model} on {result.backend}{'' if result.threads is None else f', threads {result.threads}'}, "
+        f"batch {result.batch}"
+        for result in record.results
+        if columns.cut_short(result)
     ]
     return "Interrupted: what had been measured until then." + (f" Cut short: {'; '.join(cut)}." if cut else "")
 
@@ -74,7 +75,7 @@ def _by_batch(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The same file measured twice has one name twice, and neither may hide the other."""
+    """Number names that stand several times: a file measured twice has one name, and neither may hide the other."""
     counts: dict[str, int] = {}
     unique = []
     for name in names:
@@ -98,8 +99,8 @@ def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
         batch = min(result.batch for result in known)
         front = accuracy_latency.pareto_front([result for result in known if result.batch == batch])
         best = ", ".join(
-            f"{name} ({one.accuracy:.2f} % in {milliseconds(one.p50_ms)} ms)"
-            for name, one in zip(accuracy_latency.names(front), front, strict=True)
+            f"{name} ({result.accuracy:.2f} % in {milliseconds(result.p50_ms)} ms)"
+            for name, result in zip(accuracy_latency.names(front), front, strict=True)
         )
         figure = accuracy_latency.draw(known, size=(WIDTH, 3.9), titled=False)
         words = (
@@ -113,21 +114,21 @@ def _latency(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> Ite
     rows = columns.rows_of([result for group in named.values() for result in group.values()])
     blocks: list[Picture | Table] = []
     for batch, group in named.items():
-        both = {f"{name}{kind}": one for name, result in group.items() for kind, one in _kinds(result)}
-        sampled = {name: plots for name, plots in both.items() if plots.samples_ms}
+        both = {f"{name}{kind}": part for name, result in group.items() for kind, part in _kinds(result)}
+        sampled = {name: part for name, part in both.items() if part.samples_ms}
         shades = {f"{name}{kind}": colours[name] for name, result in group.items() for kind, _ in _kinds(result)}
         if not sampled:
             continue
         calls = sum(len(result.samples_ms) for result in sampled.values())
-        told = "; ".join(
-            f"{name}: p50 {milliseconds(one.p50_ms)} ms, slowest {milliseconds(max(one.samples_ms))} ms"
-            for name, one in sampled.items()
+        figures = "; ".join(
+            f"{name}: p50 {milliseconds(part.p50_ms)} ms, slowest {milliseconds(max(part.samples_ms))} ms"
+            for name, part in sampled.items()
         )
         blocks += [
             Picture(
                 f"Latency, cumulative, batch {batch}",
                 f"Of all {calls:,} calls, none left out, the share that took at most so long. Dotted: p50, p90, p99. "
-                f"{told}.",
+                f"{figures}.",
                 plots.distributions(sampled, shades),
             ),
             Picture(
@@ -150,7 +151,7 @@ _BOTH = (
 
 
 def _kinds(result: Result) -> list[tuple[str, Figures]]:
-    """Its figures, and what their names end in."""
+    """Figures of a result, host to host and device only, each after what its name ends in."""
     alone = result.device_only
     return [("", result), *([] if alone is None else [(", device only", alone)])]
 
@@ -160,12 +161,12 @@ def _throughput(named: Mapping[int, Mapping[str, Result]], colours: Colours) -> 
         return
     names = distinct(name for group in named.values() for name in group)
     lines = {name: [group[name] for group in named.values() if name in group] for name in names}
-    told = "; ".join(
-        f"{name}: {max(one.throughput_per_s for one in points):,.0f} images/s at batch "
-        f"{max(points, key=lambda one: one.throughput_per_s).batch}"
+    most = "; ".join(
+        f"{name}: {max(point.throughput_per_s for point in points):,.0f} images/s at batch "
+        f"{max(points, key=lambda point: point.throughput_per_s).batch}"
         for name, points in lines.items()
     )
-    words = f"Images per second of one caller that never waits, over the images in a call. Most: {told}."
+    words = f"Images per second of one caller that never waits, over the images in a call. Most: {most}."
     yield Picture("Throughput over batch size", words, plots.throughputs(lines, colours))
 
 
@@ -173,13 +174,13 @@ def _roofline(roofline: Roofline, results: Sequence[Result], colours: Colours) -
     predictions, ceilings = roofline.predictions, roofline.ceilings
     if not predictions:
         return
-    found = achieved(predictions, results)
-    blocks: list[Picture | Table] = [table_of("Bound and measurement", columns.ROOFLINE_COLUMNS, found)]
-    points = _under_the_roof(found)
+    measured = achieved(predictions, results)
+    blocks: list[Picture | Table] = [table_of("Bound and measurement", columns.ROOFLINE_COLUMNS, measured)]
+    points = _under_the_roof(measured)
     if points and ceilings:
         lines = _roofs(ceilings)
         spare = dict(zip(points, series_colours([None] * len(points)), strict=True))
-        shares = [one.share for one in found if one.share is not None]
+        shares = [point.share for point in measured if point.share is not None]
         words = (
             "A line is a roof, what this machine was seen to do at the most through one backend; a point is a "
             "model, numbered by its batch size. Left of the bend memory is the limit, right of it arithmetic. The "
@@ -191,9 +192,9 @@ def _roofline(roofline: Roofline, results: Sequence[Result], colours: Colours) -
         "No call can be faster than its multiply-adds at the machine's best rate, nor than its weights, input and "
         "outputs moved once: the bound was told before anything was timed. It knows nothing of what it costs to start "
         "an operator, which is most of the time of a small network.",
-        *sorted({f"{one.model}: {one.note}." for one in predictions if one.note}),
+        *sorted({f"{prediction.model}: {prediction.note}." for prediction in predictions if prediction.note}),
     ]
-    kernels = [(one, name, rate) for one in ceilings for name, rate in one.kernels.items()]
+    kernels = [(ceiling, name, rate) for ceiling in ceilings for name, rate in ceiling.kernels.items()]
     if kernels:
         blocks.append(table_of("The machine's ceilings", _KERNELS, kernels))
     yield Section("Prediction and measurement", text, blocks)
@@ -211,21 +212,26 @@ _KERNELS: tuple[Column[Any], ...] = (
 def _roofs(ceilings: Sequence[Ceilings]) -> list[tuple[str, float, float]]:
     """Name, MAC/s and bytes/s: of the working set that memory serves fastest, and of the one it serves slowest."""
     lines = []
-    for one in ceilings:
-        threads = "" if one.threads is None else f", threads {one.threads}"
-        name = f"{one.backend}{threads}, {one.arithmetic}: " if len(ceilings) > 1 else ""
-        fast, slow = max(one.bytes_per_s.values()), min(one.bytes_per_s.values())
-        lines += [(name, one.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]
+    for ceiling in ceilings:
+        threads = "" if ceiling.threads is None else f", threads {ceiling.threads}"
+        name = f"{ceiling.backend}{threads}, {ceiling.arithmetic}: " if len(ceilings) > 1 else ""
+        # Memory serves a working set that fits a cache faster than one that does not. Two slopes only where they can be
+        # told apart on paper.
+        fast, slow = max(ceiling.bytes_per_s.values()), min(ceiling.bytes_per_s.values())
+        lines += [(name, ceiling.macs_per_s, rate) for rate in ([fast, slow] if fast > 1.3 * slow else [fast])]
     return lines
 
 
-def _under_the_roof(found: Sequence[Achieved]) -> dict[str, list[tuple[float, float, int]]]:
+def _under_the_roof(measured: Sequence[Achieved]) -> dict[str, list[tuple[float, float, int]]]:
+    """MACs per byte, MAC/s and batch of each measurement, by model."""
     points: dict[str, list[tuple[float, float, int]]] = {}
-    for one, name in zip(found, accuracy_latency.names([one.prediction for one in found]), strict=True):
-        made = one.prediction
-        if made.macs and made.least_bytes and one.p50_ms and made.bound_ms:
-            spot = (made.macs / made.least_bytes, 1000 * made.macs / one.p50_ms, made.batch)
-            points.setdefault(name, []).append(spot)
+    predictions = [achievement.prediction for achievement in measured]
+    for achievement, prediction, name in zip(measured, predictions, accuracy_latency.names(predictions), strict=True):
+        if prediction.macs and prediction.least_bytes and achievement.p50_ms and prediction.bound_ms:
+            intensity = prediction.macs / prediction.least_bytes
+            points.setdefault(name, []).append(
+                (intensity, 1000 * prediction.macs / achievement.p50_ms, prediction.batch)
+            )
     return points
 
 
@@ -246,7 +252,7 @@ def _layers(measured: Sequence[LayerTimes], colours: Colours) -> Iterator[Sectio
         figure = plots.layer_bars(times.layers, colours.get(times.model, colour), 14 if len(known) < 4 else 6)
         pictures.append(Picture(f"Layers of {where}", words, figure))
         tables.append(
-            table_of(f"All layers of {where}", _LAYER_COLUMNS, [(one, total) for one in times.layers], folded=True)
+            table_of(f"All layers of {where}", _LAYER_COLUMNS, [(layer, total) for layer in times.layers], folded=True)
         )
     text = (
         "From runs of their own, after the timed ones, with the runtime's profiling on: they divide a call, and their "

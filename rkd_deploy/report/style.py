@@ -1,7 +1,7 @@
-"""What every picture shares: colours by name, for paper and for a dark screen, and one frame for all axes.
+"""Gives all pictures their colours, for paper and for dark screens, and their axes.
 
-A figure is drawn in the light colours. As PNG it stays so; in a page (`reporting.svg`) each of these colours becomes a
-CSS variable, which is why nothing may be drawn in a colour that has no name here.
+A figure is drawn in the light colours. As PNG it stays so; in a page (`page.inline_svg`) each of these colours becomes
+a CSS variable, which is why nothing may be drawn in a colour that has no name here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ THEME = {
 }
 INK, QUIET, LINE, GRID, OTHER = (THEME[name][0] for name in ("ink", "quiet", "line", "grid", "other"))
 COLOURS = {part: THEME[part][0] for part in ("teacher", "s0", "control", "student", "fused")}
-"""By part of a run."""
+"""Colours by part of a run."""
 _SERIES = ("s0", "fused", "student", "other", "violet", "ochre", "brown", "teacher")
 
 WIDTH = 4.8
@@ -90,7 +90,7 @@ def frame(axes: Any, grid: str = "both") -> None:
     """Quiet axes: a grid behind what is drawn, no box around it.
 
     Args:
-        axes: Of matplotlib.
+        axes: The matplotlib Axes.
         grid: "x", "y" or "both".
     """
     axes.grid(True, axis=grid, color=GRID, linewidth=0.8)
@@ -123,7 +123,7 @@ def series_colours(parts: Sequence[str | None]) -> list[str]:
     """A colour for each of some models: its part's for the first of a part, then whichever is not taken.
 
     Args:
-        parts: Of each model; None where it is of no run.
+        parts: Part of a run of each model; None where it is of no run.
     """
     taken: dict[str, None] = {}
     chosen: list[str | None] = []
@@ -132,6 +132,7 @@ def series_colours(parts: Sequence[str | None]) -> list[str]:
         chosen.append(colour if colour is not None and colour not in taken else None)
         if chosen[-1] is not None:
             taken[chosen[-1]] = None
+    # Where all are taken, colours come again: dashes and markers tell the lines apart then.
     free = [THEME[name][0] for name in _SERIES if THEME[name][0] not in taken] or list(COLOURS.values())
     spare = iter(range(len(parts)))
     return [free[next(spare) % len(free)] if colour is None else colour for colour in chosen]

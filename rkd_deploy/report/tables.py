@@ -1,4 +1,7 @@
-"""Tables of anything, as Markdown and for a terminal: columns are functions of a row, units stand in the head."""
+"""Sets tables, as Markdown and for a terminal.
+
+Columns are functions of a row; units stand in the head.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +65,9 @@ def print_table(columns: Sequence[Column[R]], rows: Sequence[R], console: Consol
     everything = list(range(len(known)))
     brief = [index for index in everything if not known[index].detail]
     unbounded = console.options.update_width(10_000)  # else it measures what is left after squeezing
-    for kept in (everything, brief):
+    for shown in (everything, brief):
         for padding in _PADDINGS:
-            table = _terminal_table(title, known, cells, kept, padding)
+            table = _terminal_table(title, known, cells, shown, padding)
             if console.measure(table, options=unbounded).maximum <= console.width:
                 console.print(table, soft_wrap=False)
                 return
@@ -79,7 +82,7 @@ def _terminal_table(
     title: str,
     columns: Sequence[Column[R]],
     cells: Sequence[Sequence[str]],
-    kept: Sequence[int],
+    shown: Sequence[int],
     padding: tuple[int, int, int, int],
 ) -> Table:
     from rich.box import SIMPLE_HEAD
@@ -88,7 +91,7 @@ def _terminal_table(
 
     heading = Text(visible(title), style="dim") if title else None  # a Text is never read as rich's mark-up
     table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=padding)
-    for index in kept:
+    for index in shown:
         column = columns[index]
         head = column.title.replace(", ", "\n")  # the unit below: it is the heads that make a table wide
         words = [word for row in cells for word in row[index].split()]
@@ -97,7 +100,7 @@ def _terminal_table(
         justify: Literal["left", "right"] = "right" if column.numeric else "left"
         table.add_column(Text(head), justify=justify, overflow="fold", min_width=least)
     for row in cells:
-        table.add_row(*[Text(row[index], no_wrap=columns[index].numeric) for index in kept])
+        table.add_row(*[Text(row[index], no_wrap=columns[index].numeric) for index in shown])
     return table
 
 
@@ -125,12 +128,13 @@ def without_shared(columns: Sequence[Column[R]], rows: Sequence[R]) -> tuple[str
         if column.setting and len(cells) > 1 and len({row[index] for row in cells}) == 1
     ]
     title = ", ".join(f"{known[index].title.lower()} {cells[0][index]}" for index in shared)
-    kept = [index for index in range(len(known)) if index not in shared]
-    return title, [known[index] for index in kept], [[row[index] for index in kept] for row in cells]
+    others = [index for index in range(len(known)) if index not in shared]
+    return title, [known[index] for index in others], [[row[index] for index in others] for row in cells]
 
 
 def milliseconds(value: float) -> str:
     """Three significant digits and no exponent, down to 1 ns."""
+    # Digits behind the point so that three are significant: 2 less the power of ten that the value begins with.
     digits = 2 if value <= 0 else min(6, max(0, 2 - math.floor(math.log10(value))))
     return f"{value:,.{digits}f}"
 

@@ -31,7 +31,7 @@ def write_bench_report(records: Sequence[BenchRecord], folder: Path, name: str =
     Args:
         records: From `read_bench`.
         folder: Made when it is not there.
-        name: Of both files.
+        name: Name of both files, without the suffix.
 
     Raises:
         DataError: There is no result in them.
@@ -46,7 +46,7 @@ def write_bench_report(records: Sequence[BenchRecord], folder: Path, name: str =
 
 
 def facts_of(records: Sequence[BenchRecord]) -> dict[str, str]:
-    """What everybody asks first: on what, when, how often."""
+    """The facts at the top of a page: on what was measured, when, how many calls."""
     results = [result for record in records for result in record.results]
     where = distinct(f"{result.backend} on {result.device}" for result in results)
     calls = sum(len(result.samples_ms) for result in results)
@@ -64,7 +64,7 @@ def facts_of(records: Sequence[BenchRecord]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the tables and the picture of a bench were written to.
+    """The files of a bench beside its record: tables and picture.
 
     Attributes:
         table: bench.md.

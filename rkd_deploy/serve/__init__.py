@@ -1,1 +1,1 @@
-"""Runs an exported model, and judges it: what an app embeds, needing no training framework."""
+"""Serve: answers with an exported model, in an app or on a server, without PyTorch."""

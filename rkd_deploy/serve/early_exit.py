@@ -1,4 +1,4 @@
-"""Early exit where a model runs: the student's graph for every image, an assistant's for those it leaves unsure.
+"""Runs the student's graph for every image, an assistant's for those it leaves unsure.
 
 Letters: N batch, K classes, z_i the logits after step i. An image leaves after the first step whose confidence, the
 largest softmax probability of z_i, is at least the threshold; after the last step every image leaves.
@@ -83,7 +83,7 @@ class EarlyExitBackend(Backend):
         """Nothing waits: every run is host to host."""
 
     def close(self) -> None:
-        """Close every step."""
+        """Close the backends of all steps."""
         for step in self._steps:
             step.close()
 

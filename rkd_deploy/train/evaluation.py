@@ -1,17 +1,28 @@
-"""What a PyTorch network answers on a split, and which images those were."""
+"""Judges networks on a split: what they answer, on which images, and a run's final results."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+import resource
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.splits import AnySplit, evaluation_batch
+from rkd_deploy.models.cost import count
 from rkd_deploy.models.logits import check_logits
+from rkd_deploy.train import networks
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
+from rkd_deploy.train.log import read_epochs
+from rkd_deploy.train.loop import Display
+from rkd_deploy.train.runs import Run
+from rkd_deploy.train.verdict import CONTROLS, pairs_of
 
 
 @torch.inference_mode()
@@ -32,7 +43,7 @@ def predictions(
         name: What messages call the network. Default: its class.
 
     Raises:
-        DivergenceError: Its logits are not finite: every class would be as likely, and the first one be counted.
+        DivergenceError: The logits are not finite: every class would be as likely, and the first one be counted.
         UsageError: It gives probabilities in place of logits.
     """
     was_training = module.training
@@ -46,6 +57,11 @@ def predictions(
             step(images_NCHW)
     module.train(was_training)
     return torch.cat(classes)
+
+
+def split_top1(module: nn.Module, split: AnySplit, normalise: Normaliser, name: str | None = None) -> float:
+    """Top-1 accuracy of a network on a split, in %; arguments and errors as for `predictions`."""
+    return top1(predictions(module, split, normalise, name=name).numpy(), split.labels_N.cpu().numpy())
 
 
 class SplitHash:
@@ -71,3 +87,91 @@ class SplitHash:
 def batches(split: AnySplit) -> int:
     """How many batches `predictions` makes of these images."""
     return math.ceil(len(split) / evaluation_batch(split.image_size))
+
+
+def evaluate(run: Run, test: AnySplit, normalise: Normaliser, device: torch.device, display: Display) -> RunMetrics:
+    """Judge every network of a run, all phases of which are done, on the test images.
+
+    Args:
+        run: The run.
+        test: The test images.
+        normalise: uint8 to the networks' input.
+        device: Where the networks run.
+        display: Shows progress.
+
+    Raises:
+        RkdError: As `predictions` raises it; or a file of the run is damaged.
+    """
+    recipe = run.recipe
+    began, names = time.perf_counter(), networks.parts_of(recipe)
+    display.phase("test", 1, len(names) * batches(test), 0)
+    labels = test.labels_N.cpu().numpy()
+    judged = SplitHash(test.image_size)
+    parts: dict[str, PartMetrics] = {}
+    right: dict[str, list[bool]] = {}
+
+    def step(images_NCHW: Tensor) -> None:
+        # All parts are judged on the same images, which are decoded anew for each: hashed along with the first.
+        if not parts:
+            judged.add(images_NCHW)
+        display.step()
+
+    for part in names:
+        module = networks.load_part(run, part).to(device)
+        predicted = predictions(module, test, normalise, step, networks.PARTS[part]).numpy()
+        right[part] = (predicted == labels).tolist()
+        cost = count(module, run.facts.image_size)
+        metrics = PartMetrics(
+            test_top1=top1(predicted, labels),
+            test_images=len(test),
+            parameters=cost.parameters,
+            macs=cost.macs,
+            unsupported_operators=tuple(cost.unsupported),
+        )
+        other = networks.other_weights(recipe)
+        if other is not None and run.weights(f"{networks.phase_of(recipe, part)}_{other}").exists():
+            module = networks.load_part(run, part, other).to(device)
+            accuracy = split_top1(module, test, normalise, networks.PARTS[part])
+            if other == "ema":
+                metrics = dataclasses.replace(metrics, test_top1_ema=accuracy)
+            else:
+                metrics = dataclasses.replace(metrics, test_top1_last=accuracy)
+        parts[part] = metrics
+    phases = _phases(run)
+    controls = [part for part in CONTROLS if part in right] if "fused" in right else []
+    return RunMetrics(
+        parts=parts,
+        pairs={part: pairs_of(right["fused"], right[part]) for part in controls},
+        phases=phases,
+        training_seconds=sum(phase.seconds for phase in phases.values()),
+        evaluation_seconds=time.perf_counter() - began,
+        peak_memory_mb=_peak_memory_mb(device),
+        test_sha256=judged.finish(test.labels_N),
+        files=run.sealed_files(),
+    )
+
+
+def _phases(run: Run) -> dict[str, PhaseMetrics]:
+    """Results of every phase, from the log: its last epoch, which ships, and its best on the held-out images."""
+    phases: dict[str, PhaseMetrics] = {}
+    for row in read_epochs(run.log.path):
+        phase = phases.get(row.phase, PhaseMetrics(epochs=0, seconds=0.0))
+        val_top1 = row.val_top1
+        phase = dataclasses.replace(
+            phase,
+            epochs=row.epoch,
+            seconds=phase.seconds + row.seconds,
+            val_top1_last=val_top1,
+            val_top1_ema_last=row.val_top1_ema,
+        )
+        if val_top1 is not None and val_top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
+            phase = dataclasses.replace(phase, val_top1_best=val_top1, best_epoch=row.epoch)
+        phases[row.phase] = phase
+    return phases
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Largest memory used on the GPU, or by this process on a CPU, in 10^6 bytes; of a resumed run, since then."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

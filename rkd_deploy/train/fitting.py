@@ -7,41 +7,35 @@ the checkpoint. The test images are used once, at the end.
 from __future__ import annotations
 
 import dataclasses
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
-from rkd_deploy.errors import InterruptedTraining, RecipeError, UsageError
+from rkd_deploy.errors import RecipeError
 from rkd_deploy.models.adapters import with_norms
-from rkd_deploy.models.cost import count
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
 from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
-from rkd_deploy.train.evaluation import SplitHash, batches, predictions
-from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics, WeightsFacts
+from rkd_deploy.train.evaluation import evaluate, split_top1
+from rkd_deploy.train.facts import RunFacts, WeightsFacts
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, Series, create_run, read_log, runs_of
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, runs_of
 from rkd_deploy.train.starting_weights import (
     load_published_weights,
     load_weights_from,
@@ -49,7 +43,6 @@ from rkd_deploy.train.starting_weights import (
     teacher_warning,
 )
 from rkd_deploy.train.state import Phase
-from rkd_deploy.train.verdict import CONTROLS, pairs_of
 from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 
 
@@ -77,6 +70,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
+        # First, because a slip in a path should not cost the minutes that reading a large set takes.
         group.on_main(lambda: check_named_files(recipe))
         images = _load_images(recipe, group)
         display = display or Silent()
@@ -94,7 +88,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
 def resume(run: Run, *, display: Display | None = None) -> Run:
     """Go on with an unfinished run where its checkpoint stands; a finished one is given back as it is."""
     with process_group() as group:
-        if group.on_main(lambda: run.finished):
+        if group.on_main(lambda: run.finished):  # without the lock, which a folder that is read-only by now refuses
             return run
         with _held(run, group):
             if group.on_main(lambda: run.finished):  # by another process, just now
@@ -120,7 +114,8 @@ def _held(run: Run, group: Group) -> Iterator[None]:
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
-    data = group.on_main(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    begun = run is not None and (run.folder / "facts.json").exists()
+    data = group.on_main(lambda: run.facts.normalised(recipe.data) if run is not None and begun else data_of(recipe))
     if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
         group.on_main(lambda: bool(load_images(data, recipe.train.seed)))
     return load_images(data, recipe.train.seed)
@@ -224,6 +219,7 @@ class _Trainer:
             self._check_sanity(module, table, checkpoint, known)
 
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
+        # A thousand images tell a network that guesses from one that knows; where none are held out, those it learnt.
         split = self.val or self.train
         split = split.take(torch.arange(min(1000, len(split))))
         refuse_guessing(f"{table} {checkpoint}", self._top1(module, split, name=table), len(split), self.facts, known)
@@ -234,7 +230,7 @@ class _Trainer:
         return self._top1(module, self.val)
 
     def _top1(self, module: nn.Module, split: AnySplit, name: str | None = None) -> float:
-        return top1(predictions(module, split, self.normalise, name=name).numpy(), split.labels_N.cpu().numpy())
+        return split_top1(module, split, self.normalise, name)
 
     def _keep_starting_weights(self, run: Run, name: str, module: nn.Module) -> None:
         if not run.weights(name).exists():
@@ -253,7 +249,7 @@ class _Trainer:
         self._keep(run, plan.name, last)
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
-        last_epoch = read_log(run.log.path)[-1]
+        last_epoch = read_epochs(run.log.path)[-1]
         if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
@@ -264,93 +260,8 @@ class _Trainer:
 
     def _finish(self, run: Run, display: Display) -> None:
         run.checkpoint.unlink(missing_ok=True)  # before the run counts as finished: a kill in between leaves no rest
-        write_json(run.metrics_path, self._metrics(run, display).to_json())
-
-    def _metrics(self, run: Run, display: Display) -> RunMetrics:
-        began, names = time.perf_counter(), networks.parts_of(self.recipe)
-        display.phase("test", 1, len(names) * batches(self.test), 0)
-        right: dict[str, npt.NDArray[np.bool_]] = {}
-        judged = SplitHash(self.test.image_size)
-        parts = {}
-        for part in names:
-            # All parts are judged on the same images, which are decoded anew for each: hashed along with the first.
-            add = judged.add if part == names[0] else lambda images_NCHW: None
-            parts[part] = self._tested(run, part, display, right, add)
-        phases = _phases(run)
-        pairs = {}
-        if (fused := right.get("fused")) is not None:
-            pairs = {part: pairs_of(fused.tolist(), right[part].tolist()) for part in CONTROLS if part in right}
-        return RunMetrics(
-            parts=parts,
-            pairs=pairs,
-            phases=phases,
-            training_seconds=sum(phase.seconds for phase in phases.values()),
-            evaluation_seconds=time.perf_counter() - began,
-            peak_memory_mb=_peak_memory_mb(self.device),
-            test_sha256=judged.finish(self.test.labels_N),
-            files=run.sealed_files(),
-        )
-
-    def _tested(
-        self,
-        run: Run,
-        part: str,
-        display: Display,
-        right: dict[str, npt.NDArray[np.bool_]],
-        add: Callable[[torch.Tensor], None],
-    ) -> PartMetrics:
-        def step(images_NCHW: torch.Tensor) -> None:
-            add(images_NCHW)
-            display.step()
-
-        module = networks.load_part(run, part).to(self.device)
-        cost = count(module, self.facts.image_size)
-        predicted = predictions(module, self.test, self.normalise, step, networks.PARTS[part]).numpy()
-        labels = self.test.labels_N.cpu().numpy()
-        right[part] = predicted == labels
-        metrics = PartMetrics(
-            test_top1=top1(predicted, labels),
-            test_images=len(self.test),
-            parameters=cost.parameters,
-            macs=cost.macs,
-            unsupported_operators=tuple(cost.unsupported),
-        )
-        other = networks.other_weights(self.recipe)
-        if other is None or not run.weights(f"{networks.phase_of(self.recipe, part)}_{other}").exists():
-            return metrics
-        module = networks.load_part(run, part, other).to(self.device)
-        top1_of_other = self._top1(module, self.test, name=networks.PARTS[part])
-        return (
-            replace(metrics, test_top1_ema=top1_of_other)
-            if other == "ema"
-            else replace(metrics, test_top1_last=top1_of_other)
-        )
-
-
-def _phases(run: Run) -> dict[str, PhaseMetrics]:
-    """Results of every phase, from the log: its last epoch, which ships, and its best on the held-out images."""
-    phases: dict[str, PhaseMetrics] = {}
-    for row in read_log(run.log.path):
-        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
-        top1 = row["val_top1"]
-        phase = replace(
-            phase,
-            epochs=row["epoch"],
-            seconds=phase.seconds + row["seconds"],
-            val_top1_last=top1,
-            val_top1_ema_last=row.get("val_top1_ema"),
-        )
-        if top1 is not None and top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
-            phase = replace(phase, val_top1_best=top1, best_epoch=row["epoch"])
-        phases[row["phase"]] = phase
-    return phases
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Largest memory used on the GPU, or by this process on a CPU, in 10^6 bytes; of a resumed run, since then."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        metrics = evaluate(run, self.test, self.normalise, self.device, display)
+        write_json(run.metrics_path, metrics.to_json())
 
 
 def _device(recipe: TrainRecipe, group: Group) -> torch.device:
@@ -369,7 +280,7 @@ def _device(recipe: TrainRecipe, group: Group) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"train.device = {name!r}, and PyTorch sees no CUDA device here. Write auto or cpu.")
     if device.type == "cuda" and group.size > 1:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # else every process takes memory on GPU 0 too, for a context of its own there
     _check_device(recipe, device, group)
     return device
 
@@ -403,56 +314,3 @@ def _check_pieces(recipe: TrainRecipe, images: int, group: Group, nets: Networks
             f"leaves one image in each, and batch norm needs two or more. Set train.batch_size to {2 * pieces} or "
             "more, or train.accumulate to less."
         )
-
-
-def fit_series(
-    recipe: Recipe,
-    seeds: Sequence[int],
-    *,
-    root: Path = DEFAULT_ROOT,
-    display: Display | None = None,
-    resumed: bool = False,
-) -> Series:
-    """Train a recipe once with each seed; train.seed is replaced.
-
-    Args:
-        recipe: What to train (`rkd_deploy.recipe`).
-        seeds: Two or more, each once.
-        root: Folder of runs.
-        display: Shows each run in turn.
-        resumed: Go on with a series that was interrupted: runs of this recipe and these seeds that are finished are
-            taken as they are, unfinished ones are resumed.
-
-    Raises:
-        UsageError: Fewer than two seeds, or one of them twice.
-        RkdError: As `fit`.
-    """
-    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds {list(seeds)}: a standard deviation needs two or more, each once, e.g. --seeds 0,1,2.")
-    recipes = [dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, seed=seed)) for seed in seeds]
-    with process_group() as group:
-        runs = []
-        for seeded in recipes:
-            begun = group.on_main(partial(runs_of, root, seeded)) if resumed else []
-            try:
-                runs.append(resume(begun[-1], display=display) if begun else fit(seeded, root=root, display=display))
-            except InterruptedTraining as error:
-                raise InterruptedTraining(f"{error} (or the whole series: the same command with --resume)") from error
-        return group.on_main(lambda: _summed_up(tuple(seeds), tuple(runs), root))
-
-
-def _summed_up(seeds: tuple[int, ...], runs: tuple[Run, ...], root: Path) -> Series:
-    parts = {}
-    for part, first in runs[0].metrics.parts.items():
-        accuracies = [run.metrics.parts[part].test_top1 for run in runs]
-        parts[part] = {
-            "test_top1": accuracies,
-            "mean": mean(accuracies),
-            "std": stdev(accuracies),
-            "test_images": first.test_images,
-            "macs": first.macs,
-            "parameters": first.parameters,
-        }
-    series = Series(seeds, runs, parts, root / f"series-{runs[0].folder.name}.json")
-    write_json(series.path, series.to_dict())
-    return series

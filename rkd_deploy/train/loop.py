@@ -17,6 +17,7 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
 from rkd_deploy.train.distributed import ALONE, Group, StopVote
+from rkd_deploy.train.recording import EagerSteps, RecordedSteps
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.state import EpochSums, Phase
 from rkd_deploy.train.stepping import Average, Stepper, learning_rate
@@ -89,6 +90,11 @@ class _PhaseRun:
         self.display, self.stop, self.group = display, stop, group
         self.average = None if recipe.ema_decay is None else Average(phase.product, recipe.ema_decay)
         self.stepper = Stepper(phase.method, recipe, group)
+        self.steps: EagerSteps | RecordedSteps
+        if recipe.cuda_graphs:
+            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader)
+        else:
+            self.steps = EagerSteps(self.stepper, loader)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 
@@ -104,10 +110,9 @@ class _PhaseRun:
 
     def _epoch(self, epoch: int, first_batch: int, sums: EpochSums) -> None:
         self.stepper.start_epoch(epoch + 1)
-        began, images_before, steps, rate = time.perf_counter(), sums.images, len(self.loader), 0.0
-        for batch, (x_NCHW, y_N) in enumerate(self.loader.epoch(epoch, first_batch), first_batch):
-            rate = learning_rate(self.recipe, epoch * steps + batch, self.phase.epochs, steps)
-            sums.add(self.stepper.step(x_NCHW, y_N, rate), y_N, batch + 1)
+        began, images_before, steps = time.perf_counter(), sums.images, len(self.loader)
+        rates = [learning_rate(self.recipe, epoch * steps + batch, self.phase.epochs, steps) for batch in range(steps)]
+        for batch, _ in enumerate(self.steps.epoch(epoch, first_batch, sums, rates), first_batch):
             if self.average is not None:
                 self.average.update()
             self.display.step()
@@ -117,10 +122,11 @@ class _PhaseRun:
                 self._save((epoch, batch + 1), sums)
                 if verdict == _STOP:
                     raise self._interrupted()
+        row = self._check_finite(sums.over(self.group), epoch)  # waits for the device, which the steps do not
         # After a resume the sums hold images of before it, which took none of these seconds.
         seconds, images = time.perf_counter() - began, (sums.images - images_before) * self.group.size
-        row = self._check_finite(sums.over(self.group), epoch)
-        row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rate}
+        row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rates[-1]}
+        # On rank 0 alone, with the statistics of batch norm that ship: those of the other ranks are dropped.
         row |= self.group.on_main(self._validate)
         row |= {"seconds": seconds, "images_per_s": images / seconds}
         self.group.on_main(lambda: self.run.log.append("epoch", **row))

@@ -22,7 +22,7 @@ from torch import nn
 
 from rkd_deploy.models.progressive import ProgressiveStudent
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation.pruning import inherit_weights
+from rkd_deploy.models.separation.inheritance import inherit_weights
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks

@@ -21,32 +21,34 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.separate import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, in_mode, stage_shapes
+from rkd_deploy.models.zoo import published_normalisation
 from rkd_deploy.recipe import DataRecipe, Recipe
 from rkd_deploy.storage import sha256_of
 from rkd_deploy.train.checkpoints import check_readable, load_checkpoint, weights_path
 from rkd_deploy.train.facts import NamedFile, RunFacts, SeparationFacts, SplitSizes, WeightsFacts
 from rkd_deploy.train.networks import Originals, linear_head, needs_teacher_head
-from rkd_deploy.train.runs import Run
 
 
-def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
+def data_of(recipe: Recipe) -> DataRecipe:
     """Table `[data]` with the normalisation filled in, where it is not measured here for the first time.
 
     Args:
         recipe: Says whose normalisation holds.
-        run: A run that has begun: what was measured or read for it stands in its facts, and is not looked for again.
 
     Raises:
         RecipeError: The teacher's normalisation is to hold, and nothing states it.
+        UsageError: That of published weights is to hold, and there is no such network.
         CheckpointError: The teacher's weights are missing or damaged.
     """
-    if run is not None and (recipe.data.of_files or recipe.data.normalisation == "teacher"):
-        mean, std = run.facts.mean, run.facts.std
-    elif recipe.data.normalisation == "teacher":
+    data, pretrained = recipe.data, [table for table in (recipe.teacher, recipe.student) if table.pretrained]
+    if data.normalisation == "teacher":
         mean, std = _teacher_normalisation(recipe)
+    elif data.normalisation is None and pretrained:
+        mean, std = published_normalisation(pretrained[0].name)
+        mean, std = data.mean or mean, data.std or std
     else:
-        return recipe.data
-    return dataclasses.replace(recipe.data, mean=mean, std=std, normalisation="data")
+        return data
+    return dataclasses.replace(data, mean=mean, std=std, normalisation="data")
 
 
 def _teacher_normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -56,7 +58,8 @@ def _teacher_normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[flo
         if teacher.checkpoint is None
         else load_checkpoint(weights_path(teacher.checkpoint), key=teacher.checkpoint_key).facts
     )
-    mean, std = teacher.mean or header.mean, teacher.std or header.std
+    published = published_normalisation(teacher.name) if teacher.pretrained else (None, None)
+    mean, std = teacher.mean or header.mean or published[0], teacher.std or header.std or published[1]
     if mean is None or std is None:
         raise RecipeError(
             f'data.normalisation = "teacher", and {teacher.checkpoint} does not say how its images were normalised. '

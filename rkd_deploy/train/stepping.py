@@ -18,64 +18,12 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.train.distributed import ALONE, Group
 from rkd_deploy.train.methods.base import Losses, Method
 
-_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
-
-
-class GraphedPasses:
-    """Forward and backward passes of batches of one shape; recorded anew when the shape changes.
-
-    Args:
-        method: What is trained; a replay writes its gradients.
-        passes: Forward and backward pass of a batch, eagerly.
-    """
-
-    def __init__(self, method: Method, passes: Callable[[Tensor, Tensor], Losses]) -> None:
-        self._method, self._passes = method, passes
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._x: Tensor
-        self._y: Tensor
-        self._losses: Losses
-
-    def __call__(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
-        """Gradients and losses of this batch. The tensors that come back are overwritten by the next call."""
-        if self._graph is None or self._x.shape != x_NCHW.shape or self._y.shape != y_N.shape:
-            self._record(x_NCHW, y_N)
-        assert self._graph is not None
-        # A replay works on the addresses it was recorded with: the batch is copied there, and gradients and losses come
-        # back in the same tensors each time.
-        self._x.copy_(x_NCHW)
-        self._y.copy_(y_N)
-        self._graph.replay()
-        return self._losses
-
-    def forget(self) -> None:
-        """Drop the graph, so that the next call records anew."""
-        self._graph = None
-
-    def _record(self, x_NCHW: Tensor, y_N: Tensor) -> None:
-        self._graph = None  # gives the memory of the one before back
-        self._x, self._y = x_NCHW.clone(), y_N.clone()
-        statistics = [(buffer, buffer.clone()) for buffer in self._method.buffers()]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._method.zero_grad(set_to_none=True)
-                self._passes(self._x, self._y)
-        torch.cuda.current_stream().wait_stream(stream)
-        for buffer, before in statistics:  # the warm-up moved batch norm's averages: it was no training
-            buffer.copy_(before)
-        self._method.zero_grad(set_to_none=True)  # so that the graph's backward pass writes gradients, not adds them
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._losses = self._passes(self._x, self._y)
-
 
 class Average:
     """An exponential moving average of a network's weights, batch norm's statistics among them.
 
     Args:
-        network: Its state dict is averaged.
+        network: The network whose state dict is averaged.
         decay: Share of the average that is kept at each update.
     """
 
@@ -183,15 +131,12 @@ class Stepper:
             # Statistics of batch norm are not sent around at every step: those of rank 0 are kept in the end.
             forward = self._parallel = DistributedDataParallel(method, **_LOCAL_BUFFERS)
         self._forward: Callable[[Tensor, Tensor], Losses] = _compiled(forward) if recipe.compile else forward
-        self._graphed = GraphedPasses(method, self._passes) if recipe.cuda_graphs else None
         self.optimizer = sgd(method, recipe)
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 1: the method may change its losses' weights, so a recorded graph is dropped."""
+        """Begin an epoch, counted from 1: the method may change its losses' weights."""
         self._method.start_epoch(epoch)
         self._method.train()
-        if self._graphed is not None:
-            self._graphed.forget()
 
     def step(self, x_NCHW: Tensor, y_N: Tensor, rate: float) -> Losses:
         """Forward, backward and update by one batch at this learning rate."""
@@ -199,11 +144,8 @@ class Stepper:
             group["lr"] = rate
         if self._recipe.channels_last:
             x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
-        if self._graphed is not None:
-            losses = self._graphed(x_NCHW, y_N)
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
-            losses = self._accumulated(x_NCHW, y_N)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._accumulated(x_NCHW, y_N)
         if self._recipe.clip_norm is not None:
             # After the exchange between processes: all of them clip the same mean gradient by the same norm.
             norm = nn.utils.clip_grad_norm_(self._trained, self._recipe.clip_norm)
@@ -228,8 +170,7 @@ class Stepper:
 
     def _passes(self, x_NCHW: Tensor, y_N: Tensor, share: float = 1.0) -> Losses:
         kind = x_NCHW.device.type
-        # A graph must not hold the casts of another step's weights, which is what autocast's cache would give it.
-        with torch.autocast(kind, torch.bfloat16, enabled=self._recipe.amp, cache_enabled=self._graphed is None):
+        with torch.autocast(kind, torch.bfloat16, enabled=self._recipe.amp):
             losses: Losses = self._forward(x_NCHW, y_N)
         total = losses.total if share == 1.0 else losses.total * share
         total.backward()  # type: ignore[no-untyped-call]

@@ -25,11 +25,12 @@ def test_every_backend_has_a_status():
         assert statuses[name].ok
         assert statuses[name].reason is None
         assert statuses[name].devices[0] == "cpu"
-    compiled, graphs, tensorrt = "pytorch:compile", "pytorch:cuda-graphs", "onnxruntime:tensorrt"
+    compiled, graphs = "pytorch:compile", "pytorch:cuda-graphs"
+    on_cuda = ("onnxruntime:cuda-graphs", "onnxruntime:tensorrt")
     assert statuses["pytorch"].modes == ((compiled, graphs) if "cuda" in statuses["pytorch"].devices else (compiled,))
-    assert statuses["onnxruntime"].modes == ((tensorrt,) if "cuda" in statuses["onnxruntime"].devices else ())
+    assert statuses["onnxruntime"].modes == (on_cuda if "cuda" in statuses["onnxruntime"].devices else ())
     assert replace(statuses["pytorch"], devices=("cpu", "cuda")).modes == (compiled, graphs)
-    assert replace(statuses["onnxruntime"], devices=("cpu", "cuda")).modes == (tensorrt,)
+    assert replace(statuses["onnxruntime"], devices=("cpu", "cuda")).modes == on_cuda
     assert statuses["openvino"].modes == ()
     for name, package in ENGINES.items():
         assert statuses[name].devices == (("cuda",) if statuses[name].ok else ())

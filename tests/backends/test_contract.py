@@ -18,7 +18,12 @@ from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
 
 WITH_CUDA = [status.name for status in available() if status.ok and "cuda" in status.devices]
-SIMULATED = {"tensorrt": "gpu", "tensorrt-rtx": "gpu", "pytorch:cuda-graphs": "graphs"}
+SIMULATED = {
+    "tensorrt": "gpu",
+    "tensorrt-rtx": "gpu",
+    "pytorch:cuda-graphs": "graphs",
+    "onnxruntime:cuda-graphs": "ort_gpu",
+}
 """What runs on a CUDA device only, and the fixture that simulates one for it."""
 ON_CUDA = [*SIMULATED, "onnxruntime", "onnxruntime:tensorrt", "pytorch", "pytorch:compile"]
 
@@ -200,7 +205,11 @@ def test_refuses_unknown_devices_and_thread_counts(name, options, rule, bundle):
     ("name", "options", "rule"),
     [
         ("onnxruntime", {}, "no effect on onnxruntime on cpu"),
-        ("openvino", {}, "no effect on openvino on cpu; on device='cuda' it holds for onnxruntime, pytorch,"),
+        (
+            "openvino",
+            {},
+            "no effect on openvino on cpu; on device='cuda' it holds for onnxruntime, .*pytorch,",
+        ),
         ("pytorch", {"device": "cuda", "memory_limit": 0}, "memory_limit 0 must be a whole number between 1"),
     ],
 )
@@ -209,7 +218,9 @@ def test_a_memory_limit_without_an_effect_is_refused(name, options, rule, bundle
         load_backend(name, bundle, **{"memory_limit": 1 << 30, **options})
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "pytorch", "pytorch:cuda-graphs"])
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", "openvino", "pytorch", "pytorch:cuda-graphs", "onnxruntime:cuda-graphs"]
+)
 def test_a_bench_refuses_options_without_an_effect_before_it_loads_anything(name, tmp_path):
     for options, rule in (
         ({"cuda_graph": False}, rf"no effect on {name}\b.*for tensorrt and tensorrt-rtx"),

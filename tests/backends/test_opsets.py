@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends.files import opset
+from rkd_deploy.backends.onnx_bytes import opset
 
 
 def write(path, *imports, weights=0, last=False):

@@ -117,7 +117,7 @@ def test_logits_of_a_graph_stay_when_it_runs_again(bundle, zoo, graphs):
 
 
 def test_a_capture_that_fails_is_a_backends_error(bundle, zoo, graphs, monkeypatch):
-    def refuse(graph):
+    def refuse(graph, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)

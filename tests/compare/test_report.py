@@ -9,13 +9,16 @@ import pytest
 from rich.console import Console
 
 from rkd_deploy.backends import RunOn
+from rkd_deploy.bench import BenchSettings
 from rkd_deploy.compare import compare_runs, print_comparison, timed, write_comparison
 from rkd_deploy.compare.report import comparison_figure
+
+SETTINGS = BenchSettings(run_on=(RunOn(threads=1),), batches=(1,), min_seconds=0.01)
 
 
 @pytest.fixture(scope="session")
 def comparison(finished):
-    return timed(compare_runs([finished["seed0"], finished["kd"]]), min_seconds=0.01, run_on=RunOn(threads=1))
+    return timed(compare_runs([finished["seed0"], finished["kd"]]), SETTINGS)
 
 
 def test_every_network_is_timed(comparison):
@@ -25,10 +28,12 @@ def test_every_network_is_timed(comparison):
 
 
 def test_the_files_hold_every_row(comparison, tmp_path):
-    files = write_comparison(comparison, {"batch": 1}, tmp_path)
+    files = write_comparison(comparison, tmp_path)
     record = json.loads(files.record.read_text())
     assert [row["name"] for row in record["rows"]] == [row.name for row in comparison.rows]
     assert record["provenance"]["python"]
+    how = {"backend": "onnxruntime", "device": None, "batches": [1], "threads": 1, "min_seconds": 0.01}
+    assert record["settings"] == how
     lines = files.table.read_text().splitlines()
     fused = next(row for row in comparison.rows if row.part == "fused")
     (line,) = [line for line in lines if line.startswith("| S + A, sequential |")]

@@ -20,6 +20,11 @@ from rkd_deploy.export.fusion import fuse
 from rkd_deploy.pipeline import export_run
 
 
+def contents(folder):
+    """Every file of a folder by its name in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def batches(model, card, count=40):
     """Random images whose labels are what PyTorch says of all but the first four of them."""
     x = np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
@@ -32,9 +37,10 @@ def batches(model, card, count=40):
 
 def test_everything_an_app_needs_is_there(model, card, tmp_path):
     proof = export_bundle(model, card, tmp_path / "bundle", batches=batches(model, card), with_pytorch=True)
-    files = {path.name for path in (tmp_path / "bundle").iterdir()}
+    files = set(contents(tmp_path / "bundle"))
     assert files == {
         "model.onnx", "model.json", "labels.txt", "preprocessor_config.json", "golden.npz", "model.pt2",
+        "golden/photo.jpg", "golden/photo.json",
     }  # fmt: skip
     assert (proof.images, proof.differing) == (40, 0)
     assert proof.torch_top1 == proof.onnx_top1 == 90.0  # 4 of 40 were mislabelled
@@ -54,14 +60,13 @@ def test_it_proves_itself_on_every_backend(model, card, tmp_path, backend):
     export_bundle(model, card, tmp_path / "bundle", with_pytorch=True)
     parity = verify(tmp_path / "bundle", backend)
     assert parity.passed
-    assert parity.n == 8
+    assert parity.n == 9  # with the photo
 
 
 def test_same_model_same_bytes(model, card, tmp_path):
     for name in ("one", "two"):
         export_bundle(model, card, tmp_path / name, batches=batches(model, card))
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_another_process_writes_the_same_bytes(tiny_run, tmp_path):
@@ -71,9 +76,7 @@ def test_another_process_writes_the_same_bytes(tiny_run, tmp_path):
     # One thread, as in this process: another number of them may add in another order.
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "rkd_deploy.cli", *command], cwd=tmp_path, env=environment, check=True)
-    assert {path.name for path in (tmp_path / "there").iterdir()} == {path.name for path in here.iterdir()}
-    for path in here.iterdir():
-        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "there") == contents(here)
 
 
 @pytest.mark.parametrize("level", ["sum", "tail"])

@@ -143,8 +143,8 @@ def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
     options = trained.job(precision="int8", target="tensorrt", agreement=95.0, drop=100.0, keep=("auto",)).options
     found = convert_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
     assert found.passed
-    assert found.kept == ("branches.backbones.1.layer2.0.conv2",)
-    assert next(iter(found.sensitivities)) == found.kept[0]
+    assert found.float32_layers == ("branches.backbones.1.layer2.0.conv2",)
+    assert next(iter(found.sensitivities)) == found.float32_layers[0]
     assert {name.split(".")[2] for name in found.sensitivities if "backbones" in name} == {"0", "1"}
 
 

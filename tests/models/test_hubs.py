@@ -56,6 +56,20 @@ def test_by_name(name, type_):
     assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 6)
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("tv:resnet19", UsageError, "Unknown classifier 'resnet19' of torchvision. Near it"),
+        ("timm:resnet19", UsageError, "Unknown classifier 'resnet19' of timm. Near it"),
+        ("timm:resnet18.mine", CheckpointError, r"no weights timm:resnet18\.mine: Invalid pretrained tag"),
+        ("timm:resnet19q", UsageError, "Unknown classifier"),
+    ],
+)
+def test_a_normalisation_that_nobody_published(name, error, words):
+    with pytest.raises(error, match=words):
+        zoo.published_normalisation(name)
+
+
 def test_transformers_are_built_for_the_size_of_the_images():
     assert zoo.build("tv:vit_b_32", 4, (64, 64)).image_size == 64
     assert zoo.build("timm:vit_tiny_patch16_224", 4, (64, 64)).patch_embed.grid_size == (4, 4)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkd_deploy.errors import RecipeError
+from rkd_deploy.pipeline import embedded_recipe
 from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, TrainRecipe, parse_recipe, read_recipe
 
 REPO = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_a_recipe_in_a_run_folder_is_named_after_the_folder(tmp_path: Path) -> N
         ("teacher.name=resnet56", "teacher", "name", "resnet56"),
         ("teacher.name='resnet56'", "teacher", "name", "resnet56"),
         ('teacher.name="resnet56"', "teacher", "name", "resnet56"),
-        ("data.root=/some/where=odd dir", "data", "root", "/some/where=odd dir"),
+        ("teacher.checkpoint=/some/where=odd dir", "teacher", "checkpoint", "/some/where=odd dir"),
         ("data.augment=[]", "data", "augment", ()),
         ("data.augment=['flip']", "data", "augment", ("flip",)),
         ("data.mean=[0.5, 0.5, 0.5]", "data", "mean", (0.5, 0.5, 0.5)),
@@ -103,10 +104,29 @@ def test_set_replaces_the_name() -> None:
     assert read_recipe(None, ["name=other"]).name == "other"
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "epochs=5", "=5", "", "train", "train=5"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs",
+        "epochs=5",
+        "=5",
+        "",
+        "train",
+        "train=5",
+        "name.foo=1",
+        "name.=1",
+        "train.lr=1\n[data]\nname='cifar10'",
+        "data.root=a\nb",
+        "data.root=" + "x" * 10_000,
+        "train.epochs='''\n5'''",
+    ],
+)
 def test_set_of_another_form_is_refused_with_an_example(override: str) -> None:
-    with pytest.raises(RecipeError, match=r"is not of the form table\.key=value, e\.g\. --set train\.epochs=5"):
+    with pytest.raises(
+        RecipeError, match=r"is not of the form table\.key=value, e\.g\. --set train\.epochs=5"
+    ) as caught:
         read_recipe(None, [override])
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -122,6 +142,42 @@ def test_set_of_a_wrong_name_or_value_is_refused(override: str, message: str) ->
     with pytest.raises(RecipeError) as caught:
         read_recipe(None, [override])
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("value", "name"), [("2026", "2026"), ("'a b'", "a b"), ("true", "true"), ("1.50", "1.50")])
+def test_a_run_may_be_called_by_what_is_no_text_in_toml(value: str, name: str) -> None:
+    assert read_recipe(None, [f"name={value}"]).name == name
+
+
+@pytest.mark.parametrize("opening", ["[", "{a=", "{a.", "a.a"])
+def test_what_is_nested_100_000_deep_is_one_error(tmp_path: Path, opening: str) -> None:
+    """Whether TOML gives up at its depth, or a value of no use is made of it: dotted keys are tables in tables."""
+    deep = "a" + ".a" * 50_000
+    content = f"[data]\nroot = {{{deep} = 1}}" if opening == "a.a" else f"[data]\nroot = {opening * 100_000}"
+    (tmp_path / "r.toml").write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tmp_path / "r.toml")
+    assert len(str(caught.value)) < 500
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(None, [f"train.epochs={opening * 3000}"])
+    assert len(str(caught.value)) < 500
+
+
+def test_one_text_is_no_list_of_overrides() -> None:
+    with pytest.raises(RecipeError, match="a path and a list of texts such as train"):
+        read_recipe(None, "train.epochs=5")
+
+
+def test_images_of_files_name_a_recipe_that_has_no_name(tmp_path: Path) -> None:
+    files = ["data.name=imagefolder", f"data.root={tmp_path}/my flowers/"]
+    assert read_recipe(None, files).name == embedded_recipe(files).name == "my flowers"
+    assert embedded_recipe().name == "digits"
+    assert embedded_recipe([*files, "name=x"]).name == "x"
+    assert DataRecipe(name="imagefolder", root=".").folder_name == Path.cwd().name
+    assert DataRecipe(name="webdataset", root="/mnt/plants/train-{000..511}.tar").folder_name == "plants"
+    assert DataRecipe(name="cifar10", root="/data/x").folder_name == ""
+    (tmp_path / "r.toml").write_text(f"[data]\nname = 'imagefolder'\nroot = '{tmp_path}'\n")
+    assert read_recipe(tmp_path / "r.toml").name == "r"
 
 
 def test_set_into_what_is_no_table_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from rkd_deploy.errors import RecipeError
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.recipe.keys import keys_as_toml, recipe_keys
+from rkd_deploy.recipe.rules import ReadWhere, check_keys, key
 
 
 def test_every_key_has_its_meaning_and_its_default():
@@ -22,6 +24,45 @@ def test_every_key_has_its_meaning_and_its_default():
     assert defaults["train", "batch_size"] == "64"
     assert defaults["data", "root"] is None
     assert defaults["method", "name"] == '"residual"'
+
+
+def test_range_and_where_a_key_is_read_come_from_its_rule():
+    keys = {(key.table, key.name): key for key in recipe_keys()}
+    share = keys["student", "assistant_share"]
+    assert (share.range, share.read) == ("0.01 to 0.9", None)
+    assert share.sentences == f"{share.meaning} Range: 0.01 to 0.9."
+    threads = keys["student", "latency_threads"]
+    assert (threads.range, threads.read) == ("1 to 4096", 'with student.budget = "latency"')
+    assert threads.sentences == f'{threads.meaning} Range: 1 to 4096. Read only with student.budget = "latency".'
+    assert (keys["train", "amp"].range, keys["train", "amp"].read) == (None, None)
+
+
+@dataclasses.dataclass
+class Oven:
+    heat: float = key(180.0, low=50, high=250)
+    modes: tuple[str, ...] = key((), choices=("top", "fan"))
+    grams: tuple[int, ...] | None = key(None, low=1)
+    stone: bool = key(False, read=ReadWhere("with top heat", lambda oven: "top" in oven.modes))
+
+
+@pytest.mark.parametrize(
+    ("oven", "message"),
+    [
+        (Oven(heat=300.0), r"oven\.heat = 300\.0 must be between 50 and 250"),
+        (Oven(heat=float("nan")), r"oven\.heat = nan must be"),
+        (Oven(modes=("fan", "grill")), r"Unknown value of oven\.modes 'grill'\. Choices: fan, top"),
+        (Oven(grams=(5, 0)), r"oven\.grams = 0 must be between 1 and 1000000"),
+        (
+            Oven(modes=("fan",), stone=True),
+            r"oven\.stone = true has no effect with fan heat: it is read only with top heat\. "
+            r"Leave it out, or --set oven\.stone=false\.$",
+        ),
+    ],
+)
+def test_a_rule_says_no(oven, message):
+    check_keys("oven", Oven(heat=50.0, modes=("top", "fan"), grams=(1,), stone=True), "any heat")
+    with pytest.raises(RecipeError, match=message):
+        check_keys("oven", oven, "fan heat")
 
 
 def test_the_reference_is_a_recipe_of_all_defaults(tmp_path):

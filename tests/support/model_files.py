@@ -18,6 +18,7 @@ import pytest
 import simulated_building
 import simulated_cuda
 import simulated_graphs
+import simulated_onnxrt
 import simulated_running
 from onnx import TensorProto, helper
 
@@ -146,6 +147,13 @@ def simulated() -> SimpleNamespace:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
     """The CUDA graphs that PyTorch records on a simulated device."""
     return simulated_graphs.install(monkeypatch)
+
+
+@pytest.fixture
+def ort_gpu(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The sessions that ONNX Runtime opens on a simulated device."""
+    monkeypatch.setattr("rkd_deploy.backends.onnxrt_cuda.preload", lambda: None)
+    return simulated_onnxrt.install(monkeypatch)
 
 
 @pytest.fixture

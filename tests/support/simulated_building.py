@@ -36,7 +36,7 @@ def tensorrt(version, rtx):
     ten = version.startswith("10.")
     enumeration("NetworkDefinitionCreationFlag", *(["EXPLICIT_BATCH", "STRONGLY_TYPED"] if ten else ["STRONGLY_TYPED"]))
     if rtx:
-        enumeration("ComputeCapability", "NONE", "CURRENT", "SM86", "SM120")
+        enumeration("ComputeCapability", "NONE", "CURRENT", "SM80", "SM86", "SM89", "SM120", "SM121")
         enumeration("EngineValidity", "VALID", "SUBOPTIMAL", "INVALID")
         enumeration("DynamicShapesKernelSpecializationStrategy", "LAZY", "EAGER", "NONE")
     trt._MAGIC, trt._described = MAGIC, functools.partial(described, trt)

@@ -19,7 +19,7 @@ class Device:
     """One simulated GPU: its memory, its streams, and the log of what was asked of it."""
 
     def __init__(self):
-        self.name, self.capability, self.count, self.driver = "Simulated GPU", (9, 0), 1, 13020
+        self.name, self.capability, self.count, self.driver = "Simulated GPU", (12, 0), 1, 13020
         self.free_bytes = 1 << 30
         self.memory = {}  # address -> (space, buffer)
         self.freed = []  # kept, so that a use after free is found and does no harm

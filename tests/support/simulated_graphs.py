@@ -11,6 +11,7 @@ import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Graph:
@@ -24,12 +25,14 @@ class Graph:
         with torch.inference_mode():
             for function, arguments, options, written in self.steps:
                 again = function(*arguments, **options)
-                if isinstance(again, torch.Tensor) and again.data_ptr() != written.data_ptr():  # else a view
-                    written.copy_(again)
+                for value, place in zip(tree_leaves(again), tree_leaves(written), strict=True):
+                    if isinstance(value, torch.Tensor) and value.data_ptr() != place.data_ptr():  # else a view
+                        place.copy_(value)
 
 
 class _Writing(TorchDispatchMode):
-    def __init__(self, graph):
+    def __init__(self, graph, capture_error_mode, stream=None):
+        assert capture_error_mode == "thread_local"
         super().__init__()
         self.graph = graph
 
@@ -46,8 +49,25 @@ class Stream:
         assert isinstance(other, Stream)
 
 
+class Event:
+    """In place of torch.cuda.Event: everything takes a millisecond."""
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        assert isinstance(other, Event)
+        return 1.0
+
+
 def install(monkeypatch):
-    """One simulated device for PyTorchBackend; gives the graphs that are made, as they are made."""
+    """One simulated device for PyTorchBackend and training; gives the graphs that are made, as they are made."""
     graphs = []
 
     def make():
@@ -59,6 +79,7 @@ def install(monkeypatch):
         "CUDAGraph": make,
         "graph": _Writing,
         "Stream": Stream,
+        "Event": Event,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": Stream,
         "device": lambda device: contextlib.nullcontext(),

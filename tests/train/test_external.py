@@ -259,9 +259,9 @@ def test_published_weights_are_what_training_begins_with(tiny_recipe, tmp_path, 
 
     settings = (*FEW, "teacher.name=tv:squeezenet1_1", "teacher.pretrained=true", "method.name=kd", "train.lr=1e-9")
     with pytest.raises(RecipeError, match=r"teacher tv:squeezenet1_1 expects .* mean \[0.485, 0.456, 0.406\]"):
-        fit(tiny_recipe(*settings), root=tmp_path / "runs")
-    theirs = ("data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]")
-    run = fit(tiny_recipe(*settings, *theirs, "train.weight_decay=0"), root=tmp_path / "runs")
+        fit(tiny_recipe(*settings, "data.normalisation=data"), root=tmp_path / "runs")
+    run = fit(tiny_recipe(*settings, "train.weight_decay=0"), root=tmp_path / "runs")
+    assert (run.facts.mean, run.facts.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # taken by itself
     trained = load_part(run, "teacher").network.state_dict()
     classifier = {"classifier.1.weight", "classifier.1.bias"}  # of 1,000 classes there, of 10 here: fresh, and trained
     assert trained.keys() == source.keys()

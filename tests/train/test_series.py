@@ -12,7 +12,8 @@ from rkd_deploy.compare import compare_runs
 from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent, print_series
-from rkd_deploy.train.fitting import fit, fit_series
+from rkd_deploy.train.fitting import fit
+from rkd_deploy.train.series import fit_series
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.epochs=1", "method.name=cross_entropy")

@@ -155,23 +155,6 @@ def test_compiled_a_loss_of_weight_one_keeps_its_gradient() -> None:
     assert_close(*ends, 1e-10)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_graph_learns_the_same_and_is_recorded_anew_for_another_shape() -> None:
-    """Batch norm's statistics too: the warm-up before a recording must leave no trace."""
-    ends = []
-    for graphs in (True, False):
-        module = network().cuda()
-        stepper = Stepper(CrossEntropy(module), TrainRecipe(batch_size=BATCH, cuda_graphs=graphs))
-        for epoch, sizes in enumerate(((8, 8, 8), (8, 4, 4), (8, 8, 8)), 1):
-            stepper.start_epoch(epoch)
-            for number, size in enumerate(sizes):
-                x, y = batch(10 * epoch + number, torch.float32)
-                losses = stepper.step(x[:size].cuda(), y[:size].cuda(), 0.1)
-        ends.append({"loss": losses.total.detach().clone(), **module.state_dict()})
-    assert_close(*ends, 1e-4)
-
-
 @pytest.mark.parametrize(
     ("bad", "step", "names"),
     [({"b": 2}, 2, ["b"]), ({"b": 3, "c": 3}, 3, ["b", "c"]), ({"loss": 1, "c": 2}, 1, ["loss"])],

@@ -32,7 +32,7 @@ from rkd_deploy.backends.tensorrt.cache import cached_engine
 from rkd_deploy.backends.tensorrt.cuda import Gpu, Stream, call, find_gpu, gpu_count
 from rkd_deploy.backends.tensorrt.engine import EngineRun, LoadedEngine, load_engine
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library, Profile, load_library
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library, Profile, check_gpu, load_library
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError, command_line
 
 
@@ -72,6 +72,7 @@ class TensorRtBackend(Backend):
         self._lock = threading.RLock()
         library, run_on = load_library(self.name), run_on or RunOn(self.name)
         gpu = _gpu(self.name, run_on)
+        check_gpu(library, gpu.name, gpu.capability)
         self.device = f"cuda:{gpu.index}"
         call("cudaSetDevice", gpu.index)
         settings = settings or EngineSettings()

@@ -185,7 +185,7 @@ class EngineRun:
         """Make ready for an input shape; does nothing where the shape is that of the last run.
 
         Args:
-            shape: Of the input.
+            shape: Shape of the input.
             x: Uploaded once, for a run without transfers.
 
         Raises:

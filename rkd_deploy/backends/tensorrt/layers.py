@@ -26,7 +26,7 @@ def engine_layers(engine: Any, trt: Any) -> list[LayerFacts]:
 
     Args:
         engine: An ICudaEngine, built with detailed profiling verbosity.
-        trt: Its module.
+        trt: Module of the library that the engine belongs to.
 
     Returns:
         As `network_layers`; the inspector's other facts, the chosen kernel among them, under their own names.

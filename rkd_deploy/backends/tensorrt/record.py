@@ -93,7 +93,7 @@ class EngineRecord:
         Args:
             library: The library that would run it.
             device: Name of the GPU.
-            capability: Its compute capability, e.g. "8.6".
+            capability: Compute capability of the GPU, e.g. "8.6".
 
         Raises:
             BackendError: Another library, version or GPU; both are named.

@@ -257,6 +257,36 @@ def capabilities(trt: Any) -> dict[str, Any]:
     return {f"{name[2:-1]}.{name[-1]}": member for name, member in members if re.fullmatch(r"SM\d+", name)}
 
 
+def check_gpu(library: Library, device: str, capability: str) -> None:
+    """Refuse a GPU that TensorRT-RTX has no kernels for, before an engine is built that could not run there.
+
+    It runs on the compute capabilities that it names, and on any newer one (as 1.7.1 says it: "8.0 8.6 8.9 12.0 12.1
+    >12.0"). It builds on every machine, and only loading tells otherwise.
+
+    Args:
+        library: TensorRT-RTX; any GPU passes where it is TensorRT.
+        device: Name of the GPU.
+        capability: Compute capability of the GPU, e.g. "8.6".
+
+    Raises:
+        BackendError: It is none of them.
+    """
+    if not library.is_rtx:
+        return
+    known = sorted(capabilities(library.trt), key=_version)
+    if capability in known or _version(capability) > _version(known[-1]):
+        return
+    raise BackendError(
+        f"{library.name} {library.version} does not run on {device}, compute capability {capability}: it runs on "
+        f"{', '.join(known)} and newer. Run the model there on onnxruntime:cuda-graphs or pytorch:cuda-graphs, or with "
+        f"the whole TensorRT, backend tensorrt ({install_line('tensorrt')})."
+    )
+
+
+def _version(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
+
+
 def profile_for(batch: int, profiles: Sequence[Profile]) -> int | None:
     """Index of the profile to run a batch with: of those that cover it, the one whose best size is nearest."""
     covering = [index for index, profile in enumerate(profiles) if profile.covers(batch)]

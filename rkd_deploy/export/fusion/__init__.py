@@ -135,6 +135,8 @@ def _back_matrix(back: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cheaper(before: list[BranchStage], after: list[BranchStage]) -> bool:
+    # All of these are 1x1 convolutions at the same positions, so that weights stand for multiply-adds. The product of
+    # two matrices is larger than both where what lies between them, T's width, is narrow beside all branches together.
     width = sum(step.adapter.in_channels for step in before)
     as_trained = sum(step.adapter.weight.numel() for step in before)
     as_trained += sum(step.back.weight.numel() for step in after if isinstance(step.back, nn.Conv2d))
@@ -164,7 +166,7 @@ class SummedBranches(nn.Module):
         return cast(Tensor, functools.reduce(operator.add, maps))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         return cast(Tensor, self.head(pool(self.summed_map(x_NCHW))))
 
 
@@ -184,7 +186,7 @@ class FoldedTail(nn.Module):
         self.head: nn.Module = tail if len(tail) > 1 else tail[0]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         pooled = [pool(f) for f in self.branches(x_NCHW)]
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
@@ -203,13 +205,15 @@ class WideBranches(nn.Module):
         self.backbone, self.can_group = merged.backbone, merged.can_group
         tail = _tail(adapters, head)
         first = cast(nn.Linear, tail[0])
+        # The merged map has the channels in its own order: the columns of the matrix are moved there, once, instead of
+        # the map being gathered at every call.
         V = first.weight.new_zeros(first.out_features, merged.channels)
         V[:, torch.cat(merged.p)] = first.weight
         tail[0] = _linear(V, first.bias)
         self.head: nn.Module = tail if len(tail) > 1 else tail[0]
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits [N, K]."""
+        """Map normalised images [N, C, H, W] to logits [N, K]."""
         return cast(Tensor, self.head(pool(self.backbone(x_NCHW))))
 
 
@@ -277,6 +281,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
         adapters = [as_convolution(adapter) for _, adapter in model.branches()]
     else:
         return fold_batch_norms(model.eval())
+    # The adapters come with their norms folded in; the norms inside of the branches are folded here, in every level.
     kind = SummedBranches if level == "sum" else FoldedTail
     return kind(fold_batch_norms(branches.eval()), adapters, model.head).eval()
 

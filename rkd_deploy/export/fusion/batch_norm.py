@@ -1,6 +1,7 @@
-"""Folds batch norms into the layers before them: w' = w g / sd, b' = beta + (b - mean) g / sd.
+"""Folds batch norms into the layers before them.
 
-g and beta are the affine parameters of the norm, mean and sd its running statistics.
+w' = w g / sd, b' = beta + (b - mean) g / sd: g and beta are the affine parameters of the norm, mean and sd its running
+statistics.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
             calls[str(node.target)].append(node)
     for target, layers in calls.items():
         norms = _following(layers, calls)
+        # A target below the layer's is one of its tensors, read by something else: to fold would change what that
+        # reads.
         if not norms or any(other.startswith(f"{target}.") for other in calls):
             continue
         layer, norm = modules[target], modules[str(norms[0].target)]
         fold = _PAIRS.get((type(layer), type(norm)))
         if fold is None or not norm.track_running_stats or len(layer.weight) != norm.num_features:
             continue
+        # Under the name of the layer, so that every one of its calls gets the folded weights.
         replace_node_module(layers[0], modules, fold(layer, norm))
         for before, after in zip(layers, norms, strict=True):
             after.replace_all_uses_with(before)

@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor, fx, nn
 
+# Addresses are int64: 2^32 places leave room for 2^31 channels, and neither is ever reached.
 PLACES = 1 << 32
 """Addresses of one channel: more than it has places."""
 
@@ -26,15 +27,15 @@ class Stored:
     """A tensor of the merged graph.
 
     Attributes:
-        node: That makes it.
-        numbers: Of its channels. Every channel has its own from the operation that computed it, wherever it is moved.
+        node: The operation that makes it.
+        numbers: Number of each of its channels, given by the operation that computed it and kept wherever it is moved.
     """
 
     node: fx.Node
     numbers: Tensor
 
     def positions(self, numbers: Tensor) -> Tensor:
-        """Where channels of these numbers are."""
+        """The places, in this tensor, of the channels with these numbers."""
         sorted_numbers, places = self.numbers.sort()
         return places[torch.searchsorted(sorted_numbers, numbers)]
 
@@ -50,16 +51,16 @@ class MergedMaps:
     def __init__(self) -> None:
         self.graph, self.root = fx.Graph(), nn.Module()
         self._stored: dict[tuple[int, ...], list[Stored]] = {}
-        """By the sorted numbers of its channels: the same channels can be there in several orders."""
+        """Tensors by the sorted numbers of their channels, which can be there in several orders."""
         self._count = 0
 
     def add(self, node: fx.Node, q: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Take up a map that was computed.
 
         Args:
-            node: That computes it.
+            node: The operation that computes it.
             q: For each branch, the places of its channels; equal ones for channels that branches share.
-            shapes: For each branch, of its own map.
+            shapes: For each branch, the shape of its own map.
 
         Returns:
             For each branch, the addresses of its own map.
@@ -67,7 +68,7 @@ class MergedMaps:
         start, self._count = self._count, self._count + int(torch.cat(list(q)).max()) + 1
         numbers = torch.arange(start, self._count)
         self._stored[_key(numbers)] = [Stored(node, numbers)]
-        return [_addresses(start + one, shape) for one, shape in zip(q, shapes, strict=True)]
+        return [_addresses(start + places, shape) for places, shape in zip(q, shapes, strict=True)]
 
     def call_module(self, module: nn.Module, x: fx.Node) -> fx.Node:
         """A layer in the graph."""
@@ -79,16 +80,16 @@ class MergedMaps:
         """One tensor that holds exactly the channels of these maps, and p."""
         numbers = numbers_of(maps)
         stored = self.pieces(numbers)[0]
-        return stored, [stored.positions(one) for one in numbers]
+        return stored, [stored.positions(channels) for channels in numbers]
 
     def pieces(self, numbers: Sequence[Tensor]) -> list[Stored]:
         """All tensors that hold exactly these channels; one is made where there is none."""
         wanted = torch.cat(list(numbers)).unique()  # type: ignore[no-untyped-call]
-        if found := self._stored.get(_key(wanted)):
-            return found
+        if stored := self._stored.get(_key(wanted)):
+            return stored
         parts, missing = [], wanted
         while len(missing):  # each channel from the first tensor that has it
-            source = next(one for (one, *_) in self._stored.values() if torch.isin(missing, one.numbers).any())
+            source = next(tensor for (tensor, *_) in self._stored.values() if torch.isin(missing, tensor.numbers).any())
             parts.append(self._selected(source, torch.isin(source.numbers, missing)))
             missing = missing[~torch.isin(missing, source.numbers)]
         if len(parts) > 1:
@@ -102,16 +103,20 @@ class MergedMaps:
         pairs = list(product(self.pieces(left), self.pieces(right)))
 
         def places(stored: Stored, numbers: list[Tensor]) -> Tensor:
-            return torch.cat([stored.positions(one) for one in numbers])
+            return torch.cat([stored.positions(channels) for channels in numbers])
 
+        # From the cheapest on. Nothing to do: some tensor has the order already.
         for X, Y in pairs:
             if torch.equal(places(X, left), places(Y, right)):
                 return X, Y
+        # Nothing at run time: the rows of a convolution that nobody has read yet are put in order. Not those of a
+        # grouped one, which are bound to their group.
         for X, Y in pairs:
             if (conv := self.own_conv(Y)) is not None and conv.groups == 1:
                 return X, self._relaid(Y, conv, places(X, left), places(Y, right))
             if (conv := self.own_conv(X)) is not None and conv.groups == 1:
                 return self._relaid(X, conv, places(Y, right), places(X, left)), Y
+        # A Gather, which copies the map at every call.
         X, Y = pairs[0]
         order = torch.empty(len(Y.numbers), dtype=torch.long)
         order[places(X, left)] = places(Y, right)
@@ -138,6 +143,7 @@ class MergedMaps:
         places = chosen.nonzero().flatten()
         if chosen.all():
             return source
+        # Channels in one stretch are a Slice, which runtimes give as a view or fold away; a Gather always copies.
         first, last = int(places[0]), int(places[-1])
         if last - first + 1 == len(places):
             node = self.graph.call_function(torch.narrow, (source.node, 1, first, len(places)))
@@ -145,7 +151,7 @@ class MergedMaps:
         return self._gathered(source, places)
 
     def reordered(self, stored: Stored, order: Tensor) -> Stored:
-        """The same channels in another order."""
+        """A tensor put into another order by a Gather, and remembered as another place of the same channels."""
         gathered = self._gathered(stored, order)
         self._stored[_key(stored.numbers)].append(gathered)
         return gathered
@@ -163,15 +169,17 @@ def numbers_of(maps: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         NotOnePiece: They are no such maps, or a channel's data is not where it was computed.
     """
-    found = []
+    numbers_by_map = []
     for addresses in maps:
         if not isinstance(addresses, Tensor) or addresses.ndim != 4:
             raise NotOnePiece("something that is no map [N, C, H, W]")
+        # The numbers are read at one place, and then every address is held against what they should be: an operation
+        # that moved data within a map, or mixed the images of a batch, is found out whatever it was.
         numbers = addresses[0, :, 0, 0] // PLACES
         if not torch.equal(addresses, _addresses(numbers, addresses.shape)):
             raise NotOnePiece("a map whose data was moved from place to place")
-        found.append(numbers)
-    return found
+        numbers_by_map.append(numbers)
+    return numbers_by_map
 
 
 def _addresses(numbers: Tensor, shape: Sequence[int]) -> Tensor:

@@ -57,12 +57,12 @@ class MergedConv:
 
 
 def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, *, grouped: bool) -> MergedConv:
-    """W[q_b(o), p_b(i)] = W_b[o, i], zero elsewhere; c[q_b(o)] = c_b[o].
+    """Merge the branches' convolutions: W[q_b(o), p_b(i)] = W_b[o, i], zero elsewhere; c[q_b(o)] = c_b[o].
 
     Args:
         convs: One of each branch; of one kernel size, stride, padding and dilation.
         p: For each branch, where its input channels are in the merged input.
-        channels: Of the merged input.
+        channels: Number of channels of the merged input.
         grouped: Whether blocks of one size are grouped where the branches' convolutions are not.
     """
     sets = _sets(convs, p, grouped)
@@ -71,29 +71,29 @@ def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, 
     first = convs[0]
     conv = nn.Conv2d(
         channels,
-        sum(one.out_channels for one in convs),
+        sum(branch_conv.out_channels for branch_conv in convs),
         first.kernel_size,  # type: ignore[arg-type]
         first.stride,  # type: ignore[arg-type]
         first.padding,  # type: ignore[arg-type]
         first.dilation,  # type: ignore[arg-type]
         groups=len(sets),
-        bias=any(one.bias is not None for one in convs),
+        bias=any(branch_conv.bias is not None for branch_conv in convs),
         padding_mode=first.padding_mode,
         dtype=first.weight.dtype,
     )
-    q = [torch.empty(one.out_channels, dtype=torch.long) for one in convs]
+    q = [torch.empty(branch_conv.out_channels, dtype=torch.long) for branch_conv in convs]
     start = 0
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.zero_()
-        for blocks, found in zip(sets, inputs, strict=True):
+        for blocks, set_inputs in zip(sets, inputs, strict=True):
             for block in blocks:
                 rows = torch.arange(start, start := start + block.size[1])
-                columns = torch.searchsorted(found, block.inputs)
-                one = convs[block.branch]
-                conv.weight[rows[:, None], columns[None, :]] = one.weight[block.outputs]
-                if conv.bias is not None and one.bias is not None:
-                    conv.bias[rows] = one.bias[block.outputs]
+                columns = torch.searchsorted(set_inputs, block.inputs)
+                branch_conv = convs[block.branch]
+                conv.weight[rows[:, None], columns[None, :]] = branch_conv.weight[block.outputs]
+                if conv.bias is not None and branch_conv.bias is not None:
+                    conv.bias[rows] = branch_conv.bias[block.outputs]
                 q[block.branch][block.outputs] = rows
     return MergedConv(conv, None if torch.equal(order, torch.arange(channels)) else order, q)
 
@@ -105,18 +105,19 @@ def can_group(convs: Sequence[nn.Conv2d], p: Sequence[Tensor]) -> bool:
 
 def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> list[list[_Block]]:
     blocks = [
-        _Block(branch, inputs, slice(k * (rows := one.out_channels // one.groups), (k + 1) * rows))
-        for branch, (one, positions) in enumerate(zip(convs, p, strict=True))
-        for k, inputs in enumerate(positions.chunk(one.groups))
+        _Block(branch, inputs, slice(k * (rows := conv.out_channels // conv.groups), (k + 1) * rows))
+        for branch, (conv, positions) in enumerate(zip(convs, p, strict=True))
+        for k, inputs in enumerate(positions.chunk(conv.groups))
     ]
     all_inputs = torch.cat([block.inputs for block in blocks])
     shared = len(set(all_inputs.tolist())) < len(all_inputs)
-    groups = {one.groups for one in convs}
+    groups = {conv.groups for conv in convs}
+    # A channel can be in one group only, so blocks that read the same channels must lie in one set.
     if shared or (groups == {1} and not grouped):
         return [blocks]
     if len({block.size for block in blocks}) == 1:
         # By their places: depthwise convolutions then take their input in any order.
-        return sorted(([block] for block in blocks), key=lambda one: int(one[0].inputs.min()))
+        return sorted(([block] for block in blocks), key=lambda blocks: int(blocks[0].inputs.min()))
     if len(groups) == 1:
         (g,) = groups
         return [blocks[k::g] for k in range(g)]
@@ -139,7 +140,7 @@ def merge_norms(norms: Sequence[nn.BatchNorm2d], p: Sequence[Tensor], channels: 
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """W' = W g / sd, c' = beta + (c - mean) g / sd, in place: the convolution then does what both did.
+    """Fold a batch norm into a convolution in place: W' = W g / sd, c' = beta + (c - mean) g / sd.
 
     Args:
         conv: Its output is the norm's input, channel by channel.

@@ -29,7 +29,7 @@ _CHANNELWISE = (
 _IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _MOVE = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
 _RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d")
-"""Nothing in eval mode. By name: timm, torchvision and users each have their own."""
+"""Names of layers that do nothing in eval mode: timm, torchvision and users each have their own class."""
 
 _FUNCTIONAL = (
     "relu relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
@@ -74,7 +74,7 @@ class Tracer(fx.Tracer):
 
 
 def kind_of_module(module: nn.Module) -> str:
-    """As listed at the top of this file; a subclass may do anything, so only exact types count."""
+    """Kind of a layer, as listed at the top of this file; a subclass may do anything, so only exact types count."""
     if type(module) is nn.Conv2d:
         return "convolution"
     if type(module) is nn.BatchNorm2d:
@@ -87,7 +87,7 @@ def kind_of_module(module: nn.Module) -> str:
 
 
 def kind_of_function(target: Any) -> str:
-    """As listed at the top of this file, of a function, or of a tensor's method by its name."""
+    """Kind of a function, or of a tensor's method by its name, as listed at the top of this file."""
     if getattr(target, "__name__", "") == "stochastic_depth":
         return "identity"
     if target in (functional.dropout, functional.dropout2d):
@@ -153,17 +153,23 @@ def align(branches: Sequence[fx.GraphModule], x_NCHW: Tensor) -> None:
         branches: Traced backbones.
         x_NCHW: Images that they take.
     """
+    # A residual block has a projection only where its width or its stride changes. Narrowed by other amounts, S may
+    # have one where A has none, and their topologies differ. A 1x1 convolution by the identity matrix is exact, so A
+    # gets one.
     cursors = [next(iter(branch.graph.nodes)) for branch in branches]
     while all(node.op != "output" for node in cursors):
         kinds = [_kind(branch, node) for branch, node in zip(branches, cursors, strict=True)]
         if len(set(kinds)) == 1:
             cursors = [node.next for node in cursors]
             continue
+        # Any other difference is left: the merger meets it, and says what it is.
         if "convolution" not in kinds:
             return
         projecting = branches[kinds.index("convolution")]
         chain = _projection(projecting, cursors[kinds.index("convolution")])
         others = [b for b, kind in enumerate(kinds) if kind != "convolution"]
+        # What the others do here must be the addition that the projection leads to; then its operand on the same side
+        # is what they project by the identity.
         if not chain or chain[-1] not in chain[-1].next.args or any(kinds[b] != "join" for b in others):
             return
         slot = chain[-1].next.args.index(chain[-1])
@@ -192,15 +198,15 @@ def _insert(branch: fx.GraphModule, join: fx.Node, slot: int, layers: Sequence[n
     assert isinstance(operand, fx.Node)
     ShapeProp(branch).propagate(x_NCHW)
     channels = operand.meta["tensor_meta"].shape[1]
-    made: list[fx.Node] = []
+    identities: list[fx.Node] = []
     for layer in layers:
         name = f"identity_{len(list(branch.children()))}"
         branch.add_module(name, _identity(layer, channels, x_NCHW.dtype))
         with branch.graph.inserting_before(join):
-            made.append(branch.graph.call_module(name, (made[-1] if made else operand,)))
-    join.update_arg(slot, made[-1])
+            identities.append(branch.graph.call_module(name, (identities[-1] if identities else operand,)))
+    join.update_arg(slot, identities[-1])
     branch.recompile()
-    return made[0]
+    return identities[0]
 
 
 def _identity(like: nn.Module, channels: int, dtype: torch.dtype) -> nn.Module:

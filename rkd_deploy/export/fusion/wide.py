@@ -58,7 +58,7 @@ class Merged:
     Attributes:
         backbone: Images to the merged map.
         p: For each branch, the positions of its channels.
-        channels: Of the merged map.
+        channels: Number of channels of the merged map.
         can_group: Whether any layer is dense here and would be grouped with `grouped`.
     """
 
@@ -74,7 +74,7 @@ def merge(backbones: Sequence[nn.Module], *, grouped: bool = False, channels: in
     Args:
         backbones: Images [N, 3, H, W] to maps [N, C_b, H', W'], in eval mode. Left as they are.
         grouped: Whether layers of equal widths become grouped convolutions instead of dense ones with zero blocks.
-        channels: Of their common input: 3 for images, those of the trunk's map behind a trunk.
+        channels: Channels of their common input: 3 for images, those of the trunk's map behind a trunk.
 
     Raises:
         UsageError: They have no common topology, or something in them cannot be merged; the message names it.
@@ -82,6 +82,7 @@ def merge(backbones: Sequence[nn.Module], *, grouped: bool = False, channels: in
     traced = [_traced(backbone) for backbone in backbones]
     parameter = next(backbones[0].parameters())
     with torch.no_grad():
+        # Two images: with one, an operation that moves data from image to image would look like one that does not.
         align(traced, torch.zeros(2, channels, *_SIZE, dtype=parameter.dtype))
         return _Merger(traced, grouped, channels).run()
 
@@ -98,11 +99,14 @@ class _Merger:
 
     def run(self) -> Merged:
         rows = [list(branch.graph.nodes) for branch in self.branches]
+        # Graphs of unequal length differ in kind where the shorter ends: its output stands beside something else.
         for self.nodes in zip(*rows, strict=False):
             kinds = {(node.op, *self._kind(b, node)) for b, node in enumerate(self.nodes)}
             if len(kinds) > 1:
-                found = " and ".join(_described(node) for node in self.nodes)
-                self._refuse(f"their topologies differ: where one has {found.replace(' and ', ', another has ', 1)}")
+                operations = " and ".join(_described(node) for node in self.nodes)
+                self._refuse(
+                    f"their topologies differ: where one has {operations.replace(' and ', ', another has ', 1)}"
+                )
             if self.nodes[0].op == "output":
                 return self._finished()
             results = self._step(next(iter(kinds))[1])
@@ -135,17 +139,17 @@ class _Merger:
                 _attribute(branch, str(node.target)) for branch, node in zip(self.branches, self.nodes, strict=True)
             ]
         arguments = [self._arguments(b) for b in range(len(self.branches))]
-        maps = [len(_maps_of(*one)) for one in arguments]
+        map_counts = [len(_maps_of(*branch_arguments)) for branch_arguments in arguments]
         if kind == "identity":
             return [args[0] for args, _ in arguments]
-        if max(maps) == 0 or kind == "move":
+        if max(map_counts) == 0 or kind == "move":
             return [self._call(b, *arguments[b]) for b in range(len(self.branches))]
         steps: dict[str, Callable[[list[Any]], list[Tensor]]] = {
             "convolution": self._convolution,
             "norm": self._norm,
             "functional norm": self._functional_norm,
             "channelwise": self._channelwise,
-            "join": self._join if min(maps) > 1 else self._channelwise,
+            "join": self._join if min(map_counts) > 1 else self._channelwise,
         }
         if kind not in steps:
             self._refuse(f"{_described(self.nodes[0])} is no operation that it knows how to merge")
@@ -164,10 +168,12 @@ class _Merger:
         numbers = numbers_of(maps)
 
         def merged_on(stored: Stored) -> MergedConv:
-            p = [stored.positions(one) for one in numbers]
+            p = [stored.positions(channels) for channels in numbers]
             self.can_group |= can_group(convs, p) and not self.grouped
             return merge_convs(convs, p, len(stored.numbers), grouped=self.grouped)
 
+        # A grouped convolution wants its input channels set by set. A tensor that has them so costs nothing; only where
+        # none has, one is gathered.
         for stored in self.maps.pieces(numbers):
             merged = merged_on(stored)
             if merged.order is None:
@@ -191,32 +197,35 @@ class _Merger:
     def _normalised(self, maps: list[Tensor], norms: list[nn.BatchNorm2d]) -> list[Tensor]:
         stored, p = self.maps.piece(maps)
         norm = merge_norms(norms, p, len(stored.numbers))
+        # Folding changes what the convolution gives, so nobody else may read that: not in the merged graph, and not in
+        # any branch further down, which has not been walked yet.
         conv = self.maps.own_conv(stored)
         if conv is not None and all(operations.reads_alone(node) for node in self.nodes):
             fold_norm(conv, norm)
             return maps
-        return self.maps.add(self.maps.call_module(norm, stored.node), p, [one.shape for one in maps])
+        return self.maps.add(self.maps.call_module(norm, stored.node), p, [map_.shape for map_ in maps])
 
     def _channelwise(self, arguments: list[Any]) -> list[Tensor]:
-        maps = [_maps_of(*one) for one in arguments]
-        settings = [_without_maps(*one) for one in arguments]
-        if any(one != settings[0] for one in settings):
+        maps = [_maps_of(*branch_arguments) for branch_arguments in arguments]
+        settings = [_without_maps(*branch_arguments) for branch_arguments in arguments]
+        if any(other != settings[0] for other in settings):
             self._refuse(f"{_described(self.nodes[0])} has other settings in one branch than in another")
+        # A second tensor (a size, a slope per channel) would have to be merged by a rule of its own, and there is none.
         if any(len(node.all_input_nodes) > 1 for node in self.nodes):
             self._refuse(f"{_described(self.nodes[0])} depends on a tensor or on the size of a map")
-        stored, p = self.maps.piece([one for (one,) in maps])
-        shapes = [self._shape(b, one) for b, (one,) in enumerate(maps)]
-        if any(len(shape) != 4 or shape[:2] != (2, len(one)) for shape, one in zip(shapes, p, strict=True)):
+        stored, p = self.maps.piece([map_ for (map_,) in maps])
+        shapes = [self._shape(b, map_) for b, (map_,) in enumerate(maps)]
+        if any(len(shape) != 4 or shape[:2] != (2, len(p_b)) for shape, p_b in zip(shapes, p, strict=True)):
             self._refuse(f"{_described(self.nodes[0])} gives no map of the same channels")
         return self.maps.add(self._emitted(stored.node), p, shapes)
 
     def _join(self, arguments: list[Any]) -> list[Tensor]:
-        left, right = zip(*(_maps_of(*one) for one in arguments), strict=True)
+        left, right = zip(*(_maps_of(*channels) for channels in arguments), strict=True)
         if any(a.shape[:2] != b.shape[:2] for a, b in zip(left, right, strict=True)):
             self._refuse(f"{_described(self.nodes[0])} joins maps of unequal numbers of channels")
         pairs = list(zip(left, right, strict=True))
         X, Y = self.maps.aligned(numbers_of(left), numbers_of(right))
-        p = [X.positions(one) for one in numbers_of(left)]
+        p = [X.positions(channels) for channels in numbers_of(left)]
         node = self.maps.graph.call_function(operations.out_of_place(self.nodes[0].target), (X.node, Y.node))
         return self.maps.add(node, p, [(a[:1, :1] + b[:1, :1]).expand(*a.shape[:2], -1, -1).shape for a, b in pairs])
 
@@ -249,7 +258,7 @@ class _Merger:
             self._refuse(f"{_described(node)} fails on an image of {_SIZE[0]} x {_SIZE[1]} pixels ({error})")
 
     def _shape(self, b: int, addresses: Tensor) -> tuple[int, ...]:
-        """Of what an operation with one map gives."""
+        """Shape of what an operation that reads one map gives, found on a tensor without data."""
         x = torch.empty(addresses.shape, device="meta")
         args, kwargs = fx.map_arg((self.nodes[b].args, self.nodes[b].kwargs), lambda _: x)
         return tuple(self._call(b, args, kwargs).shape)
@@ -284,14 +293,14 @@ def _shape_after(conv: nn.Conv2d, addresses: Tensor) -> tuple[int, ...]:
 
 def _maps_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The addresses among the arguments; parameters of the network are no whole numbers."""
-    found: list[Tensor] = []
+    maps: list[Tensor] = []
 
     def look(value: Any) -> None:
         if isinstance(value, Tensor) and not value.is_floating_point():
-            found.append(value)
+            maps.append(value)
 
     fx.node.map_aggregate((args, kwargs), look)
-    return found
+    return maps
 
 
 def _without_maps(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

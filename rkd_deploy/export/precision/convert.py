@@ -1,4 +1,4 @@
-"""Converts proven float32 graphs to a lower precision and judges the result on held-out images.
+"""Converts float32 graphs to a lower precision and judges the result on held-out images.
 
 There is one graph that gives the logits, or there are several whose logits add up (`early_exit.py`). In the second case
 every partial sum is judged, because an image may leave with it, and layers to keep in float32 are searched for in all
@@ -41,7 +41,7 @@ def to_half(graph: ExportGraph, preprocess: Preprocess, precision: str) -> Any:
 
     Args:
         graph: Pre-processing, network and outputs; left as it is.
-        preprocess: For the type and shape of the input.
+        preprocess: Gives the type and shape of the input.
         precision: fp16 or bf16.
 
     Returns:
@@ -105,13 +105,13 @@ class PrecisionRecord:
     Attributes:
         job: Options and images.
         results: Of the gate, for each partial sum of the logits, the whole last.
-        kept: Layers left in float32.
+        float32_layers: Layers left in float32.
         sensitivities: Mean squared change of the logits by each layer alone, the largest first; None: not searched.
     """
 
     job: PrecisionJob
     results: tuple[GateResult, ...]
-    kept: tuple[str, ...]
+    float32_layers: tuple[str, ...]
     sensitivities: Mapping[str, float] | None = None
 
     @property
@@ -126,7 +126,7 @@ class PrecisionRecord:
             "precision": options.precision,
             "target": options.runtime,
             "proven_on": options.prover,
-            "kept": list(self.kept),
+            "kept": list(self.float32_layers),
             "harms": None if self.sensitivities is None else dict(self.sensitivities),
             "calibration": None if calibration is None else calibration.to_dict(),
             "held_out": self.job.held_out_source,
@@ -146,13 +146,13 @@ class Converted:
     Attributes:
         protos: The graphs, without a card.
         results: What the gate measured of each partial sum of the graphs' logits; one result for a single graph.
-        kept: Layers left in float32.
+        float32_layers: Layers left in float32.
         sensitivities: Sensitivity of every layer, the largest first, where layers to keep were searched for.
     """
 
     protos: tuple[Any, ...]
     results: tuple[GateResult, ...]
-    kept: tuple[str, ...]
+    float32_layers: tuple[str, ...]
     sensitivities: dict[str, float] | None = None
 
     @property
@@ -173,7 +173,7 @@ class Converted:
 
     def record(self, job: PrecisionJob) -> PrecisionRecord:
         """What is written of this conversion."""
-        return PrecisionRecord(job, self.results, self.kept, self.sensitivities)
+        return PrecisionRecord(job, self.results, self.float32_layers, self.sensitivities)
 
 
 def convert(
@@ -240,7 +240,7 @@ def require_passed(converted: Converted, job: PrecisionJob, card: ModelCard, fol
     report = folder.with_name(f"{folder.name}.report.json")
     record = converted.record(job)
     write_json(report, {"name": card.name, **record.to_record(), "versions": dict(card.versions)})
-    raise gate_error(converted.result, job.options.precision, converted.kept, report)
+    raise gate_error(converted.result, job.options.precision, converted.float32_layers, report)
 
 
 def convert_ungated(
@@ -307,6 +307,7 @@ def _ranked(
     for branch, quantiser, nodes in zip(branches, quantisers, layers, strict=True):
         for name, value in sensitivities(quantiser, nodes, branch.proto, inputs, options.prover).items():
             total[name] += value
+    # Equal sensitivities are ordered by name, or two exports of one run could keep other layers.
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -314,6 +315,7 @@ def _judged(
     protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Sequence[str] = ()
 ) -> Converted:
     parts = [images.logits(proto, options.prover) for proto, images in zip(protos, held_out, strict=True)]
+    # An image may leave after any branch, so each partial sum is a network of its own that has to pass.
     sums = np.cumsum(parts, axis=0)
     results = [images.judge(z_NK, options.gates) for images, z_NK in zip(held_out, sums, strict=True)]
     return Converted(tuple(protos), tuple(results), tuple(keep))

@@ -40,8 +40,8 @@ class GateResult:
         max_abs_diff: Largest difference of a logit.
         min_agreement: Limit, in %, as asked for.
         max_drop: Limit, in points, as asked for.
-        effective_agreement: The same limit in whole images, which it is held to, in %.
-        effective_drop: The same limit in whole images, which it is held to, in points.
+        effective_agreement: `min_agreement` in whole images, which the file is held to, in %.
+        effective_drop: `max_drop` in whole images, which the file is held to, in points.
         passed: Both effective limits hold, and every logit is finite.
     """
 
@@ -132,16 +132,17 @@ class HeldOut:
             max_drop=gates.drop,
             effective_agreement=100 - 100 * differing / count,
             effective_drop=100 * lost / count,
+            # In whole images on both sides: a share in % is a rounded fraction, and a limit met exactly must pass.
             passed=finite
             and _images(100 - agreement, count) <= differing
             and (drop is None or _images(drop, count) <= lost),
         )
 
 
-def _limit(asked: float, effective: float, unit: str, images: int) -> str:
+def _limit(requested: float, effective: float, unit: str, images: int) -> str:
     """A limit as asked for, and what it comes to in whole images where that is another number."""
-    words = f"{asked:g}{unit}"
-    return words if math.isclose(asked, effective) else f"{words}, in whole images of {images} {effective:.2f}"
+    words = f"{requested:g}{unit}"
+    return words if math.isclose(requested, effective) else f"{words}, in whole images of {images} {effective:.2f}"
 
 
 def _drop_interval(was_right_N: npt.NDArray[np.bool_], is_right_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
@@ -178,10 +179,10 @@ def logits_of(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
             return np.concatenate([infer_many(candidate, x) for x in inputs])
 
 
-def gate_error(result: GateResult, precision: str, kept: Sequence[str], report: Path) -> GateError:
+def gate_error(result: GateResult, precision: str, float32_layers: Sequence[str], report: Path) -> GateError:
     """The error for a file that lost too much, with the ways out that are left."""
-    stay = f" with {len(kept)} layers kept in float32" if kept else ""
-    way_out = " or let --keep auto leave out the layers that hurt" if precision == "int8" and not kept else ""
+    stay = f" with {len(float32_layers)} layers kept in float32" if float32_layers else ""
+    way_out = " or let --keep auto leave out the layers that hurt" if precision == "int8" and not float32_layers else ""
     return GateError(
         f"{precision} loses too much{stay}: {result.in_words()}. Report: {report}. Choose a higher precision"
         f"{way_out}; where the loss is acceptable, state other limits with --min-agreement and --max-drop."

@@ -36,7 +36,7 @@ class Calibration:
     Attributes:
         images_NHWC: uint8 [N, H, W, C], of the model's size.
         source: What they were drawn from, in words.
-        seed: That drew them.
+        seed: Seed that drew them.
 
     Raises:
         DataError: They are fewer than `LEAST`.
@@ -55,7 +55,7 @@ class Calibration:
 
     @cached_property
     def sha256(self) -> str:
-        """Of shape and pixels, in order."""
+        """SHA-256 of shape and pixels, in order."""
         digest = hashlib.sha256(repr(self.images_NHWC.shape).encode())
         digest.update(self.images_NHWC.tobytes())
         return digest.hexdigest()
@@ -110,6 +110,8 @@ def draw_indices(available: int, count: int | None, seed: int, source: str) -> n
             f"{available}, or give more images."
         )
     wanted = min(available, COUNT) if count is None else count
+    # Drawn by permuting all, so that more images of one seed are the fewer ones and others; sorted, so that files are
+    # read in the order in which they lie.
     return np.sort(np.random.default_rng(seed).permutation(available)[:wanted]).astype(np.int64)
 
 

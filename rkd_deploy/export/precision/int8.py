@@ -27,11 +27,11 @@ from rkd_deploy.export.precision.layers import WEIGHTED, preprocessing, quantisa
 BATCH = 8
 """Images at a time: every activation of them is held in memory."""
 VALUES_PER_IMAGE = 256
-"""Drawn from each tensor for each image."""
+"""Values drawn from each tensor for each image."""
 SHRINKAGES = np.linspace(0.2, 1.0, 41)
 """Values of a that are tried: shares of the extremes."""
 STEPS = 255
-"""Of 8 bits; symmetric int8 leaves -128 out, and has one less."""
+"""Steps between the 256 values of 8 bits; symmetric int8 leaves -128 out, and has one step less."""
 
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
@@ -51,6 +51,8 @@ def best_ranges(proto: Any, tensors: Iterable[str], inputs: Array, *, symmetric:
     random = np.random.default_rng(0)
     for name, activation in _activations(proto, tensors, inputs):
         flat = activation.ravel()
+        # Extremes of every value, since a sample would miss the outliers; a sample of the rest, since all activations
+        # of 256 images would be gigabytes, and E(a) is a mean.
         lo, hi = extremes.get(name, (0.0, 0.0))  # 0 must be in the range: it is what convolutions pad with
         extremes[name] = (min(lo, float(flat.min())), max(hi, float(flat.max())))
         values.setdefault(name, []).append(random.choice(flat, VALUES_PER_IMAGE * len(activation)))
@@ -66,6 +68,8 @@ def best_range(x: Array, extremes: Range, *, symmetric: bool) -> Range:
     if lo == hi:
         return lo, hi
     x = x.astype(np.float32)
+    # A grid, not a descent: E(a) falls while rounding gets finer and rises once values are cut off, with small dents.
+    # Of equal errors the narrowest range wins, whose steps are finest.
     errors = [_error(x, a * lo, a * hi, STEPS - 1 if symmetric else STEPS) for a in SHRINKAGES]
     a = float(SHRINKAGES[int(np.argmin(errors))])
     return a * lo, a * hi
@@ -221,7 +225,7 @@ def sensitivities(
     """The sensitivity of every layer: the mean squared change of the logits where it alone is quantised.
 
     Args:
-        quantiser: Of the graph.
+        quantiser: The quantiser of the graph.
         nodes: Name for people to name of the node.
         reference: The float32 graph.
         inputs: Calibration images as the graph takes them.
@@ -246,6 +250,9 @@ def fewest_kept(ranked: Sequence[str], passes: Callable[[Sequence[str]], bool]) 
     Returns:
         The layers to keep, for which `passes` was asked; all of them where even that does not pass.
     """
+    # Doubling, then bisection: usually one or two layers are to blame, and each question costs a conversion and a run
+    # over all held-out images. That a longer beginning passes where a shorter one did is likely, not certain (a gate on
+    # few images is noisy): the answer is one that has passed, and need not be the very shortest.
     failing, passing = 0, 1
     while not passes(ranked[:passing]):
         if passing >= len(ranked):

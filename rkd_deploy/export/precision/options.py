@@ -1,4 +1,4 @@
-"""Which precisions there are, for which targets, and the limits that a file of lower precision is held to.
+"""Says which precisions there are, for which targets, and what a file may lose by them.
 
 Precision lives in the ONNX file: TensorRT 11 has no precision flags, and no runtime asked here lowers one by itself.
 A file is written for a target, because runtimes want INT8 differently:

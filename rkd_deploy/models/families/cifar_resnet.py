@@ -19,7 +19,7 @@ from rkd_deploy.models.staged import Staged, checked_widths, he_initialised
 
 
 class BasicBlock(nn.Module):
-    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), 3x3 convolutions."""
+    """Residual block of two 3x3 convolutions: relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, channels, H / stride, W / stride]."""
+        """Maps [N, in_channels, H, W] to maps [N, channels, H / stride, W / stride]."""
         out = self.relu(self.bn1(self.conv1(x_NCHW)))
         out = self.bn2(self.conv2(out))
         out += x_NCHW if self.downsample is None else self.downsample(x_NCHW)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from rkd_deploy.models.staged import Staged, checked_widths, he_initialised
 
 _GROUPS = ((1, 1, 1), (6, 2, 1), (6, 3, 2), (6, 4, 2), (6, 3, 1), (6, 3, 2), (6, 1, 1))
-"""Expansion, blocks and stride of each group."""
+"""Expansion, number of blocks and stride of each group of blocks."""
 
 
 class InvertedResidual(nn.Module):
-    """Expand, convolve each channel alone, project; plus the input where `identity` says so. No ReLU at the end."""
+    """Inverted residual: expand, convolve each channel alone, project without ReLU; plus the input if `identity`."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int, identity: bool) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class InvertedResidual(nn.Module):
         self.identity = identity
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, channels, H / stride, W / stride]."""
+        """Maps [N, in_channels, H, W] to maps [N, channels, H / stride, W / stride]."""
         out = self.conv(x_NCHW)
         return cast(Tensor, x_NCHW + out if self.identity else out)
 

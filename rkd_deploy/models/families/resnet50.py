@@ -20,7 +20,7 @@ _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """relu(1x1, 3x3, 1x1 to four times the width, plus the shortcut), batch norm after every convolution."""
+    """Bottleneck block: relu(1x1, 3x3, 1x1 to four times the width, plus the shortcut), each with batch norm."""
 
     def __init__(self, in_channels: int, width: int, stride: int, projection: bool) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, 4 width, H / stride, W / stride]."""
+        """Maps [N, in_channels, H, W] to maps [N, 4 width, H / stride, W / stride]."""
         out = self.relu(self.bn1(self.conv1(x_NCHW)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))

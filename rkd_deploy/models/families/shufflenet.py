@@ -21,18 +21,20 @@ _GROUPS = 3
 
 
 def shuffled(map_NCHW: Tensor, groups: int) -> Tensor:
-    """The channels seen as a matrix [groups, C / groups], transposed: every group then holds some of each."""
+    """Shuffle channels: seen as a matrix [groups, C / groups] and transposed, so that groups exchange channels."""
     return torch.unflatten(map_NCHW, 1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class GroupedUnit(nn.Module):
-    """V1: grouped 1x1 to a quarter of the channels, shuffle, depthwise 3x3, grouped 1x1; input added or appended.
+    """Unit of V1: grouped 1x1 to a quarter of the channels, shuffle, depthwise 3x3, grouped 1x1.
+
+    The input is added to the result or, at stride 2, appended to it.
 
     Args:
-        in_channels: Of the input.
-        channels: Of the output; with stride 2 the pooled input is the last `in_channels` of them.
+        in_channels: Channels of the input.
+        channels: Channels of the output; with stride 2 the pooled input is the last `in_channels` of them.
         stride: 1 or 2.
-        groups: Of the first convolution.
+        groups: Groups of the first convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, groups: int) -> None:
@@ -48,7 +50,7 @@ class GroupedUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(new)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, channels, H / stride, W / stride]."""
+        """Maps [N, in_channels, H, W] to maps [N, channels, H / stride, W / stride]."""
         out = shuffled(relu(self.bn1(self.conv1(x_NCHW))), self.groups)
         # The paper has no ReLU after the depthwise convolution; the networks of the checkpoints have one.
         out = self.bn3(self.conv3(relu(self.bn2(self.conv2(out)))))
@@ -112,7 +114,7 @@ class ShuffleNetV1(Staged):
 
 
 class SplitUnit(nn.Module):
-    """V2, stride 1: one half of the channels as it is, the other through 1x1, depthwise 3x3 and 1x1; then a shuffle."""
+    """Unit of V2 at stride 1: half of the channels as it is, half through 1x1, depthwise 3x3, 1x1; then a shuffle."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,7 +127,7 @@ class SplitUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, channels, H, W] to a map of equal shape."""
+        """Maps [N, channels, H, W] to maps of equal shape."""
         unchanged, changed = x_NCHW.chunk(2, dim=1)
         changed = relu(self.bn1(self.conv1(changed)))
         changed = relu(self.bn3(self.conv3(self.bn2(self.conv2(changed)))))
@@ -133,7 +135,7 @@ class SplitUnit(nn.Module):
 
 
 class HalvingUnit(nn.Module):
-    """V2, stride 2: two branches, each half of the output, then a shuffle."""
+    """Unit of V2 at stride 2: two branches, each half of the output, then a shuffle."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class HalvingUnit(nn.Module):
         self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, channels, H / 2, W / 2]."""
+        """Maps [N, in_channels, H, W] to maps [N, channels, H / 2, W / 2]."""
         left = relu(self.bn2(self.conv2(self.bn1(self.conv1(x_NCHW)))))
         right = self.bn4(self.conv4(relu(self.bn3(self.conv3(x_NCHW)))))
         right = relu(self.bn5(self.conv5(right)))

@@ -23,7 +23,10 @@ from rkd_deploy.models.staged import Staged, checked_widths, he_initialised
 
 
 class PreActivationBlock(nn.Module):
-    """conv2(relu(bn2(conv1(a)))) + shortcut with a = relu(bn1(x)): the shortcut is x, or a 1x1 projection of a."""
+    """Pre-activation block: conv2(relu(bn2(conv1(a)))) + shortcut with a = relu(bn1(x)).
+
+    The shortcut is x, or a 1x1 projection of a where channels or resolution change.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class PreActivationBlock(nn.Module):
             self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, channels, H / stride, W / stride]."""
+        """Maps [N, in_channels, H, W] to maps [N, channels, H / stride, W / stride]."""
         activated = self.relu(self.bn1(x_NCHW))
         out = self.conv2(self.relu(self.bn2(self.conv1(activated))))
         return cast(Tensor, out + (x_NCHW if self.convShortcut is None else self.convShortcut(activated)))

@@ -1,4 +1,4 @@
-"""The widest networks that are no slower than S0: a search by measurement.
+"""Searches the widest networks that are no slower than S0, by measurement.
 
 What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.measuring`). Here is only the search. It
 moves along one number, the fraction of S0's MACs that a candidate may cost, because along it latency rises steadily, if
@@ -22,24 +22,24 @@ from rkd_deploy.errors import BudgetError
 from rkd_deploy.models.staged import Widths
 
 BranchWidths = tuple[Widths, ...]
-"""Widths of every network of a candidate: of S0 alone, or of S and of its assistants."""
+"""Widths of every network of a candidate: S0's alone, or those of S and of its assistants."""
 
 STEPS = 50
-"""Candidates cost 1/50, 2/50, .. of S0's MACs: what is found is the widest of these, to one step."""
+"""Number of steps of the search: candidates cost 1/50, 2/50, .. of S0's MACs, and the result is right to one step."""
 MAX_SECONDS = 120.0
-"""After this time nothing wider is looked for, as soon as there is a candidate that fits."""
+"""Seconds after which nothing wider is looked for, as soon as there is a candidate that fits."""
 ROUNDING = 0.005
-"""A ratio of 1.00, to two decimals, is one: two measurements of one and the same network differ by as much."""
+"""How far a ratio may exceed its target: two measurements of one and the same network differ by as much."""
 CONFIRMATIONS = 5
-"""Candidates that may fail the longer measurement before the search gives up."""
+"""Number of candidates that may fail the longer measurement before the search gives up."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A candidate and S0, timed in turn in one run.
+    """Latencies of a candidate and of S0, timed in turn in one run.
 
     Attributes:
-        ratios: By batch size: the candidate's latency over S0's. Where it was to be confirmed, the median over
+        ratios: The candidate's latency over S0's, by batch size. Where it was to be confirmed, the median over
             sessions, in which both are loaded afresh, of the ratio of their medians; else the ratio of the 10th
             percentiles, because what else runs on a machine only ever adds to a latency.
         candidate_ms: Median latency of the candidate by batch size.
@@ -75,7 +75,7 @@ class Stopwatch(Protocol):
     """Times two classifiers against each other, as they would be deployed."""
 
     def compare(self, candidate: nn.Module, s0: nn.Module, *, level: str, confirm: bool) -> Reading:
-        """Time both in turn, the candidate fused at this level; long enough to decide where `confirm` is set."""
+        """Time a candidate, fused at a level, and S0 in turn; long enough to decide on it where `confirm` is set."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -84,12 +84,12 @@ class Stopwatch(Protocol):
 
 
 class Candidate(NamedTuple):
-    """Widths, and the network that has them, built when it is needed."""
+    """Widths of a candidate, and its network, built when it is needed."""
 
     widths: BranchWidths
     build: Callable[[], nn.Module]
     level: str = "tail"
-    """The level of fusion at which it is timed (`rkd_deploy.export.fusion`)."""
+    """Level of fusion at which the candidate is timed (`rkd_deploy.export.fusion`)."""
 
 
 class Fitting(NamedTuple):
@@ -108,7 +108,7 @@ def fastest_fitting(
     above: float = 0.0,
     deadline: float | None = None,
 ) -> Fitting:
-    """The widest candidate that takes at most `target` times as long as S0, at every batch size.
+    """Find the widest candidate that takes at most `target` times as long as S0, at every batch size.
 
     Args:
         make: The candidate of a fraction of the MACs, above 0 and at most 1. Raises BudgetError where there is none,
@@ -116,7 +116,7 @@ def fastest_fitting(
         stopwatch: Times a candidate against S0.
         s0: What the candidates are held against.
         target: The ratio of latencies that is allowed, within `ROUNDING`.
-        above: Where something else was found already: only fractions above this are of any use.
+        above: Fraction that another search reached already: only those above it are of any use.
         deadline: When the search ends, by `time.monotonic`, if anything was found. Default: in `MAX_SECONDS`.
 
     Raises:
@@ -127,7 +127,7 @@ def fastest_fitting(
 
 
 class _Search:
-    """Candidates by their number n from 1 to STEPS: at most n / STEPS of S0's MACs."""
+    """One search; candidates have a number n from 1 to STEPS, and cost at most n / STEPS of S0's MACs."""
 
     def __init__(
         self,
@@ -143,11 +143,12 @@ class _Search:
         self._readings: list[dict[str, Any]] = []
         self._ratios: dict[BranchWidths, float] = {}  # the latest, a confirmed one in place of a short one
         self._refused: set[BranchWidths] = set()  # by a confirmation
+        # By widths and not by number: neighbouring numbers often come to the same widths, which are measured once.
         self._candidate = functools.cache(lambda number: make(number / STEPS))
         self._networks: dict[BranchWidths, nn.Module] = {}
 
     def run(self) -> Fitting:
-        """Search, confirm; where that fails, search on below."""
+        """Search and confirm; where a confirmation fails, search on below it."""
         narrowest, top = self._narrowest(), STEPS
         for _ in range(CONFIRMATIONS):
             number = self._widest(narrowest, top)
@@ -163,7 +164,8 @@ class _Search:
         )
 
     def _narrowest(self) -> int:
-        """The least number that is of use and of which there is a candidate."""
+        """Least number that is of use and has a candidate."""
+        # By halves: where there is no candidate of a fraction, there is none of any smaller one.
         missing, known = int(self._above * STEPS), STEPS
         if missing == STEPS:
             raise BudgetError(f"Nothing wider than {self._above:.2f} of the MACs is left to try.")
@@ -178,7 +180,7 @@ class _Search:
         return known
 
     def _widest(self, narrowest: int, top: int) -> int:
-        """The largest number up to `top` that fits by short measurements."""
+        """Largest number up to `top` whose candidate fits by short measurements."""
         low, high, number = narrowest - 1, top + 1, top  # low fits, unless it is below all there is; high does not
         while True:
             low, high = (number, high) if self._ratio(number) <= self._target + ROUNDING else (low, number)
@@ -193,7 +195,7 @@ class _Search:
         return low
 
     def _between(self, low: int, high: int, low_is_known: bool) -> int:
-        """The number at which a line through two readings, or through one and the origin, meets the target."""
+        """Number at which a line through two readings, or through one and the origin, meets the target."""
         # Latency is a line in the MACs only roughly: the number is held off both ends, so that every step shrinks the
         # interval by a good part, also after a bad reading.
         ratio_high = self._ratio(high)
@@ -206,7 +208,7 @@ class _Search:
         return max(low + 1, min(high - 1, number))
 
     def _widened(self, number: int, reading: Reading) -> Fitting:
-        """The confirmed candidate, or the widest of the neighbours above it that are confirmed as well."""
+        """The confirmed candidate, or the widest neighbour above it that is confirmed as well."""
         while number < STEPS and time.monotonic() < self._end:
             widths = self._candidate(number).widths
             wider = next((n for n in range(number + 1, STEPS + 1) if self._candidate(n).widths != widths), None)

@@ -1,6 +1,6 @@
-"""A convolutional network at fewer channels, layer by layer the same: structural pruning.
+"""Structural pruning: a convolutional network at fewer channels, layer by layer the same.
 
-`channels.py` says which channels go together. From it follow here, without building anything, what the network costs at
+`coupling.py` says which channels go together. From it follow here, without building anything, what the network costs at
 any widths, and the narrowed network itself. Shapes depend on how many channels are kept and never on which: that is the
 business of `inheritance.py`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from torch.utils.module_tracker import ModuleTracker
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
-from rkd_deploy.models.plain import plain
-from rkd_deploy.models.separation.channels import STAYS, Channels, Indices, trace_channels
+from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 
 WAY_OUT = "Give another S0: a convolutional network. Any network can be the teacher."
@@ -33,10 +32,10 @@ _ATTENTION = ("bmm", "baddbmm", "_scaled_dot_product", "_native_multi_head_atten
 
 
 class Pruner:
-    """Narrows one network.
+    """Narrows one network, and tells what it costs at any widths.
 
     Args:
-        network: RGB images to what is used of it; not changed. Layers that do not run stay as they are.
+        network: RGB images to the output that is used; not changed. Layers that do not run stay as they are.
         input_size: Height and width in pixels.
 
     Attributes:
@@ -44,24 +43,28 @@ class Pruner:
         widths: Channels of each width before anything is removed, from the first layer on.
 
     Raises:
-        UsageError: It cannot be narrowed; the message names the module and the operator.
+        UsageError: The network cannot be narrowed; the message names the module and the operator.
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         self._network = network
         _check_untied(network)
         used_at = _run(network, input_size, "S0 cannot be narrowed")
+        # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
+        from rkd_deploy.models.separation.coupling import trace_channels
+
         self.channels: Channels = trace_channels(network, input_size)
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
         self._cost_of = _CostOfWidths(network, self.channels, used_at)
         self._check_cost(input_size)
+        # What the graph did not show (a size that stands in the code) shows where as much as can be is removed.
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
         _run(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
 
     def __deepcopy__(self, memo: Any) -> Pruner:
-        """Itself: it never changes, and every copy of a network that it has narrowed would copy the whole original."""
+        """The pruner itself, which never changes: else every copy of a narrowed network would copy the original too."""
         return self
 
     def steps(self, round_to: int) -> Widths:
@@ -77,35 +80,35 @@ class Pruner:
             )
 
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
-        """MACs of one image, and parameters, at these widths."""
+        """MACs of one image, and parameters, of the network at some widths."""
         return self._cost_of(widths)
 
     def output_channels(self, widths: Sequence[int]) -> int:
-        """Channels of what comes out of the network, before anything is flattened."""
+        """Channels of the network's output at some widths, before anything is flattened."""
         return self._cost_of.output_channels(widths)
 
     def narrowed(self, widths: Sequence[int]) -> nn.Module:
-        """A copy with the first so many channels of each width."""
-        kept_units: dict[int, None] = {}
+        """A copy of the network that keeps the first channels of every space, as many as its width says."""
+        selected: set[int] = set()
         for space in self.channels.spaces:
-            kept_units |= dict.fromkeys(space.units[: widths[space.width] // space.size].tolist())
+            selected |= set(space.units[: widths[space.width] // space.size].tolist())
         network = copy.deepcopy(self._network)
         for path, module in network.named_modules():
             tensors = {**module._parameters, **module._buffers}
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    sliced = _sliced(tensor, f"{path}.{name}".removeprefix("."), self.channels, kept_units)
+                    sliced = _sliced(tensor, f"{path}.{name}".removeprefix("."), self.channels, selected)
                     if sliced.shape != tensor.shape:
                         is_parameter = isinstance(tensor, nn.Parameter)
                         setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced)
             _describe(module)
             if (units := self.channels.axes.get((f"{path}.", 0))) is not None and hasattr(module, "num_features"):
-                module.num_features = len(indices_of(units, kept_units))
+                module.num_features = len(indices_of(units, selected))
         return network
 
 
 class _CostOfWidths:
-    """MACs and parameters as a function of the widths alone.
+    """Computes MACs and parameters from the widths alone.
 
     Every tensor has a size that is a product of its axes', and a layer's MACs are its weights times the positions at
     which they are used.
@@ -136,29 +139,35 @@ class _CostOfWidths:
         return int(self._output_stays + np.rint(self._output_shares @ np.array(widths)))
 
     def __call__(self, widths: Sequence[int]) -> tuple[int, int]:
+        # Exact: widths are whole units, and rint takes away no more than what the divisions by S0's widths left over.
         sizes = self._stays + np.rint(self._shares @ np.array(widths)).astype(np.int64)
         numel = self._rest * sizes[self._first] * sizes[self._second]
         return int(numel @ self._used_at), int(numel.sum())
 
 
-def _sliced(tensor: Tensor, name: str, channels: Channels, kept_units: Mapping[int, Any]) -> Tensor:
+def _sliced(tensor: Tensor, name: str, channels: Channels, selected: Set[int]) -> Tensor:
     for dim in range(tensor.dim()):
         if (units := channels.axes.get((name, dim))) is not None:
-            tensor = tensor.index_select(dim, indices_of(units, kept_units).to(tensor.device))
+            tensor = tensor.index_select(dim, indices_of(units, selected).to(tensor.device))
     return tensor.detach()
 
 
-def indices_of(units: Indices, kept_units: Mapping[int, Any]) -> Tensor:
-    """Indices of an axis that are left when only some units are kept."""
-    indices = [index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in kept_units]
+def indices_of(units: Indices, selected: Set[int]) -> Tensor:
+    """Indices of an axis that are left when only the selected units are kept.
+
+    Args:
+        units: Unit of each index, or `STAYS`.
+        selected: Numbers of the units.
+    """
+    indices = [index for index, unit in enumerate(units.tolist()) if unit == STAYS or unit in selected]
     return torch.tensor(indices, dtype=torch.int64)
 
 
 def _describe(module: nn.Module) -> None:
-    """Make what a layer says of its channels agree with its tensors."""
+    """Set the channel counts of a layer to those of its tensors."""
     if isinstance(module, nn.Conv2d):
         size_out, size_in = module.weight.shape[:2]
-        if module.groups > 1:
+        if module.groups > 1:  # groups go whole: their size stays, and their number shrinks
             module.groups = size_out * module.groups // module.out_channels
         module.in_channels, module.out_channels = size_in * module.groups, size_out
     elif isinstance(module, nn.Linear):
@@ -185,13 +194,13 @@ def _check_untied(network: nn.Module) -> None:
 
 
 def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
-    """Run a copy without data.
+    """Run a copy of a network without data.
 
     Returns:
-        By the name of each weight of a convolution or linear layer, at how many positions it is used.
+        Number of positions at which each weight of a convolution or linear layer is used, by the weight's name.
 
     Raises:
-        UsageError: It fails; the message names the module and the operator.
+        UsageError: The run fails; the message names the module and the operator.
     """
     try:
         return _run_on("meta", network, input_size, complaint)
@@ -240,7 +249,7 @@ def _note_positions(used_at: Counter[str], name: str, layer: nn.Conv2d | nn.Line
 
 
 class _AttentionError(Exception):
-    """The network multiplies activations with each other."""
+    """Raised where a network multiplies activations with each other, as attention does."""
 
 
 class _ValueError(Exception):
@@ -248,7 +257,7 @@ class _ValueError(Exception):
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the latest operator, and stops at attention and where values are read."""
+    """Notes the operator that ran last, and stops at attention and where values are read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -262,80 +271,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.latest == "_local_scalar_dense":
             raise _ValueError
         return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tensor], channels: Channels) -> None:
-    """Overwrite the weights of narrower networks by those of the network they were cut from.
-
-    Args:
-        branches: State dicts of S, A_1, .. A_k, or of one network, overwritten in place. They are of the topology of
-            the trained network, at any widths; tensors that it does not have keep their values.
-        source: State dict of the trained network.
-        channels: Its channels, with their importances.
-
-    Raises:
-        UsageError: A branch narrows a layer in a way of its own.
-    """
-    # S takes the most important units of each space, A_1 those after them, and so on, round and round: branches share
-    # a channel only where there are not enough for all.
-    ranked = [space.units[np.argsort(-space.importance, kind="stable")] for space in channels.spaces]
-    begin = [0] * len(ranked)
-    for branch in branches:
-        wanted = {name: tensor for name, tensor in branch.items() if name in source}
-        selection = _Selection(channels, ranked, begin, wanted)
-        for name, tensor in wanted.items():
-            tensor.copy_(selection.of(name, source[name], tensor.shape))
-        begin = [first + count for first, count in zip(begin, selection.counts, strict=True)]
-
-
-class _Selection:
-    """The channels that one branch keeps, worked out from its tensors' shapes."""
-
-    def __init__(
-        self, channels: Channels, ranked: Sequence[Indices], begin: Sequence[int], wanted: Mapping[str, Tensor]
-    ) -> None:
-        self._axes, self._ranked, self._begin = channels.axes, ranked, begin
-        self._space_of = {int(unit): number for number, units in enumerate(ranked) for unit in units}
-        self.counts = [0] * len(ranked)
-        """Number of units that the branch keeps, by space (the most, where its layers differ in that)."""
-        for name, tensor in wanted.items():
-            for dim, size in enumerate(tensor.shape):
-                if len(spaces := self._spaces(name, dim)) == 1:
-                    [space] = spaces
-                    self.counts[space] = max(self.counts[space], self._count(name, dim, size, space))
-
-    def of(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """The part of a tensor of the trained network that has a branch's shape."""
-        for dim, size in enumerate(shape):
-            if (units := self._axes.get((name, dim))) is not None:
-                tensor = tensor.index_select(dim, self._indices(name, dim, size, units).to(tensor.device))
-        if tensor.shape != torch.Size(shape):
-            raise UsageError(
-                f"{name} of a narrowed network has the shape {list(shape)}, and {list(tensor.shape)} is what it could "
-                'inherit: its family narrows this layer in a way of its own. Set student.weights = "fresh".'
-            )
-        return tensor
-
-    def _indices(self, name: str, dim: int, size: int, units: Indices) -> Tensor:
-        spaces = self._spaces(name, dim)
-        counts = {
-            space: self._count(name, dim, size, space) if len(spaces) == 1 else self.counts[space] for space in spaces
-        }
-        kept_units = {STAYS}
-        for space, channels in counts.items():
-            kept_units |= set(np.roll(self._ranked[space], -self._begin[space])[:channels].tolist())
-        indices = [index for index, unit in enumerate(units.tolist()) if unit in kept_units]
-        return torch.tensor(indices, dtype=torch.int64)
-
-    def _count(self, name: str, dim: int, size: int, space: int) -> int:
-        units = self._axes[name, dim]
-        each = int((units == self._ranked[space][0]).sum())
-        return (size - int((units == STAYS).sum())) // each
-
-    def _spaces(self, name: str, dim: int) -> list[int]:
-        units = self._axes.get((name, dim), np.empty(0, dtype=np.int64))
-        return sorted({self._space_of[unit] for unit in units.tolist() if unit != STAYS})
 
 
 class Pruned(Staged):
@@ -374,11 +309,12 @@ class Pruned(Staged):
         return self.backbone.channels
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """The stage maps, at the same resolutions as those of the origin."""
+        """Stage maps, at the same resolutions as those of the origin."""
         return self.backbone.features(x_NCHW)
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
         """A network of the same layers with other numbers of channels and fresh weights."""
+        # A copy, because at full widths the backbone is the origin itself, whose weights must stay as they are.
         network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes)).float()
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
@@ -387,7 +323,7 @@ class Pruned(Staged):
         return network
 
     def steps(self, round_to: int) -> Widths:
-        """`round_to`, and whole groups of grouped convolutions."""
+        """The step of each width: a multiple of `round_to`, and whole groups of grouped convolutions."""
         return self.pruner.steps(round_to)
 
     def channels_at(self, widths: Sequence[int]) -> int:
@@ -396,14 +332,14 @@ class Pruned(Staged):
 
 
 def narrowable(network: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
-    """S0 as a network that can be built at other widths: itself, or its backbone with a head of its own.
+    """A network that can be built at other widths: S0 itself, or its backbone with a linear head.
 
     Args:
         network: S0.
         input_size: Height and width in pixels.
 
     Raises:
-        UsageError: It cannot be narrowed; the message names the module and the operator.
+        UsageError: S0 cannot be narrowed; the message names the module and the operator.
     """
     if isinstance(network, Staged):
         return network
@@ -414,30 +350,3 @@ def narrowable(network: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
     origin = network.without_head()
     pruner = Pruner(origin.network, input_size)
     return Pruned(origin, pruner, pruner.widths, network.num_classes)
-
-
-def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, input_size: tuple[int, int]) -> None:
-    """Overwrite the weights of narrowed networks by a selection of those they were cut from (`inheritance.py`).
-
-    Args:
-        branches: S, A_1, .., A_k, or S0 alone: each keeps other channels than those before it, as far as they go.
-        source: The trained network.
-        input_size: Height and width in pixels.
-
-    Raises:
-        UsageError: The family narrows its layers in a way in which weights cannot be inherited.
-    """
-    network = plain(source.network if isinstance(source, External) else source)
-    channels = trace_channels(network, input_size)
-    inherit([_state(branch, source) for branch in branches], network.state_dict(), channels)
-
-
-def _state(branch: FeatureNetwork, source: FeatureNetwork) -> dict[str, Tensor]:
-    """The tensors of a narrowed network by the names that the trained one gives them."""
-    if not isinstance(branch, Pruned):
-        return branch.state_dict()
-    state = branch.backbone.network.state_dict()
-    if branch.fc is not None and type(source.fc) is nn.Linear and isinstance(source, External):
-        path = next(path for path, module in source.network.named_modules() if module is source.fc)
-        state |= {f"{path}.{name}": tensor for name, tensor in branch.fc.state_dict().items()}
-    return state

@@ -1,4 +1,4 @@
-"""S and its assistants, cut from one network S0 so that together they cost no more than it.
+"""Cuts S and its assistants from one network S0, so that together they cost no more.
 
 `widths.py` says which widths fit into a budget of MACs or parameters; where the budget is latency, `latency.py`
 searches for the widest that are no slower than S0. Any network that can be built at other widths can be cut
@@ -19,8 +19,9 @@ from rkd_deploy.errors import BudgetError, UsageError, unknown_name
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.separation.inheritance import inherit_weights
 from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting, Stopwatch, fastest_fitting
-from rkd_deploy.models.separation.pruning import inherit_weights, narrowable
+from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.ways_out import way_out
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
@@ -29,7 +30,7 @@ from rkd_deploy.models.trunk import check_parting, trunk_widths
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
 _MEASURED = ("side_by_side", "branches")
-"""Layouts that a latency budget chooses from."""
+"""Layouts that a latency budget chooses from; the first is searched first."""
 
 BUDGETS = ("macs", "params", "latency")
 LAYOUTS = tuple(FUSION_LEVELS)
@@ -42,7 +43,7 @@ class Separation:
     Attributes:
         student: S, without a head.
         assistants: A_1 .. A_k, all of the same widths, without a head.
-        s0_widths: Widths of S0; where S0 is a fraction of a model, those that it was narrowed to.
+        s0_widths: Widths of S0; where S0 is a fraction of a model, the widths that it was narrowed to.
         cost: F(S) + F(P_S) + k (F(A) + F(P_A)) + F(h), in `unit`.
         budget: F(S0), never exceeded by `cost`.
         unit: ``"macs"`` or ``"params"``; MACs where the budget is latency.
@@ -187,7 +188,7 @@ def narrow(
     round_to: int = 8,
     stopwatch: Stopwatch | None = None,
 ) -> Widths:
-    """The widths at which a model costs a fraction of what it costs; arguments and errors as for `separate`."""
+    """Widths at which a model costs a fraction of its full cost; arguments and errors as for `separate`."""
     _check(budget, None, 1, fraction, "fresh", stopwatch)
     network, limits = _budget_of(model, num_classes, input_size, budget, round_to)
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
@@ -244,7 +245,7 @@ def _budget_of(
     head: nn.Module | None = None,
     stage_channels: Sequence[int] | None = None,
 ) -> tuple[Staged, WidthBudget]:
-    """A model as a network that can be built at other widths, and the budget of an S0 that is this model."""
+    """The network of a model that can be built at other widths, and the budget of an S0 that is this model."""
     network, unit = narrowable(model, size), "macs" if budget == "latency" else budget
     channels = model.channels if channels is None else channels
     costs = CostModel(network, num_classes, size, unit, channels, head, stage_channels)
@@ -260,7 +261,7 @@ def _budget_of(
 def _narrowed(
     limits: WidthBudget, network: Staged, model: FeatureNetwork, fraction: float, stopwatch: Stopwatch | None
 ) -> tuple[WidthBudget, dict[str, Any] | None]:
-    """The budget of an S0 that is the model at a fraction of its cost or latency; and what was measured for that."""
+    """The budget of an S0 that is the model at a fraction of its cost or latency, and the measurements for that."""
     if stopwatch is None:
         return limits.narrowed_to(limits.s0_within(fraction)), None
 
@@ -278,11 +279,11 @@ class _Fastest:
 
     Attributes:
         limits: The budget of MACs along which candidates are numbered.
-        network: Of S0's topology; candidates are built of it.
+        network: A network of S0's topology, of which candidates are built.
         channels: C_T.
         head: h; None: a linear layer.
-        s0: What the candidates are timed against.
-        stopwatch: Measures.
+        s0: The network that candidates are timed against.
+        stopwatch: Measures latencies.
     """
 
     limits: WidthBudget
@@ -320,7 +321,7 @@ class _Fastest:
                 refused[level] = str(error)
                 if name == layouts[-1] and not fittings:
                     raise
-        level, best = list(fittings.items())[-1]
+        level, best = list(fittings.items())[-1]  # a second one is there only where it is wider than the first
         return Fitting(
             best.widths,
             {

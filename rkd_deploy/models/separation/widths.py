@@ -1,4 +1,4 @@
-"""Costs of networks at given widths, and the widest widths that a budget allows.
+"""Costs of networks by their widths, and the widest widths that a budget allows.
 
 Letters: F cost, in MACs or parameters; P adapters, h head, k assistants, rho the share that they get. S and A fit when
 
@@ -26,11 +26,11 @@ from rkd_deploy.models.staged import Staged, Widths, stage_shapes
 
 
 class CostModel:
-    """F of networks of one topology, in one unit. Networks are built without data, and each is counted once.
+    """The cost F of networks of one topology, in one unit; each is built without data and counted once.
 
     Args:
         network: S0, or a network of its topology.
-        num_classes: K, of the head.
+        num_classes: Number of classes K of the head.
         size: Height and width of the images in pixels.
         unit: ``"macs"`` or ``"params"``.
         channels: C_T, to which the adapters lead.
@@ -64,11 +64,11 @@ class CostModel:
             self.head = cost.macs if unit == "macs" else cost.parameters
 
     def network(self, widths: Widths, num_classes: int | None) -> int:
-        """F of a network of these widths, with a linear head of K classes or (None) without a head."""
+        """Cost F of a network of some widths, with a linear head of K classes or (None) without a head."""
         return self._counted(widths, num_classes)[0]
 
     def trunk(self, widths: Widths, shared_stages: int) -> int:
-        """F of the first stages of a network of these widths."""
+        """Cost F of the first stages of a network of some widths."""
         key = (widths, shared_stages)
         if key not in self._trunks:
             with torch.device("meta"):
@@ -78,25 +78,26 @@ class CostModel:
         return self._trunks[key]
 
     def adapter(self, widths: Widths) -> int:
-        """F(P) from a network of these widths to C_T channels; of all its adapters where maps are exchanged."""
+        """Cost F(P) of a branch's adapter to C_T channels; of all its adapters where maps are exchanged."""
         if self._stage_channels is not None:
             with torch.device("meta"), torch.no_grad():
                 maps = self._network.rebuilt(widths, None).eval().features(torch.empty(1, 3, *self._size))
             shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in maps]
             return adapter_cost(shapes, self._stage_channels, self._unit)
+        # Batch norm has parameters while P learns and is folded at export: it costs no MACs.
         weights = self._counted(widths, None)[1] * self._channels
         return weights * self._positions if self._unit == "macs" else weights + 2 * self._channels  # U, g and beta
 
     def branch(self, widths: Widths) -> int:
-        """F of a branch: a network of these widths without a head, and its adapter."""
+        """Cost F of a branch: a network of some widths without a head, and its adapter."""
         return self.network(widths, None) + self.adapter(widths)
 
     def student(self, widths: Widths) -> int:
-        """F(S) + F(P_S) + F(h): S pays for the head."""
+        """Cost F(S) + F(P_S) + F(h) of a student, which pays for the head."""
         return self.branch(widths) + self.head
 
     def _counted(self, widths: Widths, num_classes: int | None) -> tuple[int, int]:
-        """The network's cost, and the channels of its last map."""
+        """Cost of a network, and the channels of its last map."""
         key = (widths, num_classes)
         if key not in self._known:
             self._known[key] = self._pruned(*key) if isinstance(self._network, Pruned) else self._built(*key)
@@ -119,13 +120,13 @@ class CostModel:
 
 
 def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: int | Widths) -> Widths | None:
-    """The widest widths whose cost is within the limit, by the search of this module's docstring.
+    """Search the widest widths whose cost is within a limit, as this file's docstring says.
 
     Args:
         cost: Cost of a network of these widths; rises with every width.
         full: S0's widths, the upper bound.
         limit: What the cost must not exceed.
-        round_to: Step of every width, or that of each.
+        round_to: The step of every width, or the step of each.
 
     Returns:
         The widths, or None when even the narrowest cost too much.
@@ -140,7 +141,9 @@ def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: in
 
     if cost(scaled(0)) > limit:
         return None
-    low, high = 0, 1025  # multipliers in 1/1024: low fits, high does not (or is above 1)
+    # Multipliers in 1/1024, in whole numbers, so that a budget gives the same widths on every machine. low fits, high
+    # does not (or is above 1).
+    low, high = 0, 1025
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(scaled(middle)) <= limit else (low, middle)
@@ -148,6 +151,7 @@ def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: in
     while True:
         before, growing = widths, set(range(len(full)))
         while growing:
+            # The relatively narrowest first: widths stay close to the proportions of S0, which its authors found good.
             index = min(growing, key=lambda i: (widths[i] / full[i], i))
             width = min(full[index], widths[index] + steps[index])
             wider = (*widths[:index], width, *widths[index + 1 :])
@@ -185,15 +189,15 @@ class WidthBudget:
 
     @property
     def narrowest(self) -> Widths:
-        """The least widths: one step each, or S0's own where that is less."""
+        """The narrowest widths: one step each, or S0's own where that is less."""
         return tuple(map(min, self.full, self.steps))
 
     def narrowed_to(self, s0_widths: Widths) -> WidthBudget:
-        """The budget of an S0 that is narrower."""
+        """The budget of an S0 of narrower widths."""
         return replace(self, full=s0_widths, limit=self.costs.network(s0_widths, self.num_classes))
 
     def s0_within(self, fraction: float) -> Widths:
-        """The widest S0 that costs at most a fraction of the limit.
+        """Widths of the widest S0 that costs at most a fraction of the limit.
 
         Raises:
             BudgetError: Even the narrowest costs more.
@@ -209,7 +213,7 @@ class WidthBudget:
         return widths
 
     def split(self, limit: int) -> tuple[Widths, Widths]:
-        """The widest S and A, two branches from the image on, that together cost at most `limit`.
+        """Widths of S and A as two branches from the image on, the widest that together cost at most `limit`.
 
         Where the limit is less than S0 costs, because latency asks for it, the narrowest A may take more than its share
         of the limit, and no more than its share of S0: the limit alone leaves nothing that could be narrower.
@@ -218,6 +222,7 @@ class WidthBudget:
             BudgetError: Even the narrowest S and A cost more.
         """
         assistant = self._assistant(limit, self.full)
+        # What the steps leave over of A's share goes to S, of whose larger widths a step is a smaller part.
         rest = limit - self.assistants * self.costs.branch(assistant)
         student = widest(self.costs.student, self.full, rest, self.steps)
         if student is None:
@@ -225,7 +230,7 @@ class WidthBudget:
         return student, assistant
 
     def side_by_side(self, fraction: float) -> tuple[Widths, Widths]:
-        """S and A whose layers, laid side by side, are as wide as those of an S0 of a fraction of the limit.
+        """Widths of S and A whose layers, side by side, are as wide as those of an S0 of a fraction of the limit.
 
         Merged into one network they then take as long as that S0, zeros included. A has its share of that fraction, and
         is nowhere wider than S. Where S0 has no room even for the narrowest of each, they are wider than it.
@@ -253,14 +258,14 @@ class WidthBudget:
         return student, assistant
 
     def parted(self, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
-        """The widest S and A on one trunk that together cost no more than S0.
+        """Widths of S and A on one trunk, the widest that together cost no more than S0.
 
         A's end gets the widths that its share pays for behind a trunk as wide as S0's. Trunk and S get what is left,
         A's end priced behind that trunk: it is no wider, so A keeps within its share.
 
         Args:
             shared_stages: j.
-            shared: Which of the widths the trunk has, as indices; A's are those of S there.
+            shared: Indices of the widths that the trunk has; A's are those of S there.
 
         Raises:
             BudgetError: Even the narrowest S and A cost more.
@@ -294,7 +299,7 @@ class WidthBudget:
         return student, behind(student, end)
 
     def account(self, student: Widths, assistant: Widths, *, shared_stages: int = 0) -> dict[str, int]:
-        """F of each part of S + A, the assistants' of all k together; a trunk of `shared_stages` is S's."""
+        """Cost F of each part of S + A, the assistants' of all k together; a trunk of `shared_stages` is S's."""
         costs, k = self.costs, self.assistants
         trunk = costs.trunk(assistant, shared_stages) if shared_stages else 0
         return {

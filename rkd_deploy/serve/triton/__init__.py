@@ -1,1 +1,1 @@
-"""Writes a bundle as a model of NVIDIA's Triton server, with KServe's resource for a cluster."""
+"""Writes a bundle as a model of NVIDIA's Triton server, with KServe's resource."""

@@ -1,4 +1,4 @@
-"""config.pbtxt: Triton's ModelConfig in protobuf's text format.
+"""Writes config.pbtxt: Triton's ModelConfig in protobuf's text format.
 
 Field names and their meaning: model_config.proto of triton-inference-server/common.
 """
@@ -39,10 +39,10 @@ def interface(name: str, backend: str, signature: Signature) -> str:
 
 
 def config_text(name: str, signature: Signature, serving: Serving, batching: Batching) -> str:
-    """The whole configuration.
+    """The text of config.pbtxt.
 
     Args:
-        name: Of the model, which is its folder's too.
+        name: The model's name, which is its folder's too.
         signature: What goes in and out.
         serving: What is asked for.
         batching: Batch sizes, as the model can take them.

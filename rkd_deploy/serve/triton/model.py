@@ -1,4 +1,4 @@
-"""The python backend of Triton: model.onnx beside this file, run by ONNX Runtime.
+"""Triton's python backend: ONNX Runtime runs the model.onnx beside this file.
 
 Copied into every version of a model of that backend. The server's Python needs numpy and onnxruntime, nothing else.
 """

@@ -1,4 +1,4 @@
-"""A Triton model repository: one folder a model, in it one folder a version.
+"""Writes Triton model repositories: one folder a model, in it one folder a version.
 
     REPOSITORY/
       NAME.kserve.yaml   the KServe resource that serves this repository

@@ -1,4 +1,4 @@
-"""How Triton is to serve a model: on what, how many at a time, which versions."""
+"""Says how Triton is to serve a model: on what, how many at a time, which versions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Serving:
 
     Attributes:
         backend: Triton's: onnxruntime, tensorrt or python. Python needs onnxruntime and numpy in the server's Python.
-        name: Of the model in the repository. Default: made of the card's name, else of the file's.
+        name: Name of the model in the repository. Default: made of the card's name, else of the file's.
         max_batch: Most images of one run. Default: 32; of a plan what it was built for.
         preferred: Batch sizes that the scheduler waits for. Default: 8 and the largest; of a plan those that its
             kernels were chosen for.
@@ -160,7 +160,7 @@ class Serving:
 
     @property
     def kind(self) -> str:
-        """Where the instances run, default filled in."""
+        """Kind of processor that the instances run on, cpu or gpu, default filled in."""
         return self.where.kind
 
     @property

@@ -1,28 +1,26 @@
-"""The engine of a bundle as Triton's plan, and the batch sizes that it takes."""
+"""Reads what Triton must know of a model: inputs, outputs, its plan, its batch sizes."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-import onnx
-from onnx import TensorProto
+from typing import Any
 
 from rkd_deploy.backends.tensorrt.build import OnnxSource
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import Profile
-from rkd_deploy.errors import ModelFileError, UsageError, command_line
+from rkd_deploy.errors import ModelFileError, UsageError, command_line, require
 from rkd_deploy.serve.triton.settings import Serving
+from rkd_deploy.text import slug
 
-_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "TYPE_FP32",
-    TensorProto.FLOAT16: "TYPE_FP16",
-    TensorProto.BFLOAT16: "TYPE_BF16",
-    TensorProto.DOUBLE: "TYPE_FP64",
-    TensorProto.UINT8: "TYPE_UINT8",
-    TensorProto.INT8: "TYPE_INT8",
-    TensorProto.INT32: "TYPE_INT32",
-    TensorProto.INT64: "TYPE_INT64",
+_TYPES: dict[str, str] = {
+    "FLOAT": "TYPE_FP32",
+    "FLOAT16": "TYPE_FP16",
+    "BFLOAT16": "TYPE_BF16",
+    "DOUBLE": "TYPE_FP64",
+    "UINT8": "TYPE_UINT8",
+    "INT8": "TYPE_INT8",
+    "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
 }
 
 
@@ -57,7 +55,7 @@ def read_signature(source: OnnxSource) -> Signature:
     Raises:
         UsageError: Triton's batching cannot serve such a model: a fixed batch, another free dimension.
     """
-    graph = onnx.load_model_from_string(source.content).graph
+    graph = require("onnx", "export").load_model_from_string(source.content).graph
     weights = {tensor.name for tensor in graph.initializer}
     (images,) = (value for value in graph.input if value.name not in weights)  # `read_source` has seen to it
     card = source.card
@@ -65,21 +63,22 @@ def read_signature(source: OnnxSource) -> Signature:
     if any("\n" in label or "\r" in label for label in labels):
         raise ModelFileError(f"A label of {source.file} holds a line break, and labels.txt is one label a line.")
     return Signature(
-        name=_slug(source.file.stem if card is None else card.name),
+        name=slug(source.file.stem if card is None else card.name),
         input=_tensor(source, images),
         outputs=tuple(_tensor(source, value) for value in graph.output),
         labels=labels,
     )
 
 
-def _tensor(source: OnnxSource, value: onnx.ValueInfoProto) -> Tensor:
+def _tensor(source: OnnxSource, value: Any) -> Tensor:
     tensor = value.type.tensor_type
     shape = [None if dim.HasField("dim_param") else dim.dim_value or None for dim in tensor.shape.dim]
     shown = ", ".join("?" if size is None else str(size) for size in shape)
-    if tensor.elem_type not in _TYPES:
+    kind = require("onnx", "export").TensorProto.DataType.Name(tensor.elem_type)
+    if kind not in _TYPES:
         raise UsageError(
-            f"{value.name!r} of {source.file} has the type {TensorProto.DataType.Name(tensor.elem_type)}, which is not "
-            "served here. Export the model with numbers in and out."
+            f"{value.name!r} of {source.file} has the type {kind}, which is not served here. Export the model with "
+            "numbers in and out."
         )
     if not shape or shape[0] is not None:
         raise UsageError(
@@ -92,12 +91,7 @@ def _tensor(source: OnnxSource, value: onnx.ValueInfoProto) -> Tensor:
             f"{value.name!r} of {source.file} has the shape [{shown}]: only the batch may be free, so that images of "
             "different requests fit together. Export the model for one image size."
         )
-    return Tensor(value.name, _TYPES[tensor.elem_type], dims)
-
-
-def _slug(text: str) -> str:
-    """A text as a model's name: "digits S + A" -> "digits-s-a"."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100] or "model"
+    return Tensor(value.name, _TYPES[kind], dims)
 
 
 LARGEST = 32
@@ -127,7 +121,7 @@ class Batching:
 
     Attributes:
         most: Largest batch.
-        preferred: Those that the scheduler waits for, ascending.
+        preferred: Batch sizes that the scheduler waits for, ascending.
         profiles: How many profiles the plan has; 0: it is none, or nothing is known of it.
     """
 

@@ -8,7 +8,7 @@ distillation ("residual + X") and for a whole network alone, as the baseline X. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -135,6 +135,7 @@ class Method(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._frozen: list[nn.Module] = []  # a list, so that what is frozen is neither registered nor saved twice
+        self._stand_ins: dict[FeatureNetwork, FeatureNetwork] = {}
 
     @abstractmethod
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
@@ -156,6 +157,23 @@ class Method(nn.Module, ABC):
         for module in modules:
             module.requires_grad_(False).eval()
             self._frozen.append(module)
+
+    def frozen_networks(self) -> list[FeatureNetwork]:
+        """The networks that `inferring` is asked for: T, where there is one."""
+        children = list(self.children())
+        return [net for net in self._frozen if isinstance(net, FeatureNetwork) and any(net is c for c in children)]
+
+    def stand_in(self, copies: Mapping[FeatureNetwork, FeatureNetwork]) -> None:
+        """Let copies infer in the place of frozen networks, because they are faster; none: the networks themselves."""
+        self._stand_ins = dict(copies)
+
+    def inferring(self, network: FeatureNetwork) -> FeatureNetwork:
+        """What infers in the place of a frozen network."""
+        return self._stand_ins.get(network, network)
+
+    def epoch_weights(self) -> tuple[float, ...]:
+        """Weights of the losses that `start_epoch` may change."""
+        return tuple(module.weight for module in self.modules() if isinstance(module, WeightedLoss))
 
     def train(self, mode: bool = True) -> Method:
         """Set the mode of what is trained; what is frozen stays in eval mode."""

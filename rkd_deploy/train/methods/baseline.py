@@ -36,7 +36,7 @@ class Distilled(Method):
         """The loss c CE + b X of a batch."""
         maps, z = self.network.maps_and_logits(x_NCHW)
         ce = cross_entropy(z, y_N)
-        weighted, value = self.base(view_teacher(self.teacher, x_NCHW), View(maps, z), y_N)
+        weighted, value = self.base(view_teacher(self.inferring(self.teacher), x_NCHW), View(maps, z), y_N)
         parts = {"ce": ce.detach(), "base": value}
         return Losses(self.ce_weight * ce + weighted, parts, z.detach())
 

@@ -74,10 +74,10 @@ class EndToEnd(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """The loss L of a batch, its terms in the order of the formula."""
         w, model = self.weights, self.model
-        teacher_view = view_teacher(self.teacher, x_NCHW)
         shared = model.shared(x_NCHW)
         maps = model.stage_maps(0, x_NCHW, shared)
         s = model.compared_maps(0, maps)
+        teacher_view = view_teacher(self.inferring(self.teacher), x_NCHW)
         f_T, resized_s = match_sizes(model.targets(teacher_view.maps), s)
         z_S = model.head(pool(s[-1]))
         error, last = staged_distance(self.distance, w.stage, f_T, resized_s, f_T)

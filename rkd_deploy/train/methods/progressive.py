@@ -63,13 +63,13 @@ class ProgressiveStep(Method):
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """The loss L_S^k of S's stage, or L_i^k of an assistant's, of a batch."""
         rows, step = self.model.rows(), self._learning[0]
-        teacher_view = view_teacher(self.teacher, x_NCHW)
         with torch.no_grad():
             s_before = self.model.summed_map(x_NCHW, self.stage - 1)
             done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
         f = step.map(s_before)
         m = step.adapter(f)
         s = sum(done, torch.zeros_like(m))  # of S nothing went before: its residual is T's whole map
+        teacher_view = view_teacher(self.inferring(self.teacher), x_NCHW)
         f_T, resized_s = match_size(teacher_view.maps[self.stage - 1 - len(rows)], s)
         _, resized_m = match_size(f_T, m)
         error = self.distance(f_T - resized_s, resized_m, f_T)

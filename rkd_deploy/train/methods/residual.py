@@ -145,6 +145,7 @@ class StudentStep(Method):
         base: WeightedLoss | None = None,
     ) -> None:
         super().__init__()
+        # Everything trains before it is frozen: an earlier phase may have frozen what this one trains.
         self.teacher, self.model, self.base = teacher, model.requires_grad_(True), base
         self.distance, self.weight, self.stage_weight = distance, weight, stage_weight
         others = [module for branch in range(1, len(model.branches())) for module in model.parts(branch)]
@@ -152,9 +153,9 @@ class StudentStep(Method):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """The loss L_S = w D(f_T, P_S f_S) [+ b X] of a batch."""
-        teacher_view = view_teacher(self.teacher, x_NCHW)
         maps = self.model.stage_maps(0, x_NCHW, self.model.shared(x_NCHW))
         s = self.model.compared_maps(0, maps)
+        teacher_view = view_teacher(self.inferring(self.teacher), x_NCHW)
         z_S = self.model.head(pool(s[-1]))
         f_T, resized_s = match_sizes(self.model.targets(teacher_view.maps), s)
         error, last = staged_distance(self.distance, self.stage_weight, f_T, resized_s, f_T)
@@ -212,11 +213,13 @@ class AssistantStep(Method):
         model = self.model
         with torch.no_grad():
             shared = model.shared(x_NCHW)
-            before = [model.compared_maps(b, model.stage_maps(b, x_NCHW, shared)) for b in range(self.number)]
-            s = functools.reduce(sum_maps, before)
-            f_T, resized_s = match_sizes(model.targets(self.teacher.features(x_NCHW)), s)
-            r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
+        # A first: what is frozen may be computed meanwhile (`recording.py`).
         f_A = model.compared_maps(self.number, model.stage_maps(self.number, x_NCHW, shared))
+        with torch.no_grad():
+            before = [self._before(branch, x_NCHW, shared) for branch in range(self.number)]
+            s = functools.reduce(sum_maps, before)
+            f_T, resized_s = match_sizes(model.targets(self.inferring(self.teacher).features(x_NCHW)), s)
+            r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
         _, resized_f_A = match_sizes(r, f_A)
         error, last = staged_distance(self.distance, self.stage_weight, r, resized_f_A, f_T)
         with torch.no_grad():
@@ -226,6 +229,16 @@ class AssistantStep(Method):
             }
             logits_NK = model.head(pool(s[-1] + f_A[-1]))
         return Losses(self.weight * error, parts, logits_NK)
+
+    def frozen_networks(self) -> list[FeatureNetwork]:
+        """T, S, and the assistants before this one."""
+        return [self.teacher, *(network for network, _ in self.model.branches()[: self.number])]
+
+    def _before(self, branch: int, x_NCHW: Tensor, shared: tuple[Tensor, ...]) -> list[Tensor]:
+        """The compared maps of a branch that stands still."""
+        network = self.inferring(self.model.branches()[branch][0])
+        maps = (*shared, *network.features(shared[-1] if shared else x_NCHW))
+        return self.model.compared_maps(branch, maps)
 
     def deployable(self) -> nn.Module:
         """S and all assistants under the head; those that are yet to learn add nothing."""

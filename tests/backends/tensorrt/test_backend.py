@@ -12,7 +12,7 @@ from rkd_deploy.backends import RunOn, available, infer_many, load_backend
 from rkd_deploy.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend
 from rkd_deploy.backends.tensorrt.cache import export_engine
 from rkd_deploy.backends.tensorrt.record import read_engine
-from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_library
+from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, check_gpu, load_library
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.reading import read_bench
 from rkd_deploy.bench.records import record_bench
@@ -254,7 +254,7 @@ def test_a_foreign_engine_without_a_record_runs_where_the_library_takes_it(gpu, 
         assert (backend.precision, dict(backend.info.metadata)) == ("unknown", {})
         np.testing.assert_array_equal(backend.infer(zoo.pixels(2)), zoo.answer(zoo.pixels(2)))
     gpu.device.name = "Another GPU"
-    with pytest.raises((BackendError, ModelFileError), match=r"Another GPU \(9\.0\)"):
+    with pytest.raises((BackendError, ModelFileError), match=r"Another GPU \(12\.0\)"):
         load_backend(flavour, plan)
     plan.write_bytes(b"no engine")
     gpu.device.failing.add("validity")
@@ -268,7 +268,7 @@ def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(
     with pytest.raises(BackendError, match="is tensorrt's and cannot run on tensorrt-rtx"):
         load_backend("tensorrt-rtx", engine)
     gpu.device.name = "Another GPU"
-    with pytest.raises(BackendError, match=r"built for Simulated GPU \(9\.0\); here is Another GPU \(9\.0\)"):
+    with pytest.raises(BackendError, match=r"built for Simulated GPU \(12\.0\); here is Another GPU \(12\.0\)"):
         load_backend("tensorrt", engine)
     gpu.device.name = "Simulated GPU"
     gpu.install("11.5.0")
@@ -281,9 +281,9 @@ def test_an_engine_of_another_gpu_version_or_library_is_refused_with_both_named(
     [
         ("ampere+", (8, 0), True),
         ("ampere+", (7, 5), False),
-        ("same-capability", (9, 0), True),
+        ("same-capability", (12, 0), True),
         ("same-capability", (8, 6), False),
-        ("none", (9, 0), False),
+        ("none", (12, 0), False),
     ],
 )
 def test_hardware_compatibility_says_where_else_it_runs(gpu, model, hardware, capability, runs):
@@ -384,9 +384,46 @@ def test_the_record_beside_the_engine_is_json_for_others(gpu, model):
     made = export_engine(model, "tensorrt", EngineSettings(version_compatible=True))
     written = json.loads(made.file.with_name("model.tensorrt.engine.json").read_text())
     assert written["device"] == "Simulated GPU"
-    assert written["compute_capability"] == "9.0"
+    assert written["compute_capability"] == "12.0"
     assert written["driver"] == 13020
     assert written["layers_of"] == "engine"
     assert written["layers"][0]["name"].startswith("fused Cast+ReduceSum")
     gpu.install("11.5.0")
-    made.record.check_fits(load_library("tensorrt"), "Simulated GPU", "9.0")
+    made.record.check_fits(load_library("tensorrt"), "Simulated GPU", "12.0")
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((8, 0), True),
+        ((8, 6), True),
+        ((8, 7), False),
+        ((9, 0), False),
+        ((10, 0), False),
+        ((12, 1), True),
+        ((13, 0), True),
+    ],
+)
+def test_rtx_refuses_a_gpu_that_it_does_not_name_before_it_builds(gpu, bundle, capability, runs):
+    """Known answer of an H100: TensorRT-RTX 1.7.1 runs on 8.0, 8.6, 8.9, 12.0, 12.1 and newer, and refuses 9.0."""
+    gpu.device.capability = capability
+    if runs:
+        load_backend("tensorrt-rtx", bundle).close()
+        return
+    name = ".".join(map(str, capability))
+    with pytest.raises(
+        BackendError, match=rf"compute capability {name}: it runs on 8.0, 8.6, 8.9, 12.0, 12.1 and newer"
+    ):
+        load_backend("tensorrt-rtx", bundle)
+    assert not any(isinstance(entry, tuple) and entry[0] == "build" for entry in gpu.device.log)
+    load_backend("tensorrt", bundle).close()  # the whole TensorRT has kernels for it
+
+
+def test_the_real_rtx_refuses_an_h100():
+    pytest.importorskip("tensorrt_rtx")
+    load_library.cache_clear()
+    library = load_library("tensorrt-rtx")
+    for capability in ("8.0", "8.6", "8.9", "12.0", "12.1", "13.0"):
+        check_gpu(library, "a GPU", capability)
+    with pytest.raises(BackendError, match=r"H100, compute capability 9\.0: it runs on .*, 12\.0, 12\.1 and newer"):
+        check_gpu(library, "NVIDIA H100", "9.0")

@@ -302,7 +302,8 @@ def test_the_command_builds_beside_a_bundle_and_info_shows_it(files):
 
 EVERYTHING = {
     "model.onnx", "model.json", "labels.txt", "preprocessor_config.json", "golden.npz", "model.pt2", "student.onnx",
-    "assistant_1.onnx", "model.tensorrt-rtx.engine", "model.tensorrt-rtx.engine.json",
+    "assistant_1.onnx", "model.tensorrt-rtx.engine", "model.tensorrt-rtx.engine.json", "golden/photo.jpg",
+    "golden/photo.json",
 }  # fmt: skip
 
 
@@ -313,7 +314,7 @@ def whole(exported, tmp_path):
 
 
 def test_a_changed_byte_is_noticed_in_every_file_of_a_bundle(whole):
-    assert {path.name for path in whole.iterdir()} == EVERYTHING
+    assert {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()} == EVERYTHING
     assert verify(whole).passed
     for name in sorted(EVERYTHING):
         content = (whole / name).read_bytes()

@@ -158,7 +158,7 @@ def test_same_images_same_bytes(trained):
 
 def test_a_layer_named_is_kept_and_a_wrong_name_refused(trained):
     found = lowered(trained, precision="int8", keep=("layer1.0.conv1",))
-    assert found.kept == ("layer1.0.conv1",)
+    assert found.float32_layers == ("layer1.0.conv1",)
     values = constants(found.proto)
     assert values["network.layer1.0.conv1.weight"].dtype == np.float32
     assert "network.layer1.0.conv2.weight" not in values
@@ -171,13 +171,13 @@ def test_auto_keeps_the_one_layer_that_ruins_the_network(uneven):
     without, found = lowered(uneven, **options), lowered(uneven, **options, keep=("auto",))
     assert not without.result.passed
     assert found.result.passed
-    assert found.kept == ("layer2.0.conv2",)
+    assert found.float32_layers == ("layer2.0.conv2",)
     assert next(iter(found.sensitivities)) == "layer2.0.conv2"
 
 
 def test_auto_keeps_nothing_where_nothing_hurts(trained):
     found = lowered(trained, precision="int8", keep=("auto",))
-    assert (found.result.passed, found.kept, found.sensitivities) == (True, (), None)
+    assert (found.result.passed, found.float32_layers, found.sensitivities) == (True, (), None)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])

@@ -14,8 +14,10 @@ from torch.nn.functional import batch_norm
 from rkd_deploy.errors import BudgetError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
-from rkd_deploy.models.separation.channels import STAYS, trace_channels
-from rkd_deploy.models.separation.pruning import Pruner, inherit
+from rkd_deploy.models.separation.channels import STAYS
+from rkd_deploy.models.separation.coupling import trace_channels
+from rkd_deploy.models.separation.inheritance import inherit
+from rkd_deploy.models.separation.pruning import Pruner
 from rkd_deploy.models.separation.separate import separate
 
 SIZE = (16, 16)

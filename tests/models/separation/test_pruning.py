@@ -14,8 +14,10 @@ from rkd_deploy.errors import UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.models.separation.channels import STAYS, trace_channels
-from rkd_deploy.models.separation.pruning import Pruner, inherit, inherit_weights
+from rkd_deploy.models.separation.channels import STAYS
+from rkd_deploy.models.separation.coupling import trace_channels
+from rkd_deploy.models.separation.inheritance import inherit, inherit_weights
+from rkd_deploy.models.separation.pruning import Pruner
 from rkd_deploy.models.separation.separate import narrow
 
 SIZE = (32, 32)

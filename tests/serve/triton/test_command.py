@@ -42,10 +42,10 @@ def test_a_run_becomes_a_bundle_and_a_repository_beside_it(tiny_run, tmp_path):
 def test_a_bundle_that_stands_in_the_run_is_taken_as_it_is(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     bundle = json.loads(export(run, "--json").stdout.splitlines()[-1])["bundle"]
-    before = {path: path.read_bytes() for path in (run / "bundle").iterdir()}
+    before = {path: path.read_bytes() for path in (run / "bundle").rglob("*") if path.is_file()}
     made = json.loads(export(run, "--format", "triton", "--threads", "1", "--json").stdout.splitlines()[-1])
     assert (made["bundle"], made["reused"], made["triton"]["version"]) == (bundle, True, 1)
-    assert {path: path.read_bytes() for path in (run / "bundle").iterdir()} == before
+    assert {path: path.read_bytes() for path in (run / "bundle").rglob("*") if path.is_file()} == before
     other = json.loads(export(run, "--format", "triton", "--part", "s0", "--json").stdout.splitlines()[-1])
     assert other["bundle"] == str(run / "bundle-s0")  # another network is another bundle
     with (run / "bundle/labels.txt").open("a") as labels:
