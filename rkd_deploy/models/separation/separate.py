@@ -25,7 +25,7 @@ from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.ways_out import way_out
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
-from rkd_deploy.models.trunk import check_parting, trunk_widths
+from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
 
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
@@ -122,7 +122,7 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
-    _check_trunk(budget, layout, shared_stages, weights)
+    _check_trunk(layout, shared_stages, weights)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     model = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = model.channels if channels is None else channels
@@ -135,13 +135,11 @@ def separate(
         records |= {} if record is None else {"given": record}
     level, shared = FUSION_LEVELS[layout or "branches"], 0
     if layout == "trunk":
-        stages = len(network.stages())
-        shared = stages - 1 if shared_stages is None else shared_stages
-        check_parting(shared, stages, type(network).__name__)
+        shared = _shared_stages(network, shared_stages)
     student, assistant = _cut(limits, network, layout, shared)
     if stopwatch is not None:  # what S0's MACs have no room for, its latency has none for either
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch).run(layout)
+        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, shared).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
     parts = limits.account(student, assistant, shared_stages=shared)
@@ -169,13 +167,21 @@ def _cut(limits: WidthBudget, network: Staged, layout: str | None, shared: int) 
         if layout == "side_by_side":
             return limits.side_by_side(1.0)
         if layout == "trunk":
-            return limits.parted(shared, trunk_widths(network, shared))
+            return limits.parted(limits.limit, shared, trunk_widths(network, shared))
         return limits.split(limits.limit)
 
     try:
         return cut(limits)
     except BudgetError as error:
         raise BudgetError(f"{error} {way_out(limits, network.steps, cut)}") from error
+
+
+def _shared_stages(network: Staged, shared_stages: int | None) -> int:
+    """j: what was asked for, or all stages but the last."""
+    stages = len(network.stages())
+    shared = stages - 1 if shared_stages is None else shared_stages
+    check_parting(shared, stages, type(network).__name__)
+    return shared
 
 
 def narrow(
@@ -194,13 +200,11 @@ def narrow(
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
 
 
-def _check_trunk(budget: str, layout: str | None, shared_stages: int | None, weights: str) -> None:
+def _check_trunk(layout: str | None, shared_stages: int | None, weights: str) -> None:
     if layout != "trunk":
         if shared_stages is not None:
             raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
         return
-    if budget == "latency":
-        raise UsageError('layout = "trunk" has no search by latency yet: set budget = "macs" or "params".')
     if weights == "inherited":
         raise UsageError(
             'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
@@ -284,6 +288,7 @@ class _Fastest:
         head: h; None: a linear layer.
         s0: The network that candidates are timed against.
         stopwatch: Measures latencies.
+        shared_stages: j, for layout trunk.
     """
 
     limits: WidthBudget
@@ -292,6 +297,7 @@ class _Fastest:
     head: nn.Module | None
     s0: nn.Module
     stopwatch: Stopwatch
+    shared_stages: int = 0
 
     def run(self, layout: str | None) -> Fitting:
         """Search in one layout, or in both for the one that leaves S and A more.
@@ -316,7 +322,8 @@ class _Fastest:
                     above=cost / self.limits.limit,
                     deadline=deadline,
                 )
-                cost = sum(self.limits.account(*fittings[level].widths).values())
+                account = self.limits.account(*fittings[level].widths, shared_stages=self.shared_stages)
+                cost = sum(account.values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
                 if name == layouts[-1] and not fittings:
@@ -335,10 +342,13 @@ class _Fastest:
 
     def _candidates(self, layout: str) -> Callable[[float], Candidate]:
         limits, level = self.limits, FUSION_LEVELS[layout]
+        trunk = trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
             if layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
+            elif layout == "trunk":
+                widths = limits.parted(int(fraction * limits.limit), self.shared_stages, trunk)
             else:
                 widths = limits.split(int(fraction * limits.limit))
             return Candidate(widths, lambda: self._fused(*widths), level)
@@ -346,10 +356,9 @@ class _Fastest:
         return candidate
 
     def _fused(self, student: Widths, assistant: Widths) -> ResidualStudent:
-        return ResidualStudent(
-            self.network.rebuilt(student, None),
-            [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)],
-            self.channels,
-            self.limits.num_classes,
-            copy.deepcopy(self.head),
-        )
+        S = self.network.rebuilt(student, None)
+        As = [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)]
+        head, classes = copy.deepcopy(self.head), self.limits.num_classes
+        if self.shared_stages:
+            return parted(S, As, self.shared_stages, self.channels, classes, head)
+        return ResidualStudent(S, As, self.channels, classes, head)
