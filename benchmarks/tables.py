@@ -4,7 +4,7 @@
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `recipes`,
-`runtimes`, or the file of a record.
+`runtimes`, `preprocessing`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -81,6 +81,20 @@ def _limited() -> Iterator[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
 def _figure(claim: dict[str, Any], key: str) -> str:
     unit = "" if claim["unit"] == "ratio" else f" {claim['unit']}"
     return f"{claim[key]:{'.3g' if key == 'value' else 'g'}}{unit}"
+
+
+def preprocessing() -> str:
+    """How far other decoders and resizes are from Pillow's bytes."""
+    record = json.loads(max(HERE.glob("preprocessing_*.json")).read_text(encoding="utf-8"))
+    rows = [
+        f"| step | by | bytes that differ from Pillow {record['pillow']}'s | mean difference | largest |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    rows += [
+        f"| {row['step']} | {row['by']} | {row['differing']:.2%} | {row['mean']:.3g} | {row['max']} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(rows) + "\n"
 
 
 def runtimes() -> str:
@@ -246,6 +260,7 @@ def render(text: str) -> str:
         "claims": claims,
         "headlines": headlines,
         "recipes": recipes,
+        "preprocessing": preprocessing,
         "runtimes": runtimes,
     }
 
