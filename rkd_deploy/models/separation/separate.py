@@ -24,12 +24,14 @@ from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
-from rkd_deploy.models.trunk import check_parting, trunk_widths
+from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
 
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
 _MEASURED = ("side_by_side", "branches")
-"""Layouts that a latency budget chooses from; the first is searched first."""
+"""Layouts that a latency budget chooses from where none is asked for."""
+_MEASURED_LEVELS = FUSION_LEVELS | {"trunk": "wide"}
+"""The same where the budget is latency: ends behind a trunk that lie side by side take S0's time as one network."""
 
 BUDGETS = ("macs", "params", "latency")
 LAYOUTS = tuple(FUSION_LEVELS)
@@ -121,7 +123,7 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
-    _check_trunk(budget, layout, shared_stages, weights)
+    _check_trunk(layout, shared_stages, weights)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     model = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = model.channels if channels is None else channels
@@ -132,21 +134,21 @@ def separate(
     if fraction is not None:
         limits, record = _narrowed(limits, network, model, fraction, stopwatch)
         records |= {} if record is None else {"given": record}
-    level, shared = FUSION_LEVELS[layout or "branches"], 0
+    level, trunk = FUSION_LEVELS[layout or "branches"], None
+    if layout == "trunk":
+        trunk = _Trunk.of(network, shared_stages)
     if stopwatch is not None:
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch).run(layout)
+        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, trunk).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
     elif layout == "side_by_side":
         student, assistant = limits.side_by_side(1.0)
-    elif layout == "trunk":
-        stages = len(network.stages())
-        shared = stages - 1 if shared_stages is None else shared_stages
-        check_parting(shared, stages, type(network).__name__)
-        student, assistant = limits.parted(shared, trunk_widths(network, shared))
+    elif trunk is not None:
+        student, assistant = limits.parted(trunk.stages, trunk.widths)
     else:
         student, assistant = limits.split(limits.limit)
+    shared = 0 if trunk is None else trunk.stages
     parts = limits.account(student, assistant, shared_stages=shared)
     separation = Separation(
         student=network.rebuilt(student, None),
@@ -181,13 +183,11 @@ def narrow(
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
 
 
-def _check_trunk(budget: str, layout: str | None, shared_stages: int | None, weights: str) -> None:
+def _check_trunk(layout: str | None, shared_stages: int | None, weights: str) -> None:
     if layout != "trunk":
         if shared_stages is not None:
             raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
         return
-    if budget == "latency":
-        raise UsageError('layout = "trunk" has no search by latency yet: set budget = "macs" or "params".')
     if weights == "inherited":
         raise UsageError(
             'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
@@ -261,6 +261,22 @@ def _narrowed(
 
 
 @dataclass(frozen=True)
+class _Trunk:
+    """What S and A share: how many stages, and which of the widths (`rkd_deploy.models.trunk`)."""
+
+    stages: int
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, network: Staged, shared_stages: int | None) -> _Trunk:
+        """The trunk of a topology; by default all stages but the last."""
+        stages = len(network.stages())
+        shared = stages - 1 if shared_stages is None else shared_stages
+        check_parting(shared, stages, type(network).__name__)
+        return cls(shared, trunk_widths(network, shared))
+
+
+@dataclass(frozen=True)
 class _Fastest:
     """The search for the widest S and A that are no slower than S0.
 
@@ -271,6 +287,7 @@ class _Fastest:
         head: h; None: a linear layer.
         s0: The network that candidates are timed against.
         stopwatch: Measures latencies.
+        trunk: What S and A share in layout trunk.
     """
 
     limits: WidthBudget
@@ -279,6 +296,7 @@ class _Fastest:
     head: nn.Module | None
     s0: nn.Module
     stopwatch: Stopwatch
+    trunk: _Trunk | None = None
 
     def run(self, layout: str | None) -> Fitting:
         """Search in one layout, or in both for the one that leaves S and A more.
@@ -292,7 +310,7 @@ class _Fastest:
         refused: dict[str, str] = {}
         cost = 0
         for name in layouts:
-            level = FUSION_LEVELS[name]
+            level = _MEASURED_LEVELS[name]
             try:
                 # Only what is wider than the first layout's result is of any use: the second search starts above it.
                 fittings[level] = fastest_fitting(
@@ -303,7 +321,8 @@ class _Fastest:
                     above=cost / self.limits.limit,
                     deadline=deadline,
                 )
-                cost = sum(self.limits.account(*fittings[level].widths).values())
+                shared = 0 if self.trunk is None else self.trunk.stages
+                cost = sum(self.limits.account(*fittings[level].widths, shared_stages=shared).values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
                 if name == layouts[-1] and not fittings:
@@ -321,10 +340,12 @@ class _Fastest:
         )
 
     def _candidates(self, layout: str) -> Callable[[float], Candidate]:
-        limits, level = self.limits, FUSION_LEVELS[layout]
+        limits, level, trunk = self.limits, _MEASURED_LEVELS[layout], self.trunk
 
         def candidate(fraction: float) -> Candidate:
-            if layout == "side_by_side":
+            if trunk is not None:
+                widths = limits.side_by_side_behind(fraction, trunk.widths, trunk.stages)
+            elif layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
             else:
                 widths = limits.split(int(fraction * limits.limit))
@@ -333,10 +354,9 @@ class _Fastest:
         return candidate
 
     def _fused(self, student: Widths, assistant: Widths) -> ResidualStudent:
-        return ResidualStudent(
-            self.network.rebuilt(student, None),
-            [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)],
-            self.channels,
-            self.limits.num_classes,
-            copy.deepcopy(self.head),
-        )
+        S = self.network.rebuilt(student, None)
+        assistants = [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)]
+        classes, head = self.limits.num_classes, copy.deepcopy(self.head)
+        if self.trunk is not None:
+            return parted(S, assistants, self.trunk.stages, self.channels, classes, head)
+        return ResidualStudent(S, assistants, self.channels, classes, head)
