@@ -32,7 +32,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults import GROUPS, Fault, Material, WronglyAcceptedError, draw
+from damage import Fault, Material, WronglyAcceptedError
+from faults import GROUPS, draw
 from record import Claim, save
 
 SECONDS = 30.0

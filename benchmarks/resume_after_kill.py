@@ -23,7 +23,8 @@ from record import FOLDER, Claim, save
 
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.recipe.method import SCHEMES
-from rkd_deploy.train.runs import newest_run, read_log
+from rkd_deploy.train.log import read_log
+from rkd_deploy.train.runs import newest_run
 
 NURSERY = FOLDER.parent / "tests" / "support" / "nursery.py"
 EPOCH_ONLY, EACH_STEP = 60.0, 0.0

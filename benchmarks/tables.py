@@ -14,16 +14,26 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from rkd_deploy.compare.report import comparison_markdown
 from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train.networks import PARTS
+from rkd_deploy.train.verdict import gain_of_pairs, gain_of_seeds
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "train"
-PAGES = (HERE.parent / "README.md", HERE / "README.md", RECIPES / "README.md", HERE.parent / "docs" / "runtimes.md")
+PAGES = (
+    HERE.parent / "README.md",
+    HERE / "README.md",
+    RECIPES / "README.md",
+    HERE.parent / "docs" / "runtimes.md",
+    HERE.parent / "docs" / "ladder.md",
+)
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -86,7 +96,82 @@ def runtimes() -> str:
 def of_record(path: Path) -> str:
     """The table of one record: a comparison, or a training run."""
     record = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("theme") == "ladder_joint":
+        return ladder(record)
     return comparison(record) if record.get("kind") == "compare" else run_record(path)
+
+
+KINDS = {
+    "sum": "**S + A, trunk**",
+    "timed": "S + A, trunk, cut for S0's time",
+    "no A": "no A: the trunk under one wide end",
+    "control": "S0, same losses",
+}
+"""Rows of a rung of the ladder, by what they compete as."""
+
+
+def ladder(record: dict[str, Any]) -> str:
+    """A rung of the ladder: accuracy of each row, what S + A has over it, seed by seed, and what early exit gives."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in record["rows"]:
+        if line["kind"] != "early":
+            rows.setdefault(KINDS.get(line["kind"], line["name"]), []).append(line)
+    ours = rows[KINDS["sum"]]
+    text = ["| network | widths | MMAC | top-1, % | S + A has over it, points |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, lines in sorted(rows.items(), key=lambda row: -fmean(line["sum_top1"] for line in row[1])):
+        first = lines[0]
+        widths = " ".join(map(str, first["student"])) + (f" + {first['assistant'][-1]}" if first["assistant"] else "")
+        top1 = [line["sum_top1"] for line in lines]
+        accuracy = f"{fmean(top1):.2f}" + (f" ({', '.join(f'{value:.2f}' for value in top1)})" if top1[1:] else "")
+        over = "" if lines is ours else _gain(ours, lines)
+        text.append(f"| {name} | {widths} | {first['macs'] / 1e6:.1f} | {accuracy} | {over} |")
+    facts = record["provenance"]
+    where = (facts.get("gpus") or [{"name": facts["cpu"]}])[0]["name"]
+    text += [
+        "",
+        f"{ours[0]['epochs']} epochs, batch {record['batch']}, {where}, torch {facts['versions']['torch']}; "
+        "intervals: 95 %.",
+    ]
+    return "\n".join(text) + "\n" + _early(record)
+
+
+def _gain(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    if len(ours) > 1:
+        gain = gain_of_seeds([line["sum_top1"] for line in ours], [line["sum_top1"] for line in others])
+    else:
+        bits = [
+            np.unpackbits(np.frombuffer(bytes.fromhex(lines[0]["sum_right"]), np.uint8)) for lines in (ours, others)
+        ]
+        gained, lost = int((bits[0] > bits[1]).sum()), int((bits[1] > bits[0]).sum())
+        gain = gain_of_pairs(gained, lost, ours[0]["test_images"])
+    return f"{gain.points:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+
+
+def _early(record: dict[str, Any]) -> str:
+    """Early exit: means over seeds, at each threshold."""
+    if "early" not in record:
+        return ""
+    text = ["", "| early exit: network | threshold | asks A | top-1, % | mean MACs of S0's | mean time of S0's |"]
+    text.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in record["early"]:
+        rows.setdefault(line["name"], []).append(line)
+    for name, lines in rows.items():
+        for place, point in enumerate(lines[0]["curve"]):
+            points = [line["curve"][place] for line in lines]
+            asks = [point_of_seed["asked"] for point_of_seed in points]
+            macs = fmean(
+                (line["first_macs"] + a * line["second_macs"]) / line["s0_macs"]
+                for line, a in zip(lines, asks, strict=True)
+            )
+            times = fmean(line["first_time"] + a * line["second_time"] for line, a in zip(lines, asks, strict=True))
+            top1 = fmean(point_of_seed["test"] for point_of_seed in points)
+            text.append(
+                f"| {name.removeprefix('early: ') if place == 0 else ''} | {point['threshold']:g} | {fmean(asks):.2f} "
+                f"| {top1:.2f} | {macs:.2f} | {times:.2f} |"
+            )
+    seeds = len({line["seed"] for line in record["early"]})
+    return "\n".join(text) + f"\n\nMeans of {seeds} seeds; ONNX Runtime, batch 1, one thread.\n"
 
 
 def comparison(record: dict[str, Any]) -> str:

@@ -120,13 +120,17 @@ def _from_array(array: npt.NDArray[np.generic], preprocess: Preprocess) -> Pixel
     return fitted(_upright(picture, preprocess.channels), preprocess)
 
 
-def decoded(source: str | os.PathLike[str] | IO[bytes], name: str, channels: int = 3) -> PilImage:
+def decoded(
+    source: str | os.PathLike[str] | IO[bytes], name: str, channels: int = 3, *, max_pixels: int | None = None
+) -> PilImage:
     """A whole image file, upright by its EXIF orientation, as RGB; as grey where there is one channel.
 
     Args:
         source: Path, or the file's bytes as a stream.
         name: What messages call it.
         channels: 3 or 1.
+        max_pixels: Width times height, by the file's header, up to which an image is decoded. Default: what Pillow
+            warns of, PIL.Image.MAX_IMAGE_PIXELS.
 
     Raises:
         DataError: The file is missing, broken, no image, too large, or not 8 bits per channel.
@@ -138,17 +142,17 @@ def decoded(source: str | os.PathLike[str] | IO[bytes], name: str, channels: int
             if isinstance(source, str | os.PathLike):
                 source = opened.enter_context(open_regular(source, limit=FILE_LIMIT))
             # Without a list Pillow tries all formats it knows, and starts Ghostscript for an EPS, whatever its suffix.
-            return _upright(opened.enter_context(Image.open(source, formats=tuple(FORMATS))), channels)
+            return _upright(opened.enter_context(Image.open(source, formats=tuple(FORMATS))), channels, max_pixels)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except Exception as error:  # what Pillow's decoders raise on broken files is of any type
         raise DataError(f"{name} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
 
 
-def _upright(image: PilImage, channels: int) -> PilImage:
+def _upright(image: PilImage, channels: int, max_pixels: int | None = None) -> PilImage:
     from PIL import Image, ImageOps
 
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if limit is not None and image.width * image.height > limit:
         raise DataError(
             f"The image has {image.width} x {image.height} pixels, more than the {limit:,} that are decoded "

@@ -37,7 +37,6 @@ from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
-from rkd_deploy.train.preparation import data_of
 from rkd_deploy.train.runs import Run
 
 CHUNK = 256
@@ -292,7 +291,7 @@ def _free_folder(run: Run, part: str) -> Path:
 
 
 def _images(run: Run) -> ImageSet:
-    data = data_of(run.recipe, run)
+    data = run.facts.normalised(run.recipe.data)
     if data.of_files:  # each image is read once or twice
         data = dataclasses.replace(data, cache="off", cache_gb=DataRecipe.cache_gb)
     images, trained = load_images(data, run.recipe.train.seed), run.facts.classes

@@ -26,5 +26,10 @@ def markdown(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", visible(text))
 
 
+def slug(text: str) -> str:
+    """A text as a name in addresses and of folders: "digits S + A" -> "digits-s-a"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100] or "model"
+
+
 def _shown(sign: str) -> str:
     return " " if unicodedata.category(sign) == "Zs" else sign.encode("unicode_escape").decode("ascii")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import hypothesis
 import numpy as np
 import pytest
+from headless_browser import Browser
 from sharing import made_once
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ pytest_plugins = ["model_files"]  # tests/support: tiny models with known answer
 
 REPO = Path(__file__).parents[1]
 DATA = Path(os.environ.get("RKD_TEST_DATA", REPO.parent / "shared" / "data"))
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 PHOTOS = ("n01440764", "n02102040", "n02979186")
 
@@ -230,3 +233,17 @@ def runs(tiny_run: Run, tmp_path: Path) -> Path:
     """A copy of a finished run under runs/ of the working folder."""
     shutil.copytree(tiny_run.folder, tmp_path / "runs" / tiny_run.folder.name)
     return tmp_path / "runs" / tiny_run.folder.name
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory, absent: Callable[[str], NoReturn]) -> Iterator[Any]:
+    """Chromium; where it is not, what to do is said."""
+    program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if program is None:
+        absent(
+            f"no Chromium to look at pages with ({', '.join(BROWSERS)}). "
+            "Install it with: apt-get update && apt-get install -y --no-install-recommends chromium"
+        )
+    opened = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()

@@ -67,7 +67,7 @@ VERDICTS: dict[str, tuple[Callable[[], object], str, str]] = {
 def test_the_judge_gives_every_verdict(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bad_input
-    from faults import Fault
+    from damage import Fault
 
     run, kind, reason = VERDICTS[name]
     seconds = 1.0 if name == "no end" else 60.0
@@ -77,7 +77,8 @@ def test_the_judge_gives_every_verdict(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_a_fault_is_drawn_from_its_number_and_the_seed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from faults import GROUPS, Material, draw
+    from damage import Material
+    from faults import GROUPS, draw
 
     (tmp_path / "recipe.toml").write_text("[data]\nname = 'digits'\n")
     (tmp_path / "bench.json").write_text("{}")

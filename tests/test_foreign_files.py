@@ -17,6 +17,9 @@ from rkd_deploy.decoding import DecodingError, parse_object, read_json
 from rkd_deploy.errors import RkdError
 from rkd_deploy.recipe import read_recipe
 from rkd_deploy.train.checkpoints import load_checkpoint
+from rkd_deploy.train.log import RunLog, read_epochs
+from rkd_deploy.train.runs import Run
+from rkd_deploy.train.weights import load_tensors
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 46827520\n"
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -53,6 +56,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "record": ("bench.json", read_json),
     "checkpoint": ("weights.pth", load_checkpoint),
     "weights": ("weights.safetensors", load_checkpoint),
+    "run's weights": ("teacher.safetensors", load_tensors),
+    "facts": ("facts.json", lambda path: Run(path.parent).facts),
+    "log": ("log.jsonl", read_epochs),
+    "log to cut": ("log.jsonl", lambda path: RunLog(path).forget("s0")),
     "image": ("photo.jpg", lambda path: read_image(ImageFiles([str(path)]), 0)),
 }
 

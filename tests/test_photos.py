@@ -85,7 +85,7 @@ def test_the_exported_file_answers_a_photo_as_evaluation_did(photos: Path) -> No
     facts = run.read_json("facts.json")
     assert facts["sources"]["test"] == "folder val"
     assert facts["skipped"] == 0
-    test = load_images(data_of(run.recipe, run), 0).test
+    test = load_images(run.facts.normalised(run.recipe.data), 0).test
     assert isinstance(test, FileSplit)
     model, normalise = load_part(run, "s0"), Normaliser(facts["mean"], facts["std"], torch.device("cpu"))
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_normalised_as_it_began(photos: Path) -> None:
         fit(recipe(photos), root=photos.parent / "runs", display=StopAfter(1))
     run = open_run(photos.parent / "runs" / "photos-001")
     facts = run.read_json("facts.json")
-    assert data_of(run.recipe, run).mean == tuple(facts["mean"])
+    assert run.facts.normalised(run.recipe.data).mean == tuple(facts["mean"])
     assert data_of(run.recipe).mean is None
 
 

@@ -1,4 +1,4 @@
-"""Reads what an ONNX file says of itself on its outside, without the package onnx and without its weights.
+"""Reads facts of an ONNX file from its bytes, without the package onnx and its weights.
 
 Reference: https://protobuf.dev/programming-guides/encoding, onnx.proto of https://github.com/onnx/onnx
 """

@@ -108,6 +108,7 @@ class OnnxRuntimeBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Run one batch, host to host; small inputs on a CPU go through memory that is bound once."""
+        # The usual case first and with few calls: a small model answers in the time of some dozen of them.
         bound: _BoundRun | None = getattr(self._local, "bound", None)
         if bound is not None and self._session is not None and bound.fits(x):
             try:

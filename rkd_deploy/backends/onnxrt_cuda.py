@@ -1,4 +1,4 @@
-"""What ONNX Runtime needs on CUDA: its libraries, its provider's options, and runs captured as CUDA graphs."""
+"""ONNX Runtime on CUDA: its libraries, its provider's options, runs captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rkd_deploy.backends.telemetry import require_runtime
 OPTIONS: dict[str, str] = {}
 """More options of the CUDA provider, for every session that is opened; benchmarks/gpu.py compares some."""
 _LIBRARIES = ("cudart", "nvJitLink", "cublasLt", "cublas", "curand", "cufft", "nvrtc", "cudnn")
-"""Of CUDA and cuDNN, each after those that it needs."""
+"""Libraries of CUDA and cuDNN, each after those that it needs."""
 
 
 @functools.cache
@@ -37,8 +37,8 @@ def preload() -> None:
     ort = require_runtime("onnxruntime", "gpu")
     if not hasattr(ort, "preload_dlls"):  # older than 1.21
         return
-    found = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (found.submodule_search_locations or ())] if found is not None else []
+    package = importlib.util.find_spec("nvidia")
+    folders = [Path(place) for place in (package.submodule_search_locations or ())] if package is not None else []
     for library in _LIBRARIES:
         for file in [file for folder in folders for file in sorted(folder.glob(f"*/lib/lib{library}.so.*"))]:
             with contextlib.suppress(OSError):  # of another CUDA: the provider's own error says what it lacks
@@ -106,9 +106,9 @@ class CapturedRuns:
     Reference: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (using CUDA graphs)
 
     Args:
-        session: Opened with `enable_cuda_graph`.
-        input_name: Of its one input.
-        output_name: Of the logits.
+        session: A session that was opened with `enable_cuda_graph`.
+        input_name: Name of its one input.
+        output_name: Name of the logits.
         index: Number of the device.
     """
 
@@ -127,35 +127,37 @@ class CapturedRuns:
         self._captured += 1
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._captured))  # 0 is ONNX Runtime's own
-        given = ort.OrtValue.ortvalue_from_numpy(np.array(x, order="C"), "cuda", self._index)
-        written = ort.OrtValue.ortvalue_from_shape_and_type(list(logits.shape), logits.dtype, "cuda", self._index)
+        resident_x = ort.OrtValue.ortvalue_from_numpy(np.array(x, order="C"), "cuda", self._index)
+        resident_logits = ort.OrtValue.ortvalue_from_shape_and_type(
+            list(logits.shape), logits.dtype, "cuda", self._index
+        )
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(self._input, given)
-        binding.bind_ortvalue_output(self._output, written)
-        run = CapturedRun(self._session, binding, options, given, written)
+        binding.bind_ortvalue_input(self._input, resident_x)
+        binding.bind_ortvalue_output(self._output, resident_logits)
+        run = CapturedRun(self._session, binding, options, resident_x, resident_logits)
         run.replay()  # warms up, captures and runs
         return run
 
 
 class CapturedRun:
-    """One input shape's run: it reads and writes the same memory each time."""
+    """A captured run of one input shape: it reads and writes the same memory each time."""
 
-    def __init__(self, session: Any, binding: Any, options: Any, given: Any, written: Any) -> None:
+    def __init__(self, session: Any, binding: Any, options: Any, x: Any, logits: Any) -> None:
         self._session, self._binding, self._options = session, binding, options
-        self._given, self._written = given, written
+        self._x, self._logits = x, logits
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the logits."""
-        return tuple(self._written.shape())
+        return tuple(self._logits.shape())
 
     def infer(self, x: Array) -> Array:
-        """Logits of another input of the shape."""
-        self._given.update_inplace(np.ascontiguousarray(x))
+        """Logits of another input of the captured shape."""
+        self._x.update_inplace(np.ascontiguousarray(x))
         self.replay()
-        logits: Array = self._written.numpy()
+        logits: Array = self._logits.numpy()
         return logits
 
     def replay(self) -> None:
-        """Run on the input that is there, and wait for the end."""
+        """Run on the input that is in the graph's memory, and wait for the end."""
         self._session.run_with_iobinding(self._binding, self._options)

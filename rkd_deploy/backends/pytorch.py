@@ -314,7 +314,7 @@ def devices() -> tuple[str, ...]:
 
 def _record(module: nn.Module, x: Tensor) -> RecordedRun:
     with _explained(len(x)):
-        return RecordedRun(lambda given: _run(module, given), x)
+        return RecordedRun(lambda resident: _run(module, resident), x)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:

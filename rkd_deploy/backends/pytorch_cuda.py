@@ -1,4 +1,4 @@
-"""What PyTorch needs on CUDA: exact float32, captured graphs, times of kernels, limits of memory."""
+"""PyTorch on CUDA: exact float32, captured graphs, times of kernels, limits of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WARM_UPS = 3  # libraries choose their kernels and take their workspaces before
 class ExactFloat32:
     """A context manager in which float32 is float32: TF32, PyTorch's default for convolutions, is off on CUDA.
 
-    The setting is the process's, so it is put back as it was found when the last of the threads inside has left. It is
+    The setting is the process's, so it is put back as it was when the last of the threads inside has left. It is
     changed by the older of PyTorch's two interfaces, which keeps both in agreement: with one changed alone, reading the
     other is an error.
     """
@@ -47,7 +47,7 @@ class ExactFloat32:
             torch.backends.cudnn.allow_tf32 = tf32
         if matmul == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = tf32
-        if tf32 and conv != rnn:  # said by the newer interface: the older has one word for both
+        if tf32 and conv != rnn:  # by the newer interface: the older has one setting for both
             cudnn: Any = torch.backends.cudnn
             cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
 
@@ -56,7 +56,7 @@ exact_float32 = ExactFloat32()
 
 
 def _precisions() -> tuple[str, str, str]:
-    """Of convolutions, recurrent layers and matrix products: "tf32", "ieee" or "none"."""
+    """PyTorch's float32 settings of convolutions, recurrent layers and matrix products: "tf32", "ieee" or "none"."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision
@@ -98,7 +98,7 @@ class RecordedRun:
         return self._logits
 
     def replay(self) -> None:
-        """Start a run of the input that is there."""
+        """Start a run of the input that is in the graph's memory."""
         self._graph.replay()
 
 
@@ -110,8 +110,8 @@ def kernel_us(event: Any) -> float:
     Args:
         event: A torch.autograd.profiler_util.FunctionEvent of the host.
     """
-    own = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
-    return float(own + sum(kernel_us(child) for child in event.cpu_children))
+    launched_us = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+    return float(launched_us + sum(kernel_us(child) for child in event.cpu_children))
 
 
 def new_stream(place: torch.device) -> torch.cuda.Stream | None:

@@ -104,14 +104,7 @@ class _Schedule:
         stopped: KeyboardInterrupt | None = None
         pace = _pace(run_on, loaded[0].backend.device)
         try:
-            timings = measure_workloads(
-                workloads,
-                min_seconds=settings.min_seconds,
-                min_runs=settings.min_runs,
-                warmup_seconds=settings.warmup_seconds,
-                pace=pace,
-                progress=progress,
-            )
+            timings = measure_workloads(workloads, settings.limits, pace=pace, progress=progress)
         except MeasurementInterrupted as stop:
             timings, stopped = stop.timings, stop
         finally:

@@ -88,6 +88,8 @@ def measure_ratios(
     Raises:
         RkdError: As `bench` raises it.
     """
+    # Short sessions and many: what differs between two loads of a model is a session's, and more samples within one
+    # would only make sure of it.
     settings = BenchSettings(
         run_on=(run_on or RunOn(),),
         batches=tuple(batches),

@@ -25,7 +25,7 @@ from rkd_deploy.backends.protocol import LayerRun
 from rkd_deploy.bench.loading import Case, load_model, random_input
 from rkd_deploy.bench.timing import Progress
 
-_WARMUP, _RUNS = 5, 30
+_WARMUP, _RUNS = 5, 30  # the first runs allocate, and choose kernels
 
 
 @dataclass(frozen=True)

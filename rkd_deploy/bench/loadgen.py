@@ -189,9 +189,10 @@ def _test_settings(
     test.min_duration_ms, test.min_query_count = round(load.min_seconds * 1000), load.min_queries
     test.performance_sample_count_override = len(inputs)
     test.multi_stream_samples_per_query = MULTI_STREAM_IMAGES
+    # Faster than estimated on purpose: a machine that speeds up meanwhile must not run out of queries.
     test.single_stream_expected_latency_ns = max(1, round(seconds * 1e9 / _MARGIN))
     test.multi_stream_expected_latency_ns = max(1, round(seconds * 1e9 / _MARGIN))
-    target_qps = load.target_qps or 0.5 / seconds
+    target_qps = load.target_qps or 0.5 / seconds  # at its full rate a queue of random arrivals grows without end
     test.offline_expected_qps = _MARGIN * images / seconds
     test.server_target_qps = target_qps
     test.server_target_latency_ns = round(load.target_latency_ms * 1e6)

@@ -103,6 +103,7 @@ def _load(
         sha256=_sha256(file),
         backends=backends,
         card=card,
+        # An engine is built by the first stream alone, and comes out of the cache for the others.
         load_seconds=(seconds - (info.build_seconds or 0)) / len(backends),
         build_seconds=info.build_seconds,
         engine_kept=file.parent.name if file.parent.parent == cache_folder() else None,

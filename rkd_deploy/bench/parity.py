@@ -240,7 +240,7 @@ class PhotoAnswer:
     label: str
     index: int
     probability: float
-    """Of the class with the largest logit."""
+    """Probability of the class with the largest logit."""
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Result(Figures):
     memory_limit_bytes: int | None = None
     load_seconds: float | None = None
     build_seconds: float | None = None
-    engine_kept: str | None = None
+    engine_kept: str | None = None  # the names are the keys of bench.json, which earlier records have too
     resident_load_bytes: int | None = None
     resident_peak_bytes: int | None = None
     resident_growth_bytes: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.bench.timing import check_limits
+from rkd_deploy.bench.timing import Limits
 from rkd_deploy.errors import UsageError
 from rkd_deploy.fields import check_number
 
@@ -48,7 +48,7 @@ class BenchSettings:
     data: Path | None = None
 
     def __post_init__(self) -> None:
-        check_limits(self.min_seconds, self.min_runs, self.warmup_seconds)
+        _ = self.limits  # refused here, before anything is loaded
         check_number("seed", self.seed, 0, whole=True)
         for name, numbers in (("batches", self.batches), ("shape", self.shape)):
             for number in numbers or ():
@@ -58,6 +58,11 @@ class BenchSettings:
                 f"A bench was given {len(self.run_on)} backends and the batch sizes {self.batches}; it needs at least "
                 "one of each."
             )
+
+    @property
+    def limits(self) -> Limits:
+        """How long each model is timed at each batch size."""
+        return Limits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
 
     def to_record(self) -> dict[str, Any]:
         """The "settings" of a record: backends, threads and streams as lists, since every combination was run."""

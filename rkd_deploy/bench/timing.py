@@ -23,6 +23,7 @@ from rkd_deploy.fields import check_number
 
 __all__ = [
     "Clock",
+    "Limits",
     "MeasurementInterrupted",
     "Progress",
     "Timing",
@@ -39,6 +40,32 @@ _LONGEST, _MOST_RUNS = 86_400, 10**9
 
 ROUND_NS = 100_000_000
 """How long one model runs before the next one has its turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a workload is timed: until every one of these is reached.
+
+    Attributes:
+        min_seconds: Time in timed calls of each stream, at least.
+        min_runs: Number of timed calls of all streams, at least.
+        warmup_seconds: Time in untimed calls before, at least.
+        warmup_runs: Number of untimed calls before, at least.
+
+    Raises:
+        UsageError: A limit is no finite number, negative or too large, or `min_runs` is below 1.
+    """
+
+    min_seconds: float = 2.0
+    min_runs: int = 100
+    warmup_seconds: float = 0.5
+    warmup_runs: int = 10
+
+    def __post_init__(self) -> None:
+        check_number("min_seconds", self.min_seconds, 0, _LONGEST)
+        check_number("min_runs", self.min_runs, 1, _MOST_RUNS, whole=True)
+        check_number("warmup_seconds", self.warmup_seconds, 0, _LONGEST)
+        check_number("warmup_runs", self.warmup_runs, 0, _MOST_RUNS, whole=True)
 
 
 @dataclass(frozen=True)
@@ -59,10 +86,10 @@ class Workload:
 class Runner:
     """One workload under measurement: its streams, and the samples so far."""
 
-    def __init__(self, name: str, workload: Workload, min_ns: int, min_runs: int, clock: Clock) -> None:
+    def __init__(self, name: str, workload: Workload, limits: Limits, clock: Clock) -> None:
         self.name = name
         self._workload = workload
-        self._min_ns, self._min_runs = min_ns, min_runs
+        self._min_ns, self._min_runs = int(limits.min_seconds * 1e9), limits.min_runs
         self._samples: list[int] = []
         self._rounds: list[int] = []
         self._paces_ms: list[float] = []
@@ -73,6 +100,7 @@ class Runner:
         self._streams = [Stream(_call(backend, workload), clock, threads) for backend in workload.backends]
         for stream in self._streams:  # one after the other: together they would wait for one another
             stream.start(0, 1)()
+        # Of the first stream alone: what it loaded or compiled, the others find done.
         self._first = self._take()[0]
 
     def warm_up(self, min_ns: int, min_runs: int) -> None:
@@ -235,24 +263,15 @@ def measure(
         UsageError: A limit is negative, or `x` does not fit the model.
         BackendError: A run failed.
     """
-    return measure_workloads(
-        {backend.name: Workload((backend,), x, transfers)},
-        min_seconds=min_seconds,
-        min_runs=min_runs,
-        warmup_seconds=warmup_seconds,
-        warmup_runs=warmup_runs,
-        clock=clock,
-        progress=progress,
-    )[backend.name]
+    limits = Limits(min_seconds=min_seconds, min_runs=min_runs, warmup_seconds=warmup_seconds, warmup_runs=warmup_runs)
+    workloads = {backend.name: Workload((backend,), x, transfers)}
+    return measure_workloads(workloads, limits, clock=clock, progress=progress)[backend.name]
 
 
 def measure_workloads(
     workloads: Mapping[str, Workload],
+    limits: Limits | None = None,
     *,
-    min_seconds: float = 2.0,
-    min_runs: int = 100,
-    warmup_seconds: float = 0.5,
-    warmup_runs: int = 10,
     clock: Clock = time.perf_counter_ns,
     pace: Callable[[], float] | None = None,
     progress: Progress | None = None,
@@ -263,31 +282,28 @@ def measure_workloads(
     not counted: it finds the caches full of something else.
 
     Args:
-        workloads: Workloads by name; each limit holds for each of them.
-        min_seconds: Time in timed calls of each stream, at least.
-        min_runs: Number of timed calls of all streams, at least.
-        warmup_seconds: Time in untimed calls before, at least.
-        warmup_runs: Number of untimed calls before, at least.
+        workloads: Workloads by name.
+        limits: How long each of them is timed.
         clock: Nanoseconds.
         pace: Called before each turn; gives how fast the machine itself is, in ms: a `machine.Pace`.
         progress: Called with each name, and the share of its measurement that is done.
 
     Raises:
-        UsageError: A limit is negative, or an input does not fit its model.
+        UsageError: An input does not fit its model.
         BackendError: A run failed.
         MeasurementInterrupted: Ctrl-C, once a sample was taken.
     """
-    check_limits(min_seconds, min_runs, warmup_seconds, warmup_runs)
+    limits = limits or Limits()
     runners: list[Runner] = []
-    min_ns = int(min_seconds * 1e9)
     try:
         for name, workload in workloads.items():
-            runners.append(Runner(name, workload, min_ns, min_runs, clock))
+            runners.append(Runner(name, workload, limits, clock))
         for runner in runners:
-            runner.warm_up(int(warmup_seconds * 1e9), warmup_runs)
+            runner.warm_up(int(limits.warmup_seconds * 1e9), limits.warmup_runs)
         pending = runners
         while pending:
             for runner in pending:
+                # Before the turn and not within it: the pace runs on the cores that the model is about to use.
                 pace_ms = None if pace is None else pace()
                 if len(runners) > 1 or pace is not None:
                     runner.warm_up(0, 1)
@@ -304,15 +320,3 @@ def measure_workloads(
         for runner in runners:
             runner.close()
     return {runner.name: runner.timing() for runner in runners}
-
-
-def check_limits(min_seconds: float, min_runs: int, warmup_seconds: float = 0.0, warmup_runs: int = 0) -> None:
-    """Refuse limits that no measurement can have.
-
-    Raises:
-        UsageError: One is no finite number, negative or too large, or `min_runs` is below 1.
-    """
-    check_number("min_seconds", min_seconds, 0, _LONGEST)
-    check_number("min_runs", min_runs, 1, _MOST_RUNS, whole=True)
-    check_number("warmup_seconds", warmup_seconds, 0, _LONGEST)
-    check_number("warmup_runs", warmup_runs, 0, _MOST_RUNS, whole=True)

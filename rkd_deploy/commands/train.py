@@ -25,6 +25,7 @@ from rkd_deploy.commands.options import (
     without_samples,
 )
 from rkd_deploy.errors import UsageError, command_line
+from rkd_deploy.text import visible
 
 
 def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
@@ -37,7 +38,9 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     from rkd_deploy.train.display import Progress
 
     with Progress() as progress:
-        outcome = run_quickstart(root, progress, lambda line: progress.console.print(f"[bold]{line}[/bold]"))
+        outcome = run_quickstart(
+            root, progress, lambda line: progress.console.print(visible(line), style="bold", markup=False)
+        )
     console = console_for(as_json)
     print_results(outcome.results, console)
     files = {

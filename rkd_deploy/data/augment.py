@@ -1,4 +1,4 @@
-"""What is done to training images: crops and flips of whole batches, mixup, cutmix, label smoothing.
+"""Augments training images: crops, flips, mixup, cutmix, label smoothing, by whole batches.
 
     mixup  (Zhang et al. 2018, arXiv 1710.09412)    x' = lambda x_i + (1 - lambda) x_{i-1}
     cutmix (Yun et al. 2019, arXiv 1905.04899)      a box of x_i, of 1 - lambda of its area, is taken from x_{i-1}
@@ -50,7 +50,7 @@ class Mixing:
 
     @property
     def mixes(self) -> bool:
-        """Whether an image needs the one before it."""
+        """Whether a batch needs one image more in front, the partner of its first."""
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(self, x_NCHW: Tensor, y_N: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class Mixing:
 
         Args:
             x_NCHW: Normalised images; where this mixes, one more in front: the partner of the first.
-            y_N: The label of each.
+            y_N: Labels of the images.
             random: Draws lambda, box and coin.
 
         Returns:
@@ -88,12 +88,12 @@ def smoothed(y_N: Tensor, classes: int, epsilon: float) -> Tensor:
 
 
 def mixup(x: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """Images or targets mixed with their partners: weight * x + (1 - weight) * partner."""
+    """Mix images or targets with their partners: weight * x + (1 - weight) * partner."""
     return partner.lerp(x, weight)
 
 
 def cutmix(x_NCHW: Tensor, partner_NCHW: Tensor, box: Box) -> tuple[Tensor, float]:
-    """Images with a box of their partners, and the share of the area that is left of each."""
+    """Paste a box of their partners into images; returns them and the share of the area that is left of each."""
     top, left, bottom, right = box
     height, width = x_NCHW.shape[-2:]
     pasted = x_NCHW.clone()
@@ -102,7 +102,7 @@ def cutmix(x_NCHW: Tensor, partner_NCHW: Tensor, box: Box) -> tuple[Tensor, floa
 
 
 def draw_box(weight: float, size: tuple[int, int], random: np.random.Generator) -> Box:
-    """A box of 1 - weight of the area and of the image's aspect, its centre anywhere, cut off at the edges."""
+    """Draw a box of 1 - weight of the area, of the image's aspect, its centre anywhere, cut off at the edges."""
     spans = []
     for length in size:
         centre, half = int(random.integers(length)), int(0.5 * math.sqrt(1 - weight) * length)
@@ -112,12 +112,12 @@ def draw_box(weight: float, size: tuple[int, int], random: np.random.Generator) 
 
 
 def hard_labels(y: Tensor) -> Tensor:
-    """The class of each image, int64 [N], of labels [N] or of targets [N, K]: the largest one."""
+    """Class of each image, int64 [N], from labels [N] or from targets [N, K], of which the largest counts."""
     return y if y.ndim == 1 else y.argmax(1)
 
 
 def pad(images_NCHW: Tensor, padding: int) -> Tensor:
-    """Zeros around every image: [N, C, H + 2P, W + 2P]."""
+    """Put zeros around every image: [N, C, H + 2P, W + 2P]."""
     return torch.nn.functional.pad(images_NCHW, (padding,) * 4)
 
 
@@ -188,7 +188,7 @@ def resized_crop(images_NCHW: Tensor, windows_4N: Tensor) -> Tensor:
 
 
 def _sample_points(size: int, start_N1: Tensor, length_N1: Tensor) -> Tensor:
-    """Where each of `size` pixels comes from, in grid_sample's units of [-1, 1]; never from outside the window."""
+    """Point that each of `size` pixels is sampled at, in grid_sample's units of [-1, 1], within the window."""
     centres_S = torch.arange(size, device=start_N1.device) + 0.5
     inside_NS = (centres_S * length_N1 / size - 0.5).clamp(min=0).minimum(length_N1 - 1)
     return (2 * (start_N1 + inside_NS) + 1) / size - 1

@@ -1,4 +1,4 @@
-"""Which images a batch holds, in every process of a run, and the random numbers that belong to them.
+"""Says which images a batch holds, in every process of a run, and draws by what seed.
 
 With N processes each gets its own N-th of the same global batches, in order: N processes with B / N images each see
 what one process with B sees.
@@ -52,7 +52,7 @@ class Share:
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """The order of an epoch, cut into batches.
+    """Cuts the order of an epoch into batches.
 
     Attributes:
         count: Number of images.
@@ -101,21 +101,22 @@ class EpochBatches:
 
 
 def generator_of_epoch(seed: int, epoch: int) -> torch.Generator:
-    """The generator of an epoch's random numbers."""
+    """A generator for the random numbers of one epoch."""
+    # A prime far above any number of epochs: no two seeds share an epoch's numbers.
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def generator_of_batch(seed: int, epoch: int, batch: int) -> np.random.Generator:
-    """The generator of a batch's random numbers, whatever was drawn before it."""
+    """A generator for the random numbers of one batch, whatever was drawn before it."""
     return np.random.default_rng((seed, epoch, batch))
 
 
 @contextmanager
 def seeded_image(seed: int, epoch: int, image: int) -> Iterator[None]:
-    """While the block runs, PyTorch draws on the CPU what belongs to one image of one epoch, in whatever process."""
+    """Seed PyTorch on the CPU, while the block runs, for one image of one epoch, in whatever process that is."""
     state = torch.get_rng_state()
     words = np.random.SeedSequence((seed, epoch, image)).generate_state(2)
-    torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)  # 63 bits: a seed has a sign
     try:
         yield
     finally:
@@ -123,11 +124,11 @@ def seeded_image(seed: int, epoch: int, image: int) -> Iterator[None]:
 
 
 class Normaliser:
-    """uint8 images to the network's input: (x / 255 - mean) / std, float32.
+    """Turns uint8 images into a network's input: (x / 255 - mean) / std, float32.
 
     Args:
-        mean: Per channel, in units of [0, 1].
-        std: Per channel, in units of [0, 1].
+        mean: Mean per channel, in units of [0, 1].
+        std: Standard deviation per channel, in units of [0, 1].
         device: Where the result is; images from elsewhere are moved there as uint8.
     """
 

@@ -1,4 +1,4 @@
-"""Image files on disk: where they lie, what their labels are, and which of them are broken.
+"""Finds image files on disk, their labels, and which of them are broken.
 
 The decoder is that of deployed models (`rkd_deploy.images`): upright by EXIF, RGB, transparency dropped, 8 bits
 per channel or refused. What an image file, a class folder and a split are is said in `rkd_deploy.image_folders`.
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LISTED = 20
-"""Broken files that a message lists; it says how many more there are."""
+"""Number of broken files that a message lists; it says how many more there are."""
 
 _PROGRESS_S, _CHUNK = 10.0, 512
 _DECODER = 2
-"""Raised where the decoder refuses or takes what it did not before: what is remembered of files is asked anew then."""
+"""Version of what the decoder refuses; a new one makes everything that is remembered of broken files out of date."""
 _Result = TypeVar("_Result")
 
 
@@ -95,16 +95,17 @@ def file_stamps(paths: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def cache_path(memory: Path, kind: str, facts: Iterable[object]) -> Path:
-    """Where something that was learnt of files is kept: another place once one of these facts changes.
+    """Path of a cache file for something that was learnt of files; another path once a fact about them changes.
 
     Args:
         memory: Folder of the cache.
         kind: What was learnt, the beginning of the file's name.
-        facts: What it depends on.
+        facts: What the cached content depends on.
 
     Raises:
         StorageError: The folder cannot be made.
     """
+    # A digest of all facts is the name: what was learnt of other files is never read, and needs no comparing.
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(repr(fact).encode())
@@ -117,10 +118,10 @@ def cache_path(memory: Path, kind: str, facts: Iterable[object]) -> Path:
 
 
 def read_image(source: ImageSource, position: int) -> Image:
-    """One image, upright, RGB.
+    """Read one image, upright, as RGB.
 
     Raises:
-        DataError: It is broken or gone.
+        DataError: The image is broken or gone.
     """
     name = source.name(position)
     try:
@@ -133,7 +134,10 @@ def read_image(source: ImageSource, position: int) -> Image:
 def map_in_threads(
     work: Callable[[int], _Result], positions: Sequence[int], threads: int, verb: str
 ) -> Iterator[_Result]:
-    """Results of `work` in order, by threads: decoders let go of Python's lock. A terminal is told how far it is."""
+    """Do `work` by threads and give its results in order; a terminal sees how far it is.
+
+    Threads are enough: decoders let go of Python's lock.
+    """
     last_print = time.monotonic()
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for first in range(0, len(positions), _CHUNK):  # map() would queue all positions at once, and never be stopped
@@ -144,12 +148,12 @@ def map_in_threads(
 
 
 def find_broken(source: ImageSource, positions: Sequence[int], threads: int, memory: Path) -> dict[int, str]:
-    """Decode images once to learn which cannot be: {position: what is wrong}.
+    """Decode images once to learn which are broken; gives what is wrong by position.
 
     Args:
         source: The images.
-        positions: Those to look at.
-        threads: That decode at once.
+        positions: Positions of the images to look at.
+        threads: Number of threads that decode.
         memory: Folder where the answer is kept: every run asks for it again, and it takes minutes on large sets.
     """
     path = _broken_path(source, positions, memory)
@@ -170,12 +174,12 @@ def find_broken(source: ImageSource, positions: Sequence[int], threads: int, mem
 
 
 def remember_broken(source: ImageSource, positions: Sequence[int], broken: Mapping[int, str], memory: Path) -> None:
-    """Keep the answer of `find_broken`, where decoding has given it."""
+    """Cache the answer of `find_broken`, where decoding has given it already."""
     write_json(_broken_path(source, positions, memory), {str(position): reason for position, reason in broken.items()})
 
 
 def _known_broken(path: Path) -> dict[int, str] | None:
-    """The answer that is kept; None where there is none, or a file that is not of ours."""
+    """The cached answer; None where there is none, or the file holds something else."""
     try:
         content = json.loads(read_text(path))
         return {int(position): str(reason) for position, reason in content.items()}
@@ -191,7 +195,7 @@ def refuse_broken(broken: Sequence[str], total: int, policy: str) -> None:
     """Stop at broken images, unless they are to be skipped.
 
     Args:
-        broken: What is wrong with each.
+        broken: What is wrong with each broken image.
         total: Number of images, broken ones included.
         policy: ``"skip"`` or ``"stop"``.
 
@@ -209,7 +213,7 @@ def refuse_broken(broken: Sequence[str], total: int, policy: str) -> None:
 
 
 TEST_FOLDERS = ("test", "val", "valid")
-"""Splits that may be the test split, the first that is there. Beside a test folder, val or valid are held out."""
+"""Splits that may serve as the test split; the first that is there does. Beside test, val or valid are held out."""
 
 _WORDS_FILES = ("words.txt", "LOC_synset_mapping.txt")
 
@@ -227,7 +231,7 @@ class SplitsOnDisk:
     """A data set as it lies on disk, before anything is drawn.
 
     Attributes:
-        classes: Names, in the order of labels.
+        classes: Names of the classes, in the order of labels.
         splits: train, and test and val where they have folders of their own.
         origins: Where each split comes from, in words; the same keys.
         left_out: Number of files that are no images, by suffix, and of folders that are no splits.
@@ -240,7 +244,7 @@ class SplitsOnDisk:
 
 
 def split_folders(root: Path, holds_data: Callable[[Path], bool] | None = None) -> dict[str, Path]:
-    """The folder of each split: train, test, and val where there are both; a root without splits is train.
+    """Folder of each split: train, test, and val where there are both; a root without splits is train.
 
     Args:
         root: The folder of a data set.
@@ -296,7 +300,7 @@ def scan_folder(root: Path) -> SplitsOnDisk:
 
 
 def scan_imagenet(root: Path) -> SplitsOnDisk:
-    """ImageNet's layout: ROOT/train/WNID and ROOT/val/WNID; class names from a words file, if there is one."""
+    """Find the images of ImageNet's layout, ROOT/train/WNID and ROOT/val/WNID; names from a words file, if any."""
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
         raise DataError(
             f"{root} does not hold train/ and val/ with a folder for each WNID, as ImageNet does. Name the folder "
@@ -317,7 +321,7 @@ def _scan_split(name: str, folder: Path, classes: list[str], left_out: Counter[s
     if not names:
         raise DataError(f"{folder} holds no class folders, so there is nothing for {name}. Remove it, or fill it.")
     visited: dict[tuple[int, int], str] = {}
-    below = {label: images_below(folder / one, visited) for label, one in enumerate(classes) if one in names}
+    below = {label: images_below(folder / name, visited) for label, name in enumerate(classes) if name in names}
     split_left_out = sum((images.left_out for images in below.values()), Counter[str]())
     if empty := [classes[label] for label, images in below.items() if not images.paths]:
         instead = f" What they hold instead: {left_out_in_words(split_left_out)}." if split_left_out else ""
@@ -332,7 +336,7 @@ def _scan_split(name: str, folder: Path, classes: list[str], left_out: Counter[s
 
 
 def _class_words(wnids: tuple[str, ...], file: Path) -> tuple[str, ...]:
-    """The first word for each WNID, followed by the WNID where two have the same (there are two cranes)."""
+    """First word of each WNID, followed by the WNID where two have the same (there are two cranes)."""
     try:
         lines = [line.split(maxsplit=1) for line in read_text(file).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The loader of sets in the device's memory: no workers, no copies, a whole batch augmented at once.
+"""Loads sets in the device's memory: no workers, no copies, a whole batch augmented at once.
 
 What epoch e gives depends only on (seed, e): a run can be resumed at any batch and sees what it would have seen.
 `train_loader` chooses between this one and that for images in files (`streaming.py`).
@@ -50,8 +50,8 @@ def train_loader(
         recipe: Says what is done to the images.
         split: From `load_images`, on the device if it is in memory.
         normalise: uint8 batch to float batch.
-        classes: How many there are.
-        batch_size: Of all processes together.
+        classes: Number of classes K.
+        batch_size: Images in a batch of all processes together.
         seed: Decides, with the number of an epoch, everything random in it.
         share: The part of every batch that this process takes.
 
@@ -145,6 +145,7 @@ class DeviceLoader:
         """
         count, device = len(self._labels_N), self._labels_N.device
         generator = generator_of_epoch(self._seed, number)
+        # All of an epoch's numbers at once and in this order, wherever the epoch is resumed.
         order_N = torch.randperm(count, generator=generator)
         offsets_2N = torch.randint(0, 2 * self._padding + 1, (2, count), generator=generator)
         flips_N = torch.rand(count, generator=generator) < 0.5

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of samples KEY.jpg (or .png, ...) and KEY.cls, the class as a decimal number.
+"""Reads WebDataset shards in place: tar files of samples KEY.jpg (or .png, ..) and KEY.cls.
 
 Sets that no single disk holds lie as a few thousand large files on several disks or network mounts, named by one
 brace pattern: "/mnt/{a,b}/train-{000..511}.tar". Shards must be files: each is indexed once, from its headers, and its
@@ -38,7 +38,7 @@ from rkd_deploy.images import FILE_LIMIT
 from rkd_deploy.storage import open_regular, read_text, write_bytes
 
 GROUP = 16
-"""Shards that are read from at the same time."""
+"""Number of shards that are read from at the same time."""
 
 _LARGEST_LABEL = 999_999
 
@@ -91,8 +91,8 @@ def scan_shards(root: str, test_root: str | None, memory: Path) -> tuple[SplitsO
 
     Args:
         root: Folder (of shards, or of train/ and test/ or val/ with shards in them), or a brace pattern.
-        test_root: The same for the test split, or None.
-        memory: Folder where indexes are kept.
+        test_root: Folder or brace pattern of the test split; None: `root` says it, or it is drawn.
+        memory: Folder where indexes are cached.
 
     Raises:
         DataError: No shards, one that is missing or broken, none with an image and its class, labels beyond the class
@@ -153,7 +153,7 @@ def _shard_paths(where: str) -> list[str]:
 
 
 def _indexed(paths: list[str], memory: Path) -> tuple[LabelledImages, list[str]]:
-    """The samples of tar files, and what is wrong with each that cannot be used; from the index that is kept."""
+    """Samples of tar files, and what is wrong with those that cannot be used, from the cached index."""
     file = cache_path(memory, "shards", chain([SUFFIXES], file_stamps(paths))).with_suffix(".npz")
     try:
         return _read_index(file, paths)
@@ -197,7 +197,7 @@ def _index(paths: list[str]) -> dict[str, Any]:
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Members that follow one another and have one key, by their extensions."""
+    """Keys of samples and their members by extension: members of one key follow one another."""
     split_name = require("webdataset.tariterators", "webdataset").base_plus_ext
     key, members = None, dict[str, tarfile.TarInfo]()
     for member in archive:
@@ -231,7 +231,7 @@ def _sample(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> tu
 
 
 def _class_names(first: Path, labels_N: Tensor) -> tuple[str, ...]:
-    """Lines of classes.txt beside the first shard or one folder higher; else the numbers themselves."""
+    """Class names from classes.txt beside the first shard or one folder higher; else the numbers themselves."""
     for folder in (first.parent, first.parent.parent):
         file = folder / "classes.txt"
         try:

@@ -1,4 +1,4 @@
-"""Data sets as a recipe asks for them: found or downloaded, split by seed, decoded or streamed, normalised."""
+"""Reads data sets as a recipe asks for them: found, split by seed, decoded or streamed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that published ImageNet weights are trained with."""
 
 DEFAULT_ROOT = Path(".data")
-"""Folder that CIFAR is downloaded into, and that what is learnt of files is kept in."""
+"""Folder that CIFAR is downloaded into, and that holds the caches of what was learnt of files."""
 
 _SIDE, _TEST_FRACTION = 224, 0.2
 _Drawn = dict[str, tuple[LabelledImages, Tensor]]
-"""Of each split the images on disk, and the positions of those that belong to it, int64 [N]."""
+"""Images on disk and the positions, int64 [N], of those that belong to a split, by the split's name."""
 
 
 def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
@@ -97,7 +97,7 @@ def _scan(recipe: DataRecipe, memory: Path) -> tuple[SplitsOnDisk, list[str]]:
 
 
 def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn, dict[str, str]]:
-    """Which images each split has, and in words where they come from."""
+    """Draw the images of each split; gives them, and in words where they come from."""
     train, classes = on_disk.splits["train"], len(on_disk.classes)
     sources = {"train": on_disk.origins["train"]}
     if "test" in on_disk.splits:
@@ -130,7 +130,7 @@ def _draw(recipe: DataRecipe, on_disk: SplitsOnDisk, seed: int) -> tuple[_Drawn,
 
 
 def _preprocess(recipe: DataRecipe) -> Preprocess:
-    """From a file to the pixels that networks see; normalisation is another step."""
+    """The way from a file to the pixels that networks see; normalisation is another step."""
     side = recipe.image_size or _SIDE
     fraction = recipe.crop_fraction or (0.875 if recipe.name == "imagenet" else 1.0)
     return Preprocess(height=side, width=side, mean=(0.0,) * 3, std=(1.0,) * 3, crop_fraction=fraction)
@@ -142,14 +142,14 @@ def _in_memory(recipe: DataRecipe, images: int) -> bool:
 
 
 def _decoded(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
-    """The split in memory without its broken images, and what is wrong with them."""
+    """Decode a split into memory without its broken images; gives it, and what is wrong with those."""
     whole, broken = split.in_memory(threads)
     remember_broken(split.source, split.index_N.tolist(), broken, memory)
     return whole, broken
 
 
 def _checked(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, dict[int, str]]:
-    """The split without its broken images, and what is wrong with them."""
+    """Leave the broken images out of a split in files; gives it, and what is wrong with those."""
     positions = split.index_N.tolist()
     broken = find_broken(split.source, positions, threads, memory)
     whole_N = torch.tensor([position not in broken for position in positions]).nonzero().flatten()

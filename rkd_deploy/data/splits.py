@@ -1,4 +1,4 @@
-"""Splits of labelled images: in memory as one tensor, or in files that are read when they are wanted.
+"""Splits of labelled images: in memory as one tensor, or in files read when they are wanted.
 
 Both give uint8 images of the size that networks see, by the rule that deployed models follow (`card.Preprocess`).
 Letters: N images, C = 3 channels (RGB), H height, W width.
@@ -41,7 +41,7 @@ class Split:
         return height, width
 
     def take(self, positions_N: Tensor | npt.NDArray[np.int64]) -> Split:
-        """The split of the images at these positions."""
+        """The split of the images at some positions."""
         index_N = torch.as_tensor(positions_N)
         return Split(images_NCHW=self.images_NCHW[index_N], labels_N=self.labels_N[index_N])
 
@@ -57,9 +57,9 @@ class FileSplit:
     Attributes:
         source: The encoded images.
         index_N: Positions in the source of the images of this split, int64 [N].
-        labels_N: The label of each, int64 [N].
+        labels_N: Labels of these images, int64 [N].
         preprocess: How an image comes to the size that networks see.
-        workers: Processes that read; 0: none.
+        workers: Number of processes that read; 0: none.
     """
 
     source: ImageSource
@@ -77,7 +77,7 @@ class FileSplit:
         return self.preprocess.height, self.preprocess.width
 
     def take(self, positions_N: Tensor | npt.NDArray[np.int64]) -> FileSplit:
-        """The split of the images at these positions."""
+        """The split of the images at some positions."""
         index_N = torch.as_tensor(positions_N)
         return replace(self, index_N=self.index_N[index_N], labels_N=self.labels_N[index_N])
 
@@ -93,12 +93,12 @@ class FileSplit:
             yield unwrap(batch)
 
     def fitted(self, position: int) -> Tensor:
-        """One image as deployed models would see it, uint8 [3, H, W]."""
+        """Read one image as deployed models would see it, uint8 [3, H, W]."""
         image = read_image(self.source, int(self.index_N[position]))
         return as_tensor(fitted(image, self.preprocess))
 
     def in_memory(self, threads: int) -> tuple[Split, dict[int, str]]:
-        """The split decoded, without the images that cannot be, and what is wrong with each of those, by position."""
+        """Decode the split; gives it without broken images, and what is wrong with each of those, by position."""
         height, width = self.image_size
         images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
 
@@ -124,13 +124,13 @@ class ImageSet:
     """A data set as a recipe asks for it.
 
     Attributes:
-        name: Its name in recipes.
+        name: Name of the set in recipes.
         classes: Label names, in the order of the labels.
-        mean: Per channel, in units of [0, 1].
-        std: Per channel, in units of [0, 1].
-        train: The images that are learnt from.
-        val: Those held out of the training images by seed; empty when the recipe says so.
-        test: Those of the one evaluation at the end.
+        mean: Mean per channel, in units of [0, 1].
+        std: Standard deviation per channel, in units of [0, 1].
+        train: Images that are learnt from.
+        val: Images held out of the training images by seed; empty when the recipe says so.
+        test: Images of the one evaluation at the end.
         crop_fraction: As in `card.Preprocess`: how a photo comes to the size of these images.
         sources: Where each split comes from, and how it is read, in words; for sets of files.
         skipped: Broken files that were left out, and what is wrong with each.
@@ -154,7 +154,7 @@ class ImageSet:
 
 
 def as_tensor(pixels_HWC: Pixels) -> Tensor:
-    """uint8 [H, W, C] of NumPy as [C, H, W] of PyTorch."""
+    """Convert pixels, uint8 [H, W, C] of NumPy, to a tensor [C, H, W]."""
     return torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1).contiguous()
 
 
@@ -173,7 +173,7 @@ class _Fitted(Dataset[Tensor | DataError]):
 
 
 def collate(images: Sequence[Tensor | DataError]) -> Tensor | DataError:
-    """A batch [n, 3, H, W], or what was wrong with the first image that could not be read.
+    """Stack images to a batch [n, 3, H, W], or give the error of the first that could not be read.
 
     An error raised in a worker process would arrive buried in its traceback; one handed over as a result does not.
     """
@@ -186,20 +186,20 @@ def collate(images: Sequence[Tensor | DataError]) -> Tensor | DataError:
 
 
 def unwrap(batch: Tensor | DataError) -> Tensor:
-    """The batch, or its error raised."""
+    """The batch that `collate` gave; where that was an error, it is raised."""
     if isinstance(batch, DataError):
         raise batch
     return batch
 
 
 def on_device(split: AnySplit, device: torch.device) -> AnySplit:
-    """The same images in the memory of a device; those in files stay there."""
+    """Move a split in memory to a device; a split in files stays where it is."""
     if isinstance(split, FileSplit):
         return split
     return replace(split, images_NCHW=split.images_NCHW.to(device), labels_N=split.labels_N.to(device))
 
 
 def evaluation_batch(image_size: tuple[int, int]) -> int:
-    """Images to evaluate at once: 500, and fewer of those above 91 pixels (83 of 224), for the memory's sake."""
+    """Number of images to evaluate at once: 500, and fewer above 91 pixels (83 at 224), for the memory's sake."""
     height, width = image_size
     return max(1, min(EVALUATED_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))

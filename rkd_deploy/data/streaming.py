@@ -1,4 +1,4 @@
-"""The loader of sets beyond memory: worker processes read, decode and augment image by image.
+"""Loads sets beyond memory: worker processes read, decode and augment image by image.
 
 Augmentations are torchvision's, their random numbers those of (seed, epoch, image): an epoch is the same whatever the
 number of workers, and a run resumed at any batch reads nothing of what came before it.
@@ -28,7 +28,7 @@ from rkd_deploy.errors import DataError
 from rkd_deploy.images import fitted
 
 _Key = tuple[int, int, int]
-"""Seed, epoch, position in the split."""
+"""Seed, epoch and position in the split of an image: all that a worker needs to augment it."""
 
 
 class StreamLoader:
@@ -96,7 +96,7 @@ class StreamLoader:
 
 
 class _Sampler:
-    """The batches of the epoch in progress; a list that is filled anew for each, so that workers live on."""
+    """Gives the batches of the epoch in progress from a list that is filled anew, so that workers live on."""
 
     def __init__(self, keys: list[list[_Key]]) -> None:
         self._keys = keys
@@ -121,7 +121,7 @@ class _Augmented(Dataset[Tensor | DataError]):
 
 
 class _Augmentation:
-    """One image of a split, augmented: uint8 [3, H, W]."""
+    """Reads and augments one image of a split: uint8 [3, H, W]."""
 
     def __init__(
         self, split: FileSplit, augmentations: Sequence[str], padding: int, randaugment: tuple[int, int]

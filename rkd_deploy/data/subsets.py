@@ -1,4 +1,4 @@
-"""Subsets of images drawn by seed, and the mean and deviation of what is trained on.
+"""Draws subsets of images by seed, and measures mean and deviation of what is trained on.
 
 Every purpose has a generator of its own: how many training images are used does not change which test images are.
 """
@@ -14,21 +14,21 @@ from rkd_deploy.data.splits import AnySplit
 from rkd_deploy.errors import DataError
 
 SAMPLE = 2000
-"""Images that mean and standard deviation are measured over, where there are more: enough for the third decimal."""
+"""Most images that mean and standard deviation are measured over: enough for the third decimal."""
 
 
 def purpose_generator(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers that depend on nothing but the seed and the purpose."""
+    """A generator whose random numbers depend on nothing but the seed and the purpose."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{purpose}".encode()))
 
 
 def limit(labels_N: Tensor, size: int | None, classes: int, key: str, seed: int) -> Tensor:
-    """A subset of images with as even a share of every class as they allow; one more of the first where it is uneven.
+    """Draw a subset of images with as even a share of every class as they allow.
 
-    A class that has fewer gives all it has, and the others more.
+    A class that has fewer gives all it has, and the others more; where it is uneven, the first classes have one more.
 
     Args:
-        labels_N: The label of each image, int64 [N].
+        labels_N: Labels of all images, int64 [N].
         size: Images of the subset; None: all.
         classes: K.
         key: The recipe's key, for the message; draws of two keys are independent.
@@ -55,8 +55,9 @@ def limit(labels_N: Tensor, size: int | None, classes: int, key: str, seed: int)
 
 
 def split_off_test(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of training and of test images: this fraction of every class, at least one of two and more."""
+    """Draw positions of training and test images: a fraction of every class is tested, at least one of two and more."""
     have_K = labels_N.bincount()
+    # A class of one image keeps it for training: nothing could be learnt of it else.
     take_K = (fraction * have_K).round().long().clamp(min=1).minimum((have_K - 1).clamp(min=0))
     test_N = _draw_per_class(labels_N, take_K, purpose_generator(seed, "test"))
     is_test_N = torch.zeros(len(labels_N), dtype=torch.bool).index_fill(0, test_N, True)
@@ -64,14 +65,14 @@ def split_off_test(labels_N: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def hold_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of the images that are trained on, and of those held out for validation, each rising."""
+    """Draw positions of the images that are trained on, and of those held out for validation, each rising."""
     order_N = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     number = round(fraction * count)
     return order_N[number:].sort().values, order_N[:number].sort().values
 
 
 def channel_statistics(split: AnySplit, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of a split over pixels in units of [0, 1], to four decimals.
+    """Measure mean and standard deviation per channel over a split's pixels, in units of [0, 1], to four decimals.
 
     Args:
         split: The images; of more than `SAMPLE` so many are looked at.
@@ -92,7 +93,7 @@ def channel_statistics(split: AnySplit, seed: int) -> tuple[tuple[float, ...], t
 
 
 def _draw_per_class(labels_N: Tensor, take_K: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions of so many images of each class, rising."""
+    """Draw positions of so many images of each class, rising."""
     drawn = []
     for label, take in enumerate(take_K.tolist()):
         index_N = (labels_N == label).nonzero().flatten()

@@ -39,7 +39,6 @@ from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import CheckpointError, UsageError, require
 from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.golden_photo import write_photo
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
 from rkd_deploy.export.measuring import Choice, Target, choose_level
 from rkd_deploy.export.precision.convert import convert, convert_ungated, require_passed
@@ -58,6 +57,7 @@ from rkd_deploy.export.proving import (
     prove_converted,
     random_batch,
     reference_of,
+    write_photo,
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import as_input, normalise

@@ -7,7 +7,11 @@ external data break ONNX Runtime's own tools and cannot be embedded as one artef
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +20,8 @@ from torch import Tensor, nn
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
-from rkd_deploy.export.exporter import fast_exporter, unsupported
 from rkd_deploy.export.fusion import SummedBranches
+from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
 from rkd_deploy.storage import append_bytes
 
@@ -147,6 +151,91 @@ def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, u
     model.doc_string = ""
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@contextmanager
+def fast_exporter(graph: nn.Module, x: Tensor) -> Iterator[None]:
+    """Let torch.onnx.export convert a graph inside the block without its messages and without doing work twice.
+
+    Args:
+        graph: In eval mode.
+        x: The example of its input, of which type and shape count.
+    """
+    with _quiet(), _out_of_place(graph, _random(x)), _operators_read_once():
+        yield
+
+
+@contextmanager
+def _out_of_place(graph: nn.Module, x: Tensor) -> Iterator[None]:
+    """Let activations leave their input alone where nobody reads it afterwards: each that overwrites it costs 0.1 s."""
+    overwriting: list[Any] = [module for module in graph.modules() if getattr(module, "inplace", False) is True]
+    try:
+        with torch.no_grad():
+            overwritten = graph(x) if overwriting else None
+            for module in overwriting:
+                module.inplace = False
+            if overwriting and not _same(overwritten, graph(x)):  # a shortcut, say, that means what was overwritten
+                for module in overwriting:
+                    module.inplace = True
+        yield
+    finally:
+        for module in overwriting:
+            module.inplace = True
+
+
+def _random(x: Tensor) -> Tensor:
+    """An input like x whose values reach both sides of an activation."""
+    generator = torch.Generator().manual_seed(0)
+    if x.dtype.is_floating_point:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return torch.randint(256, x.shape, generator=generator, dtype=x.dtype)
+
+
+def _same(left: Any, right: Any) -> bool:
+    pairs = zip(left, right, strict=True) if isinstance(left, tuple) else [(left, right)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """Keep the exporter's table of operators: it would parse 500 functions from their source for every file, in 1 s.
+
+    These names are torch's own business. Where another version has others, it takes its second.
+    """
+    try:
+        from torch.onnx._internal.exporter import _registration
+
+        registration: Any = _registration
+        library = registration.onnxscript_apis
+        original = library.get_torchlib_ops
+    except (ImportError, AttributeError):
+        yield
+        return
+    library.get_torchlib_ops = functools.partial(_read_once, original)
+    try:
+        yield
+    finally:
+        library.get_torchlib_ops = original
+
+
+@functools.cache
+def _read_once(read: Any) -> Any:
+    return read()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and deprecation notes away from people who can do nothing about them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def stamp(model: Any, card: ModelCard) -> None:

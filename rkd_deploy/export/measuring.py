@@ -22,7 +22,7 @@ from rkd_deploy.bench.machine import Provenance, provenance
 from rkd_deploy.bench.results import to_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Progress, Workload, measure_workloads
+from rkd_deploy.bench.timing import Limits, Progress, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -33,13 +33,11 @@ from rkd_deploy.models.separation.latency import Reading
 BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino")
 """Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
-_SEARCH = {"min_seconds": 0.5, "min_runs": 4, "warmup_seconds": 0.1}
+_SEARCH = Limits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
 """Limits of each network at each batch size while the search looks for widths."""
-_CONFIRMATION = {
-    "min_seconds": 2.5 / SESSIONS,
-    "min_runs": -(-10 // SESSIONS),
-    "warmup_seconds": 0.3 / SESSIONS,
-}
+_CONFIRMATION = Limits(
+    min_seconds=2.5 / SESSIONS, min_runs=-(-10 // SESSIONS), warmup_seconds=0.3 / SESSIONS, warmup_runs=2
+)  # -(-a // b) rounds up
 """Limits of each network at each batch size in each session of a confirmation."""
 
 
@@ -128,14 +126,13 @@ class ExportStopwatch:
         ratio = timings["candidate"].percentile(10) / timings["s0"].percentile(10)
         return _Comparison(ratio, None, {name: [timing] for name, timing in timings.items()})
 
-    def _timed(self, files: Mapping[str, Path], batch: int, limits: Mapping[str, Any]) -> dict[str, Timing]:
+    def _timed(self, files: Mapping[str, Path], batch: int, limits: Limits) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
             return measure_workloads(
                 {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
-                warmup_runs=2,
+                limits,
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
-                **limits,
             )
 
     def describe(self) -> dict[str, Any]:

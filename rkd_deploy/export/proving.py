@@ -4,6 +4,9 @@ Golden logits are PyTorch's where the file is float32. A file of lower precision
 what the file itself gave on the backend that it was proven on, with PyTorch's beside them (`fp32_logits`), and the
 tolerance is the largest difference between the two on the held-out images. Whatever runs the file elsewhere may round
 otherwise, but not by more than the precision itself costs.
+
+golden.npz begins behind the pre-processing, where most deployments go wrong. golden/photo.jpg begins before it: every
+app and server that runs a bundle can be held against golden/photo.json.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import dataclasses
 import io
 import math
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,14 @@ from rkd_deploy.backends import RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
-from rkd_deploy.bench.parity import Parity, compare, gate
-from rkd_deploy.card import ModelCard
+from rkd_deploy.bench.parity import GOLDEN_PHOTO, PHOTO_LOGITS, Parity, PhotoAnswer, compare, gate
+from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.convert import PrecisionRecord
-from rkd_deploy.images import as_input
+from rkd_deploy.images import as_input, to_array
 from rkd_deploy.models.logits import check_logits
+from rkd_deploy.storage import write_bytes, write_json
 
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit between PyTorch and the exported graph."""
@@ -194,3 +198,58 @@ def parity_record(proof: Proof) -> dict[str, Any]:
         "torch_top1": proof.torch_top1,
         "onnx_top1": proof.onnx_top1,
     }
+
+
+_LEAST_SIDE = 240
+"""Pixels of the golden photo's shorter side, at least: for a network of tiny images it is shrunk as a real one is."""
+
+
+def draw_photo(preprocess: Preprocess) -> bytes:
+    """A landscape as JPEG, larger than what the model takes and of another shape; the same bytes for the same rule.
+
+    Each way to get the pre-processing wrong changes the result: left is not right and up not down (crop, orientation),
+    red is not blue (colour order), and stripes as fine as a pixel turn into moire unless they are averaged.
+    """
+    from PIL import Image
+
+    high, wide = preprocess.resize_to
+    height, width = max(_LEAST_SIDE, 5 * high // 4), max(3 * _LEAST_SIDE // 2, 5 * wide // 3)
+    y, x = np.mgrid[0:height, 0:width]
+    v, u = y / height, x / width
+    picture = np.stack([90 + 110 * v, 140 + 70 * v, 235 - 40 * v], axis=2)  # the sky, paler below
+    picture[np.hypot(x - 0.62 * width, y - 0.25 * height) < 0.15 * height] = 250, 205, 70
+    stripes = 64.0 * (((x + y) // 2) % 2)
+    for base, swing, colour, ploughed in ((0.55, 0.10, (70, 105, 60), 0), (0.72, 0.06, (95, 55, 25), 1)):
+        hill = v > base + swing * np.sin(7 * u + 9 * base) - 0.12 * u
+        picture[hill] = np.array(colour) + ploughed * stripes[hill, np.newaxis]
+    fence = (v > 0.6) & (u < 0.45) & (x % 9 < 3)
+    picture[fence] = 235, 230, 220
+    buffer = io.BytesIO()
+    # Without subsampling of colours: libraries enlarge those differently, and that is not what is tested.
+    Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=75, subsampling=0)
+    return buffer.getvalue()
+
+
+def write_photo(folder: Path, card: ModelCard, infer: Callable[[Array], Array], tolerance: float) -> None:
+    """Write the photo of a bundle, and what must be answered: logits, their tolerance, the best class.
+
+    Args:
+        folder: The bundle's.
+        card: The bundle's.
+        infer: The logits [N, K] of what the graph takes, by the same network as those in golden.npz.
+        tolerance: Largest difference of a logit.
+    """
+    photo = folder / GOLDEN_PHOTO
+    photo.parent.mkdir()
+    write_bytes(photo, draw_photo(card.preprocess))
+    logits_K = infer(as_input(to_array(photo, card.preprocess)[np.newaxis], card.preprocess))[0].astype(np.float64)
+    exponentials_K = np.exp(logits_K - logits_K.max())
+    best = int(logits_K.argmax())
+    answer = PhotoAnswer(
+        logits=tuple(logits_K.tolist()),
+        tolerance=tolerance,
+        label=card.labels[best],
+        index=best,
+        probability=float(exponentials_K[best] / exponentials_K.sum()),
+    )
+    write_json(folder / PHOTO_LOGITS, asdict(answer))

@@ -92,5 +92,5 @@ def _shapes(network: Staged, shared_stages: int) -> list[torch.Size]:
 @torch.no_grad()
 def _channels(network: Staged, shared_stages: int) -> int:
     shadow = copy.deepcopy(nn.Sequential(*network.stages()[:shared_stages])).to("meta").eval()
-    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))
+    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))  # channels do not depend on the size
     return map_NCHW.shape[1]

@@ -89,8 +89,8 @@ class MethodRecipe:
     """Standardise logits in kd and dkd; published with temperature = 2 and base_weight = 9."""
     dkd_alpha: float = key(1.0, low=0, read=_of_loss("dkd"))
     """Weight of the target class in dkd."""
-    dkd_beta: float = key(8.0, low=0, read=_of_loss("dkd"))
-    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20."""
+    dkd_beta: float = key(2.0, low=0, read=_of_loss("dkd"))
+    """Weight of the other classes in dkd; its authors take 2 for ResNet-56 to ResNet-20 and 8 for most other pairs."""
     hint_stage: int = key(2, low=1, read=_of_loss("fitnet"))
     """Stage that fitnet compares, from 1."""
     simkd_factor: int = key(2, low=1, read=_of_loss("simkd"))

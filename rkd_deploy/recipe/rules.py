@@ -107,6 +107,7 @@ def check_keys(name: str, table: Any, situation: str) -> None:
         read, value = rule_of(field).read, getattr(table, field.name)
         if read is None or value == field.default or read.holds(table):
             continue
+        # A value that stands in a file is replaced by --set: the way out for who cannot change the file.
         default = "" if field.default is None else f", or --set {name}.{field.name}={toml_value(field.default)}"
         raise RecipeError(
             f"{name}.{field.name} = {toml_value(value)} has no effect with {situation}: it is read only {read.words}. "

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from rkd_deploy.backends import Backend, infer_many, load_backend
 from rkd_deploy.backends.files import check_files, model_path, read_card
+from rkd_deploy.backends.protocol import ModelInfo
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, DataError, ModelFileError, UsageError
 from rkd_deploy.fields import check_number
@@ -118,6 +119,11 @@ class Classifier:
             backend.left = [0] * len(backend.left)  # that run was no image of anybody
 
     @property
+    def info(self) -> ModelInfo:
+        """What the graph takes and gives, by its file."""
+        return self._backend.info
+
+    @property
     def exits(self) -> tuple[int, ...]:
         """Images that have left so far after S, after A_1, ..; empty without early exit."""
         return tuple(self._backend.left) if isinstance(self._backend, EarlyExitBackend) else ()
@@ -165,14 +171,18 @@ class Classifier:
 
     def probabilities(self, images: Iterable[ImageLike] | Pixels) -> Floats:
         """The softmax of the logits, float32 [N, K], each row summing to 1; images as for `predict_batch`."""
-        logits_NK = self.logits(images)
-        peaks_N1 = logits_NK.max(axis=1, keepdims=True)
-        broken = peaks_N1[~np.isfinite(peaks_N1)]
-        if broken.size:
-            raise _not_finite(float(broken[0]))
-        exponentials_NK = np.exp(logits_NK - peaks_N1)
-        probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
-        return probabilities_NK
+        return softmax(self.logits(images))
+
+    def infer(self, x: npt.NDArray[np.generic]) -> Floats:
+        """Logits float32 [N, K] of inputs as the graph takes them, [N, ...] by the card's `input_shape`, `input_dtype`.
+
+        Raises:
+            UsageError: `x` is of another type or shape.
+            BackendError: The run failed.
+        """
+        alone = self._takes_one and len(x) == 1
+        logits = self._backend.infer(x) if alone else infer_many(self._backend, x, self._max_batch)
+        return logits if logits.dtype == _FLOAT32 else logits.astype(np.float32)
 
     def close(self) -> None:
         """Give the model's memory back; a second call does nothing, a later prediction raises BackendError."""
@@ -187,11 +197,7 @@ class Classifier:
         self.close()
 
     def _run(self, pixels_NHWC: Pixels) -> Floats:
-        x = pixels_NHWC if self._embedded else normalise(pixels_NHWC, self._preprocess)
-        logits = (
-            self._backend.infer(x) if self._takes_one and len(x) == 1 else infer_many(self._backend, x, self._max_batch)
-        )
-        return logits if logits.dtype == _FLOAT32 else logits.astype(np.float32)
+        return self.infer(pixels_NHWC if self._embedded else normalise(pixels_NHWC, self._preprocess))
 
     def _runs(self, images: Iterable[ImageLike] | Pixels) -> Iterator[Floats]:
         if isinstance(images, str | os.PathLike):
@@ -246,6 +252,21 @@ def _largest(values_K: Floats, count: int) -> list[int]:
         order = candidates[(-values_K[candidates]).argsort(kind="stable")]
     indices: list[int] = order[:count].tolist()
     return indices
+
+
+def softmax(logits_NK: Floats) -> Floats:
+    """Probabilities [N, K] of logits [N, K], each row summing to 1.
+
+    Raises:
+        BackendError: The largest logit of a row is not finite.
+    """
+    peaks_N1 = logits_NK.max(axis=1, keepdims=True)
+    broken = peaks_N1[~np.isfinite(peaks_N1)]
+    if broken.size:
+        raise _not_finite(float(broken[0]))
+    exponentials_NK = np.exp(logits_NK - peaks_N1)
+    probabilities_NK: Floats = exponentials_NK / exponentials_NK.sum(axis=1, keepdims=True)
+    return probabilities_NK
 
 
 def _not_finite(peak: float) -> BackendError:

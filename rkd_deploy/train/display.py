@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rkd_deploy.errors import require
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.storage import storage_error, write_bytes
+from rkd_deploy.text import visible
 from rkd_deploy.train.facts import PhaseMetrics, RunFacts, RunMetrics
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS
-from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.runs import Run
 from rkd_deploy.train.verdict import of_metrics, of_series
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class Progress:
         self._bars.stop()
 
     def note(self, text: str) -> None:
-        """Print a line of what is done before training."""
-        self.console.print(text, highlight=False)
+        """Print a line of what is done before training; control characters and mark-up in it do nothing."""
+        self.console.print(visible(text), highlight=False, markup=False)
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
         """Open the bar of a phase."""
@@ -98,7 +100,7 @@ class Progress:
         if row["val_top1"] is not None:
             shown.append(f"val {row['val_top1']:.2f} %")
         shown.append(f"{row['images_per_s']:,.0f} images/s")
-        self.console.print("  ".join(shown), highlight=False)
+        self.console.print(visible("  ".join(shown)), highlight=False, markup=False)
 
 
 def print_series(series: Series, console: Console) -> None:
@@ -121,6 +123,7 @@ def print_series(series: Series, console: Console) -> None:
 def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
     """Print last and best epoch of each phase: the last one ships, the best one tells how much was lost by that."""
     from rich.table import Table
+    from rich.text import Text
 
     # Without held-out images there is none, and scheme progressive classifies from its last stage on.
     held_out = {name: phase for name, phase in phases.items() if phase.val_top1_last is not None}
@@ -131,16 +134,17 @@ def _print_phases(phases: Mapping[str, PhaseMetrics], console: Console) -> None:
         table.add_column(title, justify="right" if title else "left")
     for name, phase in held_out.items():
         best = f"{phase.val_top1_best:.2f} ({phase.best_epoch})"
-        table.add_row(name, str(phase.epochs), f"{phase.val_top1_last:.2f}", best)
+        table.add_row(Text(visible(name)), str(phase.epochs), f"{phase.val_top1_last:.2f}", best)
     console.print(table)
 
 
 def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
     """Print the table that ends a training run: every network of metrics.json, and the account of the budget."""
     from rich.table import Table
+    from rich.text import Text
 
     images = next(iter(metrics.parts.values())).test_images
-    table = Table(title=f"{facts.data}, {images:,} test images")
+    table = Table(title=Text(visible(f"{facts.data}, {images:,} test images")))
     table.add_column("")
     for title in ("Top-1, %", "MACs, M", "Parameters, M"):
         table.add_column(title, justify="right")
@@ -245,11 +249,11 @@ def draw_curves(run: Run, recipe: Recipe) -> None:
         MissingDependencyError: matplotlib is not installed.
         StorageError: The file could not be written.
     """
-    rows = read_log(run.log.path)
+    rows = [epoch.to_json() for epoch in read_epochs(run.log.path)]
     if not recipe.train.curves or not rows:
         return
     content = io.BytesIO()
-    draw(rows, run.folder.name).savefig(content, format="png")
+    draw(rows, visible(run.folder.name)).savefig(content, format="png")
     write_bytes(run.folder / "curves.png", content.getvalue())
 
 
@@ -261,6 +265,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
         title: Name of the run.
     """
     require("matplotlib", "train")
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}):  # a run's name is no formula, whatever signs it has
+        return _draw(rows, title)
+
+
+def _draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

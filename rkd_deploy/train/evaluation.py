@@ -19,8 +19,9 @@ from rkd_deploy.models.cost import count
 from rkd_deploy.models.logits import check_logits
 from rkd_deploy.train import networks
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display
-from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.runs import Run
 from rkd_deploy.train.verdict import CONTROLS, pairs_of
 
 
@@ -153,19 +154,19 @@ def evaluate(run: Run, test: AnySplit, normalise: Normaliser, device: torch.devi
 def _phases(run: Run) -> dict[str, PhaseMetrics]:
     """Results of every phase, from the log: its last epoch, which ships, and its best on the held-out images."""
     phases: dict[str, PhaseMetrics] = {}
-    for row in read_log(run.log.path):
-        phase = phases.get(row["phase"], PhaseMetrics(epochs=0, seconds=0.0))
-        val_top1 = row["val_top1"]
+    for row in read_epochs(run.log.path):
+        phase = phases.get(row.phase, PhaseMetrics(epochs=0, seconds=0.0))
+        val_top1 = row.val_top1
         phase = dataclasses.replace(
             phase,
-            epochs=row["epoch"],
-            seconds=phase.seconds + row["seconds"],
+            epochs=row.epoch,
+            seconds=phase.seconds + row.seconds,
             val_top1_last=val_top1,
-            val_top1_ema_last=row.get("val_top1_ema"),
+            val_top1_ema_last=row.val_top1_ema,
         )
         if val_top1 is not None and val_top1 > (-1.0 if phase.val_top1_best is None else phase.val_top1_best):
-            phase = dataclasses.replace(phase, val_top1_best=val_top1, best_epoch=row["epoch"])
-        phases[row["phase"]] = phase
+            phase = dataclasses.replace(phase, val_top1_best=val_top1, best_epoch=row.epoch)
+        phases[row.phase] = phase
     return phases
 
 

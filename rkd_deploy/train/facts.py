@@ -1,4 +1,4 @@
-"""Facts and results of a run beyond its recipe, typed: facts.json, metrics.json, weights' headers."""
+"""Facts and results of a run, typed: facts.json, metrics.json and headers of weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rkd_deploy.recipe import DataRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class RunFacts:
     teacher_stages: tuple[str, ...] | None = None
     student_stages: tuple[str, ...] | None = None
     stage_channels: tuple[int, ...] | None = None
-    given_widths: tuple[int, ...] | None = None
+    given_widths: tuple[int, ...] | None = None  # the names are the keys of facts.json, which earlier runs have too
     student_widths: tuple[int, ...] | None = None
     assistant_widths: tuple[int, ...] | None = None
     shared_stages: int | None = None
@@ -110,6 +112,10 @@ class RunFacts:
         """The test split in words."""
         origin = (self.sources or {}).get("test")
         return f"{self.data} test" if origin is None else f"{self.data} test: {origin}"
+
+    def normalised(self, data: DataRecipe) -> DataRecipe:
+        """Table `[data]` with the normalisation of this run, which was measured or read when it began."""
+        return dataclasses.replace(data, mean=self.mean, std=self.std, normalisation="data")
 
     def to_json(self) -> dict[str, Any]:
         """The content of facts.json: what does not apply is left out."""

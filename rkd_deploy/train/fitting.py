@@ -30,11 +30,12 @@ from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import evaluate, split_top1
 from rkd_deploy.train.facts import RunFacts, WeightsFacts
+from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import Plan, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
-from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, read_log, runs_of
+from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, runs_of
 from rkd_deploy.train.starting_weights import (
     load_published_weights,
     load_weights_from,
@@ -69,6 +70,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         ):
             return resume(begun[-1], display=display)
         device = _device(recipe.train, group)
+        # First, because a slip in a path should not cost the minutes that reading a large set takes.
         group.on_main(lambda: check_named_files(recipe))
         images = _load_images(recipe, group)
         display = display or Silent()
@@ -86,7 +88,7 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
 def resume(run: Run, *, display: Display | None = None) -> Run:
     """Go on with an unfinished run where its checkpoint stands; a finished one is given back as it is."""
     with process_group() as group:
-        if group.on_main(lambda: run.finished):
+        if group.on_main(lambda: run.finished):  # without the lock, which a folder that is read-only by now refuses
             return run
         with _held(run, group):
             if group.on_main(lambda: run.finished):  # by another process, just now
@@ -112,7 +114,8 @@ def _held(run: Run, group: Group) -> Iterator[None]:
 
 
 def _load_images(recipe: Recipe, group: Group, run: Run | None = None) -> ImageSet:
-    data = group.on_main(lambda: data_of(recipe, run if run and (run.folder / "facts.json").exists() else None))
+    begun = run is not None and (run.folder / "facts.json").exists()
+    data = group.on_main(lambda: run.facts.normalised(recipe.data) if run is not None and begun else data_of(recipe))
     if group.size > 1:  # the first one alone, so that data which are not there are downloaded once
         group.on_main(lambda: bool(load_images(data, recipe.train.seed)))
     return load_images(data, recipe.train.seed)
@@ -216,6 +219,7 @@ class _Trainer:
             self._check_sanity(module, table, checkpoint, known)
 
     def _check_sanity(self, module: nn.Module, table: str, checkpoint: str, known: bool) -> None:
+        # A thousand images tell a network that guesses from one that knows; where none are held out, those it learnt.
         split = self.val or self.train
         split = split.take(torch.arange(min(1000, len(split))))
         refuse_guessing(f"{table} {checkpoint}", self._top1(module, split, name=table), len(split), self.facts, known)
@@ -245,7 +249,7 @@ class _Trainer:
         self._keep(run, plan.name, last)
 
     def _warn_of_guessing(self, run: Run, display: Display) -> None:
-        last_epoch = read_log(run.log.path)[-1]
+        last_epoch = read_epochs(run.log.path)[-1]
         if warning := teacher_warning(last_epoch, len(self.val), self.facts.classes, self.recipe):
             run.log.append("warning", **warning)
             display.note(f"Warning: {warning['text']}")
@@ -276,7 +280,7 @@ def _device(recipe: TrainRecipe, group: Group) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"train.device = {name!r}, and PyTorch sees no CUDA device here. Write auto or cpu.")
     if device.type == "cuda" and group.size > 1:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # else every process takes memory on GPU 0 too, for a context of its own there
     _check_device(recipe, device, group)
     return device
 

@@ -126,6 +126,7 @@ class _PhaseRun:
         # After a resume the sums hold images of before it, which took none of these seconds.
         seconds, images = time.perf_counter() - began, (sums.images - images_before) * self.group.size
         row |= {"phase": self.phase.name, "epoch": epoch + 1, "lr": rates[-1]}
+        # On rank 0 alone, with the statistics of batch norm that ship: those of the other ranks are dropped.
         row |= self.group.on_main(self._validate)
         row |= {"seconds": seconds, "images_per_s": images / seconds}
         self.group.on_main(lambda: self.run.log.append("epoch", **row))

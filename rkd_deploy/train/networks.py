@@ -201,6 +201,7 @@ def build_residual(
     widths = [_present("student_widths", facts.student_widths)]
     widths += [_present("assistant_widths", facts.assistant_widths)] * recipe.student.assistants
     with seeded(recipe.train.seed, "init/residual"):
+        # One stream of random numbers for all of it: the order of these lines is a part of what a seed means.
         s0 = narrowable(_source_of_s0(recipe, facts), size)
         student, *assistants = [s0.rebuilt(branch, None) for branch in widths]
         if recipe.method.scheme == "progressive":

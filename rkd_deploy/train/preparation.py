@@ -25,15 +25,13 @@ from rkd_deploy.storage import sha256_of
 from rkd_deploy.train.checkpoints import check_readable, load_checkpoint, weights_path
 from rkd_deploy.train.facts import NamedFile, RunFacts, SeparationFacts, SplitSizes, WeightsFacts
 from rkd_deploy.train.networks import Originals, linear_head, needs_teacher_head
-from rkd_deploy.train.runs import Run
 
 
-def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
+def data_of(recipe: Recipe) -> DataRecipe:
     """Table `[data]` with the normalisation filled in, where it is not measured here for the first time.
 
     Args:
         recipe: Says whose normalisation holds.
-        run: A run that has begun: what was measured or read for it stands in its facts, and is not looked for again.
 
     Raises:
         RecipeError: The teacher's normalisation is to hold, and nothing states it.
@@ -41,9 +39,7 @@ def data_of(recipe: Recipe, run: Run | None = None) -> DataRecipe:
         CheckpointError: The teacher's weights are missing or damaged.
     """
     data, pretrained = recipe.data, [table for table in (recipe.teacher, recipe.student) if table.pretrained]
-    if run is not None:
-        mean, std = run.facts.mean, run.facts.std
-    elif data.normalisation == "teacher":
+    if data.normalisation == "teacher":
         mean, std = _teacher_normalisation(recipe)
     elif data.normalisation is None and pretrained:
         mean, std = published_normalisation(pretrained[0].name)

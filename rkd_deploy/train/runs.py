@@ -14,7 +14,6 @@ metrics.json             written last: a run that has it is finished; with the S
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +23,9 @@ from typing import Any, BinaryIO, TypeVar
 from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line
 from rkd_deploy.recipe import Recipe, read_recipe
-from rkd_deploy.storage import sha256_of, storage_error, write_text
+from rkd_deploy.storage import read_text, sha256_of, storage_error, write_text
 from rkd_deploy.train.facts import RunFacts, RunMetrics
+from rkd_deploy.train.log import RunLog
 
 try:
     import fcntl
@@ -35,55 +35,6 @@ except ImportError:  # Windows: nothing holds two processes apart
     _LOCKS = False
 
 _T = TypeVar("_T")
-
-
-class RunLog:
-    """The log of a run, log.jsonl: a JSON object a line, appended while the run trains.
-
-    Args:
-        path: The file; made when it is not there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, event: str, **facts: Any) -> None:
-        """Append one line to the log.
-
-        Raises:
-            StorageError: The disk is full; lines written before are intact.
-        """
-        line = json.dumps({"event": event, **facts}) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(line)
-        except OSError as error:
-            raise storage_error(self.path, error, needed=len(line)) from error
-
-    def size(self) -> int:
-        """Size of the log in bytes."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def rewind(self, size: int) -> None:
-        """Cut the log back to a size in bytes, that of a checkpoint: a resumed run writes the rest again."""
-        if self.size() > size:
-            os.truncate(self.path, size)
-
-    def forget(self, phase: str) -> None:
-        """Drop the lines of a phase from the log's end, and a last line that a kill cut off."""
-        size = 0
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            if not line.endswith(b"\n") or json.loads(line)["phase"] == phase:
-                break
-            size += len(line)
-        self.rewind(size)
-
-
-def read_log(path: Path, event: str = "epoch") -> list[dict[str, Any]]:
-    """Lines of a log about an event, ``"epoch"`` or ``"warning"``, but for a last line that a kill cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["event"] == event]
 
 
 DEFAULT_ROOT = Path("runs")
@@ -163,11 +114,19 @@ class Run:
         if not self.finished or not path.is_file():
             return
         recorded = self.metrics.files.get(path.relative_to(self.folder).as_posix())
-        if recorded is not None and (now := sha256_of(path)) != recorded:
+        if recorded is not None and (now := self._sha256_of(path)) != recorded:
             raise CheckpointError(
                 f"{path} is not the file that this run ended with: its SHA-256 is {now[:12]}.., and metrics.json has "
                 f"{recorded[:12]}... It was damaged or changed. Restore it from a copy, or train again."
             )
+
+    def _sha256_of(self, path: Path) -> str:
+        try:
+            return sha256_of(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} of a finished run cannot be read: {error.strerror}. Restore it from a copy, or train again."
+            ) from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in one of the run's JSON files.
@@ -211,6 +170,7 @@ class RunLock:
             return
         path = self._run.folder / "recipe.toml"
         try:
+            # For writing, though nothing is written: NFS makes of flock a lock that needs it.
             stream = path.open("r+b")
         except OSError as error:
             raise storage_error(path, error) from error
@@ -255,7 +215,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         UsageError: The folder is no run.
     """
-    if not (folder / "recipe.toml").is_file():
+    if not os.path.isfile(folder / "recipe.toml"):
         raise UsageError(
             f"{folder} is no run folder: it holds no recipe.toml. Name a folder that rkd-deploy train made."
         )
@@ -288,8 +248,15 @@ def newest_run(root: Path, *, finished: bool) -> Run:
 def runs_of(root: Path, recipe: Recipe) -> list[Run]:
     """The runs of exactly this recipe, in the order they were begun in."""
     text = recipe.to_toml()
-    runs = [Run(path.parent) for path in root.glob("*/recipe.toml") if path.read_text(encoding="utf-8") == text]
+    runs = [Run(path.parent) for path in root.glob("*/recipe.toml") if _holds(path, text)]
     return sorted(runs, key=_begun)
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return read_text(path) == text
+    except (OSError, UnicodeDecodeError):  # no run of ours
+        return False
 
 
 def _begun(run: Run) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""Loads the weights that T and S0 start from, and refuses those that make no sense on the data."""
+"""Loads the weights that T and S0 start from; refuses those that make no sense on the data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rkd_deploy.models.external import External
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoints import load_checkpoint, read_labels, reorder_classes, weights_path
 from rkd_deploy.train.facts import RunFacts
+from rkd_deploy.train.log import EpochRow
 from rkd_deploy.train.weights import load_weights
 
 
@@ -106,6 +107,7 @@ def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None
         RecipeError: They do.
     """
     for key, value in expected.items():
+        # To three decimals, which is what most who publish weights write down.
         if value is not None and max(abs(a - b) for a, b in zip(value, getattr(facts, key), strict=True)) > 1e-3:
             raise RecipeError(
                 f"{what} expects images normalised with {key} {list(value)}; the data use {list(getattr(facts, key))}. "
@@ -156,7 +158,7 @@ def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known:
     )
 
 
-def teacher_warning(row: Mapping[str, Any], images: int, classes: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+def teacher_warning(row: EpochRow, images: int, classes: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     """The warning of log and terminal about a teacher that was trained here and guesses; empty where it does not.
 
     Args:
@@ -165,13 +167,13 @@ def teacher_warning(row: Mapping[str, Any], images: int, classes: Sequence[str],
         classes: Names of the classes.
         recipe: What the teacher was trained by.
     """
-    top1 = row["val_top1_ema" if recipe.train.ship == "ema" else "val_top1"]
+    top1 = row.val_top1_ema if recipe.train.ship == "ema" else row.val_top1
     if top1 is None or images < _FEW or not near_chance(top1, len(classes)):
         return {}
     chance = 100 / len(classes)
     text = (
         f"The teacher classifies {top1:.1f} % of {images:,} held-out images right, and chance is {chance:.1f} %: what "
         "S and A imitate is no better than noise. Train it for longer or at another rate (--set "
-        f"teacher.epochs={2 * row['epoch']}, teacher.lr), or give one that is trained (--set teacher.checkpoint=FILE)."
+        f"teacher.epochs={2 * row.epoch}, teacher.lr), or give one that is trained (--set teacher.checkpoint=FILE)."
     )
-    return {"phase": row["phase"], "text": text, "val_top1": top1, "chance": chance}
+    return {"phase": row.phase, "text": text, "val_top1": top1, "chance": chance}

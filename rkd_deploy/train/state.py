@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.augment import hard_labels
+from rkd_deploy.decoding import DecodingError, decode
+from rkd_deploy.errors import CheckpointError, command_line
 from rkd_deploy.train.distributed import Group
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.runs import Run
@@ -18,6 +21,27 @@ from rkd_deploy.train.stepping import Average
 from rkd_deploy.train.weights import load_tensors, save_tensors
 
 _NEVER = 2**62  # stands for no step at all, and is later than any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """Header of a checkpoint: where it stands.
+
+    Attributes:
+        phase: Name of the phase.
+        epoch: Epoch to go on with, from 0.
+        batch: Batch of it to go on with, from 0.
+        names: Names of the sums of the epoch in progress.
+        images: How many images they count.
+        log: Size of the log then, in bytes.
+    """
+
+    phase: str
+    epoch: int
+    batch: int
+    names: tuple[str, ...]
+    images: int
+    log: int
 
 
 @dataclass
@@ -132,25 +156,45 @@ def save(
     }
     # For dropout and the like: a loader draws by epoch and batch (`data/batches.py`) and has no state of its own.
     tensors["random"] = torch.get_rng_state()
-    facts = {
-        "phase": phase.name,
-        "epoch": place[0],
-        "batch": place[1],
-        "names": list(sums.names),
-        "images": sums.images,
-        "log": run.log.size(),
-    }
-    save_tensors(run.checkpoint, tensors, facts)
+    facts = CheckpointFacts(
+        phase=phase.name,
+        epoch=place[0],
+        batch=place[1],
+        names=sums.names,
+        images=sums.images,
+        log=run.log.size(),
+    )
+    save_tensors(run.checkpoint, tensors, dataclasses.asdict(facts))
 
 
 def restore(
     phase: Phase, optimizer: torch.optim.Optimizer, average: Average | None, run: Run, group: Group
 ) -> tuple[int, int, EpochSums]:
-    """Take up the checkpoint of a phase, if there is one; returns epoch, batch and sums to go on from."""
+    """Take up the checkpoint of a phase, if there is one; returns epoch, batch and sums to go on from.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or another phase's under this one's name.
+    """
     tensors, facts = group.on_main(lambda: _read(phase.name, run))
     if facts is None:
         _draw_apart(phase, group, (0, 0))
         return 0, 0, EpochSums()
+    try:
+        return _take_up(phase, optimizer, average, group, tensors, facts)
+    except torch.OutOfMemoryError:  # nothing is wrong with the file
+        raise
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:  # tensors of others, or none
+        raise _damaged(run, f"it does not fit phase {phase.name}: {error}") from error
+
+
+def _take_up(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    group: Group,
+    tensors: dict[str, Tensor],
+    facts: CheckpointFacts,
+) -> tuple[int, int, EpochSums]:
     phase.product.load_state_dict(_under("product/", tensors))
     if (auxiliary := phase.method.auxiliary()) is not None:
         auxiliary.load_state_dict(_under("auxiliary/", tensors))
@@ -158,24 +202,42 @@ def restore(
         average.restore(_under("average/", tensors))
     _restore_momenta(optimizer, _under("momentum/", tensors))
     torch.set_rng_state(tensors["random"])
-    place = (facts["epoch"], facts["batch"])
+    place = (facts.epoch, facts.batch)
     _draw_apart(phase, group, place)
     if group.rank > 0 or "sums" not in tensors:  # what all processes saw is counted on by the first one
         return *place, EpochSums()
     device = next(phase.product.parameters()).device
     totals_V = tensors["sums"].to(device)
     correct = tensors["correct"].to(device) if "correct" in tensors else None
-    return *place, EpochSums(tuple(facts["names"]), totals_V, correct, facts["images"])
+    return *place, EpochSums(facts.names, totals_V, correct, facts.images)
 
 
-def _read(name: str, run: Run) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read(name: str, run: Run) -> tuple[dict[str, Tensor], CheckpointFacts | None]:
     """Tensors and facts of the checkpoint of a phase, and the log cut back to it; nothing where the phase is new."""
-    tensors, facts = load_tensors(run.checkpoint) if run.checkpoint.exists() else ({}, {"phase": None})
-    if facts["phase"] != name:
+    tensors, facts = _read_checkpoint(run) if os.path.lexists(run.checkpoint) else ({}, None)
+    if facts is None or facts.phase != name:
         run.log.forget(name)  # killed after its first epoch was logged and before that was saved
         return {}, None
-    run.log.rewind(facts["log"])
+    run.log.rewind(facts.log)
     return tensors, facts
+
+
+def _read_checkpoint(run: Run) -> tuple[dict[str, Tensor], CheckpointFacts]:
+    try:
+        tensors, header = load_tensors(run.checkpoint)
+        facts = decode(CheckpointFacts, header)
+        if min(facts.epoch, facts.batch, facts.images, facts.log) < 0:
+            raise DecodingError("a number in its header is negative")
+    except (CheckpointError, DecodingError) as error:
+        raise _damaged(run, str(error)) from error
+    return tensors, facts
+
+
+def _damaged(run: Run, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run.checkpoint}, the state of the phase in progress, is damaged: {reason} Remove it, and that phase begins "
+        f"anew with: {command_line('train', run.folder, '--resume')}"
+    )
 
 
 def _restore_momenta(optimizer: torch.optim.Optimizer, momenta: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.decoding import DecodingError, decode, parse_object
 from rkd_deploy.errors import CheckpointError
-from rkd_deploy.storage import write_bytes
+from rkd_deploy.storage import open_regular, write_bytes
 from rkd_deploy.train.facts import WeightsFacts
 
 _FACTS = "rkd_deploy"
@@ -26,6 +26,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     Raises:
         StorageError: It could not be written whole; a file that was there before is intact.
     """
+    # Cloned: safetensors stores no strides, and refuses two tensors that share their memory, as tied weights do.
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     write_bytes(path, safetensors.torch.save(plain, {_FACTS: json.dumps(facts, allow_nan=False)}))
 
@@ -37,12 +38,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: Missing or damaged.
     """
     try:
+        open_regular(path).close()  # a named pipe would wait for ever
         with safetensors.safe_open(path, framework="pt") as stream:
             facts = parse_object((stream.metadata() or {}).get(_FACTS, "{}"))
             return {key: stream.get_tensor(key) for key in stream.keys()}, facts  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}): the file is missing or damaged."
+            f"{path} cannot be read as safetensors ({reason}): the file is missing or damaged."
         ) from error
 
 

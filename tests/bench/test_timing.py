@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.timing import MeasurementInterrupted, Workload, measure, measure_workloads
+from rkd_deploy.bench.timing import Limits, MeasurementInterrupted, Workload, measure, measure_workloads
 from rkd_deploy.errors import UsageError
 
 X = np.zeros((4, 1), np.float32)
@@ -77,10 +77,7 @@ def test_models_take_turns_and_the_order_turns_round():
     fast, slow = Scripted(clock, cycle([10]), log), Scripted(clock, cycle([30]), log)
     timings = measure_workloads(
         {"fast": Workload([fast], X), "slow": Workload([slow], X)},
-        min_seconds=0.3,
-        min_runs=1,
-        warmup_seconds=0,
-        warmup_runs=1,
+        Limits(min_seconds=0.3, min_runs=1, warmup_seconds=0, warmup_runs=1),
         clock=clock,
     )
     rounds = []
@@ -103,11 +100,12 @@ def test_drift_hits_interleaved_models_alike():
         def infer(self, x):
             clock.now += int((1 + clock.now / (2_000 * MS)) * MS)  # every machine time doubles within 2 s
 
-    limits = {"min_seconds": 0, "min_runs": 500, "warmup_seconds": 0, "warmup_runs": 0, "clock": clock}
+    limits = {"min_seconds": 0, "min_runs": 500, "warmup_seconds": 0, "warmup_runs": 0}
     models = {name: Drifting(clock, []) for name in "ab"}
-    apart = {name: measure(model, X, **limits).mean for name, model in models.items()}
+    apart = {name: measure(model, X, **limits, clock=clock).mean for name, model in models.items()}
     workloads = {name: Workload([model], X) for name, model in models.items()}
-    together = {name: timing.mean for name, timing in measure_workloads(workloads, **limits).items()}
+    timings = measure_workloads(workloads, Limits(**limits), clock=clock)
+    together = {name: timing.mean for name, timing in timings.items()}
     assert apart["b"] / apart["a"] > 1.2
     assert together["b"] / together["a"] == pytest.approx(1, abs=0.03)
 
@@ -159,10 +157,7 @@ def test_both_ways_of_one_model_are_measured_in_turns():
     backend = Scripted(clock, cycle([10]), log)
     found = measure_workloads(
         {"host": Workload((backend,), X), "device": Workload((backend,), X, transfers=False)},
-        min_seconds=0.2,
-        min_runs=1,
-        warmup_seconds=0,
-        warmup_runs=0,
+        Limits(min_seconds=0.2, min_runs=1, warmup_seconds=0, warmup_runs=0),
         clock=clock,
     )
     assert [timing.transfers for timing in found.values()] == [True, False]
@@ -188,8 +183,8 @@ class Meeting:
 def test_streams_call_at_once_each_on_its_own_model_and_thread():
     barrier = threading.Barrier(3)
     backends = [Meeting(barrier) for _ in range(3)]
-    limits = {"min_seconds": 0, "min_runs": 9, "warmup_seconds": 0, "warmup_runs": 2}
-    found = measure_workloads({"m": Workload(backends, X)}, **limits)["m"]
+    limits = Limits(min_seconds=0, min_runs=9, warmup_seconds=0, warmup_runs=2)
+    found = measure_workloads({"m": Workload(backends, X)}, limits)["m"]
     assert [len(backend.threads) for backend in backends] == [1, 1, 1]
     assert len(set.union(*(backend.threads for backend in backends))) == 3
     assert (found.streams, len(found.samples_ms), found.warmup_runs) == (3, 9, 6)
@@ -203,7 +198,7 @@ def test_a_stream_that_fails_ends_the_measurement():
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        measure_workloads({"m": Workload([Failing(None), Failing(None)], X)}, min_seconds=0, min_runs=1)
+        measure_workloads({"m": Workload([Failing(None), Failing(None)], X)}, Limits(min_seconds=0, min_runs=1))
 
 
 def test_an_interrupt_gives_the_samples_so_far():
@@ -218,7 +213,7 @@ def test_an_interrupt_gives_the_samples_so_far():
     models = {"slow": Interrupted(clock, cycle([10])), "next": Scripted(clock, cycle([10]))}
     workloads = {name: Workload([model], X) for name, model in models.items()}
     with pytest.raises(MeasurementInterrupted) as stop:
-        measure_workloads(workloads, min_seconds=0.3, min_runs=30, warmup_seconds=0, warmup_runs=0, clock=clock)
+        measure_workloads(workloads, Limits(min_seconds=0.3, min_runs=30, warmup_seconds=0, warmup_runs=0), clock=clock)
     slow, other = stop.value.timings["slow"], stop.value.timings["next"]
     # 10 a turn; a call after each change is not counted: 1 + 1 + 10, then B, then 1 + 3, of which the last is cut off.
     assert len(other.samples_ms) == 20

@@ -5,13 +5,11 @@ What else was tried, by benchmarks/runtimes.py, is in docs/runtimes.md.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
+import node_packages
 import numpy as np
 import onnx
 import openvino
@@ -23,26 +21,12 @@ from rkd_deploy.export.bundle import export_bundle
 
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "benchmarks" / "runtimes.mjs"
-NODE_PACKAGES = ("onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0")
 
 
 @pytest.fixture(scope="session")
 def node_folder(absent) -> Path:
     """A folder with the packages for Node.js, installed once by npm."""
-    folder = REPO / ".data" / f"node-{hashlib.sha256(' '.join(NODE_PACKAGES).encode()).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes at once install once
-        if not (folder / ".ready").exists():
-            # Without scripts: the only one would download libraries for GPUs.
-            command = ["npm", "install", "--prefix", folder, "--ignore-scripts", "--no-audit", "--no-fund"]
-            try:
-                subprocess.run([*command, *NODE_PACKAGES], check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                shutil.rmtree(folder / "node_modules", ignore_errors=True)
-                absent(f"no packages for Node.js: {error}: {getattr(error, 'stderr', '')}")
-            (folder / ".ready").touch()
-    return folder
+    return node_packages.install(absent)
 
 
 def reference_evaluator(file, x):

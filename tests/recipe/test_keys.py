@@ -266,7 +266,7 @@ OTHERS = {
     "temperature": 2.0,
     "standardise": True,
     "dkd_alpha": 2.0,
-    "dkd_beta": 2.0,
+    "dkd_beta": 3.0,
     "hint_stage": 1,
     "simkd_factor": 4,
 }

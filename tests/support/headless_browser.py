@@ -35,6 +35,8 @@ class Browser:
             "--disable-background-networking",
             "--no-first-run",
             "--hide-scrollbars",
+            "--use-fake-device-for-media-stream",  # a camera that shows a moving picture,
+            "--use-fake-ui-for-media-stream",  # and may be used without a question
             f"--user-data-dir={folder / 'profile'}",
             *(["--no-sandbox"] if os.geteuid() == 0 else []),  # Chromium refuses root otherwise
         ]
@@ -75,15 +77,15 @@ class Browser:
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def open(self, file: Path, size: tuple[int, int], *, dark: bool) -> None:
-        """Show a file at a size in CSS pixels, as a reader would who prefers dark or light."""
+    def open(self, page: Path | str, size: tuple[int, int], *, dark: bool) -> None:
+        """Show a file or an address at a size in CSS pixels, as a reader would who prefers dark or light."""
         width, height = size
         phone = size == PHONE
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         wish = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[wish])
         self.events.clear()
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
 
@@ -92,6 +94,20 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 30) -> Any:
+        """The value of a JavaScript expression, once it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            page = self.evaluate("document.body.innerText")
+            assert time.monotonic() < end, f"{expression} has not become true in {seconds} s; the page says: {page}"
+            time.sleep(0.05)
+        return value
+
+    def choose_file(self, selector: str, file: Path) -> None:
+        """Give a file to an input of the page, as its dialogue does."""
+        element = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.call("DOM.setFileInputFiles", files=[str(file)], objectId=element["result"]["objectId"])
 
     def complaints(self) -> list[str]:
         """What the console shows since the page was opened: errors, warnings, and anything a script would print."""

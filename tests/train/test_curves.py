@@ -13,7 +13,8 @@ from rkd_deploy.errors import StorageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent, TensorBoard, draw, draw_curves, with_tensorboard
 from rkd_deploy.train.fitting import fit
-from rkd_deploy.train.runs import Run, create_run, read_log
+from rkd_deploy.train.log import read_log
+from rkd_deploy.train.runs import Run, create_run
 
 
 def row(phase: str, epoch: int, **more: Any) -> dict[str, Any]:

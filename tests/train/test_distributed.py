@@ -35,11 +35,12 @@ from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.distributed import ALONE, Group, StopVote, process_group, restarted
+from rkd_deploy.train.log import read_log
 from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import mse
 from rkd_deploy.train.networks import Networks
-from rkd_deploy.train.runs import Run, create_run, read_log
+from rkd_deploy.train.runs import Run, create_run
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.weights import load_tensors
 

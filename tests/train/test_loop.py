@@ -16,10 +16,11 @@ from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train.evaluation import predictions
+from rkd_deploy.train.log import read_log
 from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.methods.baseline import CrossEntropy
-from rkd_deploy.train.runs import Run, create_run, read_log
+from rkd_deploy.train.runs import Run, create_run
 from rkd_deploy.train.state import EpochSums, Phase
 from rkd_deploy.train.stepping import Stepper
 from rkd_deploy.train.weights import load_tensors

@@ -16,7 +16,8 @@ from rkd_deploy.errors import BudgetError, CheckpointError, DataError, RecipeErr
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.runs import Run, read_log
+from rkd_deploy.train.log import read_log
+from rkd_deploy.train.runs import Run
 from rkd_deploy.train.weights import load_tensors, save_tensors
 
 MakeRecipe = Callable[..., Recipe]

@@ -14,7 +14,8 @@ from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.facts import RunFacts, SplitSizes
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.log import EpochRow, read_log
+from rkd_deploy.train.runs import Run, newest_run
 from rkd_deploy.train.starting_weights import near_chance, refuse_guessing, teacher_warning
 
 
@@ -90,7 +91,7 @@ def test_after_a_kill_it_is_said_once(
 
 
 def test_two_held_out_images_prove_nothing(tiny_recipe: Callable[..., Recipe]) -> None:
-    row = {"phase": "teacher", "epoch": 3, "val_top1": 0.0}
+    row = EpochRow(phase="teacher", epoch=3, lr=0.1, val_top1=0.0, seconds=1.0, images_per_s=1.0)
     assert teacher_warning(row, 2, "0123456789", tiny_recipe()) == {}
     assert "--set teacher.epochs=6" in teacher_warning(row, 50, "0123456789", tiny_recipe())["text"]
 

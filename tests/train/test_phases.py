@@ -20,12 +20,13 @@ from rkd_deploy.models.cost import NetworkCost, count
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train import fitting, preparation
+from rkd_deploy.train import evaluation, preparation
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
+from rkd_deploy.train.log import read_log
 from rkd_deploy.train.methods.simkd import ReusedClassifier
 from rkd_deploy.train.networks import load_part
-from rkd_deploy.train.runs import Run, newest_run, read_log
+from rkd_deploy.train.runs import Run, newest_run
 from rkd_deploy.train.weights import load_tensors
 
 MakeRecipe = Callable[..., Recipe]
@@ -54,7 +55,7 @@ def costs_are_remembered() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "separate", functools.cache(separate))
-        patch.setattr(fitting, "count", counted)
+        patch.setattr(evaluation, "count", counted)
         yield
 
 

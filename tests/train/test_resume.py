@@ -18,7 +18,8 @@ from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.display import Silent
 from rkd_deploy.train.fitting import fit, resume
-from rkd_deploy.train.runs import Run, RunLog, newest_run, read_log
+from rkd_deploy.train.log import RunLog, read_log
+from rkd_deploy.train.runs import Run, newest_run
 
 MakeRecipe = Callable[..., Recipe]
 QUICK = ("data.train_limit=40", "data.test_limit=20", "train.batch_size=12")

@@ -10,8 +10,9 @@ import pytest
 
 from rkd_deploy.errors import CheckpointError, ModelFileError, StorageError, UsageError
 from rkd_deploy.recipe import Recipe, TrainRecipe, read_recipe
+from rkd_deploy.train.log import RunLog, read_log
 from rkd_deploy.train.networks import load_part
-from rkd_deploy.train.runs import Run, RunLog, create_run, newest_run, open_run, read_log
+from rkd_deploy.train.runs import Run, create_run, newest_run, open_run
 
 
 def begun(run: Run, seconds: float) -> Run:

@@ -36,6 +36,7 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     Raises:
         UsageError: A layer's channels cannot be removed; the message names the layer.
     """
+    # Torch-Pruning reads the graph of autograd, in which frozen weights have no node.
     network = copy.deepcopy(network).cpu().float().requires_grad_(True)
     with torch.enable_grad():
         graph = ChannelGraph().build_dependency(
@@ -225,6 +226,7 @@ class _Coupling:
         if isinstance(layer, nn.Parameter):
             yield "out", layer.shape[self._graph.module2node[layer].pruning_dim]
         elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
+            # Depthwise: what comes in as a channel goes out as the same one.
             yield "in", layer.in_channels
             yield "out", layer.out_channels
         elif isinstance(layer, nn.Conv2d | nn.Linear):

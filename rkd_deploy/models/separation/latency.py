@@ -165,6 +165,7 @@ class _Search:
 
     def _narrowest(self) -> int:
         """Least number that is of use and has a candidate."""
+        # By halves: where there is no candidate of a fraction, there is none of any smaller one.
         missing, known = int(self._above * STEPS), STEPS
         if missing == STEPS:
             raise BudgetError(f"Nothing wider than {self._above:.2f} of the MACs is left to try.")

@@ -136,6 +136,7 @@ class _CostOfWidths:
         return int(self._output_stays + np.rint(self._output_shares @ np.array(widths)))
 
     def __call__(self, widths: Sequence[int]) -> tuple[int, int]:
+        # Exact: widths are whole units, and rint takes away no more than what the divisions by S0's widths left over.
         sizes = self._stays + np.rint(self._shares @ np.array(widths)).astype(np.int64)
         numel = self._rest * sizes[self._first] * sizes[self._second]
         return int(numel @ self._used_at), int(numel.sum())
@@ -163,7 +164,7 @@ def _describe(module: nn.Module) -> None:
     """Set the channel counts of a layer to those of its tensors."""
     if isinstance(module, nn.Conv2d):
         size_out, size_in = module.weight.shape[:2]
-        if module.groups > 1:
+        if module.groups > 1:  # groups go whole: their size stays, and their number shrinks
             module.groups = size_out * module.groups // module.out_channels
         module.in_channels, module.out_channels = size_in * module.groups, size_out
     elif isinstance(module, nn.Linear):
@@ -280,6 +281,7 @@ class Pruned(Staged):
 
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
         """A network of the same layers with other numbers of channels and fresh weights."""
+        # A copy, because at full widths the backbone is the origin itself, whose weights must stay as they are.
         network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes))
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

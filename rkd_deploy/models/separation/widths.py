@@ -88,6 +88,7 @@ class CostModel:
                 maps = self._network.rebuilt(widths, None).eval().features(torch.empty(1, 3, *self._size))
             shapes = [(f.shape[1], f.shape[2], f.shape[3]) for f in maps]
             return adapter_cost(shapes, self._stage_channels, self._unit)
+        # Batch norm has parameters while P learns and is folded at export: it costs no MACs.
         weights = self._counted(widths, None)[1] * self._channels
         return weights * self._positions if self._unit == "macs" else weights + 2 * self._channels  # U, g and beta
 
@@ -144,7 +145,9 @@ def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: in
 
     if cost(scaled(0)) > limit:
         return None
-    low, high = 0, 1025  # multipliers in 1/1024: low fits, high does not (or is above 1)
+    # Multipliers in 1/1024, in whole numbers, so that a budget gives the same widths on every machine. low fits, high
+    # does not (or is above 1).
+    low, high = 0, 1025
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(scaled(middle)) <= limit else (low, middle)
@@ -152,6 +155,7 @@ def widest(cost: Callable[[Widths], int], full: Widths, limit: int, round_to: in
     while True:
         before, growing = widths, set(range(len(full)))
         while growing:
+            # The relatively narrowest first: widths stay close to the proportions of S0, which its authors found good.
             index = min(growing, key=lambda i: (widths[i] / full[i], i))
             width = min(full[index], widths[index] + steps[index])
             wider = (*widths[:index], width, *widths[index + 1 :])
@@ -222,6 +226,7 @@ class WidthBudget:
             BudgetError: Even the narrowest S and A cost more.
         """
         assistant = self._assistant(limit, self.full)
+        # What the steps leave over of A's share goes to S, of whose larger widths a step is a smaller part.
         rest = limit - self.assistants * self.costs.branch(assistant)
         student = widest(self.costs.student, self.full, rest, self.steps)
         if student is None:

@@ -6,7 +6,7 @@ Field names and their meaning: model_config.proto of triton-inference-server/com
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.serve.triton.signature import Batching, Signature, Tensor
@@ -62,6 +62,69 @@ def config_text(name: str, signature: Signature, serving: Serving, batching: Bat
     parts += ["\n# Before a version answers, it has run each of these once.\n"]
     parts += [_warmup(signature.input, size) for size in sorted({1, *batching.preferred})]
     return "".join(parts)
+
+
+_PIXELS = """name: {name}
+backend: "python"
+max_batch_size: {most}
+
+input [
+  {{
+    name: "images"
+    data_type: TYPE_STRING
+    dims: [ 1 ]
+  }}
+]
+output [
+  {{
+    name: "pixels"
+    data_type: {type}
+    dims: [ {dims} ]
+  }}
+]
+"""
+
+
+def pixels_text(name: str, prepared: Tensor, most: int) -> str:
+    """The text of config.pbtxt of the model that prepares encoded images.
+
+    Args:
+        name: Of that model.
+        prepared: What it gives: the input of the model behind it.
+        most: Largest batch of that.
+    """
+    return _PIXELS.format(name=_quoted(name), most=most, type=prepared.type, dims=_dims(prepared.dims))
+
+
+def ensemble_text(name: str, pixels: str, model: str, signature: Signature, most: int) -> str:
+    """The text of config.pbtxt of the ensemble that takes encoded images.
+
+    Args:
+        name: Of the ensemble.
+        pixels: Name of the model that prepares them.
+        model: Name of the model that answers.
+        signature: Of that.
+        most: Largest batch of that.
+    """
+    images = Tensor(signature.input.name, "TYPE_STRING", (1,))  # the same name: a client changes the model's alone
+    outputs = (_tensor("output", output, signature.labelled(output)) for output in signature.outputs)
+    steps = (
+        (pixels, {"images": images.name}, {"pixels": "pixels"}),
+        (model, {images.name: "pixels"}, {output.name: output.name for output in signature.outputs}),
+    )
+    lines = [line for step in steps for line in _step(*step)]
+    scheduling = _block("ensemble_scheduling {", (f"  {line}" for line in lines), "}")
+    head = f'name: {_quoted(name)}\nplatform: "ensemble"\nmax_batch_size: {most}\n\n'
+    return "".join((head, _tensor("input", images), *outputs, "\n", scheduling))
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> list[str]:
+    maps = [
+        f"  {field} {{ key: {_quoted(key)}, value: {_quoted(value)} }}"
+        for field, pairs in (("input_map", inputs), ("output_map", outputs))
+        for key, value in pairs.items()
+    ]
+    return ["step {", f"  model_name: {_quoted(model)}", "  model_version: -1", *maps, "}"]
 
 
 def _tensor(field: str, tensor: Tensor, labelled: bool = False) -> str:

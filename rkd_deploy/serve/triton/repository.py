@@ -7,6 +7,8 @@
         labels.txt       one class name a line
         1/               model.onnx; or model.plan and its record; or model.onnx and model.py
         2/               the next export of the same name
+      NAME-pixels/       prepares encoded images for it, with versions of the same numbers
+      NAME-images/       the ensemble of both: encoded images in, logits out
 
 A version is never overwritten and appears whole or not at all, so that a server which polls the repository can be given
 the next one while it answers.
@@ -18,6 +20,7 @@ import difflib
 import json
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +28,10 @@ from rkd_deploy.backends.files import check_files
 from rkd_deploy.backends.tensorrt.build import OnnxSource, read_source
 from rkd_deploy.errors import StorageError, UsageError
 from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
+from rkd_deploy.serve.triton.ensemble import configurations, ensemble_files, names, pixels_files
 from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.serve.triton.signature import Plan, Signature, choose_batching, read_plan, read_signature
-from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
+from rkd_deploy.storage import new_folder, write_bytes, write_text
 
 RUNTIME = "kserve-tritonserver"
 """The cluster serving runtime that KServe brings for Triton."""
@@ -128,23 +132,28 @@ def export_triton(path: str | os.PathLike[str], repository: Path, serving: Servi
     plan = read_plan(source, signature, serving) if serving.backend == "tensorrt" else None
     name = serving.name or signature.name
     folder = repository / name
+    batching = choose_batching(serving, plan)
     texts = {
-        folder / CONFIG_NAME: config_text(name, signature, serving, choose_batching(serving, plan)),
+        folder / CONFIG_NAME: config_text(name, signature, serving, batching),
         repository / file_name(name): inference_service(name, serving),
     }
+    if source.card is not None:  # without one, nothing is known of what is done to images
+        texts |= {
+            repository / each / CONFIG_NAME: text for each, text in configurations(name, signature, batching).items()
+        }
     version = _next_version(folder, interface(name, serving.backend, signature), signature)
     unchanged = _unchanged(texts, serving)
-    if version == 1:
-        with new_folder(folder) as temporary:
-            write_text(temporary / CONFIG_NAME, texts.pop(folder / CONFIG_NAME))
-            if signature.labels:
-                write_text(temporary / LABELS_NAME, _labels(signature))
-            _write_version(temporary / "1", source, plan, serving)
-            _write_texts(texts, unchanged)
-    else:
-        with new_folder(folder / str(version)) as temporary:
-            _write_version(temporary, source, plan, serving)
-            _write_texts(texts, unchanged)
+    with ExitStack() as opened:
+        # What is entered last appears first: the ensemble after its parts, for a server that polls the repository.
+        if source.card is not None:
+            pixels, ensemble = names(name)
+            if not (repository / ensemble).exists():
+                _write_model(opened, repository / ensemble, 1, texts, _labels(signature), ensemble_files())
+            _write_model(opened, repository / pixels, version, texts, "", pixels_files(source.card))
+        _write_model(opened, folder, version, texts, _labels(signature), _version_files(source, plan, serving))
+        for path, text in texts.items():
+            if path not in unchanged:
+                write_text(path, text)
     return Written(repository, name, version, repository / file_name(name), unchanged)
 
 
@@ -205,21 +214,32 @@ def _unchanged(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
     return tuple(differing) if serving.config == "keep" else ()
 
 
-def _write_version(folder: Path, source: OnnxSource, plan: Plan | None, serving: Serving) -> None:
+def _version_files(source: OnnxSource, plan: Plan | None, serving: Serving) -> dict[str, bytes]:
+    """The files of a version, by their names in its folder."""
     if plan is None:
-        write_bytes(folder / "model.onnx", source.content)
+        files = {"model.onnx": source.content}
     else:
-        write_bytes(folder / "model.plan", plan.content)
+        files = {"model.plan": plan.content}
         if plan.record is not None:
-            write_json(folder / "model.plan.json", plan.record.to_dict())
-    if serving.backend == "python":
-        write_bytes(folder / "model.py", MODEL_CODE.read_bytes())
+            files["model.plan.json"] = (json.dumps(plan.record.to_dict(), indent=2, allow_nan=False) + "\n").encode()
+    return {**files, "model.py": MODEL_CODE.read_bytes()} if serving.backend == "python" else files
 
 
-def _write_texts(texts: dict[Path, str], unchanged: tuple[Path, ...]) -> None:
-    for path, text in texts.items():
-        if path not in unchanged:
-            write_text(path, text)
+def _write_model(
+    opened: ExitStack, folder: Path, version: int, texts: dict[Path, str], labels: str, files: dict[str, bytes]
+) -> None:
+    """Write a version, and the model around it where there is none; it appears when `opened` is left.
+
+    The texts that stand in a new model's folder are taken out of `texts`.
+    """
+    whole = not folder.exists()
+    temporary = opened.enter_context(new_folder(folder if whole else folder / str(version)))
+    if whole:
+        write_text(temporary / CONFIG_NAME, texts.pop(folder / CONFIG_NAME))
+        if labels:
+            write_text(temporary / LABELS_NAME, labels)
+    for name, content in files.items():
+        write_bytes((temporary / str(version) if whole else temporary) / name, content)
 
 
 def _labels(signature: Signature) -> str:

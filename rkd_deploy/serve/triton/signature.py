@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_
 from rkd_deploy.backends.tensorrt.settings import Profile
 from rkd_deploy.errors import ModelFileError, UsageError, command_line, require
 from rkd_deploy.serve.triton.settings import Serving
+from rkd_deploy.text import slug
 
 _TYPES: dict[str, str] = {
     "FLOAT": "TYPE_FP32",
@@ -63,7 +63,7 @@ def read_signature(source: OnnxSource) -> Signature:
     if any("\n" in label or "\r" in label for label in labels):
         raise ModelFileError(f"A label of {source.file} holds a line break, and labels.txt is one label a line.")
     return Signature(
-        name=_slug(source.file.stem if card is None else card.name),
+        name=slug(source.file.stem if card is None else card.name),
         input=_tensor(source, images),
         outputs=tuple(_tensor(source, value) for value in graph.output),
         labels=labels,
@@ -92,11 +92,6 @@ def _tensor(source: OnnxSource, value: Any) -> Tensor:
             "different requests fit together. Export the model for one image size."
         )
     return Tensor(value.name, _TYPES[kind], dims)
-
-
-def _slug(text: str) -> str:
-    """A text as a model's name: "digits S + A" -> "digits-s-a"."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100] or "model"
 
 
 LARGEST = 32

@@ -1,4 +1,4 @@
-"""KD, knowledge distillation (Hinton et al. 2015, arXiv 1503.02531), and logit standardisation.
+"""KD: knowledge distillation (Hinton et al. 2015, arXiv 1503.02531), standardised or not.
 
     p = softmax(z / tau)
     L = tau^2 KL(p_T || p_S), mean over the batch

@@ -145,6 +145,7 @@ class StudentStep(Method):
         base: WeightedLoss | None = None,
     ) -> None:
         super().__init__()
+        # Everything trains before it is frozen: an earlier phase may have frozen what this one trains.
         self.teacher, self.model, self.base = teacher, model.requires_grad_(True), base
         self.distance, self.weight, self.stage_weight = distance, weight, stage_weight
         others = [module for branch in range(1, len(model.branches())) for module in model.parts(branch)]

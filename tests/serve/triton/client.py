@@ -3,17 +3,22 @@
 client.py config FILE                               parse a config.pbtxt with Triton's own protobuf definition
 client.py ask ADDRESS MODEL VERSION X.npy Y.npz     logits and labelled top 3 of one request, by gRPC
 client.py ask_http ADDRESS MODEL VERSION X.npy Y.npz    the same by HTTP
+client.py everything ADDRESS MODEL PHOTO X.npy  all that the http client can ask our own server, and the asyncio client
+client.py photo ADDRESS MODEL PHOTO             a photo's logits, by HTTP, its bytes as the input
 client.py crowd ADDRESS MODEL X.npy Y.npz           every image a request of its own, all at once
 client.py follow ADDRESS MODEL VERSION X.npy Y.npz  ask on and on until VERSION is ready and answers
 """
 
+import asyncio
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
+import tritonclient.http.aio as aio
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -61,6 +66,52 @@ def ask(address, model, version, x_file, y_file, api=grpc):
 
 def ask_http(*arguments):
     return ask(*arguments, api=http)
+
+
+def images(photo, shape, api=http):
+    tensor = api.InferInput("input", shape, "BYTES")
+    tensor.set_data_from_numpy(np.array([Path(photo).read_bytes()] * shape[0], object).reshape(shape))
+    return [tensor]
+
+
+def photo(address, model, photo):
+    client = connect(address, model, api=http)
+    return client.infer(model, images(photo, [1, 1])).as_numpy("logits")[0].tolist()
+
+
+def everything(address, model, photo, x_file):
+    client, x = connect(address, model, api=http), np.load(x_file)
+    told = {
+        "live": client.is_server_live(),
+        "ready": [client.is_server_ready(), client.is_model_ready(model, "1"), client.is_model_ready("other")],
+        "server": client.get_server_metadata()["name"],
+        "model": client.get_model_metadata(model)["name"],
+        "photo": client.infer(model, images(photo, [2])).as_numpy("logits").tolist(),
+    }
+    plain = http.InferInput("input", list(x.shape), "UINT8")
+    plain.set_data_from_numpy(x, binary_data=False)
+    for name, tensors, binary in (("binary", inputs(x, http), True), ("json", [plain], False)):
+        wanted = [http.InferRequestedOutput("logits", binary_data=binary)]
+        told[name] = client.infer(model, tensors, outputs=wanted).as_numpy("logits").tolist()
+    told["usual outputs"] = client.infer(model, inputs(x, http)).as_numpy("probabilities").sum(axis=1).tolist()
+    told["top3"] = [[text.decode() for text in row] for row in logits(client, model, x, "1", 3, http)]
+    told["many"] = [
+        request.get_result().as_numpy("logits").tolist()
+        for request in [client.async_infer(model, inputs(x, http)) for _ in range(4)]
+    ]
+    try:
+        client.infer(model, inputs(x[:, :1], http))
+    except http.InferenceServerException as error:
+        told["refusal"] = str(error)
+    told["asyncio"] = asyncio.run(ask_asyncio(address, model, x))
+    return told
+
+
+async def ask_asyncio(address, model, x):
+    async with aio.InferenceServerClient(address) as client:
+        assert await client.is_model_ready(model)
+        answers = await asyncio.gather(*(client.infer(model, inputs(x, aio)) for _ in range(4)))
+        return [answer.as_numpy("logits").tolist() for answer in answers]
 
 
 def counts(client, model):

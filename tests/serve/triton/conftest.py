@@ -32,7 +32,13 @@ from rkd_deploy.models.residual import ResidualStudent
 REPO = Path(__file__).parents[3]
 UV = shutil.which("uv") or "uv"
 CLIENT = Path(__file__).with_name("client.py")
-PACKAGES = ("numpy==1.26.4", "onnxruntime==1.32.0", "tritonclient[grpc,http]==2.73.0", "protobuf==6.33.6")
+PACKAGES = (
+    "numpy==1.26.4",
+    "pillow==13.0.0",
+    "onnxruntime==1.32.0",
+    "tritonclient[grpc,http]==2.73.0",
+    "protobuf==6.33.6",
+)
 SERVER = "nvidia-pytriton==0.7.0"  # Triton 2.51, with the python backend and no other
 
 

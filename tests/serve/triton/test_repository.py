@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
 import yaml
@@ -17,12 +19,29 @@ from onnx import TensorProto, helper
 from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
+from rkd_deploy.images import to_array
 from rkd_deploy.serve.triton import repository as repository_module
 from rkd_deploy.serve.triton.repository import export_triton, inference_service, service_name
 from rkd_deploy.serve.triton.settings import Instances, Serving
 
 NAME = "tiny-s-a"
+# An editable install puts the package on the path, or finds it by a finder of its own.
+HIDING = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+import pathlib
+sys.path[:] = [place for place in sys.path if not (pathlib.Path(place) / "rkd_deploy/cli.py").exists()]
+"""
 LABELS = "ant\nbee\ncat\ndog\nelk\n"
+
+
+MODULES = ("__init__", "card", "decoding", "errors", "fields", "image_folders", "images", "storage")
+
+
+def pixels(version):
+    """The files of a version that prepares images."""
+    modules = (f"{version}/rkd_deploy/{module}.py" for module in MODULES)
+    return {f"{version}/model.py", f"{version}/model.json", *modules}
 
 
 def files(folder):
@@ -55,6 +74,8 @@ def test_a_new_model(bundles, tmp_path):
     assert set(found) == {
         f"{NAME}.kserve.yaml",
         *(f"{NAME}/{file}" for file in ("config.pbtxt", "labels.txt", "1/model.onnx")),
+        *(f"{NAME}-pixels/{file}" for file in ("config.pbtxt", *pixels(1))),
+        *(f"{NAME}-images/{file}" for file in ("config.pbtxt", "labels.txt", "1/keep.txt")),
     }
     assert found[f"{NAME}/1/model.onnx"] == (bundles[0] / "model.onnx").read_bytes()
     assert found[f"{NAME}/labels.txt"].decode() == LABELS
@@ -66,7 +87,7 @@ def test_the_next_version_stands_beside_the_old_one(bundles, tmp_path):
     assert export_triton(bundles[1], tmp_path).version == 2
     after = files(tmp_path)
     assert {path: after[path] for path in before} == before
-    assert set(after) - set(before) == {f"{NAME}/2/model.onnx"}
+    assert set(after) - set(before) == {f"{NAME}/2/model.onnx", *(f"{NAME}-pixels/{file}" for file in pixels(2))}
     shutil.rmtree(tmp_path / NAME / "1")  # retired by hand: its number is not given again
     assert export_triton(bundles[0], tmp_path).version == 3
 
@@ -124,7 +145,9 @@ def test_nothing_is_left_where_writing_fails(bundles, tmp_path, monkeypatch, ver
     with pytest.raises(StorageError, match="no space left"):
         export_triton(bundles[1], tmp_path)
     assert files(tmp_path) == before
-    assert {path.name for path in tmp_path.iterdir()} == ({NAME, f"{NAME}.kserve.yaml"} if version == 2 else set())
+    assert {path.name for path in tmp_path.iterdir()} == (
+        {NAME, f"{NAME}-pixels", f"{NAME}-images", f"{NAME}.kserve.yaml"} if version == 2 else set()
+    )
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -232,6 +255,7 @@ def test_a_file_of_others_has_no_labels(tmp_path):
     written = export_triton(save(tmp_path / "Foo_v2.onnx", [["n", 3]]), tmp_path / "models")
     assert written.name == "foo-v2"
     assert not (written.repository / "foo-v2/labels.txt").exists()
+    assert not (written.repository / "foo-v2-images").exists()  # nothing is known of what is done to images
     assert "label_filename" not in (written.repository / "foo-v2/config.pbtxt").read_text()
 
 
@@ -338,6 +362,70 @@ def test_the_configuration_is_triton_s(triton, with_plan, tmp_path, backend):
     if on_cpu:
         wanted["parameters"] = {"intra_op_thread_count": {"string_value": "2"}}
     assert found == wanted
+
+
+@pytest.mark.slow
+def test_the_ensemble_is_triton_s(triton, bundles, tmp_path):
+    export_triton(bundles[0], tmp_path, Serving(max_batch=16))
+    found = json.loads(triton.client("config", tmp_path / f"{NAME}-images/config.pbtxt"))
+    assert found == {
+        "name": f"{NAME}-images",
+        "platform": "ensemble",
+        "max_batch_size": 16,
+        "input": [{"name": "input", "data_type": "TYPE_STRING", "dims": ["1"]}],
+        "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["5"], "label_filename": "labels.txt"}],
+        "ensemble_scheduling": {
+            "step": [
+                {
+                    "model_name": f"{NAME}-pixels",
+                    "model_version": "-1",
+                    "input_map": {"images": "input"},
+                    "output_map": {"pixels": "pixels"},
+                },
+                {
+                    "model_name": NAME,
+                    "model_version": "-1",
+                    "input_map": {"input": "pixels"},
+                    "output_map": {"logits": "logits"},
+                },
+            ]
+        },
+    }
+    found = json.loads(triton.client("config", tmp_path / f"{NAME}-pixels/config.pbtxt"))
+    assert found["backend"] == "python"
+    assert found["output"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}]
+
+
+def test_what_prepares_images_needs_nothing_but_its_own_folder(bundles, tmp_path):
+    """Its code in a Python that has no rkd_deploy: the pixels are those of `images.to_array`."""
+    export_triton(bundles[0], tmp_path / "models")
+    photo = bundles[0] / "golden/photo.jpg"
+    script = """
+import sys, types
+class Tensor:
+    def __init__(self, name, array): self.name, self.array = name, array
+    def as_numpy(self): return self.array
+stub = types.ModuleType("triton_python_backend_utils")
+stub.Tensor, stub.TritonError = Tensor, str
+stub.InferenceResponse = lambda tensors=None, error=None: (tensors, error)
+stub.get_input_tensor_by_name = lambda request, name: request[name]
+sys.modules["triton_python_backend_utils"] = stub
+import importlib.util, numpy as np
+assert importlib.util.find_spec("rkd_deploy") is None
+spec = importlib.util.spec_from_file_location("model", sys.argv[1] + "/model.py")
+module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+model = module.TritonPythonModel(); model.initialize({})
+photo = open(sys.argv[2], "rb").read()
+good, bad = model.execute([{"images": Tensor("images", np.array([[image]], object))} for image in (photo, b"none")])
+assert "Image 0 cannot be read as an image" in bad[1], bad
+np.save(sys.argv[3], good[0][0].array)
+"""
+    places = [tmp_path / f"models/{NAME}-pixels/1", photo, tmp_path / "pixels.npy"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", HIDING + script, *places]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    rule = read_source(bundles[0]).card.preprocess
+    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy"), to_array(photo, rule)[None])
 
 
 @pytest.mark.slow

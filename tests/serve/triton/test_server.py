@@ -41,6 +41,14 @@ def test_golden_logits_labels_batching_and_the_next_version(triton, bundles, gol
                 assert [entry.split(":")[1:] for entry in row] == [[str(k), LABELS[k]] for k in best]
                 np.testing.assert_allclose([float(entry.split(":")[0]) for entry in row], logits[best], atol=1e-4)
 
+        photo = bundles[0] / "golden/photo.jpg"
+        answer = json.loads(triton.client("photo", server.http, f"{NAME}-images", photo))
+        expected = json.loads(photo.with_suffix(".json").read_text())
+        np.testing.assert_allclose(answer, expected["logits"], atol=expected["tolerance"])
+        x.write_bytes(b"no image")
+        with pytest.raises(AssertionError, match="cannot be read as an image"):
+            triton.client("photo", server.http, f"{NAME}-images", x)
+
         np.save(x, np.concatenate([golden[0]["inputs"]] * 4))
         ran = json.loads(triton.client("crowd", server.grpc, NAME, x, y))
         for part in np.split(np.load(y)["logits"], 4):  # each request got its own image's logits back

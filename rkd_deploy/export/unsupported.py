@@ -1,108 +1,16 @@
-"""Runs PyTorch's ONNX exporter without its detours, and says what it cannot convert.
-
-The file is the same, in half of the time for small networks.
-"""
+"""Says what in a network PyTorch's ONNX exporter cannot convert, and where it stands."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rkd_deploy.errors import ExportError
-
-
-@contextmanager
-def fast_exporter(graph: nn.Module, x: Tensor) -> Iterator[None]:
-    """Let torch.onnx.export convert a graph inside the block without its messages and without doing work twice.
-
-    Args:
-        graph: In eval mode.
-        x: The example of its input, of which type and shape count.
-    """
-    with _quiet(), _out_of_place(graph, _random(x)), _operators_read_once():
-        yield
-
-
-@contextmanager
-def _out_of_place(graph: nn.Module, x: Tensor) -> Iterator[None]:
-    """Let activations leave their input alone where nobody reads it afterwards: each that overwrites it costs 0.1 s."""
-    overwriting: list[Any] = [module for module in graph.modules() if getattr(module, "inplace", False) is True]
-    try:
-        with torch.no_grad():
-            overwritten = graph(x) if overwriting else None
-            for module in overwriting:
-                module.inplace = False
-            if overwriting and not _same(overwritten, graph(x)):  # a shortcut, say, that means what was overwritten
-                for module in overwriting:
-                    module.inplace = True
-        yield
-    finally:
-        for module in overwriting:
-            module.inplace = True
-
-
-def _random(x: Tensor) -> Tensor:
-    """An input like x whose values reach both sides of an activation."""
-    generator = torch.Generator().manual_seed(0)
-    if x.dtype.is_floating_point:
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    return torch.randint(256, x.shape, generator=generator, dtype=x.dtype)
-
-
-def _same(left: Any, right: Any) -> bool:
-    pairs = zip(left, right, strict=True) if isinstance(left, tuple) else [(left, right)]
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-@contextmanager
-def _operators_read_once() -> Iterator[None]:
-    """Keep the exporter's table of operators: it would parse 500 functions from their source for every file, in 1 s.
-
-    These names are torch's own business. Where another version has others, it takes its second.
-    """
-    try:
-        from torch.onnx._internal.exporter import _registration
-
-        registration: Any = _registration
-        library = registration.onnxscript_apis
-        original = library.get_torchlib_ops
-    except (ImportError, AttributeError):
-        yield
-        return
-    library.get_torchlib_ops = functools.partial(_read_once, original)
-    try:
-        yield
-    finally:
-        library.get_torchlib_ops = original
-
-
-@functools.cache
-def _read_once(read: Any) -> Any:
-    return read()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own progress and deprecation notes away from people who can do nothing about them."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def unsupported(network: nn.Module, capture: Callable[[], torch.export.ExportedProgram]) -> ExportError:
@@ -132,7 +40,7 @@ def unsupported(network: nn.Module, capture: Callable[[], torch.export.ExportedP
     return ExportError("The network can be exported before it is fused, and not after: name another level with --fuse.")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _entered(network: nn.Module) -> Iterator[list[str]]:
     """Follow a forward pass: yields the paths of the modules that it is inside of, the deepest last."""
     path: list[str] = []

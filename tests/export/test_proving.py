@@ -15,7 +15,7 @@ from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import DataError, ModelFileError
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.golden_photo import draw_photo
+from rkd_deploy.export.proving import draw_photo
 
 
 def rule(size, **options):

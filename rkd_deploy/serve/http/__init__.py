@@ -1,0 +1,1 @@
+"""Answers over HTTP with an exported model, also by the Open Inference Protocol."""

@@ -1,0 +1,259 @@
+"""Answers requests as an ASGI application: addresses, limits, errors, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rkd_deploy.errors import DataError, RkdError, UsageError
+from rkd_deploy.serve.classifier import Classifier, load
+from rkd_deploy.serve.http.metrics import Metrics, SharedCounts
+from rkd_deploy.serve.http.model import Reply, ServedModel
+from rkd_deploy.serve.http.openapi import describe
+from rkd_deploy.serve.http.protocol import EXTENSIONS, HEADER_LENGTH, VERSION
+from rkd_deploy.serve.http.settings import Limits
+
+PAGE = Path(__file__).with_name("page")
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; frame-ancestors 'none'"
+RETRY_AFTER = "1"
+
+
+def create_app(
+    model: str | os.PathLike[str],
+    limits: Limits | None = None,
+    *,
+    backend: str = "onnxruntime",
+    device: str | None = None,
+    threads: int | None = None,
+    counts: SharedCounts | None = None,
+) -> Starlette:
+    """Load a model, and give the application that answers with it.
+
+    The model is loaded here, once for each process, so that a server that listens is ready.
+
+    Args:
+        model: Bundle folder, or an ONNX file with a card.
+        limits: What a request may cost.
+        backend: As for `load_backend`.
+        device: As for `load_backend`.
+        threads: Threads inside one operator on a CPU; None leaves it to the runtime.
+        counts: Memory of the metrics that several workers share.
+
+    Raises:
+        RkdError: As `rkd_deploy.load` raises them.
+    """
+    limits = limits or Limits()
+    classifier = load(model, backend=backend, device=device, threads=threads, max_batch=limits.batch)
+    return _Application(classifier, limits, (counts or SharedCounts()).claim()).asgi()
+
+
+class _Application:
+    """The handlers of one process, and what they share."""
+
+    def __init__(self, classifier: Classifier, limits: Limits, metrics: Metrics) -> None:
+        self._model, self._limits, self._metrics = ServedModel(classifier, limits), limits, metrics
+        self._card = json.loads(classifier.card.to_json())
+        # Decoders and runtimes leave the interpreter's lock: as many requests run at once as there are cores, and the
+        # others wait in the pool, of which `limits.requests` is the bound.
+        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="model")
+        self._running = 0
+        self._model.warm_up()
+        interface = self._model.interface
+        self._documents: dict[str, Any] = {
+            "/v2": {"name": "rkd-deploy", "version": _version(), "extensions": list(EXTENSIONS)},
+            "/v2/health/live": {"live": True},
+            "/v2/health/ready": {"ready": True},
+            "/openapi.json": describe(interface, limits, _version()),
+            "/card.json": self._card,
+        }
+        for name in (f"/v2/models/{interface.model}", f"/v2/models/{interface.model}/versions/{VERSION}"):
+            self._documents |= {name: interface.metadata(), f"{name}/ready": {"name": interface.model, "ready": True}}
+
+    def asgi(self) -> Starlette:
+        """The addresses, with what becomes of errors."""
+        name = self._model.interface.model
+        documents = [Route(path, partial(self._document, path), methods=["GET"]) for path in self._documents]
+        infer = [
+            Route(f"/v2/models/{name}{version}/infer", self._infer, methods=["POST"])
+            for version in ("", f"/versions/{VERSION}")
+        ]
+        pages = [Route(path, partial(_page, *file), methods=["GET"]) for path, file in _page_files().items()]
+        app = Starlette(
+            middleware=[Middleware(_Counting, metrics=self._metrics)],
+            routes=[
+                Route("/v1/classify", self._classify, methods=["POST"]),
+                Route("/metrics", self._show_metrics, methods=["GET"]),
+                *documents,
+                *infer,
+                *pages,
+            ],
+            exception_handlers={HTTPException: _http_error, RkdError: _refusal, Exception: _failure},
+            lifespan=self._lifespan,
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._threads.shutdown()
+        self._model.classifier.close()
+
+    async def _document(self, path: str, request: Request) -> Response:
+        return _json(self._documents[path])
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _classify(self, request: Request) -> Response:
+        text = request.query_params.get("top", "5")
+        if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
+            raise UsageError(f"top is {text[:20]!r}; it must be how many classes, from 1.")
+        return await self._run(request, lambda body: self._model.classify(body, int(text)))
+
+    async def _infer(self, request: Request) -> Response:
+        header_length = request.headers.get(HEADER_LENGTH)
+        return await self._run(request, lambda body: self._model.infer(body, header_length))
+
+    async def _run(self, request: Request, work: Callable[[bytes], Reply]) -> Response:
+        """Read the body and let a thread work on it; a place is taken before a byte is read."""
+        if self._running >= self._limits.requests:
+            raise _overloaded(f"All {self._limits.requests} places for requests are taken")
+        self._running += 1
+        task: asyncio.Future[Reply] | None = None
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                body = await self._body(request)
+                task = asyncio.get_running_loop().run_in_executor(self._threads, work, body)
+                # A thread cannot be stopped: its place is free when it has ended, not when its client gives up.
+                reply = await asyncio.shield(task)
+        except TimeoutError as error:
+            if task is None:
+                late = f"The request was not here after {self._limits.seconds:g} s."
+                raise HTTPException(408, late, {"connection": "close"}) from error
+            raise _overloaded(f"There was no answer after {self._limits.seconds:g} s") from error
+        finally:
+            if task is None or task.done():
+                self._leave(task)
+            else:
+                task.add_done_callback(self._leave)
+        for name, seconds in reply.seconds.items():
+            self._metrics.observe(name, seconds)
+        if isinstance(reply.body, dict):
+            return _json(reply.body, headers=reply.headers)
+        return Response(reply.body, headers=reply.headers)
+
+    def _leave(self, task: asyncio.Future[Reply] | None) -> None:
+        self._running -= 1
+        if task is not None and not task.cancelled():
+            task.exception()  # of a request that nobody waits for any more
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body, no byte more than the limit.
+
+        Raises:
+            HTTPException: 413, it is too large; 415, it is compressed.
+        """
+        limit = self._limits.body
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "Compressed requests are not taken: send the body as it is.")
+        with suppress(ValueError):
+            if int(request.headers.get("content-length", "0")) > limit:
+                raise HTTPException(413, f"The body is larger than {limit:,} bytes. Send less, or raise --max-body.")
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise HTTPException(413, f"The body is larger than {limit:,} bytes. Send less, or raise --max-body.")
+            parts.append(part)
+        return b"".join(parts)
+
+
+class _Counting:
+    """Middleware that counts every request by its endpoint and code, and times it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, code, path = perf_counter(), 500, scope["path"]
+        endpoint = "infer" if path.endswith("/infer") else "classify" if path == "/v1/classify" else "other"
+
+        async def observe(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observe)
+        except ClientDisconnect:  # it left while its body was read: there is nobody to answer
+            code = 499
+        finally:
+            self._metrics.count(endpoint, code)
+            if endpoint != "other":
+                self._metrics.observe("request", perf_counter() - start)
+
+
+def _version() -> str:
+    try:
+        return version("rkd-deploy")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _page_files() -> dict[str, tuple[str, bytes]]:
+    """Media type and content of each file of the page, read once: no address is ever a path on the disk."""
+    files = {f"/{file.name}": (_KINDS[file.suffix], file.read_bytes()) for file in sorted(PAGE.iterdir())}
+    return {"/": files.pop("/index.html"), **files}
+
+
+async def _page(kind: str, content: bytes, request: Request) -> Response:
+    headers = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff"}
+    return Response(content, media_type=kind, headers=headers)
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
+
+
+def _overloaded(what: str) -> HTTPException:
+    return HTTPException(503, f"{what}. Try again later.", {"retry-after": RETRY_AFTER})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = error.detail
+    if error.status_code in (404, 405):
+        detail = f"There is no {request.method} {request.url.path[:200]} here. /openapi.json lists what there is."
+    return _json({"error": detail}, error.status_code, dict(error.headers or {}))
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    """What is wrong with the request is the client's to read; what failed here is the server's."""
+    return _json({"error": str(error)}, 400 if isinstance(error, UsageError | DataError) else 500)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return _json({"error": "The server failed; its log says why."}, 500)
