@@ -23,6 +23,7 @@ from rkd_deploy.commands.options import (
     output_folder,
     parse_ints,
     print_json,
+    report_folder,
     require_all,
     without_samples,
 )
@@ -70,18 +71,6 @@ def report(
     print_line(f"Report {pages.page}", console_for(as_json))
     if as_json:
         print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
-
-
-def report_folder(report: Path | None, output: Path | None) -> Path | None:
-    """The folder that --report or --output names, None where neither does; what a report needs is asked for."""
-    if report is None:
-        return output
-    if output is not None:
-        raise UsageError(
-            f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
-        )
-    require_all("train", "matplotlib")
-    return report
 
 
 Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]

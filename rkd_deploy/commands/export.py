@@ -236,8 +236,10 @@ def export(
 
     source = newest_run(root, finished=True) if run is None else open_run(run)
     of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
+    # A bundle that stands is taken as it is only where nothing was asked for that could make another one.
     usual = output is None and not of_bundle
     lower = precision.make()
+    # With Triton, --threads are those of an instance, unless --fuse auto measures too.
     measuring_threads = None if serving is not None and level != "auto" else threads
     target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
     if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:

@@ -29,9 +29,7 @@ from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
 _MEASURED = ("side_by_side", "branches")
-"""Layouts that a latency budget chooses from where none is asked for."""
-_MEASURED_LEVELS = FUSION_LEVELS | {"trunk": "wide"}
-"""The same where the budget is latency: ends behind a trunk that lie side by side take S0's time as one network."""
+"""Layouts that a latency budget chooses from; the first is searched first."""
 
 BUDGETS = ("macs", "params", "latency")
 LAYOUTS = tuple(FUSION_LEVELS)
@@ -134,21 +132,20 @@ def separate(
     if fraction is not None:
         limits, record = _narrowed(limits, network, model, fraction, stopwatch)
         records |= {} if record is None else {"given": record}
-    level, trunk = FUSION_LEVELS[layout or "branches"], None
-    if layout == "trunk":
-        trunk = _Trunk.of(network, shared_stages)
+    level, shared = FUSION_LEVELS[layout or "branches"], 0
     if stopwatch is not None:
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, trunk).run(layout)
+        shared = _shared_stages(network, shared_stages) if layout == "trunk" else 0
+        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, shared).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
     elif layout == "side_by_side":
         student, assistant = limits.side_by_side(1.0)
-    elif trunk is not None:
-        student, assistant = limits.parted(trunk.stages, trunk.widths)
+    elif layout == "trunk":
+        shared = _shared_stages(network, shared_stages)
+        student, assistant = limits.parted(limits.limit, shared, trunk_widths(network, shared))
     else:
         student, assistant = limits.split(limits.limit)
-    shared = 0 if trunk is None else trunk.stages
     parts = limits.account(student, assistant, shared_stages=shared)
     separation = Separation(
         student=network.rebuilt(student, None),
@@ -165,6 +162,14 @@ def separate(
     if weights == "inherited":
         inherit_weights([separation.student, *separation.assistants], model, size)
     return separation
+
+
+def _shared_stages(network: Staged, shared_stages: int | None) -> int:
+    """j: what was asked for, or all stages but the last."""
+    stages = len(network.stages())
+    shared = stages - 1 if shared_stages is None else shared_stages
+    check_parting(shared, stages, type(network).__name__)
+    return shared
 
 
 def narrow(
@@ -261,22 +266,6 @@ def _narrowed(
 
 
 @dataclass(frozen=True)
-class _Trunk:
-    """What S and A share: how many stages, and which of the widths (`rkd_deploy.models.trunk`)."""
-
-    stages: int
-    widths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, network: Staged, shared_stages: int | None) -> _Trunk:
-        """The trunk of a topology; by default all stages but the last."""
-        stages = len(network.stages())
-        shared = stages - 1 if shared_stages is None else shared_stages
-        check_parting(shared, stages, type(network).__name__)
-        return cls(shared, trunk_widths(network, shared))
-
-
-@dataclass(frozen=True)
 class _Fastest:
     """The search for the widest S and A that are no slower than S0.
 
@@ -287,7 +276,7 @@ class _Fastest:
         head: h; None: a linear layer.
         s0: The network that candidates are timed against.
         stopwatch: Measures latencies.
-        trunk: What S and A share in layout trunk.
+        shared_stages: j, for layout trunk.
     """
 
     limits: WidthBudget
@@ -296,36 +285,38 @@ class _Fastest:
     head: nn.Module | None
     s0: nn.Module
     stopwatch: Stopwatch
-    trunk: _Trunk | None = None
+    shared_stages: int = 0
 
     def run(self, layout: str | None) -> Fitting:
         """Search in one layout, or in both for the one that leaves S and A more.
 
         Two branches cost little more than their MACs where layers are large; layers side by side are no more than S0
-        has, each no larger. Which is faster depends on the machine, so both are measured.
+        has, each no larger. Which is faster depends on the machine, so both are measured; so are both kinds of ends
+        behind a trunk.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        layouts = _MEASURED if layout is None else (layout,)
+        ways = [(name, FUSION_LEVELS[name]) for name in (_MEASURED if layout is None else (layout,))]
+        if layout == "trunk":
+            ways = [("trunk", "wide"), ("trunk", "tail")]
         fittings: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
         cost = 0
-        for name in layouts:
-            level = _MEASURED_LEVELS[name]
+        for name, level in ways:
             try:
                 # Only what is wider than the first layout's result is of any use: the second search starts above it.
                 fittings[level] = fastest_fitting(
-                    self._candidates(name),
+                    self._candidates(name, level),
                     self.stopwatch,
                     self.s0,
                     1.0,
                     above=cost / self.limits.limit,
                     deadline=deadline,
                 )
-                shared = 0 if self.trunk is None else self.trunk.stages
-                cost = sum(self.limits.account(*fittings[level].widths, shared_stages=shared).values())
+                account = self.limits.account(*fittings[level].widths, shared_stages=self.shared_stages)
+                cost = sum(account.values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
-                if name == layouts[-1] and not fittings:
+                if (name, level) == ways[-1] and not fittings:
                     raise
         level, best = list(fittings.items())[-1]  # a second one is there only where it is wider than the first
         return Fitting(
@@ -339,14 +330,16 @@ class _Fastest:
             },
         )
 
-    def _candidates(self, layout: str) -> Callable[[float], Candidate]:
-        limits, level, trunk = self.limits, _MEASURED_LEVELS[layout], self.trunk
+    def _candidates(self, layout: str, level: str) -> Callable[[float], Candidate]:
+        limits, trunk = self.limits, trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
-            if trunk is not None:
-                widths = limits.side_by_side_behind(fraction, trunk.widths, trunk.stages)
-            elif layout == "side_by_side":
+            if layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
+            elif layout == "trunk" and level == "wide":
+                widths = limits.side_by_side_behind(fraction, trunk, self.shared_stages)
+            elif layout == "trunk":
+                widths = limits.parted(int(fraction * limits.limit), self.shared_stages, trunk)
             else:
                 widths = limits.split(int(fraction * limits.limit))
             return Candidate(widths, lambda: self._fused(*widths), level)
@@ -355,8 +348,8 @@ class _Fastest:
 
     def _fused(self, student: Widths, assistant: Widths) -> ResidualStudent:
         S = self.network.rebuilt(student, None)
-        assistants = [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)]
-        classes, head = self.limits.num_classes, copy.deepcopy(self.head)
-        if self.trunk is not None:
-            return parted(S, assistants, self.trunk.stages, self.channels, classes, head)
-        return ResidualStudent(S, assistants, self.channels, classes, head)
+        As = [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)]
+        head, classes = copy.deepcopy(self.head), self.limits.num_classes
+        if self.shared_stages:
+            return parted(S, As, self.shared_stages, self.channels, classes, head)
+        return ResidualStudent(S, As, self.channels, classes, head)
