@@ -135,22 +135,33 @@ def ladder(record: dict[str, Any]) -> str:
         if line["kind"] != "early":
             rows.setdefault(KINDS.get(line["kind"], line["name"]), []).append(line)
     ours = rows[KINDS["sum"]]
-    text = ["| network | widths | MMAC | top-1, % | S + A has over it, points |", "| --- | --- | ---: | ---: | ---: |"]
+    times = record.get("times", {}).get("of_s0", {})
+    text = ["| network | widths | MMAC | time of S0's | top-1, % | S + A has over it, points |"]
+    text.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, lines in sorted(rows.items(), key=lambda row: -fmean(line["sum_top1"] for line in row[1])):
         first = lines[0]
         widths = " ".join(map(str, first["student"])) + (f" + {first['assistant'][-1]}" if first["assistant"] else "")
         top1 = [line["sum_top1"] for line in lines]
         accuracy = f"{fmean(top1):.2f}" + (f" ({', '.join(f'{value:.2f}' for value in top1)})" if top1[1:] else "")
         over = "" if lines is ours else _gain(ours, lines)
-        text.append(f"| {name} | {widths} | {first['macs'] / 1e6:.1f} | {accuracy} | {over} |")
+        timed = times.get("S0" if first["own_head"] else first["name"], {})
+        time = ", ".join(f"{ratio:.2f}" for ratio in timed.values())
+        text.append(f"| {name} | {widths} | {first['macs'] / 1e6:.1f} | {time} | {accuracy} | {over} |")
     facts = record["provenance"]
     where = (facts.get("gpus") or [{"name": facts["cpu"]}])[0]["name"]
     text += [
         "",
         f"{ours[0]['epochs']} epochs, batch {record['batch']}, {where}, torch {facts['versions']['torch']}; "
-        "intervals: 95 %.",
+        "intervals: 95 %." + _timed_on(record),
     ]
     return "\n".join(text) + "\n" + _early(record)
+
+
+def _timed_on(record: dict[str, Any]) -> str:
+    if "times" not in record:
+        return ""
+    facts = record["times"]["provenance"]
+    return f" Time: batch 1, ONNX Runtime {facts['versions']['onnxruntime']}, one thread, {facts['cpu']}."
 
 
 def _gain(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
