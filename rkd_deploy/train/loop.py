@@ -92,9 +92,8 @@ class _PhaseRun:
         self.stepper = Stepper(phase.method, recipe, group)
         eager = EagerSteps(self.stepper, loader)
         self.steps: EagerSteps | RecordedSteps = eager
-        if recipe.records(next(phase.method.parameters()).device.type, group.size):
-            otherwise = None if recipe.cuda_graphs else eager
-            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, otherwise=otherwise)
+        if recipe.cuda_graphs:
+            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, otherwise=eager)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 

@@ -191,17 +191,6 @@ def test_what_cannot_be_recorded_is_trained_eagerly_and_says_so(
     assert_close(ended(method, rows, stepper.optimizer), eagerly(made("cross-entropy")), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("how", "device", "processes", "records"),
-    [({}, "cuda", 1, True), ({}, "cpu", 1, False), ({}, "cuda", 2, False), ({"accumulate": 2}, "cuda", 1, False),
-     ({"compile": True}, "cuda", 1, False), ({"cuda_graphs": False}, "cuda", 1, False)],
-)  # fmt: skip
-def test_steps_are_recorded_where_that_is_possible(
-    how: dict[str, Any], device: str, processes: int, records: bool
-) -> None:
-    assert recipe(**how).records(device, processes) is records
-
-
 def test_a_weight_that_changes_is_recorded_anew_and_no_other(graphs: list[Any]) -> None:
     recorded(made("dkd"), PLAIN, loader(), epochs=6)  # its weight rises over 4 epochs
     assert [graph.replays for graph in graphs] == [3, 3, 3, 9]
