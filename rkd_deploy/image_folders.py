@@ -145,6 +145,16 @@ def splits_below(root: Path, holds_data: Callable[[Path], bool] | None = None) -
     return splits
 
 
+def left_out_below(folder: Path) -> Counter[str]:
+    """How many files of the class folders in a folder are no images, by suffix.
+
+    Raises:
+        DataError: As for `images_below`.
+    """
+    visited: dict[tuple[int, int], str] = {}
+    return sum((images_below(path, visited).left_out for path in subfolders(folder)), Counter[str]())
+
+
 def left_out_in_words(left_out: Mapping[str, int]) -> str:
     """What was left out, the most frequent suffix first, e.g. ``3 .avif, 1 .txt``."""
     return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items(), key=_by_count))

@@ -10,8 +10,8 @@ from typing import Any
 
 from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.bench.timing import Limits
-from rkd_deploy.errors import UsageError
+from rkd_deploy.bench.timing import TimingLimits
+from rkd_deploy.errors import UsageError, shortened
 from rkd_deploy.fields import check_number
 
 USUAL_BATCHES = (1, 8, 32)
@@ -51,6 +51,8 @@ class BenchSettings:
         _ = self.limits  # refused here, before anything is loaded
         check_number("seed", self.seed, 0, whole=True)
         for name, numbers in (("batches", self.batches), ("shape", self.shape)):
+            if not isinstance(numbers, Sequence | None) or isinstance(numbers, str | bytes):
+                raise UsageError(f"{name} = {shortened(numbers)} must be a tuple of whole numbers, e.g. (1, 8).")
             for number in numbers or ():
                 check_number(name, number, 1, whole=True)
         if not self.run_on or self.batches == ():
@@ -60,9 +62,9 @@ class BenchSettings:
             )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> TimingLimits:
         """How long each model is timed at each batch size."""
-        return Limits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
+        return TimingLimits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
 
     def to_record(self) -> dict[str, Any]:
         """The "settings" of a record: backends, threads and streams as lists, since every combination was run."""

@@ -157,6 +157,7 @@ def bench(
     from rkd_deploy.bench.roofline import Analysis
     from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
+    from rkd_deploy.image_folders import left_out_below, left_out_in_words
     from rkd_deploy.report.columns import print_bench, print_roofline
     from rkd_deploy.report.tables import print_line
     from rkd_deploy.report.writing import write_bench_report, write_tables
@@ -214,6 +215,10 @@ def bench(
         write_tables(record, folder)
         print_bench(record, console, details=details)
         print_line(f"Record {recorded.path}" + ("" if details else "; more: --details"), console)
+        if data is not None and (left_out := left_out_below(data)):
+            print_line(
+                f"Left out of --data, because their suffix is no image's: {left_out_in_words(left_out)}", console
+            )
         written = {"record": str(recorded.path)}
         if recorded.error is not None:
             raise recorded.error

@@ -42,7 +42,7 @@ class Silent:
         """Ignore the end of an epoch."""
 
 
-class Progress:
+class ProgressDisplay:
     """A bar per phase on standard error, and above it one line per epoch (at most about twenty of a phase)."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Progress:
         self._every = 1
         self._epochs = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         self._bars.start()
         return self
 
@@ -153,6 +153,8 @@ def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
             table.add_row(name, f"{row.test_top1:.2f}", f"{row.macs / 1e6:.2f}", f"{row.parameters / 1e6:.3f}")
     _print_phases(metrics.phases, console)
     console.print(table)
+    if left_out := (facts.sources or {}).get("left out"):
+        console.print(visible(f"Left out, because their suffix is no image's: {left_out}."))
     if facts.skipped:
         console.print(f"{facts.skipped:,} broken images were left out; facts.json names the first of them.")
     if (verdict := of_metrics(metrics, PARTS)) is not None:
@@ -253,11 +255,11 @@ def draw_curves(run: Run, recipe: Recipe) -> None:
     if not recipe.train.curves or not rows:
         return
     content = io.BytesIO()
-    draw(rows, visible(run.folder.name)).savefig(content, format="png")
+    draw_phases(rows, visible(run.folder.name)).savefig(content, format="png")
     write_bytes(run.folder / "curves.png", content.getvalue())
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
+def draw_phases(rows: Sequence[dict[str, Any]], title: str) -> Any:
     """The matplotlib Figure: a column for each phase, its losses above, its accuracies below.
 
     Args:
