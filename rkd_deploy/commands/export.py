@@ -19,22 +19,27 @@ if TYPE_CHECKING:
     from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
 
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", "ovms")
+REPOSITORIES = ("triton", "ovms")
 
 # Help panels: they also say which options a format, or a model that is exported already, has no use for.
 BUNDLE = "The bundle of a run"
 AUTO = "Where --fuse auto measures"
 PRECISION = "Precision below float32"
 ENGINE = "Engine (--format tensorrt, tensorrt-rtx)"
-TRITON = "Model repository (--format triton)"
+TRITON = "Model repository (--format triton; of ovms name, place and address)"
 
 _UNUSED = {
     "onnx": {ENGINE: "builds no engine", TRITON: "writes no model repository"},
     "tensorrt": {TRITON: "writes no model repository"},
     "tensorrt-rtx": {TRITON: "writes no model repository"},
     "triton": {ENGINE: "builds no engine"},
+    "ovms": {ENGINE: "builds no engine", TRITON: "has a configuration of its own"},
 }
 """By format: the panels whose options have no effect, and why."""
+
+_OF_OVMS = ("--repository", "--model-name", "--storage-uri")
+"""Options of Triton's panel that hold for OpenVINO Model Server too."""
 
 
 def check_options(output_format: str, changed: dict[str, str | None], *, of_model: bool) -> None:
@@ -49,15 +54,17 @@ def check_options(output_format: str, changed: dict[str, str | None], *, of_mode
         UsageError: There are some; the message names all of them.
     """
     for panel, why in _UNUSED[output_format].items():
-        if unused := [flag for flag, its_panel in changed.items() if its_panel == panel]:
+        known = _OF_OVMS if output_format == "ovms" else ()
+        if unused := [flag for flag, its_panel in changed.items() if its_panel == panel and flag not in known]:
             raise UsageError(
                 f"--format {output_format} {why}, and has no use for {', '.join(unused)}. Leave it out, or give "
                 "another --format."
             )
     if of_model:
         unused = [flag for flag, its_panel in changed.items() if its_panel in (BUNDLE, AUTO, PRECISION)]
-        if output_format == "triton":  # its copies have threads, and its folder is --repository
-            unused = [flag for flag in unused if flag != "--threads"] + [flag for flag in changed if flag == "--output"]
+        if output_format in REPOSITORIES:  # Triton's copies have threads, and the folder is --repository
+            threads = () if output_format == "ovms" else ("--threads",)
+            unused = [flag for flag in unused if flag not in threads] + [flag for flag in changed if flag == "--output"]
         if unused:
             raise UsageError(
                 f"A model that is exported already is what it is, and has no use for {', '.join(unused)}: export a run."
@@ -70,7 +77,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
     Raises:
         RkdError: What is asked for cannot be built here; found before minutes of exporting, not after.
     """
-    if output_format in ("onnx", "triton"):
+    if output_format in ("onnx", *REPOSITORIES):
         return None
     from rkd_deploy.backends.tensorrt.build import gpu_to_build_on
     from rkd_deploy.backends.tensorrt.settings import load_library
@@ -104,13 +111,10 @@ def add_engine(
 
 def write_repository(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
     """Write a bundle or an ONNX file as the next version, and say so; what is known of it, for --json."""
-    from rkd_deploy.backends.files import model_path
     from rkd_deploy.serve.triton.repository import export_triton
     from rkd_deploy.serve.triton.settings import STORAGE_URI
 
-    folder = model_path(model).parent
-    beside = (folder.resolve() if folder.name in ("", "..") else folder).with_name("triton")
-    written = export_triton(model, repository or beside, serving)
+    written = export_triton(model, repository or _beside(model, "triton"), serving)
     console = console_for(as_json)
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     for file in written.unchanged:
@@ -120,6 +124,30 @@ def write_repository(model: Path, repository: Path | None, serving: Serving, as_
     console.print(f"Next: {shlex.join(['tritonserver', f'--model-repository={written.repository}'])}", markup=False)
     facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.unchanged]}
     return {"triton": {"repository": str(written.repository), "service": str(written.service), **facts}}
+
+
+def write_ovms(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
+    """Write a bundle or an ONNX file for OpenVINO Model Server, and say so; what is known of it, for --json."""
+    from rkd_deploy.serve.ovms import CONFIG_NAME, export_ovms
+    from rkd_deploy.serve.triton.settings import STORAGE_URI
+
+    written = export_ovms(model, repository or _beside(model, "ovms"), serving)
+    console = console_for(as_json)
+    console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
+    if serving.storage_uri == STORAGE_URI:
+        console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
+    config = (written.repository / CONFIG_NAME).resolve()
+    console.print(f"Next: {shlex.join(['ovms', '--config_path', str(config), '--rest_port', '8000'])}", markup=False)
+    facts = {"name": written.name, "version": written.version}
+    return {"ovms": {"repository": str(written.repository), "service": str(written.service), **facts}}
+
+
+def _beside(model: Path, name: str) -> Path:
+    """A folder of that name beside the folder that a model lies in."""
+    from rkd_deploy.backends.files import model_path
+
+    folder = model_path(model).parent
+    return (folder.resolve() if folder.name in ("", "..") else folder).with_name(name)
 
 
 def _settings() -> dict[str, tuple[type, str]]:
@@ -143,7 +171,7 @@ def export(
         typer.Argument(help="A run; for an engine or Triton a bundle or ONNX file too. Default: the newest run."),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="onnx; and an engine in it (tensorrt, tensorrt-rtx), or triton beside it.")
+        str, typer.Option("--format", help="onnx; an engine in it (tensorrt, tensorrt-rtx); triton or ovms beside it.")
     ] = "onnx",
     output: Annotated[
         Path | None,
@@ -198,7 +226,7 @@ def export(
     precision: SettingsOptions[PrecisionOptions],
     engine: SettingsOptions[EngineSettings],
     repository: Annotated[
-        Path | None, in_panel(TRITON, "--repository", help="Its folder. Default: triton beside the bundle.")
+        Path | None, in_panel(TRITON, "--repository", help="Its folder. Default: triton or ovms beside the bundle.")
     ] = None,
     triton: SettingsOptions[Serving],
 ) -> None:
@@ -213,14 +241,15 @@ def export(
     changed = changed_options(context)
     check_options(output_format, changed, of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
-    if output_format == "triton":
+    if output_format in REPOSITORIES:
         require_all("export", "onnx")
-        serving = triton.make(threads=threads)
+        serving = triton.make(threads=threads if output_format == "triton" else None)
 
     def _add(model: Path) -> dict[str, Any]:
         """What the format asks for beside the ONNX file; what is known of it, for --json."""
         if serving is not None:
-            return write_repository(model, repository, serving, as_json)
+            write = write_ovms if output_format == "ovms" else write_repository
+            return write(model, repository, serving, as_json)
         return add_engine(model, output_format, settings, output if of_model else None, as_json)
 
     if of_model:
@@ -238,7 +267,7 @@ def export(
     of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
     usual = output is None and not of_bundle
     lower = precision.make()
-    measuring_threads = None if serving is not None and level != "auto" else threads
+    measuring_threads = None if output_format == "triton" and level != "auto" else threads
     target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
     if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:
         console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
