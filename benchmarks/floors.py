@@ -1,4 +1,4 @@
-"""Predicts what a network's run must take at the least on a machine: arithmetic, memory, launches.
+"""Predicts the least time of a network's run on a machine: arithmetic, memory, launches.
 
     floor = max(FLOPs / peak, bytes / bandwidth, launches x least time between two kernels of a CUDA graph)
 
@@ -31,7 +31,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
 
     def trained(self) -> Work:
-        """The same layers with their backward pass."""
+        """The work of these layers with their backward pass, which is twice the forward one."""
         return Work(3 * self.flops, 3 * self.bytes, 3 * self.launches)
 
     def floor_ms(self, machine: Mapping[str, float], precision: str) -> float:
@@ -47,7 +47,7 @@ class Work:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """The fields as a record has them."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""All that is to be measured on a GPU, in one command, by worth, and gone on with where it was cut off.
+"""Measures all that is to be measured on a GPU, by worth, and goes on where it was cut off.
 
     PYTHONPATH=. python3 benchmarks/gpu.py --minutes 12 --out FOLDER
     PYTHONPATH=. python3 benchmarks/gpu.py --minutes 12 --resume FOLDER [--out ANOTHER]
@@ -64,22 +64,22 @@ PARTS: Mapping[str, Part] = {
 
 def main() -> None:
     """Run what is left of the parts; in a child process, one part."""
-    asked = _arguments()
-    if asked.part:
-        _run_part(asked)
+    options = _arguments()
+    if options.part:
+        _run_part(options)
         return
     began = time.monotonic()
-    out: Path = asked.out or asked.resume or Path("gpu-record")
+    out: Path = options.out or options.resume or Path("gpu-record")
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"theme": "gpu", "device": asked.device, "parts": {}}
-    if asked.resume and (asked.resume / RECORD).exists():
-        record = json.loads((asked.resume / RECORD).read_text(encoding="utf-8"))
-    names = [name for name in PARTS if not asked.only or name in asked.only]
-    if asked.tiny:
+    record: dict[str, Any] = {"theme": "gpu", "device": options.device, "parts": {}}
+    if options.resume and (options.resume / RECORD).exists():
+        record = json.loads((options.resume / RECORD).read_text(encoding="utf-8"))
+    names = [name for name in PARTS if not options.only or name in options.only]
+    if options.tiny:
         names = [name for name in names if name != "latency ResNet-18"]
     left = [name for name in names if not record["parts"].get(name, {}).get("complete")]
     for place, name in enumerate(left):
-        seconds = 60 * asked.minutes - (time.monotonic() - began)
+        seconds = 60 * options.minutes - (time.monotonic() - began)
         if seconds < 2 * _GRACE:
             print(f"{name}: no time left; go on with --resume {out}", flush=True)
             break
@@ -87,7 +87,7 @@ def main() -> None:
         limit = min(LONGEST, max(25.0, share * seconds), seconds)
         rows = record["parts"].get(name, {}).get("rows", [])
         print(f"\n== {name}, at most {limit:.0f} s", flush=True)
-        record["parts"][name] = _part(name, limit, rows, asked)
+        record["parts"][name] = _part(name, limit, rows, options)
         record["floors"] = _floors(record)
         _write(out / RECORD, record)
     print("\nMilliseconds, and in brackets what share of it the floor is.")
@@ -109,14 +109,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _part(name: str, limit: float, rows: list[dict[str, Any]], asked: argparse.Namespace) -> dict[str, Any]:
+def _part(name: str, limit: float, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Run a part in a process group of its own, and end that with all it started when its time is over."""
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="rkd-gpu-"))
     file, errors = folder / "rows.jsonl", folder / "stderr"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--rows", str(file)]
-    command += ["--seconds", str(limit - _GRACE), "--device", asked.device, *(["--tiny"] if asked.tiny else [])]
+    command += ["--seconds", str(limit - _GRACE), "--device", options.device, *(["--tiny"] if options.tiny else [])]
     paths = [str(HERE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     environment["RKD_DEPLOY_CACHE"] = str(folder / "cache")
@@ -132,34 +132,34 @@ def _part(name: str, limit: float, rows: list[dict[str, Any]], asked: argparse.N
                 child.wait()
     from gpu_rows import read_rows
 
-    said = errors.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = {row["key"]: row for row in read_rows(file)}
+    stderr = errors.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows_by_key = {row["key"]: row for row in read_rows(file)}
     shutil.rmtree(folder, ignore_errors=True)
-    for line in said[-6:]:
+    for line in stderr[-6:]:
         print(f"  {line[:200]}", flush=True)
     return {
         "complete": code == 0,
         "ended": "complete" if code == 0 else "out of time" if code in (None, 75) else f"failed, exit {code}",
         "seconds": round(time.monotonic() - began, 1),
-        "rows": list(found.values()),
-        "stderr": {"lines": len(said), "kinds": _kinds(said), "last": [line[:300] for line in said[-25:]]},
+        "rows": list(rows_by_key.values()),
+        "stderr": {"lines": len(stderr), "kinds": _kinds(stderr), "last": [line[:300] for line in stderr[-25:]]},
     }
 
 
 def _kinds(lines: list[str]) -> dict[str, int]:
     """Lines of standard error by what they begin with, times and numbers left out: runtimes repeat themselves."""
-    starts = Counter("".join("#" if one.isdigit() else one for one in line)[:90] for line in lines)
+    starts = Counter("".join("#" if sign.isdigit() else sign for sign in line)[:90] for line in lines)
     return dict(starts.most_common(8))
 
 
-def _run_part(asked: argparse.Namespace) -> None:
+def _run_part(options: argparse.Namespace) -> None:
     """In the child: exit code 0 when the part is complete, 75 when its time was over before."""
     from importlib import import_module
 
     from gpu_rows import OutOfTime, Rows
 
-    part = PARTS[asked.part]
-    rows = Rows(asked.rows, asked.device, asked.tiny, time.monotonic() + asked.seconds)
+    part = PARTS[options.part]
+    rows = Rows(options.rows, options.device, options.tiny, time.monotonic() + options.seconds)
     try:
         getattr(import_module(part.module), part.call)(rows, *part.arguments)
     except OutOfTime as end:
@@ -188,10 +188,10 @@ def _floors(record: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
                 todo = work.get(row["precision"], {}).get(what)
                 if todo is None:
                     continue
-                one = Work(**(todo[str(row["batch"])] if "device_ms" in row else todo))
+                step = Work(**(todo[str(row["batch"])] if "device_ms" in row else todo))
                 if "ms_per_step" in row:  # counted of one image: what a batch does more is images, no launches
-                    one = Work(one.flops * row["batch"], one.bytes * row["batch"], one.launches)
-                least = one.floor_ms(machine, row["precision"])
+                    step = Work(step.flops * row["batch"], step.bytes * row["batch"], step.launches)
+                least = step.floor_ms(machine, row["precision"])
                 line[what] = [round(ms, 4), round(least, 4), round(least / ms, 3)]
             if line:
                 floors[f"{name}: {row['key']}"] = line

@@ -1,4 +1,4 @@
-"""Part `machine` of benchmarks/gpu.py: what is there, and how fast it multiplies, copies and launches."""
+"""Part `machine` of gpu.py: what is there, how fast it multiplies, copies and launches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ def run(rows: Rows) -> None:
     """Say what is there, then measure the ceilings that floors are computed from."""
     facts: dict[str, Any] = {"provenance": asdict(provenance()), "torch": torch.__version__}
     facts["backends"] = [
-        {"name": one.name, "ok": one.ok, "version": one.version, "devices": one.devices, "reason": one.reason}
-        for one in available()
+        {
+            "name": backend.name,
+            "ok": backend.ok,
+            "version": backend.version,
+            "devices": backend.devices,
+            "reason": backend.reason,
+        }
+        for backend in available()
     ]
     if rows.device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda}

@@ -1,4 +1,4 @@
-"""The networks of benchmarks/gpu.py: T, S0, and S + A in each layout and level, with random weights of sane size."""
+"""Builds the networks of gpu.py: T, S0, and S + A in each layout and level, at random."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LEVELS = {
 """What is measured, by name: the network that it is cut as, and its level of fusion."""
 TINY = tuple(LEVELS)[:4]
 IMAGES = 8
-"""Of the parity check."""
+"""Images of the parity check."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of a part of benchmarks/gpu.py: written one by one, so that a part that is cut off leaves what it had."""
+"""Writes the rows of a part of gpu.py one by one, so that what is cut off leaves them."""
 
 from __future__ import annotations
 

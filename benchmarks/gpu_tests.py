@@ -1,4 +1,4 @@
-"""Parts `tests` and `rung` of benchmarks/gpu.py: the tests under the mark gpu, and accuracies of the ladder's rung."""
+"""Parts `tests` and `rung` of gpu.py: tests under the mark gpu, a rung of the ladder."""
 
 from __future__ import annotations
 

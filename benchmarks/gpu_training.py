@@ -1,4 +1,4 @@
-"""Part `training` of benchmarks/gpu.py: what `rkd-deploy train` takes for a step, phase by phase, beside its floor.
+"""Part `training` of gpu.py: time of a training step, phase by phase, beside its floor.
 
 ResNet-56 teaches S0 (KD) and S + A of ResNet-20 on random images of CIFAR's size. A step is an epoch's seconds over its
 batches, as the log of the run has them: loading, augmenting, update and sums for the log.
@@ -102,23 +102,23 @@ def _images(count: int) -> ImageSet:
 
 def _work(tiny: bool) -> dict[str, Any]:
     """By phase and precision, the work of a step of one image."""
-    teacher, given = ("resnet14", "resnet8") if tiny else ("resnet56", "resnet20")
+    teacher, s0 = ("resnet14", "resnet8") if tiny else ("resnet56", "resnet20")
     x = torch.zeros(1, 3, 32, 32)
-    cut = separate(given, num_classes=CLASSES, input_size=32)
+    cut = separate(s0, num_classes=CLASSES, input_size=32)
     networks = {
         "T": zoo.create(teacher, CLASSES),
-        "S0": zoo.create(given, CLASSES),
+        "S0": zoo.create(s0, CLASSES),
         "S": cut.student,
         "A": cut.assistant,
     }
-    found = {}
+    by_precision = {}
     for precision in ("fp32", "bf16"):
-        one = {name: forward_work(network.eval(), x, precision) for name, network in networks.items()}
+        forward = {name: forward_work(network.eval(), x, precision) for name, network in networks.items()}
         phases: dict[str, Work] = {
-            "teacher": one["T"].trained(),
-            "s0": one["T"] + one["S0"].trained(),
-            "student": one["T"] + one["S"].trained(),
-            "assistant": one["T"] + one["S"] + one["A"].trained(),
+            "teacher": forward["T"].trained(),
+            "s0": forward["T"] + forward["S0"].trained(),
+            "student": forward["T"] + forward["S"].trained(),
+            "assistant": forward["T"] + forward["S"] + forward["A"].trained(),
         }
-        found[precision] = {phase: work.to_dict() for phase, work in phases.items()}
-    return found
+        by_precision[precision] = {phase: work.to_dict() for phase, work in phases.items()}
+    return by_precision

@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from ladder_joint import HELD_OUT, SPLIT_SEED, Split, split_of
-from ladder_loop import MEAN, STD, build
+from ladder_loop import MEAN, STD, build, shipped_macs
 from ladder_rows import EARLY, Row
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,31 +36,40 @@ THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)
 PASSES = 400
 
 
+def folded_head(model: ResidualStudent, branch: int) -> nn.Linear:
+    """What a branch's pooled map adds to the logits: adapter and head as one matrix, the head's bias with S's."""
+    adapter, head = model.branches()[branch][1].folded(), cast(nn.Linear, model.head)
+    linear = nn.Linear(adapter.in_channels, head.out_features)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight @ adapter.weight[:, :, 0, 0])
+        linear.bias.copy_(head.weight @ cast(Tensor, adapter.bias) + (head.bias if branch == 0 else 0))
+    return linear
+
+
 class First(nn.Module):
-    """Trunk and S: logits, the pooled map of S, and the trunk's map that A's end takes."""
+    """Trunk and S: its logits, and the trunk's map that A's end takes."""
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
-        self.model = model
+        self.trunk, self.student, self.head = model.trunk, model.student, folded_head(model, 0)
 
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(z_S [N, K], GAP(P_S f_S) [N, C_T], trunk map)."""
-        shared = self.model.shared(x_NCHW)
-        pooled = pool(self.model.student_adapter(self.model.stage_maps(0, x_NCHW, shared)[-1]))
-        return self.model.head(pooled), pooled, shared[-1]
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_S [N, K], trunk map)."""
+        assert self.trunk is not None
+        trunk_NCHW = self.trunk.features(x_NCHW)[-1]
+        return self.head(pool(self.student.features(trunk_NCHW)[-1])), trunk_NCHW
 
 
 class Second(nn.Module):
-    """A's end: the logits of the sum."""
+    """A's end: what it adds to the logits."""
 
     def __init__(self, model: ResidualStudent) -> None:
         super().__init__()
-        self.model = model
+        self.assistant, self.head = model.branches()[1][0], folded_head(model, 1)
 
-    def forward(self, pooled_NC: Tensor, trunk_NCHW: Tensor) -> Tensor:
-        """Z [N, K]."""
-        network, adapter = self.model.branches()[1]
-        return cast(Tensor, self.model.head(pooled_NC + pool(adapter(network.features(trunk_NCHW)[-1]))))
+    def forward(self, trunk_NCHW: Tensor, z_NK: Tensor) -> Tensor:
+        """Z [N, K] from the trunk's map and S's logits."""
+        return cast(Tensor, z_NK + self.head(pool(self.assistant.features(trunk_NCHW)[-1])))
 
 
 def main() -> None:
@@ -87,7 +96,7 @@ def main() -> None:
             line: dict[str, Any] = {
                 "name": row.name,
                 "seed": int(path.stem.rsplit("_", 1)[1]),
-                **_costs(model, s0_name),
+                **_costs(row, model, s0_name, cast(nn.Module, T.fc)),
             }
             line["curve"] = [
                 {"threshold": t, "held_out": h, "test": v, "asked": asked}
@@ -103,12 +112,13 @@ def main() -> None:
 def _curve(model: ResidualStudent, split: Split) -> list[tuple[float, float]]:
     """Accuracy in % and share of images that asked A, at each threshold."""
     mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (MEAN, STD))
+    first, second = First(model).eval(), Second(model).eval()
     S, Z = [], []
     for pixels in split.pixels.split(500):  # type: ignore[no-untyped-call]
         x = (pixels.permute(0, 3, 1, 2).float() - mean) / std
-        z, pooled, trunk = First(model)(x)
+        z, trunk = first(x)
         S.append(z)
-        Z.append(Second(model)(pooled, trunk))
+        Z.append(second(trunk, z))
     z_S, z = torch.cat(S), torch.cat(Z)
     sure = z_S.softmax(1).amax(1)
     points = []
@@ -119,15 +129,14 @@ def _curve(model: ResidualStudent, split: Split) -> list[tuple[float, float]]:
     return points
 
 
-def _costs(model: ResidualStudent, s0_name: str) -> dict[str, float]:
+def _costs(row: Row, model: ResidualStudent, s0_name: str, head: nn.Module) -> dict[str, float]:
     """MACs of S0, of trunk and S, and of A's end; their times over S0's."""
     s0 = build(Row("S0", own_head=True), s0_name, nn.Identity(), 0).eval()
-    whole = count(model, 32).macs
     first, second = First(model).eval(), Second(model).eval()
     x = torch.zeros(1, 3, 32, 32)
     with torch.inference_mode():
-        _, pooled, trunk = first(x)
-    graphs = {"s0": (s0, (x,)), "first": (first, (x,)), "second": (second, (pooled, trunk))}
+        z, trunk = first(x)
+    graphs = {"s0": (s0, (x,)), "first": (first, (x,)), "second": (second, (trunk, z))}
     sessions = {name: _session(module, inputs) for name, (module, inputs) in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(PASSES):
@@ -136,11 +145,10 @@ def _costs(model: ResidualStudent, s0_name: str) -> dict[str, float]:
             session.run(None, feeds)
             samples[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    macs_first = count(first, 32).macs
     return {
         "s0_macs": count(s0, 32).macs,
-        "first_macs": macs_first,
-        "second_macs": whole - macs_first,
+        "first_macs": count(first, 32).macs,
+        "second_macs": shipped_macs(row, s0_name, head) - count(first, 32).macs,
         "first_time": medians["first"] / medians["s0"],
         "second_time": medians["second"] / medians["s0"],
     }

@@ -1,4 +1,4 @@
-"""What each speedup of a recorded training step is worth on a GPU, beside the floor of arithmetic and memory.
+"""Times each speedup of a recorded training step on a GPU, beside the step's floor.
 
     uv run python benchmarks/recorded_step.py [--seconds 60] [--out recorded_step.json]
 
@@ -29,7 +29,8 @@ from rkd_deploy.data.loader import DeviceLoader, Normaliser
 from rkd_deploy.data.sources import Split
 from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.storage import write_json
-from rkd_deploy.train.recording import RecordedSteps, Speedups
+from rkd_deploy.train.passes import Speedups
+from rkd_deploy.train.recording import RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 
@@ -51,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("recorded_step.json"))
-    asked = parser.parse_args()
-    end = time.perf_counter() + asked.seconds
+    options = parser.parse_args()
+    end = time.perf_counter() + options.seconds
     device = torch.device("cuda")
     record: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
     record["provenance"] = {"time_utc": provenance().time_utc}
@@ -77,9 +78,11 @@ def main() -> None:
             try:
                 row[name] = task()
             except Exception:
-                row[name] = {"error": traceback.format_exc()[-1500:]}
+                row[name] = {"error": traceback.format_exc()[-6000:]}
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())  # one that a broken capture left is of no use
             print(case, batch, name, f"({time.perf_counter() - began:.1f} s)", _brief(row[name]), flush=True)
-            write_json(asked.out, record)
+            write_json(options.out, record)
 
 
 def _brief(value: Any) -> Any:
@@ -145,8 +148,8 @@ def _recorded(case: str, batch: int, device: torch.device, speedups: Speedups, *
     row |= {
         "layouts": steps.replay_ms,
         "channels_last": steps.channels_last,
-        "copies": steps.copies,
-        "fused_norms": steps.fused_norms,
+        "copies": steps.passes.copies,
+        "fused_norms": steps.passes.fused_norms,
     }
     if whole:
         seconds = []

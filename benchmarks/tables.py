@@ -159,15 +159,15 @@ def _early(record: dict[str, Any]) -> str:
     for name, lines in rows.items():
         for place, point in enumerate(lines[0]["curve"]):
             points = [line["curve"][place] for line in lines]
-            asked = [one["asked"] for one in points]
+            asks = [point_of_seed["asked"] for point_of_seed in points]
             macs = fmean(
                 (line["first_macs"] + a * line["second_macs"]) / line["s0_macs"]
-                for line, a in zip(lines, asked, strict=True)
+                for line, a in zip(lines, asks, strict=True)
             )
-            times = fmean(line["first_time"] + a * line["second_time"] for line, a in zip(lines, asked, strict=True))
-            top1 = fmean(one["test"] for one in points)
+            times = fmean(line["first_time"] + a * line["second_time"] for line, a in zip(lines, asks, strict=True))
+            top1 = fmean(point_of_seed["test"] for point_of_seed in points)
             text.append(
-                f"| {name.removeprefix('early: ') if place == 0 else ''} | {point['threshold']:g} | {fmean(asked):.2f} "
+                f"| {name.removeprefix('early: ') if place == 0 else ''} | {point['threshold']:g} | {fmean(asks):.2f} "
                 f"| {top1:.2f} | {macs:.2f} | {times:.2f} |"
             )
     seeds = len({line["seed"] for line in record["early"]})

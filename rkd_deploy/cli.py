@@ -17,7 +17,7 @@ import typer
 from rkd_deploy.commands import bench, export, predict, serve, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
-from rkd_deploy.errors import RkdError, missing_package
+from rkd_deploy.errors import RkdError, missing_package, shortened
 from rkd_deploy.signals import handling
 from rkd_deploy.text import visible
 
@@ -73,9 +73,13 @@ def main() -> None:
             finally:
                 sys.stdout.flush()  # here, and not when the interpreter ends, where an error has no handler
     except OSError as error:
-        if error.filename is not None:  # a file's error, which a room ought to have made one of its own
+        if error.filename is None:
+            _give_up_output(error)
+        elif debug:
             raise
-        _give_up_output(error)
+        else:  # a file's error, which a room ought to have made one of its own
+            name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename)
+            print(f"Error: {visible(shortened(name))} cannot be used: {error.strerror}.", file=sys.stderr)
         sys.exit(1)
 
 
@@ -85,13 +89,13 @@ def _run(debug: bool) -> None:
             app()
         except ModuleNotFoundError as error:  # whichever room met it first
             raise (missing_package(error) or error) from error
-    except (RkdError, SystemExit) as error:
-        # Typer makes an exit of a KeyboardInterrupt, and of its own errors, which it has shown by then.
+    except (RkdError, SystemExit, KeyboardInterrupt) as error:
+        # Typer makes an exit of a KeyboardInterrupt once it is at work, and of its own errors, which it has shown then.
         if debug or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
             raise
         code = error.exit_code if isinstance(error, RkdError) else INTERRUPTED
         message = " ".join(
-            ["Interrupted." if isinstance(error, SystemExit) else str(error), *getattr(error, "__notes__", ())]
+            [str(error) if isinstance(error, RkdError) else "Interrupted.", *getattr(error, "__notes__", ())]
         )
         print(f"Error: {visible(message)}", file=sys.stderr)
         if "--json" in sys.argv:

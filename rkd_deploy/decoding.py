@@ -118,6 +118,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = _as_float(value, where)
+    # Not isinstance: to Python True is a whole number, to JSON it is none.
     if type(value) is not kind:
         return _refuse(_WORDS.get(kind, kind.__name__), value, where)
     return value if kind is not float or math.isfinite(value) else _refuse("a finite number", value, where)

@@ -23,9 +23,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 EXTRAS = {
     "torch": "train",
@@ -58,6 +61,9 @@ class RkdError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, *args: object, **options: Any) -> None:
+        super().__init__(*(_without_endless_words(arg) if isinstance(arg, str) else arg for arg in args), **options)
 
 
 class UsageError(RkdError, ValueError):
@@ -157,12 +163,30 @@ def missing_package(error: ModuleNotFoundError) -> MissingDependencyError | None
 
 def command_line(*words: object) -> str:
     """An rkd-deploy command to paste into a shell, each word quoted where it has to be."""
-    return shlex.join(["rkd-deploy", *map(str, words)])
+    return shlex.join(["rkd-deploy", *map(_argument, words)])
+
+
+def _argument(word: object) -> str:
+    # A path that begins with a dash would be taken for an option.
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def install_line(extra: str) -> str:
     """The exact pip command that brings an extra."""
     return f"pip install 'rkd-deploy[{extra}]'"
+
+
+_LONGEST_WORD = 1000
+
+
+def _without_endless_words(message: str) -> str:
+    """A message whose words, a path of thousands of characters for example, are cut in their middle."""
+    return re.sub(rf"\S{{{_LONGEST_WORD},}}", _cut, message)
+
+
+def _cut(word: re.Match[str]) -> str:
+    text = word[0]
+    return f"{text[:100]}[{len(text) - 200:,} characters]{text[-100:]}"
 
 
 def shortened(value: object) -> str:

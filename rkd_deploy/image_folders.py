@@ -132,6 +132,7 @@ def splits_below(root: Path, holds_data: Callable[[Path], bool] | None = None) -
     """
     folders, holds_data = subfolders(root), holds_data or _holds_classes
     words = {folder: re.findall("[a-z]+", folder.name.lower()) for folder in folders}
+    # A word that all folders have (flowers_train, flowers_test) is the name of the data set, and no hint at a split.
     shared = set[str]().union(*words.values()) if len(folders) > 1 else set()
     shared = {word for word in shared - set(_SPLIT_OF_WORD) if all(word in others for others in words.values())}
     splits: dict[str, list[Path]] = {}
@@ -142,6 +143,16 @@ def splits_below(root: Path, holds_data: Callable[[Path], bool] | None = None) -
     if not splits and len(folders) > 1:
         _check_not_parts(root, folders)
     return splits
+
+
+def left_out_below(folder: Path) -> Counter[str]:
+    """How many files of the class folders in a folder are no images, by suffix.
+
+    Raises:
+        DataError: As for `images_below`.
+    """
+    visited: dict[tuple[int, int], str] = {}
+    return sum((images_below(path, visited).left_out for path in subfolders(folder)), Counter[str]())
 
 
 def left_out_in_words(left_out: Mapping[str, int]) -> str:

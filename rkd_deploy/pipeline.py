@@ -197,6 +197,7 @@ def standing_bundle(run: Run) -> Path | None:
     wanted = {name: getattr(card, name) for name in names} | {
         "fusion": level if part in ("fused", "student") else "none"
     }
+    # The newest first: of several that fit, it is the one that people look at.
     for folder in sorted(run.folder.glob("bundle*/"), key=lambda folder: folder.stat().st_mtime, reverse=True):
         try:
             check_files(folder, complete=True)

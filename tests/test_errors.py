@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from rkd_deploy import errors
-from rkd_deploy.errors import MissingDependencyError, RkdError, install_line, require, unknown_name
+from rkd_deploy.errors import (
+    MissingDependencyError,
+    RkdError,
+    command_line,
+    install_line,
+    require,
+    shortened,
+    unknown_name,
+)
 
 
 def tree_in_docstring() -> dict[str, tuple[str, int]]:
@@ -51,6 +59,31 @@ def test_an_error_is_caught_as_the_builtin_it_is_a_case_of(name: str, base: str)
     error = getattr(errors, name)(message)
     assert isinstance(error, getattr(builtins, base))
     assert str(error) == message
+
+
+def test_a_word_without_end_is_cut_in_its_middle() -> None:
+    path = "/" + "a" * 5000 + ".onnx"
+    for name in ("ModelFileError", "UsageError", "StorageError", "MissingDependencyError"):
+        message = str(getattr(errors, name)(f"There is no {path} here. Name another."))
+        assert len(message) < 300
+        assert message.startswith("There is no /aaa")
+        assert message.endswith("aaa.onnx here. Name another.")
+        assert "[4,806 characters]" in message
+    assert str(RkdError("a" * 999)) == "a" * 999
+    assert str(RkdError("word " * 5000)) == "word " * 5000
+
+
+def test_a_path_that_begins_with_a_dash_is_no_option_in_a_command_to_paste() -> None:
+    command = command_line("train", Path("-runs/a b"), "--resume", "-x")
+    assert command == "rkd-deploy train './-runs/a b' --resume -x"
+
+
+def test_a_value_that_python_cannot_write_is_shortened_too() -> None:
+    deep: list[object] = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value in (10**5000, [10**5000], {1: [10**5000]}, deep):
+        assert len(shortened(value)) <= 80
 
 
 def test_require_gives_the_module() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 from rkd_deploy.bench.layers import LayerTimes
 from rkd_deploy.bench.loadgen import ScenarioResult
 from rkd_deploy.bench.machine import MachineState, Provenance
-from rkd_deploy.bench.results import RECORD_SCHEMA, Result, result_of_row
+from rkd_deploy.bench.results import RECORD_SCHEMA, Percentile, Result, result_of_row
 from rkd_deploy.bench.roofline import Roofline
 from rkd_deploy.decoding import DecodingError, decode, read_json
 from rkd_deploy.errors import ModelFileError
 
 KINDS = ("bench", "compare")
+_SMALLEST, _LARGEST = 1e-12, 1e18
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,43 @@ def bench_record(content: Mapping[str, Any]) -> BenchRecord:
         known[name] = content.get(name)
     record = decode(BenchRecord, {name: value for name, value in known.items() if value is not None})
     results = tuple(result_of_row(row, f"results[{place}]") for place, row in enumerate(rows))
-    return BenchRecord(**{**vars(record), "results": results})
+    record = BenchRecord(**{**vars(record), "results": results})
+    _check_numbers(record, "", "")
+    return record
+
+
+def _check_numbers(value: Any, name: str, where: str) -> None:
+    """Hold every number of a record to a range, by the name of its field: plots and tables divide by times and rates.
+
+    Raises:
+        DecodingError: A time, a rate or a count is not positive, an accuracy no percentage, or a number beyond reason.
+    """
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            kind = "percentile" if isinstance(value, Percentile) and item.name == "ms" else item.name
+            _check_numbers(getattr(value, item.name), kind, f"{where}.{item.name}" if where else item.name)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, name, f"{where}.{key}")
+    elif isinstance(value, list | tuple) and not all(isinstance(item, float) for item in value):
+        for place, item in enumerate(value):
+            _check_numbers(item, name, f"{where}[{place}]")
+    elif isinstance(value, list | tuple) and value:  # thousands of samples: their ends are enough
+        for item in (min(value), max(value)):
+            _check_numbers(item, name, where)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        low, high = _range(name)
+        if not low <= value <= high:
+            raise DecodingError(f"{where} is {value} where a number from {low:g} to {high:g} is expected")
+
+
+def _range(name: str) -> tuple[float, float]:
+    if name == "accuracy":
+        return 0, 100
+    if name in ("batch", "streams", "runs"):
+        return 1, _LARGEST
+    positive = name in ("percentile", "kernels") or name.endswith(("_ms", "_per_s"))
+    return (_SMALLEST if positive and name != "bound_ms" else -_LARGEST), _LARGEST
 
 
 def damaged(path: Path, error: DecodingError) -> ModelFileError:

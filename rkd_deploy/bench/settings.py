@@ -11,7 +11,7 @@ from typing import Any
 from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench.timing import Limits
-from rkd_deploy.errors import UsageError
+from rkd_deploy.errors import UsageError, shortened
 from rkd_deploy.fields import check_number
 
 USUAL_BATCHES = (1, 8, 32)
@@ -51,6 +51,8 @@ class BenchSettings:
         _ = self.limits  # refused here, before anything is loaded
         check_number("seed", self.seed, 0, whole=True)
         for name, numbers in (("batches", self.batches), ("shape", self.shape)):
+            if not isinstance(numbers, Sequence | None) or isinstance(numbers, str | bytes):
+                raise UsageError(f"{name} = {shortened(numbers)} must be a tuple of whole numbers, e.g. (1, 8).")
             for number in numbers or ():
                 check_number(name, number, 1, whole=True)
         if not self.run_on or self.batches == ():

@@ -23,6 +23,7 @@ from rkd_deploy.commands.options import (
     output_folder,
     parse_ints,
     print_json,
+    report_folder,
     require_all,
     without_samples,
 )
@@ -70,18 +71,6 @@ def report(
     print_line(f"Report {pages.page}", console_for(as_json))
     if as_json:
         print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
-
-
-def report_folder(report: Path | None, output: Path | None) -> Path | None:
-    """The folder that --report or --output names, None where neither does; what a report needs is asked for."""
-    if report is None:
-        return output
-    if output is not None:
-        raise UsageError(
-            f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
-        )
-    require_all("train", "matplotlib")
-    return report
 
 
 Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]
@@ -168,6 +157,7 @@ def bench(
     from rkd_deploy.bench.roofline import Analysis
     from rkd_deploy.bench.settings import BenchSettings, check_models, combinations
     from rkd_deploy.commands.options import status
+    from rkd_deploy.image_folders import left_out_below, left_out_in_words
     from rkd_deploy.report.columns import print_bench, print_roofline
     from rkd_deploy.report.tables import print_line
     from rkd_deploy.report.writing import write_bench_report, write_tables
@@ -225,6 +215,10 @@ def bench(
         write_tables(record, folder)
         print_bench(record, console, details=details)
         print_line(f"Record {recorded.path}" + ("" if details else "; more: --details"), console)
+        if data is not None and (left_out := left_out_below(data)):
+            print_line(
+                f"Left out of --data, because their suffix is no image's: {left_out_in_words(left_out)}", console
+            )
         written = {"record": str(recorded.path)}
         if recorded.error is not None:
             raise recorded.error

@@ -233,7 +233,7 @@ def export(
     """Fuse, export and prove a run.
 
     Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
-    repository for Triton beside it.
+    repository for Triton or OpenVINO Model Server beside it.
     """
     one_of("format", output_format, FORMATS)
     one_of("input", layout, ("uint8", "float32"))
@@ -265,8 +265,10 @@ def export(
 
     source = newest_run(root, finished=True) if run is None else open_run(run)
     of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
+    # A bundle that stands is taken as it is only where nothing was asked for that could make another one.
     usual = output is None and not of_bundle
     lower = precision.make()
+    # With Triton, --threads are those of an instance, unless --fuse auto measures too.
     measuring_threads = None if output_format == "triton" and level != "auto" else threads
     target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
     if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:

@@ -81,6 +81,23 @@ def parse_ints(option: str, text: str) -> list[int]:
         ) from error
 
 
+def report_folder(report: Path | None, output: Path | None) -> Path | None:
+    """The folder that --report or --output names, None where neither does.
+
+    Raises:
+        UsageError: Both are given.
+        MissingDependencyError: A report is wanted, and matplotlib is not installed.
+    """
+    if report is None:
+        return output
+    if output is not None:
+        raise UsageError(
+            f"--report {report} and --output {output}: the page stands beside the record. Give --report alone."
+        )
+    require_all("train", "matplotlib")
+    return report
+
+
 @contextmanager
 def output_folder(chosen: Path | None, root: Path, kind: str) -> Iterator[Path]:
     """The folder that a command writes into: the chosen one, or a new one that no other process writes into.

@@ -1,4 +1,4 @@
-"""Classifies images from a shell: files, folders, globs and standard input, to text, CSV or JSON."""
+"""The command predict: classifies files, folders and standard input, to text, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def predict(
 
     if (csv_file, jsonl_file).count(STANDARD_OUTPUT) + as_json > 1:
         raise UsageError("Standard output is asked for twice. Name a file for one of --csv, --jsonl and --json.")
-    found = find_images(images)
-    unreadable, answers = list(found.unreadable), dict[str, list[dict[str, Any]]]()
+    sources = find_images(images)
+    unreadable, answers = list(sources.unreadable), dict[str, list[dict[str, Any]]]()
     with load(model, backend=backend, device=device, threads=threads, exit_threshold=exit_threshold) as classifier:
         columns, texts = min(top, len(classifier.labels)), csv_file is None and jsonl_file is None
         with ExitStack() as opened:
@@ -69,7 +69,7 @@ def predict(
             ]
             if texts:
                 writers.append(lambda image: typer.echo(visible(_in_words(image)), err=as_json))
-            for image in _with_bar(classify_all(classifier, found.names, top), len(found.names), texts):
+            for image in _with_bar(classify_all(classifier, sources.names, top), len(sources.names), texts):
                 if image.error is not None:
                     unreadable.append(image.error)
                     continue
@@ -78,8 +78,8 @@ def predict(
                 if as_json:
                     answers[image.name] = [_fields(guess) for guess in image.predictions]
         exits = list(classifier.exits)
-    _print_end(found.left_out, exits, as_json or STANDARD_OUTPUT in (csv_file, jsonl_file))
-    failure = _print_unreadable(unreadable, len(found.names))
+    _print_end(sources.left_out, exits, as_json or STANDARD_OUTPUT in (csv_file, jsonl_file))
+    failure = _print_unreadable(unreadable, len(sources.names))
     if as_json:
         print_json({"predictions": answers, **({"exits": exits} if exits else {}), **failure})
     if failure:
@@ -110,7 +110,7 @@ def _print_unreadable(messages: list[str], images: int) -> dict[str, Any]:
 
 
 def _with_bar(images: Iterator[ClassifiedImage], count: int, texts: bool) -> Iterator[ClassifiedImage]:
-    """The same images, and a bar on standard error where that is a terminal and no text goes to one."""
+    """Pass images on, and show a bar on standard error where that is a terminal and no text goes to one."""
     if not sys.stderr.isatty() or (texts and sys.stdout.isatty()):
         yield from images
         return

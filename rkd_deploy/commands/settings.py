@@ -57,6 +57,7 @@ def with_settings(groups: Groups) -> Callable[[Callable[..., None]], Callable[[]
         def stub() -> None:
             raise AssertionError("SettingsCommand runs the command itself")
 
+        # Typer reads name and help of every command at once, and parameters only of the one that runs.
         stub.__name__, stub.__doc__ = command.__name__, command.__doc__
         setattr(stub, "complete", functools.partial(_complete, command, groups))  # noqa: B010  (unknown to mypy)
         return stub

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands.bench import report_folder
 from rkd_deploy.commands.options import (
     RUNS,
     BackendName,
@@ -21,6 +20,7 @@ from rkd_deploy.commands.options import (
     output_folder,
     parse_ints,
     print_json,
+    report_folder,
     require_all,
     without_samples,
 )

@@ -55,6 +55,7 @@ def timed(
         results = bench(bundles, settings, progress=progress)
         if studied:
             analysis.profile(progress)
+    # A bench gives its results batch size by batch size, within each in the order of the models.
     results = [
         dataclasses.replace(result, model=row.name, part=row.part, accuracy=row.top1)
         for result, row in zip(results, comparison.rows * len(batches), strict=True)

@@ -152,6 +152,7 @@ def export_bundle(
     if job is not None and early_exit is not None:
         _check_named_layers(job.options, level)
     check_finite(model)
+    # Two random images tell in a moment what would fail after minutes of converting and proving.
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
     check_ends_in_logits(model.cpu(), noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
@@ -201,6 +202,7 @@ def export_bundle(
             note("measuring what early exit saves")
             card = dataclasses.replace(card, early_exit=exits.report(early_exit).to_record())
         note("writing and verifying the bundle")
+        # The card comes last: it has what was measured of the file that it is appended to.
         append_card(file, card)
         write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
         write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
@@ -214,6 +216,7 @@ def export_bundle(
         if choice.search is not None:
             write_json(temporary / "fusion.json", choice.search.to_record())
         write_text(temporary / CARD_NAME, with_checksums(card, temporary))
+        # From the files alone, as whoever gets the bundle would prove it.
         prover = "onnxruntime" if job is None else job.options.prover
         gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
     return proof

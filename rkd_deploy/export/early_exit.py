@@ -178,6 +178,7 @@ class ExitLogits:
         """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
+        # Who leaves after step i has paid for the graphs 0 .. i: hence the running sum.
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
         return ExitRow(threshold, tuple(shares), mean, 1 - mean / fused_macs, self._top1(threshold))
 

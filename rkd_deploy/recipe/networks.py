@@ -124,11 +124,6 @@ class StudentRecipe:
             self._check_trunk()
 
     def _check_trunk(self) -> None:
-        if self.budget == "latency":
-            raise RecipeError(
-                'student.layout = "trunk" has no search by latency yet, and student.budget = "latency". Set '
-                'student.budget = "macs" or "params".'
-            )
         if self.inherits:
             raise RecipeError(
                 'student.layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, '

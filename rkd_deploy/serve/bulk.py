@@ -1,4 +1,4 @@
-"""Classifies files, folders, globs and standard input in bounded memory, passing over what cannot be read."""
+"""Classifies thousands of files in bounded memory, passing over what cannot be read."""
 
 from __future__ import annotations
 

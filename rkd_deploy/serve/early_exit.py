@@ -63,6 +63,7 @@ class EarlyExitBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Logits [N, K] after the step at which each image left."""
+        # A copy, since assistants' logits are added to it: what a backend answers is its own.
         z_NK = np.array(self._steps[0].infer(x))
         there = np.arange(len(z_NK))
         for number, step in enumerate(self._steps[1:]):

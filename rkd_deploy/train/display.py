@@ -153,6 +153,8 @@ def print_parts(metrics: RunMetrics, facts: RunFacts, console: Console) -> None:
             table.add_row(name, f"{row.test_top1:.2f}", f"{row.macs / 1e6:.2f}", f"{row.parameters / 1e6:.3f}")
     _print_phases(metrics.phases, console)
     console.print(table)
+    if left_out := (facts.sources or {}).get("left out"):
+        console.print(visible(f"Left out, because their suffix is no image's: {left_out}."))
     if facts.skipped:
         console.print(f"{facts.skipped:,} broken images were left out; facts.json names the first of them.")
     if (verdict := of_metrics(metrics, PARTS)) is not None:

@@ -83,7 +83,7 @@ class FoldedCopy(FeatureNetwork):
             return tuple(self.passes(x_NCHW.to(self.dtype)))
 
 
-class Passes(nn.Module):
+class MapsAndLogits(nn.Module):
     """The stage maps of a network, and its logits behind them where they are wanted, as a module: to be traced.
 
     Args:
@@ -112,7 +112,7 @@ def folded_copy(network: FeatureNetwork, dtype: torch.dtype, *, fused: bool) -> 
         fused: Whether convolution, sum and ReLU become one kernel of cuDNN.
     """
     for logits in (True, False):
-        passes = fold_batch_norms(Passes(network, logits).eval())
+        passes = fold_batch_norms(MapsAndLogits(network, logits).eval())
         if isinstance(passes, fx.GraphModule):
             if fused:
                 fuse_relus(passes)

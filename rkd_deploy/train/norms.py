@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rkd_deploy.models.staged import FeatureNetwork
-from rkd_deploy.train.frozen import ADDITIONS, Passes, is_relu
+from rkd_deploy.train.frozen import ADDITIONS, MapsAndLogits, is_relu
 
 _THREADS = 256
 _MOST_CHANNELS = 8 * _THREADS
@@ -283,7 +283,7 @@ def fused_passes(network: FeatureNetwork) -> fx.GraphModule | None:
         Images to stage maps; None where the network cannot be traced.
     """
     try:
-        passes = fx.symbolic_trace(Passes(network, logits=False))
+        passes = fx.symbolic_trace(MapsAndLogits(network, logits=False))
     except Exception:  # a symbol in place of a tensor breaks Python code in any way
         return None
     modules = dict(passes.named_modules())

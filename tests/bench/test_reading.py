@@ -69,6 +69,38 @@ def test_a_damaged_record_is_one_error_that_names_the_place(tmp_path, name):
         read_bench(write(tmp_path, make_record() | change))
 
 
+@pytest.mark.parametrize("value", [0, 0.0, -1.5, 5e-324, 1e300])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("results", 0, "p50_ms"),
+        ("results", 0, "mean_ms"),
+        ("results", 0, "throughput_per_s"),
+        ("results", 0, "samples_ms", 3),
+        ("results", 0, "batch"),
+        ("roofline", "ceilings", 0, "macs_per_s"),
+        ("roofline", "ceilings", 0, "bytes_per_s", "4194304"),
+    ],
+)
+def test_a_time_or_a_rate_that_nothing_has_is_damage(tmp_path, place, value):
+    """Plots and tables divide by them, and take their logarithms."""
+    record = make_record()
+    *path, last = place
+    inner = record
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    with pytest.raises(ModelFileError, match=r"damaged record: .* is .* where a (number from|whole number)"):
+        read_bench(write(tmp_path, record))
+
+
+def test_an_accuracy_is_a_percentage(tmp_path):
+    record = make_record()
+    record["results"][0]["accuracy"] = 100.5
+    with pytest.raises(ModelFileError, match=r"results\[0\]\.accuracy is 100\.5 where a number from 0 to 100"):
+        read_bench(write(tmp_path, record))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("p50_ms", "fast"), ("batch", 1.5), ("batch", True), ("samples_ms", [None]), ("model", None)]
 )

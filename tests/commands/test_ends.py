@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from rkd_deploy import cli
 from rkd_deploy.commands.options import console_for
 from rkd_deploy.errors import command_line
 from rkd_deploy.report.tables import Column, print_table
@@ -119,3 +120,28 @@ def test_what_is_printed_can_be_pasted(folder):
     assert shlex.split(line) == ["rkd-deploy", "export", folder, "--fuse", "tail"]
     shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
     assert shell.stdout.splitlines() == ["rkd-deploy", "export", folder, "--fuse", "tail"]
+
+
+def test_a_signal_before_a_command_is_at_work_is_said_too(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rkd-deploy", "train", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    output = capsys.readouterr()
+    assert (ended.value.code, output.err) == (130, "Error: Interrupted.\n")
+    assert json.loads(output.out) == {"error": "Interrupted.", "exit_code": 130}
+
+
+@pytest.mark.parametrize(("words", "raised"), [(["train"], SystemExit), (["train", "--debug"], OSError)])
+def test_a_file_s_error_that_no_room_made_its_own_is_a_line(monkeypatch, capsys, words, raised):
+    def broken():
+        raise PermissionError(13, "Permission denied", "a\x1b[31m")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["rkd-deploy", *words])
+    with pytest.raises(raised):
+        cli.main()
+    assert capsys.readouterr().err in ("", "Error: 'a\\x1b[31m' cannot be used: Permission denied.\n")

@@ -76,7 +76,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "control": st.booleans(),
         "budget": st.just("latency"),
         "layout": st.none() | st.sampled_from(["branches", "side_by_side"]),
-        "shared_stages": st.none(),  # with layout = "trunk" only, which has no search by latency
+        "shared_stages": st.none(),  # with layout = "trunk" only
         "backend": st.none() | st.sampled_from(["onnxruntime", "openvino"]),
         "latency_batches": st.none() | st.lists(st.integers(1, 64), min_size=1, max_size=3).map(tuple),
         "latency_threads": optional,

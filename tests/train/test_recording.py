@@ -23,7 +23,8 @@ from rkd_deploy.train.methods.dkd import DKD
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
-from rkd_deploy.train.recording import RecordedSteps, Speedups
+from rkd_deploy.train.passes import Speedups
+from rkd_deploy.train.recording import RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 from tests.support import simulated_graphs
@@ -139,6 +140,29 @@ def test_recorded_steps_learn_what_eager_steps_learn(graphs: list[Any], name: st
 
 def test_without_speedups_a_recorded_step_is_the_eager_one_to_the_bit(graphs: list[Any]) -> None:
     assert_close(recorded(made("kd"), PLAIN, loader()), eagerly(made("kd")), 0.0)
+
+
+def test_no_autograd_node_of_another_stream_lives_when_a_step_is_captured(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of values that were put aside with their gradients: a GPU refuses to capture the backward pass then."""
+    method, alive = made("kd"), []
+
+    def step(self: RecordedSteps) -> None:
+        nodes = [parameter.view_as(parameter).grad_fn for parameter in self._trained]
+        accumulators = [node.next_functions[0][0] for node in nodes if node is not None]
+        alive.extend("seen" in node.metadata for node in accumulators if node is not None)
+        for node in accumulators:
+            assert node is not None
+            node.metadata["seen"] = True
+        del nodes, accumulators, node
+
+    monkeypatch.setattr(RecordedSteps, "_step", step)
+    stepper = Stepper(method, recipe())
+    stepper.start_epoch(1)
+    next(RecordedSteps(method, stepper.optimizer, recipe(), loader(), PLAIN).epoch(0, 0, EpochSums(), rates(0)))
+    assert alive
+    assert not any(alive)
 
 
 def test_a_weight_that_changes_is_recorded_anew_and_no_other(graphs: list[Any]) -> None:

@@ -70,7 +70,6 @@ def test_the_trunk_learns_with_s_and_stands_still_for_a() -> None:
     ("how", "message"),
     [
         (("student.shared_stages=1",), 'shared_stages = 1 has no effect .* only with student.layout = "trunk"'),
-        (("student.layout=trunk", "student.budget=latency"), "no search by latency yet"),
         (("student.layout=trunk", "student.checkpoint=s.pth"), "begins with fresh weights"),
         (("student.layout=trunk", "method.scheme=progressive"), "exchange their maps"),
     ],

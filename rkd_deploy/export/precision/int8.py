@@ -206,6 +206,7 @@ def _prepared(proto: Any) -> Any:
 def _give_others_float(proto: Any) -> None:
     """Let every node but layers read the activation itself, not what the quantiser rounded for a layer beside it."""
     produced = {name: node for node in proto.graph.node for name in node.output}
+    # The quantiser shares one Q/DQ pair among all readers of a tensor.
     for node in proto.graph.node:
         if node.op_type in (*WEIGHTED, "QuantizeLinear", "DequantizeLinear"):
             continue

@@ -35,6 +35,7 @@ def quantisable(proto: Any, kinds: Iterable[str]) -> dict[str, str]:
     for node in proto.graph.node:
         if node.op_type in kinds and node.name not in before:
             module = _module(node, weights)
+            # A layer that is called twice is two nodes of one module: the second keeps the name of its node.
             layers[node.name if module in layers or not module else module] = node.name
     return layers
 

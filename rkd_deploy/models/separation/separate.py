@@ -24,7 +24,7 @@ from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
-from rkd_deploy.models.trunk import check_parting, trunk_widths
+from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
 
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
@@ -121,7 +121,7 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
-    _check_trunk(budget, layout, shared_stages, weights)
+    _check_trunk(layout, shared_stages, weights)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     model = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = model.channels if channels is None else channels
@@ -135,16 +135,15 @@ def separate(
     level, shared = FUSION_LEVELS[layout or "branches"], 0
     if stopwatch is not None:
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch).run(layout)
+        shared = _shared_stages(network, shared_stages) if layout == "trunk" else 0
+        fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, shared).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
     elif layout == "side_by_side":
         student, assistant = limits.side_by_side(1.0)
     elif layout == "trunk":
-        stages = len(network.stages())
-        shared = stages - 1 if shared_stages is None else shared_stages
-        check_parting(shared, stages, type(network).__name__)
-        student, assistant = limits.parted(shared, trunk_widths(network, shared))
+        shared = _shared_stages(network, shared_stages)
+        student, assistant = limits.parted(limits.limit, shared, trunk_widths(network, shared))
     else:
         student, assistant = limits.split(limits.limit)
     parts = limits.account(student, assistant, shared_stages=shared)
@@ -165,6 +164,14 @@ def separate(
     return separation
 
 
+def _shared_stages(network: Staged, shared_stages: int | None) -> int:
+    """j: what was asked for, or all stages but the last."""
+    stages = len(network.stages())
+    shared = stages - 1 if shared_stages is None else shared_stages
+    check_parting(shared, stages, type(network).__name__)
+    return shared
+
+
 def narrow(
     model: FeatureNetwork,
     fraction: float,
@@ -181,13 +188,11 @@ def narrow(
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
 
 
-def _check_trunk(budget: str, layout: str | None, shared_stages: int | None, weights: str) -> None:
+def _check_trunk(layout: str | None, shared_stages: int | None, weights: str) -> None:
     if layout != "trunk":
         if shared_stages is not None:
             raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
         return
-    if budget == "latency":
-        raise UsageError('layout = "trunk" has no search by latency yet: set budget = "macs" or "params".')
     if weights == "inherited":
         raise UsageError(
             'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
@@ -271,6 +276,7 @@ class _Fastest:
         head: h; None: a linear layer.
         s0: The network that candidates are timed against.
         stopwatch: Measures latencies.
+        shared_stages: j, for layout trunk.
     """
 
     limits: WidthBudget
@@ -279,6 +285,7 @@ class _Fastest:
     head: nn.Module | None
     s0: nn.Module
     stopwatch: Stopwatch
+    shared_stages: int = 0
 
     def run(self, layout: str | None) -> Fitting:
         """Search in one layout, or in both for the one that leaves S and A more.
@@ -303,7 +310,8 @@ class _Fastest:
                     above=cost / self.limits.limit,
                     deadline=deadline,
                 )
-                cost = sum(self.limits.account(*fittings[level].widths).values())
+                account = self.limits.account(*fittings[level].widths, shared_stages=self.shared_stages)
+                cost = sum(account.values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
                 if name == layouts[-1] and not fittings:
@@ -322,10 +330,13 @@ class _Fastest:
 
     def _candidates(self, layout: str) -> Callable[[float], Candidate]:
         limits, level = self.limits, FUSION_LEVELS[layout]
+        trunk = trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
             if layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
+            elif layout == "trunk":
+                widths = limits.parted(int(fraction * limits.limit), self.shared_stages, trunk)
             else:
                 widths = limits.split(int(fraction * limits.limit))
             return Candidate(widths, lambda: self._fused(*widths), level)
@@ -333,10 +344,9 @@ class _Fastest:
         return candidate
 
     def _fused(self, student: Widths, assistant: Widths) -> ResidualStudent:
-        return ResidualStudent(
-            self.network.rebuilt(student, None),
-            [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)],
-            self.channels,
-            self.limits.num_classes,
-            copy.deepcopy(self.head),
-        )
+        S = self.network.rebuilt(student, None)
+        As = [self.network.rebuilt(assistant, None) for _ in range(self.limits.assistants)]
+        head, classes = copy.deepcopy(self.head), self.limits.num_classes
+        if self.shared_stages:
+            return parted(S, As, self.shared_stages, self.channels, classes, head)
+        return ResidualStudent(S, As, self.channels, classes, head)

@@ -261,13 +261,14 @@ class WidthBudget:
             raise self._too_small(limit, "the student with what the assistant left")
         return student, assistant
 
-    def parted(self, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
+    def parted(self, limit: int, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
         """Widths of S and A on one trunk, the widest that together cost no more than S0.
 
         A's end gets the widths that its share pays for behind a trunk as wide as S0's. Trunk and S get what is left,
         A's end priced behind that trunk: it is no wider, so A keeps within its share.
 
         Args:
+            limit: In `unit`, S0's cost or less.
             shared_stages: j.
             shared: Indices of the widths that the trunk has; A's are those of S there.
 
@@ -284,12 +285,12 @@ class WidthBudget:
             return self.costs.branch(widths) - self.costs.trunk(widths, shared_stages)
 
         full, steps = (tuple(values[index] for index in ends) for values in (self.full, self.steps))
-        allowed = int(self.share / self.assistants * self.limit)
+        allowed = int(self.share / self.assistants * limit)
         end = widest(lambda end_widths: end_cost(behind(self.full, end_widths)), full, allowed, steps)
         if end is None:
             least = end_cost(behind(self.full, tuple(map(min, full, steps))))
             raise BudgetError(
-                f"The budget is too small for the assistant's end behind the trunk: S0 costs {self.limit:,}, of which "
+                f"The budget is too small for the assistant's end behind the trunk: the limit is {limit:,}, of which "
                 f"assistant_share = {self.share} gives {allowed:,} to each of {self.assistants}, and the narrowest end "
                 f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {least:,}. Raise student.assistant_share, share "
                 "more stages (student.shared_stages), or lower student.round_to."
@@ -298,9 +299,9 @@ class WidthBudget:
         def whole_cost(widths: Widths) -> int:
             return self.costs.student(widths) + self.assistants * end_cost(behind(widths, end))
 
-        student = widest(whole_cost, self.full, self.limit, self.steps)
+        student = widest(whole_cost, self.full, limit, self.steps)
         if student is None:
-            raise self._too_small(self.limit, "the trunk and the student with what the assistant left")
+            raise self._too_small(limit, "the trunk and the student with what the assistant left")
         return student, behind(student, end)
 
     def account(self, student: Widths, assistant: Widths, *, shared_stages: int = 0) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Answers over HTTP with an exported model: images in, labels out, and the Open Inference Protocol beside it."""
+"""Answers over HTTP with an exported model, also by the Open Inference Protocol."""

@@ -1,4 +1,4 @@
-"""The ASGI application: addresses, limits, errors, metrics. Any ASGI server can run it, or mount it."""
+"""Answers requests as an ASGI application: addresses, limits, errors, metrics."""
 
 from __future__ import annotations
 

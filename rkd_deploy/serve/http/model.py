@@ -1,4 +1,4 @@
-"""Runs the model of a server: what a request's bytes become, in one call that a thread makes."""
+"""Runs the model of a server: from a request's bytes to its answer, in one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describes the server's addresses as OpenAPI 3.1, for client generators and for tests that try everything."""
+"""Describes the server's addresses as OpenAPI 3.1, for client generators and tests."""
 
 from __future__ import annotations
 

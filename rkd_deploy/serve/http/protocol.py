@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, over REST: requests from bytes, answers to bytes.
+"""Reads and writes the Open Inference Protocol, version 2, over REST.
 
 Tensors stand in the JSON, or behind it as bytes (the binary tensor extension), or are encoded images: BYTES. Pure
 functions of bytes, which never trust a length, a type or a shape that a request states.
@@ -165,44 +165,46 @@ def parse_request(body: bytes, header_length: str | None, interface: TensorInter
         raise UsageError(f"The request is not what it has to be: {error}. /openapi.json describes it.") from error
     if len(request.inputs) != 1:
         raise UsageError(f"The request has {len(request.inputs)} inputs; the model takes 1, {interface.input_name!r}.")
-    (given,) = request.inputs
-    if given.name != interface.input_name:
-        raise UsageError(unknown_name("input", given.name, [interface.input_name]))
-    _check_shape(given, interface)
+    (tensor_input,) = request.inputs
+    if tensor_input.name != interface.input_name:
+        raise UsageError(unknown_name("input", tensor_input.name, [interface.input_name]))
+    _check_shape(tensor_input, interface)
     binary = body[length:]
-    if len(binary) != (given.parameters.binary_data_size or 0):
+    if len(binary) != (tensor_input.parameters.binary_data_size or 0):
         raise UsageError(
-            f"{len(binary)} bytes follow the JSON, and binary_data_size of {given.name!r} is "
-            f"{given.parameters.binary_data_size or 0}: they must be equal."
+            f"{len(binary)} bytes follow the JSON, and binary_data_size of {tensor_input.name!r} is "
+            f"{tensor_input.parameters.binary_data_size or 0}: they must be equal."
         )
-    if given.parameters.shared_memory_region is not None:
+    if tensor_input.parameters.shared_memory_region is not None:
         raise UsageError("Shared memory is not served. Send the tensor itself.")
-    raw = None if given.parameters.binary_data_size is None else binary
-    if (raw is None) == (given.data is None):
-        raise UsageError(f"Input {given.name!r} must have either data, or binary_data_size and its bytes.")
+    raw = None if tensor_input.parameters.binary_data_size is None else binary
+    if (raw is None) == (tensor_input.data is None):
+        raise UsageError(f"Input {tensor_input.name!r} must have either data, or binary_data_size and its bytes.")
     images: tuple[bytes, ...] = ()
     tensor = None
-    if given.datatype == "BYTES":
-        images = _texts(raw, given.shape[0]) if raw is not None else _base64(given.data, given.shape)
+    if tensor_input.datatype == "BYTES":
+        images = (
+            _texts(raw, tensor_input.shape[0]) if raw is not None else _base64(tensor_input.data, tensor_input.shape)
+        )
     else:
-        tensor = _numbers(raw, given.shape, interface) if raw is not None else _listed(given, interface)
+        tensor = _numbers(raw, tensor_input.shape, interface) if raw is not None else _listed(tensor_input, interface)
     return InferRequest(tensor, images, _outputs(request, interface), request.id)
 
 
-def _check_shape(given: _Input, interface: TensorInterface) -> None:
-    if given.datatype not in (interface.datatype, "BYTES"):
+def _check_shape(tensor: _Input, interface: TensorInterface) -> None:
+    if tensor.datatype not in (interface.datatype, "BYTES"):
         raise UsageError(
-            f"Input {given.name!r} has datatype {shortened(given.datatype)}; it must be {interface.datatype}, or "
+            f"Input {tensor.name!r} has datatype {shortened(tensor.datatype)}; it must be {interface.datatype}, or "
             "BYTES, which are encoded images."
         )
-    batch, *sizes = given.shape or (0,)
-    encoded = given.datatype == "BYTES"
+    batch, *sizes = tensor.shape or (0,)
+    encoded = tensor.datatype == "BYTES"
     if not 1 <= batch <= interface.max_batch or (
         sizes not in ([], [1]) if encoded else tuple(sizes) != interface.shape
     ):
         wanted = "[N] or [N, 1]" if encoded else f"[N, {', '.join(map(str, interface.shape))}]"
         raise UsageError(
-            f"Input {given.name!r} has shape {shortened(list(given.shape))}; it must be {wanted}, N from 1 to "
+            f"Input {tensor.name!r} has shape {shortened(list(tensor.shape))}; it must be {wanted}, N from 1 to "
             f"{interface.max_batch}."
         )
 
@@ -245,18 +247,18 @@ def _numbers(content: bytes, shape: tuple[int, ...], interface: TensorInterface)
     return _finite(np.frombuffer(content, dtype).astype(interface.dtype).reshape(shape))
 
 
-def _listed(given: _Input, interface: TensorInterface) -> Array:
+def _listed(tensor: _Input, interface: TensorInterface) -> Array:
     """Numbers that stand in the JSON, in one list or in lists of lists."""
-    values = _flat(given.data, given.shape)
+    values = _flat(tensor.data, tensor.shape)
     allowed = {int} if interface.dtype == "uint8" else {int, float}
     if not set(map(type, values)) <= allowed or (
         interface.dtype == "uint8" and not 0 <= min(values) <= max(values) < 256
     ):
         raise UsageError(
-            f"Data of {given.name!r} must be {'whole numbers from 0 to 255' if allowed == {int} else 'numbers'}."
+            f"Data of {tensor.name!r} must be {'whole numbers from 0 to 255' if allowed == {int} else 'numbers'}."
         )
     with np.errstate(over="ignore"):  # 1e300 becomes infinite, which is refused
-        return _finite(np.array(values, np.float64).astype(interface.dtype).reshape(given.shape))
+        return _finite(np.array(values, np.float64).astype(interface.dtype).reshape(tensor.shape))
 
 
 def _flat(data: Any, shape: Sequence[int]) -> list[Any]:

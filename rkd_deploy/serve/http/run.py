@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn: in this process, or in several workers that share one socket."""
+"""Runs the application under uvicorn: in this process, or in several workers."""
 
 from __future__ import annotations
 

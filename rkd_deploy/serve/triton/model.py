@@ -6,12 +6,16 @@ Copied into every version of a model of that backend. The server's Python needs 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+# ONNX Runtime reads it when it is imported; without it, an identifier is kept below the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import numpy as np
 import onnxruntime as ort
-import triton_python_backend_utils as pb_utils  # there only inside of Triton
+import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
@@ -48,6 +52,8 @@ class TritonPythonModel:
 
 
 def _open(file: Path, parameters: dict[str, Any], on_gpu: bool, args: dict[str, str]) -> Any:
+    if not file.is_file():  # a named pipe would hold up the server for ever
+        raise RuntimeError(f"{file} is missing, or no regular file: export the model into this repository again")
     options = ort.SessionOptions()
     options.inter_op_num_threads = 1
     if "intra_op_thread_count" in parameters:

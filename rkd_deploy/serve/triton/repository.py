@@ -31,7 +31,7 @@ from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
 from rkd_deploy.serve.triton.ensemble import configurations, ensemble_files, names, pixels_files
 from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.serve.triton.signature import Plan, Signature, choose_batching, read_plan, read_signature
-from rkd_deploy.storage import new_folder, write_bytes, write_text
+from rkd_deploy.storage import new_folder, read_text, write_bytes, write_text
 
 RUNTIME = "kserve-tritonserver"
 """The cluster serving runtime that KServe brings for Triton."""
@@ -58,6 +58,8 @@ def inference_service(model: str, serving: Serving) -> str:
 
 
 CONFIG_NAME = "config.pbtxt"
+_VERSION = re.compile(r"[0-9]{1,18}")
+"""Names of folders that are versions, as Triton reads them."""
 MODEL_CODE = Path(__file__).with_name("model.py")
 """Source of the python backend; copied, never imported: what it imports is there only inside of Triton."""
 
@@ -138,17 +140,22 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
         StorageError: The folder is no model's.
         UsageError: The model there takes or answers something else.
     """
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return 1
-    versions = [int(child.name) for child in folder.iterdir() if child.is_dir() and child.name.isdecimal()]
+    try:
+        versions = [int(child.name) for child in folder.iterdir() if child.is_dir() and _VERSION.fullmatch(child.name)]
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be read as a model's folder: {error.strerror}. Remove it first."
+        ) from error
     config, labels = folder / CONFIG_NAME, folder / LABELS_NAME
     if not versions or not config.is_file():
         raise StorageError(
             f"{folder} exists already and holds no model with a version and a {CONFIG_NAME}. Remove it first, or give "
             "another --model-name or --repository."
         )
-    standing = config.read_text(encoding="utf-8")
-    named = labels.read_text(encoding="utf-8") if labels.is_file() else ""
+    standing = _text_of(config)
+    named = _text_of(labels) if os.path.lexists(labels) else ""
     if wanted not in standing or named != _labels(signature):
         what = "backend, inputs or outputs" if wanted not in standing else "labels"
         raise UsageError(
@@ -156,6 +163,14 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
             "break. Give another --model-name."
         )
     return max(versions) + 1
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise StorageError(f"{path} of that repository cannot be read: {reason}. Mend or remove it.") from error
 
 
 def _unchanged(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
@@ -167,7 +182,7 @@ def _unchanged(texts: dict[Path, str], serving: Serving) -> tuple[Path, ...]:
     differing = {
         path: difflib.unified_diff(standing.splitlines(), text.splitlines(), "there", "asked for", n=0, lineterm="")
         for path, text in texts.items()
-        if path.is_file() and (standing := path.read_text(encoding="utf-8")) != text
+        if os.path.lexists(path) and (standing := _text_of(path)) != text
     }
     if differing and serving.config is None:
         path, difference = next(iter(differing.items()))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import onnx
@@ -157,9 +159,65 @@ def test_the_python_variant_brings_its_code(bundles, tmp_path):
     assert set(files(tmp_path / NAME / "1")) == {"model.onnx", "model.py"}
     code = (tmp_path / NAME / "1/model.py").read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
-    assert imported - {"json", "pathlib", "typing", "__future__"} == {
+    assert imported - {"json", "os", "pathlib", "typing", "__future__"} == {
         "numpy", "onnxruntime", "triton_python_backend_utils",
     }  # fmt: skip
+
+
+def python_variant(repository, monkeypatch):
+    """The code of the python variant, imported as Triton would, but for Triton's own module."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
+    spec = importlib.util.spec_from_file_location("triton_model", repository / NAME / "1/model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ARGS = {
+    "model_config": json.dumps({"input": [{"name": "input"}], "output": [{"name": "logits"}], "parameters": {}}),
+    "model_instance_kind": "CPU",
+    "model_instance_device_id": "0",
+}
+
+
+def test_the_python_variant_keeps_no_identifier_and_waits_for_no_pipe(bundles, tmp_path, monkeypatch):
+    export_triton(bundles[0], tmp_path, Serving(backend="python"))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    variant = python_variant(tmp_path, monkeypatch)
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    code = (tmp_path / NAME / "1/model.py").read_text()
+    assert code.index("ORT_DISABLE_TELEMETRY") < code.index("import onnxruntime")  # it is read when that is imported
+    model = variant.TritonPythonModel()
+    model.initialize(ARGS)
+    model.finalize()
+    file = tmp_path / NAME / "1/model.onnx"
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("absent")):
+        file.unlink()
+        make(file)
+        with pytest.raises(RuntimeError, match=r"model\.onnx is missing, or no regular file: export the model"):
+            model.initialize(ARGS)
+
+
+@pytest.mark.parametrize("name", ["config.pbtxt", "labels.txt"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "no text"])
+def test_what_stands_in_a_repository_and_is_no_file_is_said(bundles, tmp_path, name, kind):
+    export_triton(bundles[0], tmp_path)
+    file = tmp_path / NAME / name
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(b"\xff\xfe")
+    with pytest.raises(StorageError, match=f"{name}|holds no model with a version"):
+        export_triton(bundles[1], tmp_path)
+
+
+def test_a_file_in_the_place_of_a_model_is_said(bundles, tmp_path):
+    (tmp_path / NAME).write_text("")
+    with pytest.raises(StorageError, match="cannot be read as a model's folder"):
+        export_triton(bundles[0], tmp_path)
 
 
 def test_a_plan_and_its_batch_sizes(with_plan, tmp_path):
