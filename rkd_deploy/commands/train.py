@@ -35,9 +35,9 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.report.tables import print_line
-    from rkd_deploy.train.display import Progress
+    from rkd_deploy.train.display import ProgressDisplay
 
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         outcome = run_quickstart(
             root, progress, lambda line: progress.console.print(visible(line), style="bold", markup=False)
         )
@@ -99,7 +99,7 @@ def train(
     require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
-    from rkd_deploy.train.display import Progress, print_parts, print_series
+    from rkd_deploy.train.display import ProgressDisplay, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
@@ -116,7 +116,7 @@ def train(
         )
     if seeds is not None:
         chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
-        with Progress() as progress:
+        with ProgressDisplay() as progress:
             series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
         if is_main_process():
             print_series(series, console_for(as_json))
@@ -124,7 +124,7 @@ def train(
             if as_json:
                 print_json(series.to_dict() | verdict_json(of_series(series.parts, PARTS)))
         return
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         if resume:
             unfinished = newest_run(root, finished=False) if recipe is None else open_run(recipe)
             run = resume_run(unfinished, display=progress)

@@ -30,9 +30,9 @@ def test_files_labels_and_classes_are_those_of_torchvision(photos: Path) -> None
     layout = scan_folder(photos)
     for name, folder in (("train", "train"), ("test", "val")):
         theirs = ImageFolder(str(photos / folder))
-        found = layout.splits[name]
-        assert isinstance(found.source, ImageFiles)
-        assert list(zip(found.source.paths, found.labels_N.tolist(), strict=True)) == theirs.samples
+        labelled = layout.splits[name]
+        assert isinstance(labelled.source, ImageFiles)
+        assert list(zip(labelled.source.paths, labelled.labels_N.tolist(), strict=True)) == theirs.samples
         assert list(layout.classes) == theirs.classes
     assert layout.origins == {"train": "folder train", "test": "folder val"}
 

@@ -1,4 +1,4 @@
-"""Every key of a recipe: written and read back, and read or refused by the method it stands beside."""
+"""Every key of a recipe: written, read back, and read or refused by the method beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVIDIA's own client, unmodified, asks our server: by JSON, in binary, with encoded images, and from asyncio."""
+"""NVIDIA's client, unmodified, asks our server: JSON, binary, encoded images, asyncio."""
 
 from __future__ import annotations
 
