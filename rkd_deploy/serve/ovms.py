@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def export_ovms(path: str | os.PathLike[str], repository: Path, serving: Serving
     source = read_source(path)
     name = serving.name or slug(source.file.stem if source.card is None else source.card.name)
     config = _with_model(repository / CONFIG_NAME, name)
-    versions = [int(child.name) for child in (repository / name).glob("*") if child.name.isdecimal()]
+    versions = [int(child.name) for child in (repository / name).glob("*") if re.fullmatch(r"[0-9]{1,18}", child.name)]
     version = max(versions, default=0) + 1
     service = repository / file_name(name)
     with new_folder(repository / name / str(version)) as temporary:
