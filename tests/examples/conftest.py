@@ -43,16 +43,16 @@ def _network() -> CifarResNet:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    """A bundle whose input is neither square nor the whole of the image, resized by Pillow's bicubic."""
+    """A bundle whose input is a crop of the image, resized by Pillow's bicubic."""
 
     def make(folder: Path) -> None:
         rule = Preprocess(
-            height=64, width=48, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+            height=64, width=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             interpolation="bicubic", crop_fraction=0.875,
         )  # fmt: skip
         labels = ("hill", "fence", "sun", "field", "sky")
         card = ModelCard(name="landscapes", labels=labels, preprocess=rule, metrics={"accuracy": 71.5, "split": "test"})
-        export_bundle(_network(), card, folder / "bundle")
+        export_bundle(_network(), card, folder / "bundle", with_pytorch=True)
 
     bundle = made_once(tmp_path_factory, "landscapes", make) / "bundle"
     answer = json.loads((bundle / "golden/photo.json").read_text())

@@ -12,7 +12,7 @@ from preparing import facts_of
 from torch import nn
 
 from rkd_deploy.data.sources import load_images
-from rkd_deploy.errors import CheckpointError, DataError, RecipeError
+from rkd_deploy.errors import CheckpointError, DataError, RecipeError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.residual import ResidualStudent
@@ -20,6 +20,7 @@ from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.recipe.method import BASE_LOSSES
+from rkd_deploy.train.checkpoints import load_checkpoint
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.baseline import Distilled
@@ -151,6 +152,59 @@ def test_a_run_from_recipe_to_onnx(name, users_module, tiny_recipe, tmp_path):
 
     run.metrics_path.unlink()  # as if killed before the end
     torch.testing.assert_close(load_part(resume(run), "s0").state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+BROUGHT = "tests.support.networks"
+
+
+@pytest.mark.parametrize("name", ["Tutorial", "Hidden"])
+def test_networks_that_flatten_their_map(name, tiny_recipe, tmp_path):
+    """Their heads are no function of the pooled map: they train and export, and T's head is refused with the reason."""
+    network = f"{BROUGHT}:{name}"
+    settings = (*FEW, "train.lr=0.01", f"teacher.name={network}", f"student.name={network}")
+    room = ("student.round_to=4", "student.assistant_share=0.45")
+    for method in ("cross_entropy", "kd"):
+        export_run(fit(tiny_recipe(*settings, f"method.name={method}"), root=tmp_path / method))
+    with pytest.raises(RecipeError, match=r'by T\'s head, .* a flattened map, .*Set method.head = "trained"'):
+        fit(tiny_recipe(*settings, *room, "method.head=teacher"), root=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = fit(tiny_recipe(*settings, *room, "method.head=trained"), root=tmp_path / "residual")
+    for part in run.metrics.parts:
+        export_run(run, part=part)
+
+
+def test_every_part_of_a_block_that_is_called_twice_is_exported(tiny_recipe, tmp_path):
+    """The parity gate's tolerance is 1e-4; folded twice, the block's batch norm is off by 2.5."""
+    network = f"{BROUGHT}:Shared"
+    settings = (f"teacher.name={network}", f"student.name={network}", "train.lr=0.01")
+    run = fit(tiny_recipe(*FEW, *settings), root=tmp_path)
+    for part in run.metrics.parts:
+        assert export_run(run, part=part).proof.parity.max_abs_diff < 1e-4
+
+
+def test_a_head_that_takes_a_root_is_refused_for_a_sum_that_has_a_sign(tiny_recipe, tmp_path):
+    settings = (*FEW, "train.lr=1e-5", f"teacher.name={BROUGHT}:GeM", f"student.name={BROUGHT}:GeM")
+    for head in ("teacher", "finetuned"):
+        with pytest.raises(RecipeError, match=r'GeM is not defined for .*negative.*Set method\.head = "trained"'):
+            fit(tiny_recipe(*settings, f"method.head={head}"), root=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = fit(tiny_recipe(*settings, "method.head=trained"), root=tmp_path)
+    assert export_run(run).proof.differing == 0
+
+
+def test_a_network_that_ends_in_probabilities_is_refused_before_training(tiny_recipe, tmp_path):
+    with pytest.raises(UsageError, match="probabilities in place of logits: its last operation is a softmax"):
+        fit(tiny_recipe(*FEW, f"teacher.name={BROUGHT}:softmaxed"), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_state_dict_of_a_network_whose_child_has_a_prefix_s_name(tmp_path):
+    network = zoo.build(f"{BROUGHT}:Wrapped", 10, (32, 32))
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    seen = zoo.create(f"{BROUGHT}:Wrapped", 10, input_size=32)
+    loaded = load_checkpoint(tmp_path / "own.pth", wanted=seen.network.state_dict())
+    seen.network.load_state_dict(loaded.state)
+    torch.testing.assert_close(seen.network.state_dict(), network.state_dict(), rtol=0, atol=0)
 
 
 def test_external_teacher_of_a_family(users_module, tiny_recipe, tmp_path):

@@ -22,6 +22,7 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.inheritance import inherit_weights
 from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting, Stopwatch, fastest_fitting
 from rkd_deploy.models.separation.pruning import narrowable
+from rkd_deploy.models.separation.ways_out import way_out
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
 from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
@@ -133,19 +134,14 @@ def separate(
         limits, record = _narrowed(limits, network, model, fraction, stopwatch)
         records |= {} if record is None else {"given": record}
     level, shared = FUSION_LEVELS[layout or "branches"], 0
-    if stopwatch is not None:
+    if layout == "trunk":
+        shared = _shared_stages(network, shared_stages)
+    student, assistant = _cut(limits, network, layout, shared)
+    if stopwatch is not None:  # what S0's MACs have no room for, its latency has none for either
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        shared = _shared_stages(network, shared_stages) if layout == "trunk" else 0
         fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, shared).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
-    elif layout == "side_by_side":
-        student, assistant = limits.side_by_side(1.0)
-    elif layout == "trunk":
-        shared = _shared_stages(network, shared_stages)
-        student, assistant = limits.parted(limits.limit, shared, trunk_widths(network, shared))
-    else:
-        student, assistant = limits.split(limits.limit)
     parts = limits.account(student, assistant, shared_stages=shared)
     separation = Separation(
         student=network.rebuilt(student, None),
@@ -162,6 +158,22 @@ def separate(
     if weights == "inherited":
         inherit_weights([separation.student, *separation.assistants], model, size)
     return separation
+
+
+def _cut(limits: WidthBudget, network: Staged, layout: str | None, shared: int) -> tuple[Widths, Widths]:
+    """Widths of S and A in a layout; where there are none, the error names settings that do."""
+
+    def cut(limits: WidthBudget) -> tuple[Widths, Widths]:
+        if layout == "side_by_side":
+            return limits.side_by_side(1.0)
+        if layout == "trunk":
+            return limits.parted(limits.limit, shared, trunk_widths(network, shared))
+        return limits.split(limits.limit)
+
+    try:
+        return cut(limits)
+    except BudgetError as error:
+        raise BudgetError(f"{error} {way_out(limits, network.steps, cut)}") from error
 
 
 def _shared_stages(network: Staged, shared_stages: int | None) -> int:
