@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from rkd_deploy.commands.app_formats import APP_FORMATS, require_libraries, write_app
 from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
+from rkd_deploy.commands.repositories import write_ovms, write_triton
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError, command_line
 
@@ -111,47 +111,6 @@ def add_engine(
     return {"engine": {**facts, "file": str(built.file)}}
 
 
-def write_repository(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
-    """Write a bundle or an ONNX file as the next version, and say so; what is known of it, for --json."""
-    from rkd_deploy.serve.triton.repository import export_triton
-    from rkd_deploy.serve.triton.settings import STORAGE_URI
-
-    written = export_triton(model, repository or _beside(model, "triton"), serving)
-    console = console_for(as_json)
-    console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
-    for file in written.unchanged:
-        console.print(f"Kept as it was: {file}")
-    if serving.storage_uri == STORAGE_URI and written.service not in written.unchanged:
-        console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
-    console.print(f"Next: {shlex.join(['tritonserver', f'--model-repository={written.repository}'])}", markup=False)
-    facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.unchanged]}
-    return {"triton": {"repository": str(written.repository), "service": str(written.service), **facts}}
-
-
-def write_ovms(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
-    """Write a bundle or an ONNX file for OpenVINO Model Server, and say so; what is known of it, for --json."""
-    from rkd_deploy.serve.ovms import CONFIG_NAME, export_ovms
-    from rkd_deploy.serve.triton.settings import STORAGE_URI
-
-    written = export_ovms(model, repository or _beside(model, "ovms"), serving)
-    console = console_for(as_json)
-    console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
-    if serving.storage_uri == STORAGE_URI:
-        console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
-    config = (written.repository / CONFIG_NAME).resolve()
-    console.print(f"Next: {shlex.join(['ovms', '--config_path', str(config), '--rest_port', '8000'])}", markup=False)
-    facts = {"name": written.name, "version": written.version}
-    return {"ovms": {"repository": str(written.repository), "service": str(written.service), **facts}}
-
-
-def _beside(model: Path, name: str) -> Path:
-    """A folder of that name beside the folder that a model lies in."""
-    from rkd_deploy.backends.files import model_path
-
-    folder = model_path(model).parent
-    return (folder.resolve() if folder.name in ("", "..") else folder).with_name(name)
-
-
 def _settings() -> dict[str, tuple[type, str]]:
     from rkd_deploy.backends.tensorrt.settings import EngineSettings
     from rkd_deploy.export.precision.options import PrecisionOptions
@@ -176,7 +135,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx; in it an engine (tensorrt, tensorrt-rtx), or beside it triton, ovms, transformers-js, executorch.",
+            help="onnx; an engine in it (tensorrt, tensorrt-rtx); beside it triton, ovms, transformers-js, executorch.",
         ),
     ] = "onnx",
     output: Annotated[
@@ -258,7 +217,7 @@ def export(
     def _add(model: Path) -> dict[str, Any]:
         """What the format asks for beside the ONNX file; what is known of it, for --json."""
         if serving is not None:
-            write = write_ovms if output_format == "ovms" else write_repository
+            write = write_ovms if output_format == "ovms" else write_triton
             return write(model, repository, serving, as_json)
         if output_format in APP_FORMATS:
             return write_app(output_format, model, output if of_model else None, as_json)
