@@ -3,8 +3,8 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `recipes`,
-`runtimes`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`,
+`recipes`, `runtimes`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PAGES = (
     RECIPES / "README.md",
     HERE.parent / "docs" / "runtimes.md",
     HERE.parent / "docs" / "ladder.md",
+    HERE.parent / "docs" / "results.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -91,6 +92,23 @@ def runtimes() -> str:
         outcome = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
         rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {outcome} |")
     return "\n".join(rows) + "\n"
+
+
+def quickstart() -> str:
+    """What the README's first command ended with, by its newest record."""
+    record = json.loads(max(HERE.glob("quickstart_*.json")).read_text(encoding="utf-8"))
+    rows = ["| | top-1, % | MMAC | p50, ms | file, kB |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in record["results"]:
+        cells = (
+            f"{row['accuracy']:.2f}",
+            f"{row['macs'] / 1e6:.2f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['file_bytes'] / 1e3:.0f}",
+        )
+        rows.append(f"| {PARTS[row['part']]} | " + " | ".join(cells) + " |")
+    facts = record["provenance"]
+    where = f"{record['seconds']:.0f} s on {facts['cpu']}, {facts['cores']} cores."
+    return "\n".join(rows) + f"\n\n{record['verdict']} In {where}\n"
 
 
 def of_record(path: Path) -> str:
@@ -245,6 +263,7 @@ def render(text: str) -> str:
     makers: dict[str, Callable[[], str]] = {
         "claims": claims,
         "headlines": headlines,
+        "quickstart": quickstart,
         "recipes": recipes,
         "runtimes": runtimes,
     }

@@ -36,6 +36,8 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.report.tables import print_line
     from rkd_deploy.train.display import ProgressDisplay
+    from rkd_deploy.train.networks import PARTS
+    from rkd_deploy.train.verdict import of_metrics, verdict_json
 
     with ProgressDisplay() as progress:
         outcome = run_quickstart(
@@ -43,6 +45,8 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
         )
     console = console_for(as_json)
     print_results(outcome.results, console)
+    if (verdict := of_metrics(outcome.run.metrics, PARTS)) is not None:
+        print_line(verdict.sentence(), console)
     files = {
         "Run": outcome.run.folder,
         "Bundle": outcome.bundles["fused"],
@@ -59,6 +63,7 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
                 "bundles": bundles,
                 "plot": str(outcome.tables.plot),
                 "results": without_samples(outcome.results),
+                **verdict_json(verdict),
             }
         )
 
