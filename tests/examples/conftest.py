@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -61,13 +62,12 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+def javascript() -> Iterator[Callable[[str], Path]]:
     """Gives an example's folder, copied to where the npm packages are found. Skips where they cannot be had."""
     packages = node_packages.install(pytest.skip)
-    copy = packages / f"examples-{tmp_path_factory.getbasetemp().name}"
-    shutil.copytree(EXAMPLES, copy, ignore=shutil.ignore_patterns("node_modules"))
-    yield lambda name: copy / name
-    shutil.rmtree(copy)
+    with tempfile.TemporaryDirectory(prefix="examples-", dir=packages) as copy:
+        shutil.copytree(EXAMPLES, copy, ignore=shutil.ignore_patterns("node_modules"), dirs_exist_ok=True)
+        yield lambda name: Path(copy) / name
 
 
 @pytest.fixture(scope="session")

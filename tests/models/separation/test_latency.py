@@ -257,7 +257,7 @@ def test_an_assistant_whose_narrowest_form_takes_more_than_its_share_is_refused_
 
 @pytest.mark.parametrize("per_branch", [0.0, 0.3])
 def test_on_a_trunk_S_and_A_are_the_widest_that_are_no_slower(per_branch: float) -> None:
-    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch)
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch, merges=False)
     cut = cut_by(stopwatch, layout="trunk")
     assert cut.latency is not None
     assert cut.shared_stages == 2
@@ -271,7 +271,8 @@ def test_on_a_trunk_S_and_A_are_the_widest_that_are_no_slower(per_branch: float)
 
 
 def test_a_trunk_of_one_stage_is_searched_too() -> None:
-    cut = cut_by(BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1), layout="trunk", shared_stages=1)
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1, merges=False)
+    cut = cut_by(stopwatch, layout="trunk", shared_stages=1)
     assert cut.shared_stages == 1
     assert cut.student.widths[:2] == cut.assistant.widths[:2]
     assert cut.student.widths[2] != cut.assistant.widths[2]
