@@ -65,7 +65,7 @@ def headlines() -> str:
             _figure(tightest, "value"),
             _figure(tightest, "limit"),
         )
-        rows.append(f"| [{record['theme']}](benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
+        rows.append(f"| [{record['theme']}](../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 
