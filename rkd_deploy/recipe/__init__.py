@@ -238,6 +238,9 @@ _ABSENT = {"student": {"control": False}}
 """Values of keys that earlier runs lack, where those runs did something else than today's default."""
 
 
+_FORMER_DKD_BETA = 8.0
+
+
 def _modernise(content: dict[str, Any]) -> None:
     """Bring the recipe of an earlier run to today's keys: it states every value, so a key that it lacks is younger."""
     for key in _RETIRED:
@@ -249,6 +252,10 @@ def _modernise(content: dict[str, Any]) -> None:
             content[table] = then | values
     if isinstance(data := content.get("data"), dict) and data.get("name", "digits") == "digits":
         data.pop("root", None)  # was allowed, and never read
+    if isinstance(method := content.get("method"), dict) and method.get("dkd_beta") == _FORMER_DKD_BETA:
+        reads_it = "dkd" in (method.get("name"), method.get("base"))
+        if not reads_it and not ("base" not in method and method.get("scheme") == "end_to_end"):
+            del method["dkd_beta"]  # stated as the default that it was, and not read
 
 
 def _use_run_copies(content: dict[str, Any], folder: Path) -> None:

@@ -277,3 +277,21 @@ def test_the_end_to_end_scheme_has_defaults_of_its_own() -> None:
     assert (method.loss, method.classifier) == ("dkd", "finetuned")
     method = read_recipe(None).method
     assert (method.loss, method.classifier) == ("none", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("method", "beta"),
+    [
+        ('scheme = "sequential"\nbase = "none"', 2.0),  # stated, as every key is, and not read
+        ('name = "kd"', 2.0),
+        ('base = "dkd"', 8.0),
+        ('name = "dkd"', 8.0),
+        ('scheme = "end_to_end"', 8.0),
+    ],
+)
+def test_the_former_default_of_dkd_beta_in_an_earlier_run_is_kept_where_it_is_read(
+    tmp_path: Path, method: str, beta: float
+) -> None:
+    (tmp_path / "recipe.toml").write_text(f"[method]\n{method}\ndkd_beta = 8.0\n")
+    (tmp_path / "facts.json").write_text("{}")
+    assert read_recipe(tmp_path / "recipe.toml").method.dkd_beta == beta
