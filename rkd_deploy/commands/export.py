@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rkd_deploy.commands.app_formats import APP_FORMATS, require_libraries, write_app
 from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError, command_line
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
 
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", *APP_FORMATS)
 
 # Help panels: they also say which options a format, or a model that is exported already, has no use for.
 BUNDLE = "The bundle of a run"
@@ -33,6 +34,7 @@ _UNUSED = {
     "tensorrt": {TRITON: "writes no model repository"},
     "tensorrt-rtx": {TRITON: "writes no model repository"},
     "triton": {ENGINE: "builds no engine"},
+    **{name: {ENGINE: "builds no engine", TRITON: "writes no model repository"} for name in APP_FORMATS},
 }
 """By format: the panels whose options have no effect, and why."""
 
@@ -70,7 +72,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
     Raises:
         RkdError: What is asked for cannot be built here; found before minutes of exporting, not after.
     """
-    if output_format in ("onnx", "triton"):
+    if output_format in ("onnx", "triton", *APP_FORMATS):
         return None
     from rkd_deploy.backends.tensorrt.build import gpu_to_build_on
     from rkd_deploy.backends.tensorrt.settings import load_library
@@ -143,11 +145,18 @@ def export(
         typer.Argument(help="A run; for an engine or Triton a bundle or ONNX file too. Default: the newest run."),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="onnx; and an engine in it (tensorrt, tensorrt-rtx), or triton beside it.")
+        str,
+        typer.Option(
+            "--format",
+            help="onnx; in it an engine (tensorrt, tensorrt-rtx), or beside it triton, transformers-js, executorch.",
+        ),
     ] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder of the bundle, default bundle in the run; of an engine alone its file."),
+        typer.Option(
+            "--output",
+            help="Folder of the bundle, default bundle in the run; of an engine alone its file, of an app a folder.",
+        ),
     ] = None,
     root: Root = RUNS,
     as_json: Json = False,
@@ -204,8 +213,8 @@ def export(
 ) -> None:
     """Fuse, export and prove a run.
 
-    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
-    repository for Triton beside it.
+    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or beside
+    it a model repository for Triton or what an app loads.
     """
     one_of("format", output_format, FORMATS)
     one_of("input", layout, ("uint8", "float32"))
@@ -213,6 +222,7 @@ def export(
     changed = changed_options(context)
     check_options(output_format, changed, of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
+    require_libraries(output_format)
     if output_format == "triton":
         require_all("export", "onnx")
         serving = triton.make(threads=threads)
@@ -221,6 +231,8 @@ def export(
         """What the format asks for beside the ONNX file; what is known of it, for --json."""
         if serving is not None:
             return write_repository(model, repository, serving, as_json)
+        if output_format in APP_FORMATS:
+            return write_app(output_format, model, output if of_model else None, as_json)
         return add_engine(model, output_format, settings, output if of_model else None, as_json)
 
     if of_model:
@@ -238,11 +250,13 @@ def export(
     of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
     # A bundle that stands is taken as it is only where nothing was asked for that could make another one.
     usual = output is None and not of_bundle
+    with_pytorch = with_pytorch or output_format == "executorch"  # which begins with that file
     lower = precision.make()
     # With Triton, --threads are those of an instance, unless --fuse auto measures too.
     measuring_threads = None if serving is not None and level != "auto" else threads
     target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
-    if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:
+    standing = standing_bundle(source) if usual and output_format != "onnx" else None
+    if standing is not None and (output_format != "executorch" or (standing / "model.pt2").is_file()):
         console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
         added = _add(standing)
         if as_json:

@@ -30,7 +30,7 @@ from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.latency import Reading
 
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino")
 """Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
 _SEARCH = TimingLimits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
@@ -137,11 +137,13 @@ class ExportStopwatch:
 
     def describe(self) -> dict[str, Any]:
         """Backend, device and machine."""
-        facts = provenance()
+        facts, library = provenance(), self._run_on.backend.partition(":")[0]
+        on_cpu = self._run_on.where == "cpu"
         return {
             "backend": self._run_on.backend,
-            "version": facts.versions.get(self._run_on.backend),
+            "version": facts.versions.get(library if on_cpu else f"{library}-gpu") or facts.versions.get(library),
             "device": self._run_on.where,
+            **({} if on_cpu else {"gpu": facts.gpus[0]["name"] if facts.gpus else None}),
             "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
             "cpu": facts.cpu,

@@ -1,4 +1,4 @@
-"""CUDA kernels of training: what PyTorch has several kernels for, on maps of bfloat16 in NHWC.
+"""CUDA kernels of training for what PyTorch needs several, on bfloat16 maps in NHWC.
 
 They are compiled by NVRTC, which comes with PyTorch: no compiler has to be installed. A test runs the source on a CPU.
 """

@@ -1,4 +1,4 @@
-"""Batch norm in training, the sum behind it and the ReLU behind that in two kernels forward and two backward.
+"""Batch norm in training, with the sum and the ReLU behind it, in two kernels each way.
 
     y   = relu(w h + b + z),  h = (x - mean) / sqrt(var + eps)        mean, var over the batch, per channel
     g   = dL/dy where y > 0, else 0
@@ -34,7 +34,7 @@ class Sums:
         self._taken = 0
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Begin a step: set the sums of all layers to zero at once."""
         self._values.zero_()
         self._taken = 0
 

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a method with fewer kernels: what a recorded step is made of.
+"""Forward and backward passes with fewer kernels: what a recorded step is made of.
 
 Each way of being faster is a switch (`Speedups`), so that it can be measured. What a fast way gives is held against the
 plain one before it is used, and where it gives something else the plain one stays.

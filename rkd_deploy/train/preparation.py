@@ -161,7 +161,7 @@ def _stopwatch(
         yield None
         return
     with ExportStopwatch(
-        RunOn(student.backend or "onnxruntime", threads=student.latency_threads),
+        RunOn(student.backend or "onnxruntime", device=student.latency_device, threads=student.latency_threads),
         student.latency_batches or (1, 8),
         input_size=images.image_size,
         note=note,

@@ -7,8 +7,10 @@ in tables on the device: the random numbers of the epoch's batches, its learning
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,7 @@ class RecordedSteps:
         self._burnt_in: tuple[float, ...] = ()
         self.channels_last: bool | None = self._speedups.channels_last
         self.replay_ms: dict[str, float] = {}
+        self._seconds = 0.0
         with torch.cuda.device(self._device):
             self._stream = new_stream()
             self.passes = FastPasses(method, recipe.amp, self._speedups)
@@ -103,6 +106,14 @@ class RecordedSteps:
             sums.images += self._loader.batch_size
             yield
 
+    def news(self) -> dict[str, Any]:
+        """What was recorded since this was asked for: layout, milliseconds of what was measured, seconds it took."""
+        if not self._seconds:
+            return {}
+        seconds, self._seconds = self._seconds, 0.0
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return {"layout": layout, "replay_ms": self.replay_ms, "copies_ms": self.passes.copies, "seconds": seconds}
+
     def _batches(self, number: int, first_batch: int) -> Iterator[None]:
         """Put the batches of an epoch where the recorded step finds them: all at once if the device makes them."""
         loader = self._loader
@@ -126,6 +137,11 @@ class RecordedSteps:
         return x_NCHW.to(self.passes.dtype, memory_format=layout), y_N
 
     def _record(self) -> None:
+        began = time.perf_counter()
+        self._choose_and_record()
+        self._seconds += time.perf_counter() - began
+
+    def _choose_and_record(self) -> None:
         self._graph = None  # gives the memory of the one before back
         self._burnt_in = self._method.epoch_weights()
         with torch.cuda.device(self._device), _benchmarking(self._speedups.cudnn_benchmark):

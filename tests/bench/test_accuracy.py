@@ -6,7 +6,7 @@ import pytest
 
 from rkd_deploy.backends import load_backend
 from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, labelled_images, predicted_classes, top1
-from rkd_deploy.data.files import scan_folder
+from rkd_deploy.data.folders import scan_folder
 from rkd_deploy.errors import DataError
 
 

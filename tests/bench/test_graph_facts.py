@@ -32,7 +32,7 @@ def written(path, operator="Conv", domain=""):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 5, 6])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "g", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid(name, 18) for name in {"", domain}]), path)
     return path
 
 

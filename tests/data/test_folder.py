@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from rkd_deploy.data.files import ImageFiles, scan_folder, scan_imagenet
+from rkd_deploy.data.files import ImageFiles
+from rkd_deploy.data.folders import scan_folder, scan_imagenet
 from rkd_deploy.errors import DataError
 
 

@@ -349,7 +349,11 @@ def test_keys_of_a_measurement_are_read_where_one_is_made(key: str, value: Any) 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("backend", "pytorch", "Unknown value of student.backend 'pytorch'.*Choices: onnxruntime, openvino"),
+        (
+            "backend",
+            "pytorch",
+            "Unknown value of student.backend 'pytorch'.*Choices: onnxruntime, .*graphs, openvino",
+        ),
         ("latency_batches", (8, 0), r"student\.latency_batches = 0 must be between 1 and"),
         ("latency_batches", (), r"student\.latency_batches = \[\] names no batch size"),
         ("latency_threads", 0, r"student\.latency_threads = 0 must be between 1 and"),

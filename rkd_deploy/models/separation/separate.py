@@ -303,19 +303,21 @@ class _Fastest:
         """Search in one layout, or in both for the one that leaves S and A more.
 
         Two branches cost little more than their MACs where layers are large; layers side by side are no more than S0
-        has, each no larger. Which is faster depends on the machine, so both are measured.
+        has, each no larger. Which is faster depends on the machine, so both are measured; so are both kinds of ends
+        behind a trunk.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        layouts = _MEASURED if layout is None else (layout,)
+        ways = [(name, FUSION_LEVELS[name]) for name in (_MEASURED if layout is None else (layout,))]
+        if layout == "trunk":
+            ways = [("trunk", "wide"), ("trunk", "tail")]
         fittings: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
         cost = 0
-        for name in layouts:
-            level = FUSION_LEVELS[name]
+        for name, level in ways:
             try:
                 # Only what is wider than the first layout's result is of any use: the second search starts above it.
                 fittings[level] = fastest_fitting(
-                    self._candidates(name),
+                    self._candidates(name, level),
                     self.stopwatch,
                     self.s0,
                     1.0,
@@ -326,7 +328,7 @@ class _Fastest:
                 cost = sum(account.values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
-                if name == layouts[-1] and not fittings:
+                if (name, level) == ways[-1] and not fittings:
                     raise
         level, best = list(fittings.items())[-1]  # a second one is there only where it is wider than the first
         return Fitting(
@@ -340,13 +342,14 @@ class _Fastest:
             },
         )
 
-    def _candidates(self, layout: str) -> Callable[[float], Candidate]:
-        limits, level = self.limits, FUSION_LEVELS[layout]
-        trunk = trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
+    def _candidates(self, layout: str, level: str) -> Callable[[float], Candidate]:
+        limits, trunk = self.limits, trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
             if layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
+            elif layout == "trunk" and level == "wide":
+                widths = limits.side_by_side_behind(fraction, trunk, self.shared_stages)
             elif layout == "trunk":
                 widths = limits.parted(int(fraction * limits.limit), self.shared_stages, trunk)
             else:

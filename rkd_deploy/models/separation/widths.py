@@ -257,6 +257,26 @@ class WidthBudget:
             raise self._too_small(limit, "the student with what the assistant left")
         return student, assistant
 
+    def side_by_side_behind(self, fraction: float, shared: Sequence[int], shared_stages: int) -> tuple[Widths, Widths]:
+        """Widths of S and A on one trunk whose ends lie side by side: together an S0 of a fraction of the limit.
+
+        Args:
+            fraction: As for `side_by_side`, whose widths the ends have.
+            shared: Indices of the widths that the trunk has; there both are as wide as that S0.
+            shared_stages: j.
+
+        Raises:
+            BudgetError: They cost more than S0, adapters included.
+        """
+        merged = self.s0_within(fraction)
+        student, assistant = (
+            tuple(merged[index] if index in shared else width for index, width in enumerate(widths))
+            for widths in self.side_by_side(fraction)
+        )
+        if sum(self.account(student, assistant, shared_stages=shared_stages).values()) > self.limit:
+            raise self._too_small(self.limit, "S and A on one trunk")
+        return student, assistant
+
     def parted(self, limit: int, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
         """Widths of S and A on one trunk, the widest that together cost no more than S0.
 

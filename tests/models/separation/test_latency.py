@@ -257,21 +257,22 @@ def test_an_assistant_whose_narrowest_form_takes_more_than_its_share_is_refused_
 
 @pytest.mark.parametrize("per_branch", [0.0, 0.3])
 def test_on_a_trunk_S_and_A_are_the_widest_that_are_no_slower(per_branch: float) -> None:
-    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch)
-    made = cut_by(stopwatch, layout="trunk")
-    assert made.latency is not None
-    assert made.shared_stages == 2
-    assert made.student.widths[:3] == made.assistant.widths[:3]
-    assert sum(made.parts.values()) == made.cost <= made.budget
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch, merges=False)
+    cut = cut_by(stopwatch, layout="trunk")
+    assert cut.latency is not None
+    assert cut.shared_stages == 2
+    assert cut.student.widths[:3] == cut.assistant.widths[:3]
+    assert sum(cut.parts.values()) == cut.cost <= cut.budget
     # S and A anew, as they ship, by the same formula: no slower than S0, and one step of the search wider is.
-    shipped = parted(made.student, made.assistants, 2, 128, 10)
-    assert stopwatch.true_ratio(shipped, 1, "tail") == pytest.approx(made.latency["fused"]["worst_ratio"])
-    assert made.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
-    assert (made.latency["fused"]["fraction_of_macs"] == 1) is (per_branch == 0)
+    shipped = parted(cut.student, cut.assistants, 2, 128, 10)
+    assert stopwatch.true_ratio(shipped, 1, "tail") == pytest.approx(cut.latency["fused"]["worst_ratio"])
+    assert cut.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
+    assert (cut.latency["fused"]["fraction_of_macs"] == 1) is (per_branch == 0)
 
 
 def test_a_trunk_of_one_stage_is_searched_too() -> None:
-    made = cut_by(BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1), layout="trunk", shared_stages=1)
-    assert made.shared_stages == 1
-    assert made.student.widths[:2] == made.assistant.widths[:2]
-    assert made.student.widths[2] != made.assistant.widths[2]
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1, merges=False)
+    cut = cut_by(stopwatch, layout="trunk", shared_stages=1)
+    assert cut.shared_stages == 1
+    assert cut.student.widths[:2] == cut.assistant.widths[:2]
+    assert cut.student.widths[2] != cut.assistant.widths[2]

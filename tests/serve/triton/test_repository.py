@@ -425,8 +425,8 @@ def test_the_configuration_is_triton_s(triton, with_plan, tmp_path, backend):
 @pytest.mark.slow
 def test_the_ensemble_is_triton_s(triton, bundles, tmp_path):
     export_triton(bundles[0], tmp_path, Serving(max_batch=16))
-    found = json.loads(triton.client("config", tmp_path / f"{NAME}-images/config.pbtxt"))
-    assert found == {
+    config = json.loads(triton.client("config", tmp_path / f"{NAME}-images/config.pbtxt"))
+    assert config == {
         "name": f"{NAME}-images",
         "platform": "ensemble",
         "max_batch_size": 16,
@@ -449,9 +449,9 @@ def test_the_ensemble_is_triton_s(triton, bundles, tmp_path):
             ]
         },
     }
-    found = json.loads(triton.client("config", tmp_path / f"{NAME}-pixels/config.pbtxt"))
-    assert found["backend"] == "python"
-    assert found["output"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}]
+    config = json.loads(triton.client("config", tmp_path / f"{NAME}-pixels/config.pbtxt"))
+    assert config["backend"] == "python"
+    assert config["output"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}]
 
 
 def test_what_prepares_images_needs_nothing_but_its_own_folder(bundles, tmp_path):
