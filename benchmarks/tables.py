@@ -152,11 +152,11 @@ def quickstart() -> str:
 
 
 def of_record(path: Path) -> str:
-    """The table of one record: a comparison, or a training run."""
+    """The table of one record: a comparison, or a rung of the ladder."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("theme") == "ladder_joint":
         return ladder(record)
-    return comparison(record) if record.get("kind") == "compare" else run_record(path)
+    return comparison(record)
 
 
 KINDS = {
@@ -256,40 +256,6 @@ def comparison(record: dict[str, Any]) -> str:
     facts, settings = record["provenance"], record["settings"]
     where = f"Latency: batch {settings['batch']}, {settings['backend']}, {facts['cpu']}, {facts['cores']} cores."
     return comparison_markdown(held) + f"\n{where}\n"
-
-
-def run_record(path: Path) -> str:
-    """The networks of one training run, as `rkd-deploy train` prints them, with its latency where it was measured."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    names = dict(reversed(PARTS.items()))  # as `rkd-deploy train` lists them
-    latency = {row["part"]: row for row in record.get("bench", [])}
-    rows = ["| | top-1, % | MMAC | parameters, M | p50, ms | p90, ms | file, MB |", "| --- " + "| ---: " * 6 + "|"]
-    for part, name in names.items():
-        if (row := record["parts"].get(part)) is None:
-            continue
-        timed = latency.get(part)
-        times = ["", "", ""]
-        if timed:
-            times = [f"{timed['p50_ms']:.3f}", f"{timed['p90_ms']:.3f}", f"{timed['file_bytes'] / 1e6:.2f}"]
-        cells = [f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.3f}", *times]
-        rows.append(f"| {name} {_note(record, part)}| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n" + _proof(record)
-
-
-def _proof(record: dict[str, Any]) -> str:
-    budget, parity, facts = record["separation"], record["parity"]["fused"], record["provenance"]
-    return (
-        f"\nBudget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}. The fused file on all "
-        f"{parity['n']:,} test images: top-1 {parity['onnx_top1']:.2f} % through ONNX Runtime, "
-        f"{parity['torch_top1']:.2f} % through PyTorch, {parity['differing']} images classified otherwise, "
-        f"logits within {parity['max_abs_diff']:.1g}. Latency: batch 1, {facts['cpu']}, {facts['cores']} cores, "
-        f"ONNX Runtime {facts['versions']['onnxruntime']}.\n"
-    )
-
-
-def _note(record: dict[str, Any], part: str) -> str:
-    note = record.get("notes", {}).get(part)
-    return f"({note}) " if note else ""
 
 
 def recipes() -> str:

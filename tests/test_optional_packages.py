@@ -65,8 +65,8 @@ def ends() -> dict[str, dict[str, list[str]]]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *EXTRAS]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    actual: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    return actual
 
 
 @pytest.mark.parametrize("package", sorted(EXTRAS))

@@ -35,3 +35,4 @@ def test_the_golden_photo_gets_its_class_and_its_probability(javascript, folder,
 def test_by_its_own_resize_it_gets_its_class(javascript, folder, golden):
     ((best, *_),) = classify(javascript("transformers.js"), "--as-is", folder, golden.photo)
     assert best["label"] == golden.label
+    assert abs(best["probability"] - golden.probability) > 1e-3  # so the examples' limit does tell resizes apart

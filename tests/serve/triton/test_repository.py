@@ -22,8 +22,9 @@ from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.images import to_array
+from rkd_deploy.serve.kserve import service_name
 from rkd_deploy.serve.triton import repository as repository_module
-from rkd_deploy.serve.triton.repository import export_triton, inference_service, service_name
+from rkd_deploy.serve.triton.repository import export_triton, inference_service
 from rkd_deploy.serve.triton.settings import Instances, Serving
 
 NAME = "tiny-s-a"
