@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from rkd_deploy.backends import load_backend
 from rkd_deploy.bench.sessions import SESSIONS
 from rkd_deploy.bench.statistics import judge
-from rkd_deploy.bench.timing import Limits, Workload, measure_workloads
+from rkd_deploy.bench.timing import TimingLimits, Workload, measure_workloads
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
@@ -96,7 +96,7 @@ def _session(
             name: Workload((stack.enter_context(load_backend(backend, files[name], threads=1)),), x)
             for name in names[number % len(names) :] + names[: number % len(names)]
         }
-        limits = Limits(min_seconds=seconds, min_runs=2, warmup_seconds=0.05, warmup_runs=1)
+        limits = TimingLimits(min_seconds=seconds, min_runs=2, warmup_seconds=0.05, warmup_runs=1)
         timings = measure_workloads(loaded, limits)
     turns = {name: timing.round_medians_ms for name, timing in timings.items()}
     return {

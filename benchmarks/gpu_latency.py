@@ -23,7 +23,7 @@ from gpu_rows import Rows, check_time
 
 from rkd_deploy.backends import Array, Backend, RunOn, available, onnxrt_cuda
 from rkd_deploy.backends.pytorch import GraphedPyTorchBackend, PyTorchBackend
-from rkd_deploy.bench.timing import Limits, Workload, measure_workloads
+from rkd_deploy.bench.timing import TimingLimits, Workload, measure_workloads
 from rkd_deploy.export.precision.convert import DTYPES
 
 PASSES = ((1, 32), (8, 128))
@@ -180,7 +180,9 @@ def _measure(way: Way, loaded: Mapping[str, Backend], x: Array, rows: Rows) -> N
         for kind in ("device", "host")
     }
     seconds = 0.01 if rows.tiny else 0.08
-    limits = Limits(min_seconds=seconds, min_runs=3 if rows.tiny else 8, warmup_seconds=seconds / 4, warmup_runs=3)
+    limits = TimingLimits(
+        min_seconds=seconds, min_runs=3 if rows.tiny else 8, warmup_seconds=seconds / 4, warmup_runs=3
+    )
     timings = measure_workloads(workloads, limits)
     rows.add(
         f"{way}, batch {len(x)}",

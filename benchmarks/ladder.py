@@ -28,7 +28,7 @@ from rkd_deploy.errors import InterruptedTraining
 from rkd_deploy.pipeline import embedded_recipe
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import write_json
-from rkd_deploy.train.display import Progress
+from rkd_deploy.train.display import ProgressDisplay
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS
 from rkd_deploy.train.runs import Run, runs_of
@@ -127,7 +127,7 @@ def main() -> None:
 def _trained(recipe: Recipe, root: Path) -> Run:
     """The finished run of a recipe: found, gone on with, or begun."""
     runs = runs_of(root, recipe)
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         try:
             return resume(runs[-1], display=progress) if runs else fit(recipe, root=root, display=progress)
         except InterruptedTraining as error:

@@ -39,6 +39,7 @@ TRAINED_PASSES, FROZEN_PASSES = 14, 2
 """Kernels that read or write a layer's map: of a trained layer forward 5 and backward 9, of a frozen one each once."""
 RECIPE = TrainRecipe(batch_size=BATCH, amp=True)
 SWITCHES = ("folded", "fused", "meanwhile", "cast_once", "counted_once", "cudnn_benchmark")
+REPLAYS = 12  # of `RecordedSteps.timed`, its warm-ups among them
 VARIANTS = {
     **{f"without {name}": {name: False} for name in SWITCHES},
     "contiguous": {"channels_last": False},
@@ -64,7 +65,7 @@ def main() -> None:
             "floor": partial(_floor, case, batch, device),
             "eager": partial(_eager, case, batch, device),
             "recorded": partial(_recorded, case, batch, device, Speedups()),
-            "with fused_norms": partial(_recorded, case, batch, device, Speedups(channels_last=True, fused_norms=True)),
+            "with kernels": partial(_recorded, case, batch, device, Speedups(channels_last=True, kernels=True)),
         }
         if case == CASES[1]:
             for name, switches in VARIANTS.items():
@@ -169,9 +170,9 @@ def _recorded(case: str, batch: int, device: torch.device, speedups: Speedups, *
 def _kernels(steps: RecordedSteps) -> list[dict[str, Any]]:
     """Kernels of one replay by their time on the device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        steps.timed(1, 0)
+        steps.timed()
     rows = [
-        {"name": event.key[:160], "us": event.self_device_time_total, "count": event.count}
+        {"name": event.key[:160], "us": event.self_device_time_total / REPLAYS, "count": event.count / REPLAYS}
         for event in profile.key_averages()
         if event.self_device_time_total > 0
     ]

@@ -3,8 +3,8 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `recipes`,
-`runtimes`, or the file of a record.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`,
+`recipes`, `runtimes`, `preprocessing`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PAGES = (
     RECIPES / "README.md",
     HERE.parent / "docs" / "runtimes.md",
     HERE.parent / "docs" / "ladder.md",
+    HERE.parent / "docs" / "results.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -83,6 +84,20 @@ def _figure(claim: dict[str, Any], key: str) -> str:
     return f"{claim[key]:{'.3g' if key == 'value' else 'g'}}{unit}"
 
 
+def preprocessing() -> str:
+    """How far other decoders and resizes are from Pillow's bytes."""
+    record = json.loads(max(HERE.glob("preprocessing_*.json")).read_text(encoding="utf-8"))
+    rows = [
+        f"| step | by | bytes that differ from Pillow {record['pillow']}'s | mean difference | largest |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    rows += [
+        f"| {row['step']} | {row['by']} | {row['differing']:.2%} | {row['mean']:.3g} | {row['max']} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(rows) + "\n"
+
+
 def runtimes() -> str:
     """What each runtime made of each bundle, by the newest record."""
     record = json.loads(max(HERE.glob("runtimes_*.json")).read_text(encoding="utf-8"))
@@ -91,6 +106,23 @@ def runtimes() -> str:
         outcome = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
         rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {outcome} |")
     return "\n".join(rows) + "\n"
+
+
+def quickstart() -> str:
+    """What the README's first command ended with, by its newest record."""
+    record = json.loads(max(HERE.glob("quickstart_*.json")).read_text(encoding="utf-8"))
+    rows = ["| | top-1, % | MMAC | p50, ms | file, kB |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in record["results"]:
+        cells = (
+            f"{row['accuracy']:.2f}",
+            f"{row['macs'] / 1e6:.2f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['file_bytes'] / 1e3:.0f}",
+        )
+        rows.append(f"| {PARTS[row['part']]} | " + " | ".join(cells) + " |")
+    facts = record["provenance"]
+    where = f"{record['seconds']:.0f} s on {facts['cpu']}, {facts['cores']} cores."
+    return "\n".join(rows) + f"\n\n{record['verdict']} In {where}\n"
 
 
 def of_record(path: Path) -> str:
@@ -117,22 +149,33 @@ def ladder(record: dict[str, Any]) -> str:
         if line["kind"] != "early":
             rows.setdefault(KINDS.get(line["kind"], line["name"]), []).append(line)
     ours = rows[KINDS["sum"]]
-    text = ["| network | widths | MMAC | top-1, % | S + A has over it, points |", "| --- | --- | ---: | ---: | ---: |"]
+    times = record.get("times", {}).get("of_s0", {})
+    text = ["| network | widths | MMAC | time of S0's | top-1, % | S + A has over it, points |"]
+    text.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, lines in sorted(rows.items(), key=lambda row: -fmean(line["sum_top1"] for line in row[1])):
         first = lines[0]
         widths = " ".join(map(str, first["student"])) + (f" + {first['assistant'][-1]}" if first["assistant"] else "")
         top1 = [line["sum_top1"] for line in lines]
         accuracy = f"{fmean(top1):.2f}" + (f" ({', '.join(f'{value:.2f}' for value in top1)})" if top1[1:] else "")
         over = "" if lines is ours else _gain(ours, lines)
-        text.append(f"| {name} | {widths} | {first['macs'] / 1e6:.1f} | {accuracy} | {over} |")
+        timed = times.get("S0" if first["own_head"] else first["name"], {})
+        time = ", ".join(f"{ratio:.2f}" for ratio in timed.values())
+        text.append(f"| {name} | {widths} | {first['macs'] / 1e6:.1f} | {time} | {accuracy} | {over} |")
     facts = record["provenance"]
     where = (facts.get("gpus") or [{"name": facts["cpu"]}])[0]["name"]
     text += [
         "",
         f"{ours[0]['epochs']} epochs, batch {record['batch']}, {where}, torch {facts['versions']['torch']}; "
-        "intervals: 95 %.",
+        "intervals: 95 %." + _timed_on(record),
     ]
     return "\n".join(text) + "\n" + _early(record)
+
+
+def _timed_on(record: dict[str, Any]) -> str:
+    if "times" not in record:
+        return ""
+    facts = record["times"]["provenance"]
+    return f" Time: batch 1, ONNX Runtime {facts['versions']['onnxruntime']}, one thread, {facts['cpu']}."
 
 
 def _gain(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
@@ -245,7 +288,9 @@ def render(text: str) -> str:
     makers: dict[str, Callable[[], str]] = {
         "claims": claims,
         "headlines": headlines,
+        "quickstart": quickstart,
         "recipes": recipes,
+        "preprocessing": preprocessing,
         "runtimes": runtimes,
     }
 

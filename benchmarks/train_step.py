@@ -4,8 +4,10 @@
 
 ResNet-56 teaches S and A cut from ResNet-20, batch 64 at 32x32, on random images. A step is all of it: loader with crop
 and flip, losses, backward, optimiser, sums for the log, progress. The bare passes are the same networks' forward and
-backward passes alone, on a batch that is there already. The two alternate. Peak memory is compared the same way, each
-side in a process of its own: by PyTorch's allocator on CUDA, elsewhere resident memory, without code and data set.
+backward passes alone, on a batch that is there already. The two alternate. On CUDA the step
+as it is recorded (`train.cuda_graphs`; benchmarks/recorded_step.py has its parts) is compared with the eager one. Peak
+memory is compared the same way, each side in a process of its own: by PyTorch's allocator on CUDA, elsewhere resident
+memory, without code and data set.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rkd_deploy.train.display import Silent
 from rkd_deploy.train.methods.base import Method
 from rkd_deploy.train.methods.baseline import CrossEntropy
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep
+from rkd_deploy.train.recording import EagerSteps, RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 
@@ -51,6 +54,8 @@ def main() -> None:
     for case in CASES:
         method, bare = build_case(case, device)
         claims.append(_time(case, method, bare, device))
+        if device.type == "cuda":
+            claims.append(_time_recorded(case, device))
     save("train_step", claims + [_memory(case) for case in CASES])
 
 
@@ -98,6 +103,17 @@ def _time(name: str, method: Method, bare: Callable[[], None], device: torch.dev
     return ratio_of_medians(f"{name} over its bare passes", 1.10, full_s, bare_s)
 
 
+def _time_recorded(name: str, device: torch.device) -> Claim:
+    eager, recorded = (_steps(build_case(name, device)[0], _loader(device), recorded=how) for how in (False, True))
+    eager_s, recorded_s = [], []
+    for number in range(STEPS + 3):
+        times = (_seconds(lambda: next(eager), device), _seconds(lambda: next(recorded), device))
+        if number >= 3:
+            eager_s.append(times[0])
+            recorded_s.append(times[1])
+    return ratio_of_medians(f"{name}, recorded, over the eager one", 1.0, recorded_s, eager_s)
+
+
 def _memory(name: str) -> Claim:
     """Peaks of fresh processes, beyond the images; each tensor is mapped alone, so that the allocator keeps none."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -116,9 +132,12 @@ def _own_peak(name: str, side: str, device: torch.device) -> float:
     gc.collect()
     reset_peak()
     before = (resident_bytes() or 0) / 1e6
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 1e6
     _run(name, side, loader, device)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_allocated(device) / 1e6 - before
     return (resident_peak_bytes() or 0) / 1e6 - before
 
 
@@ -142,10 +161,14 @@ def _loader(device: torch.device) -> DeviceLoader:
     return DeviceLoader(split, normalise, batch_size=BATCH, augmentations=("crop", "flip"), crop_padding=4, seed=0)
 
 
-def _steps(method: Method, loader: DeviceLoader) -> Iterator[None]:
-    stepper, sums, display = Stepper(method, TrainRecipe()), EpochSums(), Silent()
-    for number, (x, y) in enumerate(loader.epoch(0), 1):
-        sums.add(stepper.step(x, y, 1e-4), y, number)
+def _steps(method: Method, loader: DeviceLoader, *, recorded: bool = False) -> Iterator[None]:
+    recipe, display = TrainRecipe(), Silent()
+    stepper = Stepper(method, recipe)
+    steps: EagerSteps | RecordedSteps = EagerSteps(stepper, loader)
+    if recorded:
+        steps = RecordedSteps(method, stepper.optimizer, recipe, loader)
+    stepper.start_epoch(1)
+    for _ in steps.epoch(0, 0, EpochSums(), [1e-4] * len(loader)):
         display.step()
         yield
 

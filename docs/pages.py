@@ -39,6 +39,9 @@ DESCRIPTIONS = {
     "CONTRIBUTING.md": "Rules of code, words and evidence.",
     "LICENSE": "Apache-2.0.",
     "README.md": "The front page.",
+    "docs/ladder.png": "S + A beside S0 by every loss, as a picture (docs/ladder.md).",
+    "examples/browser/icon.svg": "The icon of the page.",
+    "examples/browser/index.html": "The page.",
     "pyproject.toml": "Package, extras, pins, every linter, the contracts of imports.",
     "rkd_deploy/py.typed": "Marks the package as typed.",
     "tests/conftest.py": "",
@@ -53,6 +56,7 @@ FOLDERS = {
     "tests": "Mirrors rkd_deploy: the tests of a file have its name.",
     "train": "Recipes; run, not imported.",
 }
+DESCRIPTIONS_BY_NAME = {".npmrc": "No scripts of packages are run.", "package.json": "npm packages, pinned."}
 _NOT_LISTED = re.compile(r"benchmarks/.*\.json|tests/(?!support/|conftest\.py).*")
 
 # Counted by this script's own trace of commit ccc9a7a, before the rooms were made (issue 12 had counted 48, 57, 11 and
@@ -192,11 +196,12 @@ def folder_description(folder: Path) -> str:
 
 def description(path: Path) -> str:
     """What a file is for, from its own first line or from DESCRIPTIONS."""
-    if text := DESCRIPTIONS.get(str(path)):
+    if text := DESCRIPTIONS.get(str(path)) or DESCRIPTIONS_BY_NAME.get(path.name):
         return text
     if path.suffix == ".py":
         return docstring_line(REPO / path)
-    first = (REPO / path).read_text(encoding="utf-8").split("\n", 1)[0]
+    text = (REPO / path).read_text(encoding="utf-8")
+    first = re.sub(r"^#!.*\n", "", text).split("\n", 1)[0]
     return re.sub(r"^(#|//|/\*|<!--)\s*|\s*(\*/|-->)$", "", first).strip()
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rkd_deploy.commands import bench, export, predict, serve, train, use
+from rkd_deploy.commands import bench, explain, export, predict, serve, train, use
 from rkd_deploy.commands.options import print_json
 from rkd_deploy.commands.settings import SettingsCommand
 from rkd_deploy.errors import RkdError, missing_package, shortened
@@ -52,6 +52,7 @@ app.command(cls=SettingsCommand)(export.export)
 app.command()(bench.bench)
 app.command("bench-compare")(bench.bench_compare)
 app.command()(train.compare)
+app.command()(explain.explain)
 app.command()(bench.report)
 app.command()(predict.predict)
 app.command(cls=SettingsCommand)(serve.serve)

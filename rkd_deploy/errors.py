@@ -50,8 +50,7 @@ EXTRAS = {
     "modelopt": "quant",
     "starlette": "serve",
     "uvicorn": "serve",
-    "prometheus_client": "serve",
-    "orjson": "serve",
+    "executorch": "executorch",
     "mlperf_loadgen": "loadgen",
 }
 """The extra of this package that brings each optional package, by its import name."""

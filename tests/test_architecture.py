@@ -16,7 +16,8 @@ import rkd_deploy
 
 REPO = Path(__file__).parents[1]
 PAGE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
-INSIDE_OF_OTHERS = ("pytorch.py", "pytorch_cuda.py", "model.py")  # the backend that is PyTorch; what runs inside Triton
+# The backend that is PyTorch; what runs inside Triton.
+INSIDE_OF_OTHERS = ("backends/pytorch.py", "backends/pytorch_cuda.py", "triton/model.py", "triton/pixels.py")
 
 
 def loaded(code: str) -> set[str]:
@@ -27,9 +28,9 @@ def loaded(code: str) -> set[str]:
 
 
 def test_importing_the_package_and_the_command_line_is_light():
-    found = loaded("import rkd_deploy, rkd_deploy.cli")
-    assert "typer" in found  # the judge sees what is there
-    assert not found & {"numpy", "onnxruntime", "onnx", "torchvision", "PIL", "rich", "matplotlib", "sklearn"}
+    actual = loaded("import rkd_deploy, rkd_deploy.cli")
+    assert "typer" in actual  # the judge sees what is there
+    assert not actual & {"numpy", "onnxruntime", "onnx", "torchvision", "PIL", "rich", "matplotlib", "sklearn"}
 
 
 def test_everything_that_runs_a_model_imports_without_torch():
@@ -37,7 +38,7 @@ def test_everything_that_runs_a_model_imports_without_torch():
         ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
         for room in ("backends", "serve", "bench", "report", "recipe")
         for path in (REPO / "rkd_deploy" / room).rglob("*.py")
-        if path.name not in INSIDE_OF_OTHERS
+        if not path.as_posix().endswith(INSIDE_OF_OTHERS)
     ]
     assert len(modules) > 40
     heavy = {"onnxruntime", "openvino", "tensorrt", "matplotlib"}
@@ -90,15 +91,15 @@ def test_the_version_is_the_distributions():
 
 def defined(source):
     """Names that a module defines at its top level."""
-    found = set()
+    actual = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            actual.add(node.name)
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
-        found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return found
+        actual |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return actual
 
 
 def untrue(page):

@@ -276,7 +276,11 @@ def test_early_exit_is_exported_reported_and_used(rkd, runs, tmp_path):
         (["train", "nothing.toml"], 2, ["nothing.toml"]),
         (["predict", "nothing.onnx", "x.png"], 1, ["nothing.onnx"]),
         (["trian"], 2, ["No such command 'trian'"]),
-        (["train", "--resume", "--set", "train.epochs=2"], 2, ["--set and --budget cannot change it"]),
+        (
+            ["train", "--resume", "--set", "train.epochs=2"],
+            2,
+            ["--device cannot change it"],
+        ),
         (["train", "--budget", "flops"], 2, ["student.budget 'flops'", "latency, macs, params"]),
     ],
 )

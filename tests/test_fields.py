@@ -74,7 +74,7 @@ def test_fields_that_differ_from_their_defaults_are_called_by_their_options():
     assert changed_flags(Oven(grams=5, light=True), "light", "mode") == ["--light"]
 
 
-def made(*arguments: str) -> tuple[Oven, dict[str, str | None]]:
+def parsed(*arguments: str) -> tuple[Oven, dict[str, str | None]]:
     """What a command of these options is called with."""
     heard: list[tuple[Oven, dict[str, str | None]]] = []
 
@@ -90,9 +90,9 @@ def made(*arguments: str) -> tuple[Oven, dict[str, str | None]]:
 
 
 def test_a_command_has_an_option_for_each_field():
-    assert made() == (Oven(), {})
+    assert parsed() == (Oven(), {})
     typed = ("--degrees", "200", "--tray", "1", "--tray", "3", "--kilograms", "2", "--mode", "bake", "--quick")
-    settings, changed = made(*typed)
+    settings, changed = parsed(*typed)
     assert settings == Oven(degrees=200.0, trays=(1, 3), grams=2000)
     assert changed == {"--degrees": "Oven", "--tray": "Oven", "--kilograms": "Oven", "--quick": None}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rkd_deploy.data.files import ImageFiles, scan_folder
+from rkd_deploy.data.files import ImageFiles
+from rkd_deploy.data.folders import scan_folder
 from rkd_deploy.errors import DataError
 from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below
 

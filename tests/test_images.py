@@ -40,8 +40,8 @@ def test_resizing_and_cropping_equal_torchvisions(interpolation, size, crop_frac
     image = Image.fromarray(noise(*size, 3))
     resize = v2.Resize(round(8 / crop_fraction), v2.InterpolationMode(interpolation), antialias=True)
     expected = np.asarray(v2.CenterCrop(8)(resize(image)))
-    found = to_array(image, rule(interpolation=interpolation, crop_fraction=crop_fraction))
-    np.testing.assert_array_equal(found, expected)
+    actual = to_array(image, rule(interpolation=interpolation, crop_fraction=crop_fraction))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_an_oblong_input_is_covered_and_never_padded():
@@ -66,12 +66,12 @@ def test_grey_and_transparent_arrays_become_rgb():
 
 
 def test_a_one_channel_model_gets_grey():
-    one = rule(mean=(0.5,), std=(0.5,))
+    one_channel = rule(mean=(0.5,), std=(0.5,))
     grey = noise(8, 8)
-    np.testing.assert_array_equal(to_array(grey, one), grey[:, :, None])
+    np.testing.assert_array_equal(to_array(grey, one_channel), grey[:, :, None])
     luma = (noise(8, 8, 3).astype(float) @ [0.299, 0.587, 0.114])[:, :, None]  # ITU-R BT.601
-    assert np.abs(to_array(noise(8, 8, 3), one) - luma).max() <= 1
-    assert to_array(noise(20, 30), one).shape == (8, 8, 1)
+    assert np.abs(to_array(noise(8, 8, 3), one_channel) - luma).max() <= 1
+    assert to_array(noise(20, 30), one_channel).shape == (8, 8, 1)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
@@ -215,11 +215,11 @@ def test_a_strip_is_cropped_before_it_is_enlarged(size):
     """60,000 x 1 pixels would become 13 million x 224: 9 GB."""
     strip = np.repeat(np.arange(60_000) // 235, 3).astype(np.uint8).reshape(*size, 3)
     tracemalloc.start()
-    found = to_array(Image.fromarray(strip), rule(224, 224))
+    actual = to_array(Image.fromarray(strip), rule(224, 224))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.shape == (224, 224, 3)
-    assert np.abs(found.astype(int) - strip.reshape(-1, 3)[30_000].astype(int)).max() <= 1  # its centre, one pixel
+    assert actual.shape == (224, 224, 3)
+    assert np.abs(actual.astype(int) - strip.reshape(-1, 3)[30_000].astype(int)).max() <= 1  # its centre, one pixel
     assert peak < 2**20
 
 
@@ -248,10 +248,10 @@ def test_normalise_is_the_cards_formula():
     expected = np.empty((2, 3, 5, 4))
     for channel in range(3):
         expected[:, channel] = (x[..., channel] / 255 - STATS["mean"][channel]) / STATS["std"][channel]
-    found = normalise(x, rule(5, 4))
-    assert found.dtype == np.float32
-    assert found.flags.c_contiguous
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    actual = normalise(x, rule(5, 4))
+    assert actual.dtype == np.float32
+    assert actual.flags.c_contiguous
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_arrays_of_the_right_size_need_no_pillow():

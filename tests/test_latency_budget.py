@@ -38,7 +38,7 @@ def test_s_and_a_that_were_measured_ship_as_they_were_measured(
     # On a busy machine a wider one may be tried after it, and found slower.
     assert all(max(row["ratios"].values()) > 1 + ROUNDING for row in confirmed[at + 1 :])
     S, A = chosen["widths"]
-    assert all(s + a <= own for s, a, own in zip(S, A, zoo.create("resnet8", 10).widths, strict=True))
+    assert all(s + a <= s0_width for s, a, s0_width in zip(S, A, zoo.create("resnet8", 10).widths, strict=True))
     assert card_of(export_run(run, test_images=False)).fusion == "wide"
     assert card_of(export_run(run, level="tail", test_images=False)).fusion == "tail"
     assert card_of(export_run(run, part="s0", test_images=False)).fusion == "none"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import served
 
 from rkd_deploy.pipeline import export_run
 
@@ -42,19 +43,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_an_app_without_torch_classifies_photos(wheel, tiny_run, tmp_path):
-    """A real environment of its own, from the wheel and its `cpu` extra."""
+def test_an_app_without_torch_classifies_photos(wheel, tiny_run, tmp_path, monkeypatch):
+    """A real environment of its own, from the wheel and its extras `cpu` and `serve`, as in serve/Dockerfile."""
     bundle = export_run(tiny_run, folder=tmp_path / "bundle").folder
     rows = np.linspace(0, 255, 40, dtype=np.uint8)
     Image.fromarray(np.stack([np.tile(rows, (30, 1))] * 3, axis=2)).save(tmp_path / "photo.png")
     python = tmp_path / "venv/bin/python"
     subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
-    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, f"{wheel}[cpu]"], check=True)
+    subprocess.run([UV, "pip", "install", "--quiet", "--python", python, f"{wheel}[cpu,serve]"], check=True)
     installed = subprocess.run(
         [UV, "pip", "list", "--python", python, "--format", "json"], capture_output=True, check=True
     )
     names = {row["name"] for row in json.loads(installed.stdout)}
-    assert {"rkd-deploy", "onnxruntime"} <= names
+    assert {"rkd-deploy", "onnxruntime", "starlette", "uvicorn"} <= names
     assert not names & {"torch", "torchvision", "onnx", "scikit-learn", "matplotlib", "safetensors"}
 
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
@@ -66,6 +67,10 @@ def test_an_app_without_torch_classifies_photos(wheel, tiny_run, tmp_path):
     command = tmp_path / "venv/bin/rkd-deploy"
     for arguments in (["predict", bundle, "photo.png"], ["verify", bundle], ["info", bundle], ["backends"]):
         subprocess.run([command, *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with served(bundle, tmp_path, command=[command]) as server:
+        assert server.ask("/v1/classify", (bundle / "golden/photo.jpg").read_bytes()).status == 200
+        assert b"classify.js" in server.ask("/").body  # the page is in the wheel
     asked = "import rkd_deploy; print(rkd_deploy.RkdError); rkd_deploy.fit"
     told = subprocess.run([python, "-c", asked], env=environment, check=False, capture_output=True, text=True)
     assert told.stderr.rstrip().endswith("Install it with: pip install 'rkd-deploy[train]'")

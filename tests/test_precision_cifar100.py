@@ -59,9 +59,9 @@ def test_a_file_classifies_500_test_images_as_the_network_does(resnet20, precisi
     """
     options = PrecisionOptions(precision=precision, target=target)
     calibration = resnet20.calibration if precision == "int8" else None
-    found = convert(resnet20.graph, resnet20.proto, PREPROCESS, calibration, resnet20.held_out, options)
-    assert found.result.images == 256
-    logits_NK = logits_of(found.proto, resnet20.test, options.prover)
+    actual = convert(resnet20.graph, resnet20.proto, PREPROCESS, calibration, resnet20.held_out, options)
+    assert actual.result.images == 256
+    logits_NK = logits_of(actual.proto, resnet20.test, options.prover)
     assert len(logits_NK) == IMAGES
     right_N, expected_N = resnet20.labels_N, resnet20.expected.argmax(1)
     assert 100 * (expected_N == right_N).mean() == pytest.approx(68.83, abs=3)  # published for all 10,000

@@ -26,15 +26,15 @@ def test_quickstart_ends_with_a_table_and_a_plot(tmp_path):
     command = [sys.executable, "-m", "rkd_deploy.cli", "quickstart", "--json"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    made = json.loads(result.stdout.splitlines()[-1])
-    parts = {row["part"]: row for row in made["results"]}
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    parts = {row["part"]: row for row in outcome["results"]}
     assert set(parts) == {"teacher", "s0", "control", "student", "fused"}
     assert all(row["accuracy"] > 80 for row in parts.values())  # chance is 10
     assert parts["fused"]["macs"] <= parts["s0"]["macs"]
-    fused, s0, teacher = (operators(tmp_path / made["bundles"][part]) for part in ("fused", "s0", "teacher"))
+    fused, s0, teacher = (operators(tmp_path / outcome["bundles"][part]) for part in ("fused", "s0", "teacher"))
     assert fused == s0  # S and A side by side: S0's shapes, S0's time
     assert fused != teacher
-    with Image.open(tmp_path / made["plot"]) as picture:
+    with Image.open(tmp_path / outcome["plot"]) as picture:
         assert picture.format == "PNG"
         assert len(set(picture.convert("L").get_flattened_data())) > 10  # not an empty canvas
     assert all(len(line) <= 80 for line in result.stderr.splitlines() if "│" in line or "─" in line)

@@ -32,7 +32,7 @@ def test_every_folder_has_its_line():
 
 def test_every_command_and_option_named_in_a_page_exists():
     commands = typer.main.get_command(cli.app).commands
-    seen = set()
+    observed = set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, rest in re.findall(r"rkd-deploy ([a-z]+(?:-[a-z]+)*)([^`#\n|;)]*)", text):
@@ -41,8 +41,8 @@ def test_every_command_and_option_named_in_a_page_exists():
             assert name in commands, f"{page.name}: rkd-deploy {name}"
             options = {option for parameter in commands[name].params for option in parameter.opts}
             assert set(re.findall(r"--[a-z-]+", rest)) <= options | {"--help", "--debug"}, f"{page.name}: {name}{rest}"
-            seen.add(name)
-    assert seen == set(commands)
+            observed.add(name)
+    assert observed == set(commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))

@@ -187,9 +187,9 @@ print(json.dumps({"messages": messages, "left": left, "names": sorted(path.name 
 def overfill(folder: Path, way: str, *before: str) -> dict[str, object]:
     command = [*before, sys.executable, "-c", OVERFULL, str(folder), way]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seen = json.loads(done.stdout)
-    assert isinstance(seen, dict)
-    return seen
+    observed = json.loads(done.stdout)
+    assert isinstance(observed, dict)
+    return observed
 
 
 def check_overfull(seen: dict[str, object], folder: Path, reason: str) -> None:
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
     space = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     mounted = [*space, "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@"', str(tmp_path)]
     if shutil.which("unshare") and subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode == 0:
-        seen = overfill(tmp_path, "disk", *mounted)
+        observed = overfill(tmp_path, "disk", *mounted)
     else:  # no right to mount: the same answer of the kernel from the device that is always full
         full = OVERFULL.replace(
             "messages = []",
@@ -221,8 +221,8 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", full, str(tmp_path), "disk"], capture_output=True, text=True, check=True
         )
-        seen = json.loads(done.stdout)
-    check_overfull(seen, tmp_path, "No space left on device")
+        observed = json.loads(done.stdout)
+    check_overfull(observed, tmp_path, "No space left on device")
 
 
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:

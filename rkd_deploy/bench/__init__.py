@@ -14,7 +14,7 @@ from typing import Any
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import machine
 from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, folder_top1
-from rkd_deploy.bench.loading import Loaded, batch_sizes, device_in_use, load_all, random_input
+from rkd_deploy.bench.loading import Loaded, device_in_use, load_all, random_input, resolve_batches
 from rkd_deploy.bench.machine import Pace, cores
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import BenchSettings, PathLike, check_models
@@ -59,7 +59,7 @@ def bench(
         with ExitStack() as stack:
             device_before = device_in_use(run_on)
             loaded = load_all(models, run_on, stack, settings.batches, report)
-            sizes, accuracies = batch_sizes(loaded, settings.batches), {}
+            sizes, accuracies = resolve_batches(loaded, settings.batches), {}
             if settings.data is not None:
                 accuracies = {
                     model.key: folder_top1(model.backend, model.card, settings.data, report) for model in loaded

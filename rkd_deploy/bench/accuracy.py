@@ -26,7 +26,7 @@ from rkd_deploy.serve.classifier import Classifier
 _AT_ONCE = 64
 
 
-def predictions(backend: Backend, batches: Iterable[Array]) -> npt.NDArray[np.int64]:
+def predicted_classes(backend: Backend, batches: Iterable[Array]) -> npt.NDArray[np.int64]:
     """The class with the largest logit for each image.
 
     Args:

@@ -33,7 +33,7 @@ from rkd_deploy.errors import BackendError, RkdError, require
 
 ARITHMETIC = ("float32", "float16", "int8")
 """Types of multiply-adds that a ceiling can be measured for."""
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino", "tensorrt", "tensorrt-rtx")
 """Backends whose ceilings can be measured: those that run an ONNX file. PyTorch's runs exported programs."""
 SMALLEST, LARGEST = 1 << 22, 1 << 27
 """Bounds of the bytes that one run moves: below, the call itself would be measured; above, caches are full anyway."""

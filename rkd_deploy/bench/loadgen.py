@@ -143,7 +143,7 @@ def run_scenario(backend: Backend, inputs: Sequence[Array], scenario: str, logs:
         log = lg.LogSettings()
         log.log_output, log.enable_trace = output, False
         system.run(test, log)
-        facts = read_log(written / "mlperf_log_detail.txt")
+        facts = read_loadgen_log(written / "mlperf_log_detail.txt")
     server = scenario == "Server"
     return {
         "valid": facts["result_validity"] == "VALID",
@@ -164,7 +164,7 @@ def _samples_per_s(facts: dict[str, Any]) -> float:
     return MULTI_STREAM_IMAGES * 1e9 / float(facts["result_mean_latency_ns"])
 
 
-def read_log(file: Path) -> dict[str, Any]:
+def read_loadgen_log(file: Path) -> dict[str, Any]:
     """Facts of LoadGen's mlperf_log_detail.txt, which has a line of JSON behind a mark for each.
 
     Raises:

@@ -116,7 +116,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def batch_sizes(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequence[int]:
+def resolve_batches(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequence[int]:
     """Batch sizes to measure at: those asked for, else the usual ones, or the models' own where it is fixed.
 
     Raises:

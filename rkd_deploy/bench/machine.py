@@ -85,7 +85,7 @@ class Provenance:
 def provenance() -> Provenance:
     """The provenance of what this process measures now."""
     return Provenance(
-        command=command_line(sys.argv),
+        command=command_without_folders(sys.argv),
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
@@ -99,7 +99,7 @@ def provenance() -> Provenance:
     )
 
 
-def command_line(argv: list[str]) -> str:
+def command_without_folders(argv: list[str]) -> str:
     """A command as one line without the machine's folders: of every path in it the last component is left."""
     if not argv:
         return ""

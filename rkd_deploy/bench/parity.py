@@ -67,7 +67,7 @@ class Parity:
         }
 
 
-def compare(reference_logits: Array, candidate_logits: Array, tolerance: float) -> Parity:
+def compare_logits(reference_logits: Array, candidate_logits: Array, tolerance: float) -> Parity:
     """Compare logits [N, K]; they pass where each differs by at most `tolerance` and all are finite.
 
     Raises:
@@ -113,7 +113,7 @@ def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
     """Let a parity that passed through, and stop at any other.
 
     Args:
-        parity: What `compare` or `verify` gave.
+        parity: What `compare_logits` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
         precision: Precision of the file, for advice that fits it.
 
@@ -179,7 +179,7 @@ def verify(
                 f"The inputs in {golden} do not fit the model beside it: {error} "
                 "Export the bundle again with rkd-deploy export."
             ) from error
-    return compare(logits_NK, candidate_NK, stored if tolerance is None else tolerance)
+    return compare_logits(logits_NK, candidate_NK, stored if tolerance is None else tolerance)
 
 
 def read_golden(path: Path) -> tuple[Array, Array, float]:
@@ -244,7 +244,7 @@ class PhotoAnswer:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BackendParity:
     """Whether one backend reproduces a bundle's golden logits.
 
     Attributes:
@@ -263,7 +263,7 @@ def verify_everywhere(
     *,
     device: str | None = None,
     tolerance: float | None = None,
-) -> list[Verdict]:
+) -> list[BackendParity]:
     """Run `verify` on every backend that works on this machine.
 
     Args:
@@ -281,9 +281,9 @@ def verify_everywhere(
             continue
         try:
             parity = verify(bundle_path, RunOn(status.name, device=device), tolerance=tolerance)
-            verdicts.append(Verdict(status.name, parity, None))
+            verdicts.append(BackendParity(status.name, parity, None))
         except BackendError as error:  # e.g. pytorch, of a bundle without model.pt2
-            verdicts.append(Verdict(status.name, None, str(error)))
+            verdicts.append(BackendParity(status.name, None, str(error)))
     if all(verdict.parity is None for verdict in verdicts):
         reasons = " ".join(f"{verdict.backend}: {verdict.reason}" for verdict in verdicts)
         where = "" if device is None else f" on {device}"

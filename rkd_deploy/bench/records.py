@@ -12,7 +12,7 @@ from typing import Any
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.loadgen import Load, ScenarioResult, check_scenarios, run_scenarios
 from rkd_deploy.bench.machine import MachineState, machine_state, provenance
-from rkd_deploy.bench.results import Result, to_record
+from rkd_deploy.bench.results import Result, to_bench_record
 from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.errors import InterruptedBench, RkdError
@@ -138,7 +138,7 @@ def write_record(
     Raises:
         StorageError: The record could not be written; the earlier one is intact.
     """
-    content = to_record(results, provenance(), settings, states, partial=partial)
+    content = to_bench_record(results, provenance(), settings, states, partial=partial)
     path = folder / RECORD_NAME
     write_json(path, {**content, "loadgen": [asdict(scenario) for scenario in scenarios], **(more or {})})
     return path

@@ -20,7 +20,7 @@ __all__ = [
     "Percentile",
     "Result",
     "result_of_row",
-    "to_record",
+    "to_bench_record",
 ]
 
 RECORD_SCHEMA = 1
@@ -225,7 +225,7 @@ def _percentiles(row: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]
     }
 
 
-def to_record(
+def to_bench_record(
     results: Sequence[Result],
     provenance: Provenance,
     settings: Mapping[str, Any],

@@ -35,7 +35,7 @@ from rkd_deploy.errors import BackendError, UsageError, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction(Case):
+class LatencyBound(Case):
     """Prediction for one case; None where something cannot be told, and `note` says why."""
 
     macs: int | None = None
@@ -62,7 +62,7 @@ class Roofline:
     """Predictions, and the ceilings that they follow from."""
 
     ceilings: tuple[Ceilings, ...] = ()
-    predictions: tuple[Prediction, ...] = ()
+    predictions: tuple[LatencyBound, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
         """The roofline for JSON."""
@@ -79,7 +79,7 @@ def bound(macs: int, least_bytes: int, macs_per_s: float, bytes_per_s: float) ->
     return (compute, "compute") if compute >= memory else (memory, "memory")
 
 
-def predict(
+def predict_roofline(
     models: Sequence[str | os.PathLike[str]],
     run_on: RunOn,
     *,
@@ -110,7 +110,7 @@ def predict(
     ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in BACKENDS else {}
     ran_on = next((measured.device for measured in ceilings.values()), run_on.where)
     predictions = tuple(
-        Prediction(
+        LatencyBound(
             model=subject.name,
             file_bytes=subject.file.stat().st_size,
             batch=batch,
@@ -210,7 +210,7 @@ def _shares(cost: GraphCost) -> str:
 class Achieved:
     """A prediction beside the latency that was measured."""
 
-    prediction: Prediction
+    prediction: LatencyBound
     p50_ms: float | None
     """Median latency in ms; None where it was not measured."""
 
@@ -221,14 +221,14 @@ class Achieved:
         return None if bound_ms is None or self.p50_ms is None else bound_ms / self.p50_ms
 
 
-def achieved(predictions: Iterable[Prediction], results: Iterable[Result]) -> list[Achieved]:
+def achieved(predictions: Iterable[LatencyBound], results: Iterable[Result]) -> list[Achieved]:
     """Pair each prediction with the median of the result that it was made for."""
     # Reversed, so that of several results of one case (numbers of streams, say) the first is the one that stays.
     medians = {_case(result): result.p50_ms for result in reversed(list(results))}
     return [Achieved(prediction, medians.get(_case(prediction))) for prediction in predictions]
 
 
-def _case(source: Prediction | Result) -> Case:
+def _case(source: LatencyBound | Result) -> Case:
     case = Case.of(source)
     # What is predicted is the ONNX file, and what runs the engine that was built of it.
     return replace(case, file_bytes=0) if case.backend in ENGINE_BACKENDS else case
@@ -263,9 +263,9 @@ class Analysis:
         self.layers: list[LayerTimes] | None = None
 
     def predict(self, progress: Progress | None = None) -> None:
-        """Predict at each place, before the measurement; errors as for `roofline.predict`."""
+        """Predict at each place, before the measurement; errors as for `predict_roofline`."""
         rooflines = [
-            predict(
+            predict_roofline(
                 self._models,
                 place,
                 batches=self._batches,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rkd_deploy.backends import RunOn, check_backend, default_device
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.bench.timing import Limits
+from rkd_deploy.bench.timing import TimingLimits
 from rkd_deploy.errors import UsageError, shortened
 from rkd_deploy.fields import check_number
 
@@ -62,9 +62,9 @@ class BenchSettings:
             )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> TimingLimits:
         """How long each model is timed at each batch size."""
-        return Limits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
+        return TimingLimits(min_seconds=self.min_seconds, min_runs=self.min_runs, warmup_seconds=self.warmup_seconds)
 
     def to_record(self) -> dict[str, Any]:
         """The "settings" of a record: backends, threads and streams as lists, since every combination was run."""

@@ -23,7 +23,7 @@ from rkd_deploy.fields import check_number
 
 __all__ = [
     "Clock",
-    "Limits",
+    "TimingLimits",
     "MeasurementInterrupted",
     "Progress",
     "Timing",
@@ -43,7 +43,7 @@ ROUND_NS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class TimingLimits:
     """How long a workload is timed: until every one of these is reached.
 
     Attributes:
@@ -86,7 +86,7 @@ class Workload:
 class Runner:
     """One workload under measurement: its streams, and the samples so far."""
 
-    def __init__(self, name: str, workload: Workload, limits: Limits, clock: Clock) -> None:
+    def __init__(self, name: str, workload: Workload, limits: TimingLimits, clock: Clock) -> None:
         self.name = name
         self._workload = workload
         self._min_ns, self._min_runs = int(limits.min_seconds * 1e9), limits.min_runs
@@ -97,7 +97,7 @@ class Runner:
         self._warmups = 0
         self._warmup_total = 0
         threads = len(workload.backends) > 1
-        self._streams = [Stream(_call(backend, workload), clock, threads) for backend in workload.backends]
+        self._streams = [CallStream(_call(backend, workload), clock, threads) for backend in workload.backends]
         for stream in self._streams:  # one after the other: together they would wait for one another
             stream.start(0, 1)()
         # Of the first stream alone: what it loaded or compiled, the others find done.
@@ -169,7 +169,7 @@ class Runner:
         return list(chain.from_iterable(stream.take() for stream in self._streams))
 
 
-class Stream:
+class CallStream:
     """A caller: runs one loaded model again and again, in a thread of its own where there are several."""
 
     def __init__(self, call: Callable[[], object], clock: Clock, in_thread: bool) -> None:
@@ -263,14 +263,16 @@ def measure(
         UsageError: A limit is negative, or `x` does not fit the model.
         BackendError: A run failed.
     """
-    limits = Limits(min_seconds=min_seconds, min_runs=min_runs, warmup_seconds=warmup_seconds, warmup_runs=warmup_runs)
+    limits = TimingLimits(
+        min_seconds=min_seconds, min_runs=min_runs, warmup_seconds=warmup_seconds, warmup_runs=warmup_runs
+    )
     workloads = {backend.name: Workload((backend,), x, transfers)}
     return measure_workloads(workloads, limits, clock=clock, progress=progress)[backend.name]
 
 
 def measure_workloads(
     workloads: Mapping[str, Workload],
-    limits: Limits | None = None,
+    limits: TimingLimits | None = None,
     *,
     clock: Clock = time.perf_counter_ns,
     pace: Callable[[], float] | None = None,
@@ -293,7 +295,7 @@ def measure_workloads(
         BackendError: A run failed.
         MeasurementInterrupted: Ctrl-C, once a sample was taken.
     """
-    limits = limits or Limits()
+    limits = limits or TimingLimits()
     runners: list[Runner] = []
     try:
         for name, workload in workloads.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rkd_deploy.commands.app_formats import APP_FORMATS, require_libraries, write_app
 from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
+from rkd_deploy.commands.repositories import write_ovms, write_triton
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError, command_line
 
@@ -19,22 +20,28 @@ if TYPE_CHECKING:
     from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
 
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton")
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", "ovms", *APP_FORMATS)
+REPOSITORIES = ("triton", "ovms")
 
 # Help panels: they also say which options a format, or a model that is exported already, has no use for.
 BUNDLE = "The bundle of a run"
 AUTO = "Where --fuse auto measures"
 PRECISION = "Precision below float32"
 ENGINE = "Engine (--format tensorrt, tensorrt-rtx)"
-TRITON = "Model repository (--format triton)"
+TRITON = "Model repository (--format triton; of ovms name, place and address)"
 
 _UNUSED = {
     "onnx": {ENGINE: "builds no engine", TRITON: "writes no model repository"},
     "tensorrt": {TRITON: "writes no model repository"},
     "tensorrt-rtx": {TRITON: "writes no model repository"},
     "triton": {ENGINE: "builds no engine"},
+    "ovms": {ENGINE: "builds no engine", TRITON: "has a configuration of its own"},
+    **{name: {ENGINE: "builds no engine", TRITON: "writes no model repository"} for name in APP_FORMATS},
 }
 """By format: the panels whose options have no effect, and why."""
+
+_OF_OVMS = ("--repository", "--model-name", "--storage-uri")
+"""Options of Triton's panel that hold for OpenVINO Model Server too."""
 
 
 def check_options(output_format: str, changed: dict[str, str | None], *, of_model: bool) -> None:
@@ -49,15 +56,17 @@ def check_options(output_format: str, changed: dict[str, str | None], *, of_mode
         UsageError: There are some; the message names all of them.
     """
     for panel, why in _UNUSED[output_format].items():
-        if unused := [flag for flag, its_panel in changed.items() if its_panel == panel]:
+        known = _OF_OVMS if output_format == "ovms" else ()
+        if unused := [flag for flag, its_panel in changed.items() if its_panel == panel and flag not in known]:
             raise UsageError(
                 f"--format {output_format} {why}, and has no use for {', '.join(unused)}. Leave it out, or give "
                 "another --format."
             )
     if of_model:
         unused = [flag for flag, its_panel in changed.items() if its_panel in (BUNDLE, AUTO, PRECISION)]
-        if output_format == "triton":  # its copies have threads, and its folder is --repository
-            unused = [flag for flag in unused if flag != "--threads"] + [flag for flag in changed if flag == "--output"]
+        if output_format in REPOSITORIES:  # Triton's copies have threads, and the folder is --repository
+            threads = () if output_format == "ovms" else ("--threads",)
+            unused = [flag for flag in unused if flag not in threads] + [flag for flag in changed if flag == "--output"]
         if unused:
             raise UsageError(
                 f"A model that is exported already is what it is, and has no use for {', '.join(unused)}: export a run."
@@ -70,7 +79,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
     Raises:
         RkdError: What is asked for cannot be built here; found before minutes of exporting, not after.
     """
-    if output_format in ("onnx", "triton"):
+    if output_format in ("onnx", *REPOSITORIES, *APP_FORMATS):
         return None
     from rkd_deploy.backends.tensorrt.build import gpu_to_build_on
     from rkd_deploy.backends.tensorrt.settings import load_library
@@ -102,26 +111,6 @@ def add_engine(
     return {"engine": {**facts, "file": str(built.file)}}
 
 
-def write_repository(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
-    """Write a bundle or an ONNX file as the next version, and say so; what is known of it, for --json."""
-    from rkd_deploy.backends.files import model_path
-    from rkd_deploy.serve.triton.repository import export_triton
-    from rkd_deploy.serve.triton.settings import STORAGE_URI
-
-    folder = model_path(model).parent
-    beside = (folder.resolve() if folder.name in ("", "..") else folder).with_name("triton")
-    written = export_triton(model, repository or beside, serving)
-    console = console_for(as_json)
-    console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
-    for file in written.unchanged:
-        console.print(f"Kept as it was: {file}")
-    if serving.storage_uri == STORAGE_URI and written.service not in written.unchanged:
-        console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
-    console.print(f"Next: {shlex.join(['tritonserver', f'--model-repository={written.repository}'])}", markup=False)
-    facts = {"name": written.name, "version": written.version, "kept": [str(file) for file in written.unchanged]}
-    return {"triton": {"repository": str(written.repository), "service": str(written.service), **facts}}
-
-
 def _settings() -> dict[str, tuple[type, str]]:
     from rkd_deploy.backends.tensorrt.settings import EngineSettings
     from rkd_deploy.export.precision.options import PrecisionOptions
@@ -143,11 +132,18 @@ def export(
         typer.Argument(help="A run; for an engine or Triton a bundle or ONNX file too. Default: the newest run."),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="onnx; and an engine in it (tensorrt, tensorrt-rtx), or triton beside it.")
+        str,
+        typer.Option(
+            "--format",
+            help="onnx; an engine in it (tensorrt, tensorrt-rtx); beside it triton, ovms, transformers-js, executorch.",
+        ),
     ] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder of the bundle, default bundle in the run; of an engine alone its file."),
+        typer.Option(
+            "--output",
+            help="Folder of the bundle, default bundle in the run; of an engine alone its file, of an app a folder.",
+        ),
     ] = None,
     root: Root = RUNS,
     as_json: Json = False,
@@ -198,14 +194,14 @@ def export(
     precision: SettingsOptions[PrecisionOptions],
     engine: SettingsOptions[EngineSettings],
     repository: Annotated[
-        Path | None, in_panel(TRITON, "--repository", help="Its folder. Default: triton beside the bundle.")
+        Path | None, in_panel(TRITON, "--repository", help="Its folder. Default: triton or ovms beside the bundle.")
     ] = None,
     triton: SettingsOptions[Serving],
 ) -> None:
     """Fuse, export and prove a run.
 
-    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or a model
-    repository for Triton beside it.
+    Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or beside
+    it a model repository for Triton or OpenVINO Model Server, or what an app loads.
     """
     one_of("format", output_format, FORMATS)
     one_of("input", layout, ("uint8", "float32"))
@@ -213,14 +209,18 @@ def export(
     changed = changed_options(context)
     check_options(output_format, changed, of_model=of_model)
     settings, serving = engine_settings(output_format, engine), None
-    if output_format == "triton":
+    require_libraries(output_format)
+    if output_format in REPOSITORIES:
         require_all("export", "onnx")
-        serving = triton.make(threads=threads)
+        serving = triton.make(threads=threads if output_format == "triton" else None)
 
     def _add(model: Path) -> dict[str, Any]:
         """What the format asks for beside the ONNX file; what is known of it, for --json."""
         if serving is not None:
-            return write_repository(model, repository, serving, as_json)
+            write = write_ovms if output_format == "ovms" else write_triton
+            return write(model, repository, serving, as_json)
+        if output_format in APP_FORMATS:
+            return write_app(output_format, model, output if of_model else None, as_json)
         return add_engine(model, output_format, settings, output if of_model else None, as_json)
 
     if of_model:
@@ -238,11 +238,13 @@ def export(
     of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
     # A bundle that stands is taken as it is only where nothing was asked for that could make another one.
     usual = output is None and not of_bundle
+    with_pytorch = with_pytorch or output_format == "executorch"  # which begins with that file
     lower = precision.make()
     # With Triton, --threads are those of an instance, unless --fuse auto measures too.
-    measuring_threads = None if serving is not None and level != "auto" else threads
+    measuring_threads = None if output_format == "triton" and level != "auto" else threads
     target = _fusion_target(level, backend, device, batches, measuring_threads, lower)
-    if usual and output_format != "onnx" and (standing := standing_bundle(source)) is not None:
+    standing = standing_bundle(source) if usual and output_format != "onnx" else None
+    if standing is not None and (output_format != "executorch" or (standing / "model.pt2").is_file()):
         console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
         added = _add(standing)
         if as_json:

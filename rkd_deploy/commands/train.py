@@ -35,14 +35,18 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
     from rkd_deploy.pipeline import quickstart as run_quickstart
     from rkd_deploy.report.columns import print_results
     from rkd_deploy.report.tables import print_line
-    from rkd_deploy.train.display import Progress
+    from rkd_deploy.train.display import ProgressDisplay
+    from rkd_deploy.train.networks import PARTS
+    from rkd_deploy.train.verdict import of_metrics, verdict_json
 
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         outcome = run_quickstart(
             root, progress, lambda line: progress.console.print(visible(line), style="bold", markup=False)
         )
     console = console_for(as_json)
     print_results(outcome.results, console)
+    if (verdict := of_metrics(outcome.run.metrics, PARTS)) is not None:
+        print_line(verdict.sentence(), console)
     files = {
         "Run": outcome.run.folder,
         "Bundle": outcome.bundles["fused"],
@@ -59,6 +63,7 @@ def quickstart(root: Root = RUNS, as_json: Json = False) -> None:
                 "bundles": bundles,
                 "plot": str(outcome.tables.plot),
                 "results": without_samples(outcome.results),
+                **verdict_json(verdict),
             }
         )
 
@@ -74,6 +79,14 @@ def train(
     budget: Annotated[
         str | None,
         typer.Option("--budget", help="What S and A must not exceed of S0's: macs, params, latency. student.budget."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="What a budget of latency is measured on. student.backend."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Where that runs: cpu, cuda, cuda:N. student.latency_device."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run (default: the newest).")
@@ -92,14 +105,14 @@ def train(
     Without one: the embedded example.
     """
     if keys:
-        if recipe or overrides or budget or resume or seeds:
+        if recipe or overrides or budget or backend or device or resume or seeds:
             raise UsageError("--keys prints what a recipe can say, and trains nothing. Leave the other options out.")
         _print_keys(as_json)
         return
     require_all("train", "torch", "safetensors")
     from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
-    from rkd_deploy.train.display import Progress, print_parts, print_series
+    from rkd_deploy.train.display import ProgressDisplay, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
     from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
@@ -108,15 +121,17 @@ def train(
     from rkd_deploy.train.series import fit_series
     from rkd_deploy.train.verdict import of_metrics, of_series, verdict_json
 
-    if budget is not None:
-        overrides = [*(overrides or ()), f"student.budget={budget}"]
+    named = {"budget": budget, "backend": backend, "latency_device": device}
+    named_keys = [f"student.{key}={value}" for key, value in named.items() if value is not None]
+    overrides = [*(overrides or ()), *named_keys]
     if resume and overrides and seeds is None:
         raise UsageError(
-            "--resume goes on with the recipe of the run; --set and --budget cannot change it. Start a new run instead."
+            "--resume goes on with the recipe of the run; --set, --budget, --backend and --device cannot change it. "
+            "Start a new run instead."
         )
     if seeds is not None:
-        chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
-        with Progress() as progress:
+        chosen = embedded_recipe(overrides) if recipe is None else read_recipe(recipe, overrides)
+        with ProgressDisplay() as progress:
             series = fit_series(chosen, parse_ints("--seeds", seeds), root=root, display=progress, resumed=resume)
         if is_main_process():
             print_series(series, console_for(as_json))
@@ -124,12 +139,12 @@ def train(
             if as_json:
                 print_json(series.to_dict() | verdict_json(of_series(series.parts, PARTS)))
         return
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         if resume:
             unfinished = newest_run(root, finished=False) if recipe is None else open_run(recipe)
             run = resume_run(unfinished, display=progress)
         else:
-            chosen = embedded_recipe(overrides or ()) if recipe is None else read_recipe(recipe, overrides or ())
+            chosen = embedded_recipe(overrides) if recipe is None else read_recipe(recipe, overrides)
             run = fit(chosen, root=root, display=progress)
     if not is_main_process():  # torchrun's other processes
         return

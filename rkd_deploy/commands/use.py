@@ -37,14 +37,16 @@ def verify(
     Its files are compared with their checksums, its logits with the stored ones.
     """
     from rkd_deploy.backends import RunOn, describe_model
-    from rkd_deploy.bench.parity import Verdict, gate, verify_everywhere
+    from rkd_deploy.bench.parity import BackendParity, gate, verify_everywhere
     from rkd_deploy.bench.parity import verify as verify_bundle
 
     bundle = model or newest_bundle(root)
     if backend is None:
         verdicts = verify_everywhere(bundle, device=device, tolerance=tolerance)
     else:
-        verdicts = [Verdict(backend, verify_bundle(bundle, RunOn(backend, device=device), tolerance=tolerance), None)]
+        verdicts = [
+            BackendParity(backend, verify_bundle(bundle, RunOn(backend, device=device), tolerance=tolerance), None)
+        ]
     for verdict in verdicts:
         if (parity := verdict.parity) is None:
             line = f"not run: {verdict.reason}"

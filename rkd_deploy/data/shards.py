@@ -27,14 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkd_deploy.data.files import (
-    LabelledImages,
-    SplitsOnDisk,
-    cache_path,
-    file_stamps,
-    split_folders,
-    unreadable_list,
-)
+from rkd_deploy.data.files import cache_path, file_stamps
+from rkd_deploy.data.folders import LabelledImages, SplitsOnDisk, split_folders, unreadable_list
 from rkd_deploy.errors import DataError, require
 from rkd_deploy.image_folders import SUFFIXES, is_hidden
 from rkd_deploy.images import FILE_LIMIT

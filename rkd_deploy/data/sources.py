@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from rkd_deploy.card import Preprocess
-from rkd_deploy.data.files import (
-    LabelledImages,
-    SplitsOnDisk,
-    find_broken,
-    refuse_broken,
-    remember_broken,
-    scan_folder,
-    scan_imagenet,
-)
+from rkd_deploy.data.files import find_broken, refuse_broken, remember_broken
+from rkd_deploy.data.folders import LabelledImages, SplitsOnDisk, scan_folder, scan_imagenet
 from rkd_deploy.data.shards import scan_shards
 from rkd_deploy.data.splits import AnySplit, FileSplit, ImageSet, Split, on_device
 from rkd_deploy.data.subsets import channel_statistics, hold_out, limit, split_off_test

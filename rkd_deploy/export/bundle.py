@@ -61,7 +61,8 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import as_input, normalise
-from rkd_deploy.models.logits import check_ends_in_logits
+from rkd_deploy.models.logits import check_ends_in_logits, check_rows
+from rkd_deploy.models.plain import check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -154,13 +155,16 @@ def export_bundle(
     check_finite(model)
     # Two random images tell in a moment what would fail after minutes of converting and proving.
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
-    check_ends_in_logits(model.cpu(), noise_NCHW, f"the network {type(model).__name__}")
+    check_real(model, f"the network {type(model).__name__}")
+    model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
+    check_ends_in_logits(model, noise_NCHW, f"the network {type(model).__name__}")
+    check_rows(model, noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
     preprocess = card.preprocess
     branches = None if early_exit is None else require_branches(model, early_exit)
     with new_folder(folder) as temporary:
         note("fusing and converting to ONNX")
-        choice = _fused(model.cpu(), card, outputs, level, target, progress, job)
+        choice = _fused(model, card, outputs, level, target, progress, job)
         card = dataclasses.replace(
             card,
             outputs=tuple(outputs),

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.backends import infer_many, load_backend
 from rkd_deploy.bench.accuracy import top1
-from rkd_deploy.bench.parity import compare, gate
+from rkd_deploy.bench.parity import compare_logits, gate
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse_branch
@@ -160,7 +160,7 @@ class ExitLogits:
                 z = np.cumsum([infer_many(graph, x) for graph in graphs], axis=0)
                 if expected is not None:
                     model, tolerance = expected
-                    parity = compare(_rows(_reference(model, images_NHWC, preprocess)), _rows(z), tolerance)
+                    parity = compare_logits(_rows(_reference(model, images_NHWC, preprocess)), _rows(z), tolerance)
                     gate(parity, "the sums of the graphs for early exit against PyTorch")
                 z_parts.append(z)
                 labels.append(labels_n)

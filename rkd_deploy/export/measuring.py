@@ -19,10 +19,10 @@ from torch import nn
 from rkd_deploy.backends import RunOn, check_backend
 from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.machine import Provenance, provenance
-from rkd_deploy.bench.results import to_record
+from rkd_deploy.bench.results import to_bench_record
 from rkd_deploy.bench.sessions import SESSIONS, measure_in_sessions
 from rkd_deploy.bench.statistics import Judgement, Timing, judge
-from rkd_deploy.bench.timing import Limits, Progress, Workload, measure_workloads
+from rkd_deploy.bench.timing import Progress, TimingLimits, Workload, measure_workloads
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import WideBranches, fuse
@@ -30,12 +30,12 @@ from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.latency import Reading
 
-BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino")
 """Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
-_SEARCH = Limits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
+_SEARCH = TimingLimits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
 """Limits of each network at each batch size while the search looks for widths."""
-_CONFIRMATION = Limits(
+_CONFIRMATION = TimingLimits(
     min_seconds=2.5 / SESSIONS, min_runs=-(-10 // SESSIONS), warmup_seconds=0.3 / SESSIONS, warmup_runs=2
 )  # -(-a // b) rounds up
 """Limits of each network at each batch size in each session of a confirmation."""
@@ -126,7 +126,7 @@ class ExportStopwatch:
         ratio = timings["candidate"].percentile(10) / timings["s0"].percentile(10)
         return _Comparison(ratio, None, {name: [timing] for name, timing in timings.items()})
 
-    def _timed(self, files: Mapping[str, Path], batch: int, limits: Limits) -> dict[str, Timing]:
+    def _timed(self, files: Mapping[str, Path], batch: int, limits: TimingLimits) -> dict[str, Timing]:
         x = np.random.default_rng(0).standard_normal((batch, *self._preprocess.input_shape), dtype=np.float32)
         with ExitStack() as stack:
             return measure_workloads(
@@ -137,11 +137,13 @@ class ExportStopwatch:
 
     def describe(self) -> dict[str, Any]:
         """Backend, device and machine."""
-        facts = provenance()
+        facts, library = provenance(), self._run_on.backend.partition(":")[0]
+        on_cpu = self._run_on.where == "cpu"
         return {
             "backend": self._run_on.backend,
-            "version": facts.versions.get(self._run_on.backend),
+            "version": facts.versions.get(library if on_cpu else f"{library}-gpu") or facts.versions.get(library),
             "device": self._run_on.where,
+            **({} if on_cpu else {"gpu": facts.gpus[0]["name"] if facts.gpus else None}),
             "threads": self._run_on.threads,
             "clock": "CPU time of the process" if self._is_cpu_time else "wall time",
             "cpu": facts.cpu,
@@ -226,7 +228,7 @@ class FusionSearch:
         """The search as fusion.json has it: a bench record of every sample, in the order of the measurements."""
         by_session = zip(*self.sessions.values(), strict=True)
         results = [result for session in by_session for level in session for result in level]
-        return to_record(results, self.provenance, self.to_summary())
+        return to_bench_record(results, self.provenance, self.to_summary())
 
 
 @dataclass(frozen=True)

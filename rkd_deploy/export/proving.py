@@ -29,7 +29,7 @@ from rkd_deploy.backends import RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
-from rkd_deploy.bench.parity import GOLDEN_PHOTO, PHOTO_LOGITS, Parity, PhotoAnswer, compare, gate
+from rkd_deploy.bench.parity import GOLDEN_PHOTO, PHOTO_LOGITS, Parity, PhotoAnswer, compare_logits, gate
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
@@ -100,7 +100,7 @@ def prove(
             exported.append(infer_many(candidate, x))
             labels.append(labels_n)
     expected_NK, exported_NK, labels_N = np.concatenate(expected), np.concatenate(exported), np.concatenate(labels)
-    parity = compare(expected_NK, exported_NK, tolerance)
+    parity = compare_logits(expected_NK, exported_NK, tolerance)
     gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
     proof = Proof(
         parity=parity,

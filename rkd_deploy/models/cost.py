@@ -56,7 +56,7 @@ def count(module: nn.Module, input_size: int | tuple[int, int]) -> NetworkCost:
     """Cost of a network for one RGB image.
 
     Args:
-        module: Left as it is; a copy without data is run.
+        module: Left as it is; a copy is run, without data where that is possible.
         input_size: Height and width in pixels, or one number for both.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -74,20 +74,27 @@ def count_head(head: nn.Module, channels: int) -> NetworkCost:
 
 
 def _counted(module: nn.Module, shape: tuple[int, ...]) -> NetworkCost:
-    shadow = copy.deepcopy(module).to("meta").eval()
-    for layer in shadow.modules():
-        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            # It keeps the shape and costs 0, but half of the time here: without data it runs as a dozen operators.
-            layer.forward = nn.Identity().forward
-    x = torch.empty(shape, device="meta", dtype=torch.float32)
-    operators = _Operators()
-    with torch.no_grad(), operators:
-        shadow(x)
+    try:
+        operators = _run(module, shape, "meta")
+    except Exception:  # of tensors that a forward makes, and of values that it looks at, there is nothing without data
+        operators = _run(module, shape, "cpu")
     return NetworkCost(
         macs=operators.flops // 2,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         unsupported=tuple(sorted(operators.unsupported)),
     )
+
+
+def _run(module: nn.Module, shape: tuple[int, ...], device: str) -> _Operators:
+    shadow = copy.deepcopy(module).to(device).float().eval()
+    for layer in shadow.modules():
+        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            # It keeps the shape and costs 0, but half of the time here: without data it runs as a dozen operators.
+            layer.forward = nn.Identity().forward
+    operators = _Operators()
+    with torch.no_grad(), operators:
+        shadow(torch.zeros(shape, device=device))
+    return operators
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

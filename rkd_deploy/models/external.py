@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.models.logits import check_ends_in_logits
+from rkd_deploy.models.logits import check_ends_in_logits, check_rows
+from rkd_deploy.models.plain import plain
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
 from rkd_deploy.models.tracing import Holder, Reader, Traced
@@ -172,11 +173,23 @@ class External(FeatureNetwork):
         return pool(self.features(x_NCHW)[-1]) if self._read_all is None else cast(Tensor, self.network(x_NCHW))
 
     def without_head(self) -> External:
-        """A feature extractor with a copy of the weights: modules that no stage map needs become identities."""
+        """A feature extractor with a copy of the weights: modules that no stage map needs become identities.
+
+        Raises:
+            UsageError: Its forward pass needs the head's own weights.
+        """
+        whole = plain(self.network)
         with torch.no_grad():
-            used = _source(self.network).used_modules(_images(self.network, self.input_size), self.stages)
-        network = _copy_of_used(self.network, used)
-        return External(network, self.stages, input_size=self.input_size, head=False)
+            used = _source(whole).used_modules(_images(whole, self.input_size), self.stages)
+        network = _copy_of_used(whole, used)
+        try:
+            return External(network, self.stages, input_size=self.input_size, head=False)
+        except UsageError as error:
+            raise UsageError(
+                f"The layers after the last map of the network {type(whole).__name__} cannot be left out: its forward "
+                f"reads the weights of some itself and does not call them ({error.__cause__ or error}). Write its head "
+                "as modules that are called; as a teacher it may stay as it is."
+            ) from error
 
     def rewrapped(self, network: nn.Module) -> External:
         """Another network of the same topology, e.g. a pruned copy of this one's, seen in the same way."""
@@ -199,6 +212,7 @@ class External(FeatureNetwork):
                 "Wrap it in a module that gives the logits alone."
             )
         check_ends_in_logits(source.network, x_NCHW, _name(source))
+        check_rows(source.network, x_NCHW, _name(source))
         return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
@@ -216,7 +230,12 @@ class External(FeatureNetwork):
             pooled_NC = pool(self._layouts[-1].to_map(values[-1]))
 
             def right(head: nn.Module) -> bool:
-                return torch.allclose(head(pooled_NC), logits_NK, rtol=1e-4, atol=1e-4 * float(logits_NK.abs().max()))
+                try:
+                    answer_NK = head(pooled_NC)
+                except Exception:  # whatever a foreign layer raises: one behind a flattened map takes no pooled one
+                    return False
+                tolerance = 1e-4 * float(logits_NK.abs().max())
+                return answer_NK.shape == logits_NK.shape and torch.allclose(answer_NK, logits_NK, 1e-4, tolerance)
 
             shape = (logits_NK.shape[1], self.channels)
             # From the end: of several layers that give these logits the last one is the head, by its own right.

@@ -64,6 +64,32 @@ def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
         raise UsageError(_refusal(name, f"its last operation is a {kind}"))
 
 
+def check_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
+    """Refuse a classifier whose answer for an image depends on what else is in the batch.
+
+    Args:
+        network: Images to its answer [N, K].
+        x_NCHW: Two images or more.
+        name: What messages call it.
+
+    Raises:
+        UsageError: One image alone is answered in another way, or by another shape.
+    """
+    with torch.no_grad(), in_mode(network, False):
+        together_NK, alone_NK = network(x_NCHW), network(x_NCHW[:1])
+    if alone_NK.shape != together_NK[:1].shape:
+        raise UsageError(
+            f"{name} gives a tensor {tuple(alone_NK.shape)} for one image, and {tuple(together_NK.shape)} for "
+            f"{len(x_NCHW)}. A squeeze() that names no dimension drops that of the batch: use flatten(1)."
+        )
+    if not torch.allclose(alone_NK, together_NK[:1], rtol=1e-3, atol=1e-3 * float(together_NK.abs().max())):
+        raise UsageError(
+            f"{name} answers the same image in another way when it is alone than in a batch of {len(x_NCHW)}. A layer "
+            "draws random numbers in evaluation too, or takes its statistics from the batch, as a batch norm with "
+            "track_running_stats = False does: no accuracy and no exported file would hold for it. Replace that layer."
+        )
+
+
 def check_logits(answer_NK: Tensor, name: str) -> None:
     """Refuse answers that are not finite, and rows of probabilities.
 

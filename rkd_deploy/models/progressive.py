@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.models.staged import Staged, pool, stage_shapes
 
-Shape = tuple[int, int, int]
+MapShape = tuple[int, int, int]
 
 
 class BranchStage(nn.Module):
@@ -128,12 +128,12 @@ def progressive_student(
     return ProgressiveStudent(list(zip(*branches, strict=True)), nn.Linear(channels[-1], num_classes))
 
 
-def paired_channels(teacher: Sequence[Shape], student: Sequence[Shape]) -> list[int]:
+def paired_channels(teacher: Sequence[MapShape], student: Sequence[MapShape]) -> list[int]:
     """Channels C_T^1 .. C_T^K of T's maps that have a partner among S0's, from the (C, H, W) of both."""
     return [shape[0] for shape in teacher[-min(len(teacher), len(student)) :]]
 
 
-def adapter_cost(maps: Sequence[Shape], channels: Sequence[int], unit: str) -> int:
+def adapter_cost(maps: Sequence[MapShape], channels: Sequence[int], unit: str) -> int:
     """The cost of all P and Q of one branch.
 
     Args:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
+from torch.nn.functional import batch_norm, instance_norm
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.stage_maps import Step
@@ -110,7 +112,8 @@ class Trace:
     def __init__(self, network: nn.Module) -> None:
         self.root = Holder(network)
         tracer = _Tracer()
-        self.graph = tracer.trace(self.root)
+        with _traceable_norms():
+            self.graph = tracer.trace(self.root)
         if any(node.op == "get_attr" and not str(node.target).startswith(ROOT) for node in self.graph.nodes):
             raise UsageError(
                 f"A tensor that the forward pass of {type(network).__name__} makes became a constant of its graph. "
@@ -266,6 +269,40 @@ class _Tracer(fx.Tracer):
             self._repetitions[name] += 1
             self.names[f"{name}_{times}" if times else name] = node
         return node
+
+
+@contextmanager
+def _traceable_norms() -> Iterator[None]:
+    """While a network is traced, PyTorch's norms leave out what no symbol passes: they look at their input's rank.
+
+    Norms of PyTorch's own stay one operation. A subclass is looked into, because it may do anything, and where it calls
+    `super().forward` it ends up there. Counting batches is left out too: it would count the tracing.
+    """
+    norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    forwards: list[Callable[..., Tensor]] = [norm.forward for norm in norms]
+    for norm, forward in zip(norms, (_batch_norm, _instance_norm), strict=True):
+        setattr(norm, "forward", forward)  # noqa: B010
+    try:
+        yield
+    finally:
+        for norm, forward in zip(norms, forwards, strict=True):
+            setattr(norm, "forward", forward)  # noqa: B010
+
+
+def _batch_norm(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    counted = norm.running_mean is not None
+    if norm.momentum is None and norm.training and counted:
+        raise UsageError("The average of a batch norm whose momentum is None depends on how many batches it has had.")
+    updates = not norm.training or norm.track_running_stats
+    mean, var = (norm.running_mean, norm.running_var) if updates else (None, None)
+    from_batch = norm.training or not counted
+    return batch_norm(x, mean, var, norm.weight, norm.bias, from_batch, norm.momentum or 0.0, norm.eps)
+
+
+def _instance_norm(norm: nn.modules.instancenorm._InstanceNorm, x: Tensor) -> Tensor:
+    from_batch = norm.training or not norm.track_running_stats
+    weights = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return instance_norm(x, *weights, from_batch, norm.momentum or 0.0, norm.eps)
 
 
 def _acts(node: fx.Node) -> bool:

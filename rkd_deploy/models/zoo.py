@@ -3,7 +3,7 @@
 Torchvision's are named ``tv:NAME``, timm's ``timm:NAME``. A user's own is named ``package.module:attribute``; the
 current directory can be imported from. The attribute is
 
-    an nn.Module            taken as it is, weights included: a copy of it
+    an nn.Module            taken as it is, weights included: a copy of it, in float32
     a class or function     called with num_classes=K where it has such a parameter, else without arguments; what it
                             returns must be an nn.Module
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import CheckpointError, UsageError, require, shortened, unknown_name
 from rkd_deploy.models.external import External
 from rkd_deploy.models.families import cifar_resnet, mobilenet, resnet50, shufflenet, vgg, wide_resnet
+from rkd_deploy.models.plain import check_real, with_current_norms
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 
 PREFIXES = ("tv", "timm")
@@ -198,18 +199,20 @@ def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
         reason = str(error) if said_by_python else f"{type(error).__name__}: {error}"
         raise UsageError(f"No network {shortened(name)}: {reason}. {rule}") from error
     if isinstance(target, nn.Module):
-        return copy.deepcopy(target)
-    if not callable(target):
+        network: Any = copy.deepcopy(target)
+    elif callable(target):
+        try:
+            network = _called(target, num_classes)
+        except Exception as error:  # the user's own code
+            raise UsageError(
+                f"{name} could not be called: {type(error).__name__}: {error}. {rule} --debug shows where."
+            ) from error
+    else:
         raise UsageError(f"{name} is of type {type(target).__name__}. {rule}")
-    try:
-        network = _called(target, num_classes)
-    except Exception as error:  # the user's own code
-        raise UsageError(
-            f"{name} could not be called: {type(error).__name__}: {error}. {rule} --debug shows where."
-        ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} gave an object of type {type(network).__name__}. {rule}")
-    return network
+    check_real(network, name)
+    return with_current_norms(network, name).float()
 
 
 def _called(maker: Callable[..., Any], num_classes: int) -> Any:

@@ -21,7 +21,7 @@ from rkd_deploy.errors import RecipeError, shortened, unknown_name
 from rkd_deploy.recipe.data import DataRecipe
 from rkd_deploy.recipe.method import MethodRecipe
 from rkd_deploy.recipe.networks import StudentRecipe, TeacherRecipe
-from rkd_deploy.recipe.rules import convert, toml_value
+from rkd_deploy.recipe.rules import toml_value, typed_value
 from rkd_deploy.recipe.train import TrainRecipe
 from rkd_deploy.storage import read_text
 
@@ -71,7 +71,7 @@ class Recipe:
         self._check_data()
 
     def _check_name(self) -> None:
-        convert("name", str, self.name)
+        typed_value("name", str, self.name)
         rule = "names the run folders: it must not be empty or hold a slash"
         if not self.name or set(self.name) & set("/\\\0"):
             raise RecipeError(f"name = {shortened(self.name)} {rule}.")

@@ -88,8 +88,10 @@ class StudentRecipe:
     whichever of the first two leaves them more."""
     shared_stages: int | None = key(None, low=1, read=_TRUNK)
     """How many of S0's stages S and A share, from the first. Default: all but the last."""
-    backend: str | None = key(None, choices=("onnxruntime", "openvino"), read=_LATENCY)
-    """What runs the networks, onnxruntime or openvino. Default: onnxruntime."""
+    backend: str | None = key(None, choices=("onnxruntime", "onnxruntime:cuda-graphs", "openvino"), read=_LATENCY)
+    """What runs the networks, onnxruntime, openvino, or onnxruntime:cuda-graphs. Default: onnxruntime."""
+    latency_device: str | None = key(None, read=_LATENCY)
+    """Where they run: cpu, cuda, cuda:1, ... Default: the backend's own, the CPU but for onnxruntime:cuda-graphs."""
     latency_batches: tuple[int, ...] | None = key(None, low=1, read=_LATENCY)
     """S + A are no slower than S0 at each of these batch sizes. Default: 1 and 8."""
     latency_threads: int | None = key(None, low=1, high=MOST_THREADS, read=_LATENCY)

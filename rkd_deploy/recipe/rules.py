@@ -128,10 +128,10 @@ def _check_types(name: str, table: Any) -> None:
             if value is None:
                 continue
             wanted = next(item for item in typing.get_args(wanted) if item is not types.NoneType)
-        object.__setattr__(table, field.name, convert(f"{name}.{field.name}", wanted, value))
+        object.__setattr__(table, field.name, typed_value(f"{name}.{field.name}", wanted, value))
 
 
-def convert(key: str, wanted: Any, value: Any) -> Any:
+def typed_value(key: str, wanted: Any, value: Any) -> Any:
     """A value as a field of a recipe has it.
 
     Args:
@@ -147,7 +147,7 @@ def convert(key: str, wanted: Any, value: Any) -> Any:
             raise RecipeError(f"{key} = {shortened(value)} must be a list, e.g. {key.split('.')[-1]} = [...].")
         if len(value) > _LONGEST_LIST:
             raise RecipeError(f"{key} has {len(value):,} values, and at most {_LONGEST_LIST:,} are read.")
-        return tuple(convert(key, typing.get_args(wanted)[0], item) for item in value)
+        return tuple(typed_value(key, typing.get_args(wanted)[0], item) for item in value)
     if type(value) is not wanted and (isinstance(value, bool) or not isinstance(value, _NUMBERS.get(wanted, ()))):
         raise RecipeError(f"{key} = {shortened(value)} must be of type {wanted.__name__}.")
     if isinstance(value, str):

@@ -11,7 +11,7 @@ from rkd_deploy.bench.compare import Ratio
 from rkd_deploy.bench.loadgen import LABEL, ScenarioResult
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.bench.results import PERCENTILES, Figures, Result
-from rkd_deploy.bench.roofline import Achieved, Prediction, achieved
+from rkd_deploy.bench.roofline import Achieved, LatencyBound, achieved
 from rkd_deploy.report.conditions import condition_lines, pace_lines
 from rkd_deploy.report.tables import Column, milliseconds, print_line, print_table
 
@@ -236,7 +236,7 @@ ROOFLINE_COLUMNS: tuple[Column[Achieved], ...] = (
 )
 
 
-def print_roofline(predictions: Sequence[Prediction], results: Sequence[Result], console: Console) -> None:
+def print_roofline(predictions: Sequence[LatencyBound], results: Sequence[Result], console: Console) -> None:
     """Print the bounds, before a measurement (no results) or after it, and why a bound is missing."""
     print_line(
         "The bound that was predicted, and the median" if results else "Predicted: no call can be faster than", console

@@ -42,7 +42,7 @@ class Silent:
         """Ignore the end of an epoch."""
 
 
-class Progress:
+class ProgressDisplay:
     """A bar per phase on standard error, and above it one line per epoch (at most about twenty of a phase)."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Progress:
         self._every = 1
         self._epochs = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         self._bars.start()
         return self
 
@@ -255,11 +255,11 @@ def draw_curves(run: Run, recipe: Recipe) -> None:
     if not recipe.train.curves or not rows:
         return
     content = io.BytesIO()
-    draw(rows, visible(run.folder.name)).savefig(content, format="png")
+    draw_phases(rows, visible(run.folder.name)).savefig(content, format="png")
     write_bytes(run.folder / "curves.png", content.getvalue())
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
+def draw_phases(rows: Sequence[dict[str, Any]], title: str) -> Any:
     """The matplotlib Figure: a column for each phase, its losses above, its accuracies below.
 
     Args:

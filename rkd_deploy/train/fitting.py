@@ -33,7 +33,7 @@ from rkd_deploy.train.facts import RunFacts, WeightsFacts
 from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
 from rkd_deploy.train.networks import Networks, Originals
-from rkd_deploy.train.phases import Plan, Planner
+from rkd_deploy.train.phases import PlannedPhase, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, runs_of
 from rkd_deploy.train.starting_weights import (
@@ -177,7 +177,7 @@ class _Trainer:
         self.group.on_main(lambda: self._finish(run, display))
         return run
 
-    def _phase(self, plan: Plan, run: Run, display: Display, stop: StopRequest) -> None:
+    def _phase(self, plan: PlannedPhase, run: Run, display: Display, stop: StopRequest) -> None:
         if not self.group.on_main(lambda: run.weights(plan.name).exists()):
             # A seed for each phase: a resumed run skips those that are done, and draws for this one what it would have.
             torch.manual_seed(networks.derived_seed(self.recipe.train.seed, plan.name))
@@ -239,7 +239,9 @@ class _Trainer:
         if not run.weights(name).exists():
             self._keep(run, name, module.state_dict())
 
-    def _keep_phase(self, run: Run, plan: Plan, average: dict[str, torch.Tensor] | None, display: Display) -> None:
+    def _keep_phase(
+        self, run: Run, plan: PlannedPhase, average: dict[str, torch.Tensor] | None, display: Display
+    ) -> None:
         """Write the weights of a finished phase: those that ship last, because a phase that has them is done."""
         last = plan.product.state_dict()
         if average is not None:

@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.models.staged import FeatureNetwork
+from rkd_deploy.train import kernels
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (torch.relu, torch.relu_, functional.relu)
@@ -103,19 +105,20 @@ class MapsAndLogits(nn.Module):
         return (*maps, logits_NK)
 
 
-def folded_copy(network: FeatureNetwork, dtype: torch.dtype, *, fused: bool) -> FoldedCopy | None:
+def folded_copy(network: FeatureNetwork, dtype: torch.dtype, fused: str | None) -> FoldedCopy | None:
     """The copy of a frozen network in eval mode; None where its passes cannot be traced.
 
     Args:
         network: T, or a branch that stands still.
         dtype: Of the copy's weights and maps.
-        fused: Whether convolution, sum and ReLU become one kernel of cuDNN.
+        fused: What makes sum and ReLU behind a convolution one operation: ``"cudnn"``, ``"kernel"`` (`ConvAddReLU`),
+            or nothing.
     """
     for logits in (True, False):
         passes = fold_batch_norms(MapsAndLogits(network, logits).eval())
         if isinstance(passes, fx.GraphModule):
-            if fused:
-                fuse_relus(passes)
+            if fused is not None:
+                fuse_relus(passes, fused)
             for module in passes.modules():
                 # A norm that could not be folded keeps the statistics of its layer in float32, as autocast has it.
                 if dtype.itemsize > 2 or not isinstance(module, _BatchNorm):
@@ -131,15 +134,18 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class ConvAddReLU(nn.Module):
-    """The operation relu(conv(x) + z) as one kernel of cuDNN; on a CPU its parts.
+    """The operation relu(conv(x) + z): one kernel of cuDNN, or its convolution and one kernel; on a CPU its parts.
 
     Args:
         conv: With a bias, of zero padding.
+        fused: ``"cudnn"`` or ``"kernel"``.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, fused: str) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv, self.fused = conv, fused
+        assert conv.bias is not None
+        self._bias = conv.bias.detach().float()
         self._zeros: dict[torch.Size, Tensor] = {}
 
     def forward(self, x_NCHW: Tensor, z_NCHW: Tensor | None = None) -> Tensor:
@@ -148,13 +154,21 @@ class ConvAddReLU(nn.Module):
         if not x_NCHW.is_cuda:
             out = conv(x_NCHW)
             return torch.relu(out if z_NCHW is None else out + z_NCHW)
-        # cuDNN's kernel reads z even where its factor is 0, and 0 times what lies in fresh memory may be no number:
-        # cudnn_convolution_relu hands it such memory, so zeros are added here instead.
-        z = self._zeros_like_output(x_NCHW) if z_NCHW is None else z_NCHW
         padding = cast(tuple[int, ...], conv.padding)
-        return torch.cudnn_convolution_add_relu(
-            x_NCHW, conv.weight, z, 1.0, conv.bias, conv.stride, padding, conv.dilation, conv.groups
-        )
+        if self.fused == "cudnn":
+            # cuDNN's kernel reads z even where its factor is 0, and 0 times what lies in fresh memory may be no number:
+            # cudnn_convolution_relu hands it such memory, so zeros are added here instead.
+            z = self._zeros_like_output(x_NCHW) if z_NCHW is None else z_NCHW
+            return torch.cudnn_convolution_add_relu(
+                x_NCHW, conv.weight, z, 1.0, conv.bias, conv.stride, padding, conv.dilation, conv.groups
+            )
+        out = conv2d(x_NCHW, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups)
+        if not (kernels.fits(out) and out.is_contiguous(memory_format=torch.channels_last)):
+            raise RuntimeError(f"no kernel for maps of {tuple(out.shape)} in {out.dtype}")
+        z = out if z_NCHW is None else z_NCHW.contiguous(memory_format=torch.channels_last)
+        channels = out.shape[1]
+        kernels.launch("add_relu", out.numel() // channels, channels, out, z, self._bias, int(z_NCHW is not None))
+        return out
 
     def _zeros_like_output(self, x_NCHW: Tensor) -> Tensor:
         if x_NCHW.shape not in self._zeros:
@@ -162,7 +176,7 @@ class ConvAddReLU(nn.Module):
         return self._zeros[x_NCHW.shape]
 
 
-def fuse_relus(passes: fx.GraphModule) -> None:
+def fuse_relus(passes: fx.GraphModule, fused: str) -> None:
     """Make relu(conv(x)) and relu(conv(x) + z) one operation, in place, where nothing else reads what lies between."""
     modules = dict(passes.named_modules())
     for node in list(passes.graph.nodes):
@@ -176,10 +190,10 @@ def fuse_relus(passes: fx.GraphModule) -> None:
         if not _is_conv(conv, modules) or any(not isinstance(other, fx.Node) or other is conv for other in others):
             continue
         name = f"fused_{node.name}"
-        passes.add_module(name, ConvAddReLU(cast(nn.Conv2d, modules[str(conv.target)])))
+        passes.add_module(name, ConvAddReLU(cast(nn.Conv2d, modules[str(conv.target)]), fused))
         with passes.graph.inserting_before(node):
-            fused = passes.graph.call_module(name, (conv.args[0], *others))
-        node.replace_all_uses_with(fused)
+            operation = passes.graph.call_module(name, (conv.args[0], *others))
+        node.replace_all_uses_with(operation)
         for old in dict.fromkeys((node, before, conv)):
             passes.graph.erase_node(old)
     passes.recompile()

@@ -1,4 +1,4 @@
-"""log.jsonl of a run: a JSON object a line, appended while the run trains, and read back typed."""
+"""A run's log.jsonl: a JSON object a line, appended while it trains, and read back typed."""
 
 from __future__ import annotations
 

@@ -129,6 +129,8 @@ class _PhaseRun:
         # On rank 0 alone, with the statistics of batch norm that ship: those of the other ranks are dropped.
         row |= self.group.on_main(self._validate)
         row |= {"seconds": seconds, "images_per_s": images / seconds}
+        if isinstance(self.steps, RecordedSteps) and (choices := self.steps.news()):
+            self.run.log.append("recorded", phase=self.phase.name, **choices)
         self.group.on_main(lambda: self.run.log.append("epoch", **row))
         self.display.epoch(row)
         self._save((epoch + 1, 0), EpochSums())

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a method with fewer kernels: what a recorded step is made of.
+"""Forward and backward passes with fewer kernels: what a recorded step is made of.
 
 Each way of being faster is a switch (`Speedups`), so that it can be measured. What a fast way gives is held against the
 plain one before it is used, and where it gives something else the plain one stays.
@@ -7,6 +7,7 @@ plain one before it is used, and where it gives something else the plain one sta
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkd_deploy.models.staged import FeatureNetwork
-from rkd_deploy.train.frozen import ConvAddReLU, FoldedCopy, folded_copy
+from rkd_deploy.train.capture import captured, new_stream, replay_ms
+from rkd_deploy.train.frozen import FoldedCopy, folded_copy
 from rkd_deploy.train.methods.base import Losses, Method
 from rkd_deploy.train.norms import BatchNormAddReLU, Sums, fused_passes
 
@@ -27,10 +29,11 @@ class Speedups:
 
     Attributes:
         folded: Frozen networks have their batch norms folded and their weights cast once.
-        fused: Their convolutions, sums and ReLUs are one kernel of cuDNN.
+        fused: Their convolutions, sums and ReLUs are one kernel of cuDNN, where that is faster.
         meanwhile: They are computed on streams of their own beside what trains.
         cast_once: With amp, weights are cast to bfloat16 by one kernel, and gradients back by another.
-        fused_norms: Batch norm, sum and ReLU of what trains are four kernels (`norms.py`); with amp and channels_last.
+        kernels: Those of `kernels.py`: batch norm, sum and ReLU of what trains; sum and ReLU of what is frozen, where
+            that is faster. With amp and channels_last.
         counted_once: The counters of all batch norms are moved by one kernel.
         cudnn_benchmark: cuDNN measures its algorithms.
         channels_last: The layout of maps and weights; None: the faster one, by measurement.
@@ -40,7 +43,7 @@ class Speedups:
     fused: bool = True
     meanwhile: bool = True
     cast_once: bool = True
-    fused_norms: bool = False
+    kernels: bool = False
     counted_once: bool = True
     cudnn_benchmark: bool = True
     channels_last: bool | None = None
@@ -60,6 +63,7 @@ class FastPasses:
 
     Attributes:
         dtype: Of the images that it takes.
+        copies: Milliseconds of the passes of each frozen network's folded copies.
     """
 
     def __init__(self, method: Method, amp: bool, speedups: Speedups) -> None:
@@ -68,6 +72,7 @@ class FastPasses:
         self._device = parameter.device
         self.dtype = torch.bfloat16 if amp else parameter.dtype
         self._copies: list[FoldedCopy] = []
+        self.copies: dict[str, float] = {}
         self._weights: dict[str, Tensor] = {}
         self._fused: dict[FeatureNetwork, fx.GraphModule] = {}
         self._norm_sums: Sums | None = None
@@ -77,14 +82,8 @@ class FastPasses:
         """Get ready for batches of this shape and layout, of which this is one; statistics of batch norm move."""
         self._weights = self._cast_weights() if self._amp and self._speedups.cast_once else {}
         self._copies = self._stand_ins(x_NCHW)
-        fits = self._speedups.fused_norms and x_NCHW.is_contiguous(memory_format=torch.channels_last)
+        fits = self._speedups.kernels and x_NCHW.is_contiguous(memory_format=torch.channels_last)
         self._fused = self._fused_networks(x_NCHW) if fits else {}
-
-    @property
-    def copies(self) -> list[str]:
-        """What stands in for each frozen network, in words."""
-        fused = [any(isinstance(module, ConvAddReLU) for module in copy.modules()) for copy in self._copies]
-        return ["fused" if value else "folded" for value in fused]
 
     @property
     def fused_norms(self) -> int:
@@ -107,19 +106,26 @@ class FastPasses:
         return casts
 
     def _stand_ins(self, x_NCHW: Tensor) -> list[FoldedCopy]:
-        """Folded copies of the frozen networks, of those that give the same."""
+        """Folded copies of the frozen networks: of those that give the same, the fastest of each."""
         self._method.stand_in({})
-        if not self._speedups.folded:
-            return []
-        copies: dict[FeatureNetwork, FoldedCopy] = {}
-        for network in self._method.frozen_networks():
-            for fused in (True, False) if self._speedups.fused else (False,):
-                copy = folded_copy(network, self.dtype, fused=fused)
-                if copy is not None and self._agrees(copy, network, x_NCHW):
-                    copies[network] = copy
-                    break
-        self._method.stand_in(copies)
-        return list(copies.values())
+        self.copies = {}
+        chosen: dict[FeatureNetwork, FoldedCopy] = {}
+        for number, network in enumerate(self._method.frozen_networks() if self._speedups.folded else ()):
+            best = float("inf")
+            for fused in self._fusions():
+                copy = folded_copy(network, self.dtype, fused)
+                if copy is None or not self._agrees(copy, network, x_NCHW):
+                    continue
+                graph = captured(functools.partial(copy.features, x_NCHW), self._aside)
+                milliseconds = replay_ms(graph)
+                self.copies[f"{number}, {fused or 'folded'}"] = milliseconds
+                if milliseconds < best:
+                    best, chosen[network] = milliseconds, copy
+        self._method.stand_in(chosen)
+        return list(chosen.values())
+
+    def _fusions(self) -> list[str | None]:
+        return [*(["kernel"] if self._speedups.kernels else []), *(["cudnn"] if self._speedups.fused else []), None]
 
     @torch.no_grad()
     def _agrees(self, copy: FoldedCopy, network: FeatureNetwork, x_NCHW: Tensor) -> bool:
@@ -219,11 +225,6 @@ class FastPasses:
             torch._foreach_copy_(targets, list(copied.values()))
             for parameter, target in zip(copied, targets, strict=True):
                 parameter.grad = target
-
-
-def new_stream() -> torch.cuda.Stream:
-    """A stream on the current device."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from rkd_deploy.train.methods.simkd import ReusedClassifier
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedPhase:
     """A phase that is yet to be built: building it freezes and unfreezes, so it waits for its turn."""
 
     name: str
@@ -62,14 +62,14 @@ class Planner:
     facts: RunFacts
     nets: networks.Networks
 
-    def plans(self, ready: set[str]) -> Iterator[Plan]:
+    def plans(self, ready: set[str]) -> Iterator[PlannedPhase]:
         """The phases in order, but for the networks that are ready."""
         recipe, nets, epochs = self.recipe, self.nets, self.recipe.train.epochs
         if nets.teacher is not None and "teacher" not in ready:
             method = functools.partial(CrossEntropy, nets.teacher)
-            yield Plan("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
+            yield PlannedPhase("teacher", nets.teacher, recipe.teacher.epochs or epochs, method, recipe.teacher.lr)
         if nets.s0 is not None and "s0" not in ready:
-            yield Plan("s0", nets.s0, epochs, functools.partial(self._s0, nets.s0))
+            yield PlannedPhase("s0", nets.s0, epochs, functools.partial(self._s0, nets.s0))
         if nets.control is not None:
             yield from self._control(nets.control)
         if nets.model is not None:
@@ -77,13 +77,13 @@ class Planner:
             yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
             yield from others
 
-    def _control(self, model: ResidualStudent) -> Iterator[Plan]:
+    def _control(self, model: ResidualStudent) -> Iterator[PlannedPhase]:
         method, train = self.recipe.method, self.recipe.train
         learn = functools.partial(self._end_to_end if method.end_to_end else self._student, model)
-        yield Plan("control", model, train.epochs, functools.partial(self._begun, model, learn))
+        yield PlannedPhase("control", model, train.epochs, functools.partial(self._begun, model, learn))
         if networks.phase_of(self.recipe, "control") == "control_head":
             head = functools.partial(self._head, model)
-            yield Plan("control_head", model, train.head_epochs or train.epochs, head)
+            yield PlannedPhase("control_head", model, train.head_epochs or train.epochs, head)
 
     def _begun(self, model: ResidualStudent | ProgressiveStudent, method: Callable[[], Method]) -> Method:
         """The first method of S and A, built after they inherited weights: their source may be trained in this run."""
@@ -106,31 +106,33 @@ class Planner:
             elif self.recipe.method.loss != "none" and self.nets.s0 is not None:
                 self._borrowed(self.nets.s0)
 
-    def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[Plan]:
+    def _residual(self, model: ResidualStudent | ProgressiveStudent) -> Iterator[PlannedPhase]:
         recipe, epochs = self.recipe, self.recipe.train.epochs
         if isinstance(model, ProgressiveStudent):
             yield from self._progressive(model)
         elif recipe.method.scheme == "end_to_end":
-            yield Plan("end_to_end", model, epochs, functools.partial(self._end_to_end, model))
+            yield PlannedPhase("end_to_end", model, epochs, functools.partial(self._end_to_end, model))
             return
         else:
             yield from self._sequential(model)
         if recipe.method.classifier != "teacher":
-            yield Plan("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
+            yield PlannedPhase("head", model, recipe.train.head_epochs or epochs, functools.partial(self._head, model))
 
-    def _sequential(self, model: ResidualStudent) -> Iterator[Plan]:
+    def _sequential(self, model: ResidualStudent) -> Iterator[PlannedPhase]:
         epochs = self.recipe.train.epochs
-        yield Plan("student", model, epochs, functools.partial(self._student, model))
+        yield PlannedPhase("student", model, epochs, functools.partial(self._student, model))
         for number in range(1, self.recipe.student.assistants + 1):
             method = functools.partial(self._assistant, model, number)
-            yield Plan(networks.assistant_phase(number), model, self.recipe.train.assistant_epochs or epochs, method)
+            yield PlannedPhase(
+                networks.assistant_phase(number), model, self.recipe.train.assistant_epochs or epochs, method
+            )
 
-    def _progressive(self, model: ProgressiveStudent) -> Iterator[Plan]:
+    def _progressive(self, model: ProgressiveStudent) -> Iterator[PlannedPhase]:
         epochs, stages = self.recipe.train.epochs, len(model.steps)
         for stage in range(1, stages + 1):
             for branch in range(self.recipe.student.assistants + 1):
                 name = networks.assistant_phase(branch) if branch else "student"
-                yield Plan(
+                yield PlannedPhase(
                     name if stage == stages else f"stage_{stage}_{name}",
                     model,
                     (self.recipe.train.assistant_epochs or epochs) if branch else epochs,

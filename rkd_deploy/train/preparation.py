@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from rkd_deploy.backends import RunOn
 from rkd_deploy.data.files import LISTED
 from rkd_deploy.data.sources import ImageSet
@@ -18,7 +20,7 @@ from rkd_deploy.models.progressive import paired_channels
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.separate import narrow, separate
-from rkd_deploy.models.staged import FeatureNetwork, Staged, stage_shapes
+from rkd_deploy.models.staged import FeatureNetwork, Staged, in_mode, stage_shapes
 from rkd_deploy.models.zoo import published_normalisation
 from rkd_deploy.recipe import DataRecipe, Recipe
 from rkd_deploy.storage import sha256_of
@@ -159,7 +161,7 @@ def _stopwatch(
         yield None
         return
     with ExportStopwatch(
-        RunOn(student.backend or "onnxruntime", threads=student.latency_threads),
+        RunOn(student.backend or "onnxruntime", device=student.latency_device, threads=student.latency_threads),
         student.latency_batches or (1, 8),
         input_size=images.image_size,
         note=note,
@@ -199,6 +201,22 @@ def _check_head(recipe: Recipe, teacher: FeatureNetwork) -> None:
             f"{what} classifies pooled maps by T's head, and the logits of {recipe.teacher.name} are no function of "
             f"its pooled last map (a class token, a flattened map, another layer in between). {instead}"
         )
+    if recipe.method.residual and not _takes_any_sign(teacher):
+        raise RecipeError(
+            f"T's head of {recipe.teacher.name} is not defined for pooled maps with negative numbers (it takes a root "
+            "or a logarithm of them, as GeM pooling does), and the sum of the maps of S and A has some. "
+            'Set method.head = "trained".'
+        )
+
+
+@torch.no_grad()
+def _takes_any_sign(teacher: FeatureNetwork) -> bool:
+    """Whether T's head gives finite logits for pooled maps of either sign."""
+    assert teacher.fc is not None
+    like = next(teacher.parameters())
+    pooled_NC = torch.randn(8, teacher.channels, generator=torch.Generator().manual_seed(0)).to(like)
+    with in_mode(teacher.fc, False):
+        return bool(teacher.fc(pooled_NC).isfinite().all())
 
 
 def _separated(recipe: Recipe, facts: RunFacts, originals: Originals, stopwatch: ExportStopwatch | None) -> RunFacts:

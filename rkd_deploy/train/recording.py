@@ -7,22 +7,21 @@ in tables on the device: the random numbers of the epoch's batches, its learning
 from __future__ import annotations
 
 import contextlib
-import gc
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rkd_deploy.data.loader import DeviceLoader, Loader
 from rkd_deploy.recipe import TrainRecipe
+from rkd_deploy.train.capture import captured, new_stream, replay_ms
 from rkd_deploy.train.methods.base import Method
-from rkd_deploy.train.passes import ALL, FastPasses, Speedups, new_stream
+from rkd_deploy.train.passes import ALL, FastPasses, Speedups
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
-
-_WARM_UPS = 3  # libraries choose their kernels and take their workspaces before anything is recorded
-_TIMED = 10
 
 
 class EagerSteps:
@@ -82,6 +81,7 @@ class RecordedSteps:
         self._burnt_in: tuple[float, ...] = ()
         self.channels_last: bool | None = self._speedups.channels_last
         self.replay_ms: dict[str, float] = {}
+        self._seconds = 0.0
         with torch.cuda.device(self._device):
             self._stream = new_stream()
             self.passes = FastPasses(method, recipe.amp, self._speedups)
@@ -106,6 +106,14 @@ class RecordedSteps:
             sums.images += self._loader.batch_size
             yield
 
+    def news(self) -> dict[str, Any]:
+        """What was recorded since this was asked for: layout, milliseconds of what was measured, seconds it took."""
+        if not self._seconds:
+            return {}
+        seconds, self._seconds = self._seconds, 0.0
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return {"layout": layout, "replay_ms": self.replay_ms, "copies_ms": self.passes.copies, "seconds": seconds}
+
     def _batches(self, number: int, first_batch: int) -> Iterator[None]:
         """Put the batches of an epoch where the recorded step finds them: all at once if the device makes them."""
         loader = self._loader
@@ -129,13 +137,18 @@ class RecordedSteps:
         return x_NCHW.to(self.passes.dtype, memory_format=layout), y_N
 
     def _record(self) -> None:
+        began = time.perf_counter()
+        self._choose_and_record()
+        self._seconds += time.perf_counter() - began
+
+    def _choose_and_record(self) -> None:
         self._graph = None  # gives the memory of the one before back
         self._burnt_in = self._method.epoch_weights()
         with torch.cuda.device(self._device), _benchmarking(self._speedups.cudnn_benchmark):
             if self.channels_last is None:
                 for layout in (False, True):
                     self._record_in(layout)
-                    self.replay_ms["channels_last" if layout else "contiguous"] = self.timed(_TIMED)
+                    self.replay_ms["channels_last" if layout else "contiguous"] = self.timed()
                 self.channels_last = self.replay_ms["channels_last"] < self.replay_ms["contiguous"]
                 if self.channels_last:
                     return  # recorded last
@@ -147,37 +160,17 @@ class RecordedSteps:
         self.channels_last = channels_last
         self._lay_out()
         before = self._snapshot()
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            self.passes.prepare(self._batch()[0])
-            _restore(before)
-            for _ in range(_WARM_UPS):
-                self._step()
-                _restore(before)  # the tables end with the epoch
-        current.wait_stream(self._stream)
-        gc.collect()  # what dead cycles hold of an earlier graph is not given back in the middle of a capture
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that pins the loader's memory, may go on calling CUDA.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._step()
-        self._graph = graph
+        self.passes.prepare(self._batch()[0])
         _restore(before)
+        self._graph = captured(self._step, self._stream, lambda: _restore(before))  # the tables end with the epoch
 
-    def timed(self, replays: int = _TIMED, warm_ups: int = 2) -> float:
+    def timed(self) -> float:
         """Milliseconds of a replay; training stands where it stood."""
         assert self._graph is not None
         before = self._snapshot()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        for number in range(warm_ups + replays):
-            if number == warm_ups:
-                start.record()
-            self._step_1.zero_()  # the tables end with the epoch
-            self._graph.replay()
-        end.record()
-        end.synchronize()
+        milliseconds = replay_ms(self._graph, self._step_1.zero_)  # the tables end with the epoch
         _restore(before)
-        return float(start.elapsed_time(end)) / replays
+        return milliseconds
 
     def _lay_out(self) -> None:
         """Weights and momenta in the layout, and momenta where there are none: a first step would be another one."""

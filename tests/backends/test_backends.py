@@ -1,4 +1,4 @@
-"""Which backends there are, what is said of those that cannot run, and which files are refused."""
+"""Which backends there are, which cannot run and why, and which files are refused."""
 
 import importlib.util
 import os

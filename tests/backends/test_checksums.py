@@ -38,11 +38,11 @@ def sound(bundle, tmp_path):
 def test_the_sums_are_those_of_sha256sum(sound):
     sums = check_files(sound, complete=True)
     assert set(sums) == {file.name for file in sound.iterdir()}
-    for name, found in sums.items():
+    for name, checksum in sums.items():
         text = (sound / name).read_bytes()
         if name == "model.json":
-            text = text.replace(found.encode(), b"0" * 64)
-        assert found == hashlib.sha256(text).hexdigest()
+            text = text.replace(checksum.encode(), b"0" * 64)
+        assert checksum == hashlib.sha256(text).hexdigest()
 
 
 @pytest.mark.parametrize("opener", OPENERS)

@@ -1,4 +1,4 @@
-"""One contract for every backend that runs here: the zoo's answers are exact, misuse is refused."""
+"""One contract for every backend: the zoo's answers are exact, misuse is refused."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_takes_read_only_and_strided_arrays(backend, zoo):
 
 
 @pytest.mark.parametrize(
-    ("x", "found"),
+    ("x", "message"),
     [
         (np.zeros((1, 4, 4, 3), np.float32), "float32 [1, 4, 4, 3]"),
         (np.zeros((1, 3, 4, 4), np.uint8), "uint8 [1, 3, 4, 4]"),
@@ -89,11 +89,11 @@ def test_takes_read_only_and_strided_arrays(backend, zoo):
         ([[1, 2, 3]], "a list"),
     ],
 )
-def test_refuses_what_does_not_fit_and_names_both(backend, x, found):
+def test_refuses_what_does_not_fit_and_names_both(backend, x, message):
     for use in (backend.infer, backend.prepare):
         with pytest.raises(UsageError) as caught:
             use(x)
-        assert found in str(caught.value)
+        assert message in str(caught.value)
         assert "uint8 [any, 4, 4, 3]" in str(caught.value)
 
 

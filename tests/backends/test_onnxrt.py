@@ -111,7 +111,7 @@ def identity(kind, shape, inputs=("input",)):
 
 
 @pytest.mark.parametrize(
-    ("graph", "found"),
+    ("graph", "message"),
     [
         (identity(TensorProto.FLOAT, ["n", 2], ("image", "mask")), r"has 2 inputs \(image tensor\(float\)"),
         (identity(TensorProto.STRING, ["n", 2]), r"tensor\(string\)"),
@@ -119,9 +119,9 @@ def identity(kind, shape, inputs=("input",)):
         (identity(TensorProto.FLOAT, None), "no known rank"),
     ],
 )
-def test_models_that_are_no_classifier_of_one_array_are_refused(zoo, tmp_path, graph, found):
+def test_models_that_are_no_classifier_of_one_array_are_refused(zoo, tmp_path, graph, message):
     zoo.save(tmp_path / "m.onnx", graph)
-    with pytest.raises(BackendError, match=found):
+    with pytest.raises(BackendError, match=message):
         OnnxRuntimeBackend(tmp_path / "m.onnx")
 
 
@@ -229,12 +229,12 @@ def test_uint8_times_int8_does_not_saturate_on_any_machine(tmp_path):
         constants.append(onnx.numpy_helper.from_array(value, name))
         return name
 
-    one, zero = constant("one", np.float32(1)), constant("zero", np.uint8(0))
+    scale, zero = constant("one", np.float32(1)), constant("zero", np.uint8(0))
     zeros, scales = constant("zeros", np.zeros(8, np.int8)), constant("scales", np.ones(8, np.float32))
     weight = constant("weight", np.full((64, 8), 127, np.int8))
     wide = constant("wide", np.float32(64 * 127))
-    nodes.append(helper.make_node("QuantizeLinear", ["x", one, zero], ["x8"]))
-    nodes.append(helper.make_node("DequantizeLinear", ["x8", one, zero], ["x32"]))
+    nodes.append(helper.make_node("QuantizeLinear", ["x", scale, zero], ["x8"]))
+    nodes.append(helper.make_node("DequantizeLinear", ["x8", scale, zero], ["x32"]))
     nodes.append(helper.make_node("DequantizeLinear", [weight, scales, zeros], ["w32"], axis=1))
     nodes.append(helper.make_node("MatMul", ["x32", "w32"], ["y32"]))
     nodes.append(helper.make_node("QuantizeLinear", ["y32", wide, zero], ["y8"]))
@@ -244,5 +244,5 @@ def test_uint8_times_int8_does_not_saturate_on_any_machine(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "products.onnx")
     with load_backend("onnxruntime", tmp_path / "products.onnx", threads=1) as backend:
-        found = backend.infer(np.full((1, 64), 255, np.float32))
-    np.testing.assert_array_equal(found, np.full((1, 8), 255 * 64 * 127, np.float32))
+        logits = backend.infer(np.full((1, 64), 255, np.float32))
+    np.testing.assert_array_equal(logits, np.full((1, 8), 255 * 64 * 127, np.float32))

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CUDA as far as it goes without a GPU: options, captured graphs, libraries, error lines."""
+"""ONNX Runtime on CUDA without a GPU: options, captured graphs, libraries, error lines."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What only OpenVINO's backend does: a prepared run keeps its input; an opset that it does not know is refused."""
+"""What only OpenVINO's backend does: inputs that stay, opsets that it does not know."""
 
 from __future__ import annotations
 

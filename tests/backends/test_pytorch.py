@@ -59,12 +59,12 @@ def test_a_run_that_fails_says_so():
 
 
 def test_a_prepared_input_is_apart_from_the_callers_array():
-    seen = []
+    inputs = []
     x = np.ones((1, 2), np.float32)
-    run = live(Answer(lambda x: seen.append(x.clone()) or x)).prepare(x)
+    run = live(Answer(lambda x: inputs.append(x.clone()) or x)).prepare(x)
     x[:] = 5
     run()
-    assert seen[0].tolist() == [[1.0, 1.0]]
+    assert inputs[0].tolist() == [[1.0, 1.0]]
 
 
 def test_threads_are_set(monkeypatch):
@@ -162,11 +162,11 @@ def test_what_cannot_be_compiled_whole_is_an_error():
 
 
 def test_a_memory_limit_is_a_share_of_the_device(bundle, graphs, monkeypatch):
-    asked = []
+    shares = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (1 << 29, 1 << 30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: asked.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: shares.append(share))
     with load_backend("pytorch", bundle, device="cuda", memory_limit=1 << 28):
-        assert asked == [0.25]
+        assert shares == [0.25]
     with pytest.raises(UsageError, match="has 1,073,741,824"):
         load_backend("pytorch", bundle, device="cuda", memory_limit=1 << 31)
 

@@ -10,7 +10,7 @@ import torch
 from rkd_deploy.backends import RunOn, load_backend
 from rkd_deploy.backends.pytorch import GraphedPyTorchBackend, PyTorchBackend
 from rkd_deploy.backends.pytorch_cuda import exact_float32, kernel_us
-from rkd_deploy.bench.parity import compare
+from rkd_deploy.bench.parity import compare_logits
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -26,7 +26,7 @@ def settings():
 @pytest.fixture(params=["as PyTorch comes", "older interface", "newer interface", "exact already"])
 def before(request):
     """TF32 as a user may have set it; put back afterwards."""
-    found = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     if request.param == "older interface":
         torch.backends.cuda.matmul.allow_tf32 = True
     elif request.param == "newer interface":
@@ -35,7 +35,7 @@ def before(request):
     elif request.param == "exact already":
         torch.backends.cudnn.allow_tf32 = False
     yield settings()
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = found
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def test_float32_is_exact_inside_and_as_it_was_afterwards(before):
@@ -89,8 +89,8 @@ def test_float32_on_cuda_is_the_cpus_to_1e_4(name):
         PyTorchBackend(network, **shape) as cpu,
         kinds[name](network, RunOn(name, device="cuda"), **shape) as cuda,
     ):
-        assert compare(cpu.infer(x), cuda.infer(x), 1e-4).passed
-        assert compare(cpu.infer(x), cuda.infer(x), 1e-4).passed
+        assert compare_logits(cpu.infer(x), cuda.infer(x), 1e-4).passed
+        assert compare_logits(cpu.infer(x), cuda.infer(x), 1e-4).passed
 
 
 @pytest.mark.gpu
@@ -106,5 +106,8 @@ def test_layer_times_on_cuda_add_up_to_no_more_than_the_run(bundle, zoo):
 @pytest.mark.gpu
 @on_cuda
 def test_two_backends_have_two_streams(bundle):
-    with load_backend("pytorch", bundle, device="cuda") as one, load_backend("pytorch", bundle, device="cuda") as two:
-        assert one._stream.cuda_stream != two._stream.cuda_stream
+    with (
+        load_backend("pytorch", bundle, device="cuda") as first,
+        load_backend("pytorch", bundle, device="cuda") as second,
+    ):
+        assert first._stream.cuda_stream != second._stream.cuda_stream

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, labelled_images, predictions, top1
-from rkd_deploy.data.files import scan_folder
+from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, labelled_images, predicted_classes, top1
+from rkd_deploy.data.folders import scan_folder
 from rkd_deploy.errors import DataError
 
 
@@ -15,11 +15,11 @@ def test_predictions_are_the_brightest_channels(zoo, tmp_path, batch):
     x = zoo.pixels(11)
     brightest = x.astype(int).sum((1, 2)).argmax(axis=1)
     with load_backend("onnxruntime", zoo.build(tmp_path / "m.onnx", batch=batch)) as backend:
-        found = predictions(backend, (x[start : start + 5] for start in range(0, 11, 5)))
-        np.testing.assert_array_equal(found, brightest)
-        assert predictions(backend, []).shape == (0,)
-    assert top1(found, brightest) == 100
-    assert top1(found, (brightest + 1) % 3) == 0
+        predicted = predicted_classes(backend, (x[start : start + 5] for start in range(0, 11, 5)))
+        np.testing.assert_array_equal(predicted, brightest)
+        assert predicted_classes(backend, []).shape == (0,)
+    assert top1(predicted, brightest) == 100
+    assert top1(predicted, (brightest + 1) % 3) == 0
 
 
 def test_top1_is_in_percent():

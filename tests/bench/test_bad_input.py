@@ -1,4 +1,4 @@
-"""What a bench refuses, each on a real file and a real runtime: the error names the value, the rule and the way out."""
+"""What a bench refuses: the error names the value, the rule and the way out."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def measured(request, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("case", CASES)
 def test_models_that_cannot_be_measured(case, backend, tmp_path, measured):
     build, error, words = CASES[case]
-    code, said = measured(backend, build(tmp_path / "m.onnx"), "--batch", "1")
-    assert re.search(words, said), said
-    assert code in {one.exit_code for one in (error if isinstance(error, tuple) else (error,))}
-    assert len(said.splitlines()) == 1  # and no page of a library's own
-    assert "Copy the file again" not in said  # the file is as its author wrote it
+    code, message = measured(backend, build(tmp_path / "m.onnx"), "--batch", "1")
+    assert re.search(words, message), message
+    assert code in {kind.exit_code for kind in (error if isinstance(error, tuple) else (error,))}
+    assert len(message.splitlines()) == 1  # and no page of a library's own
+    assert "Copy the file again" not in message  # the file is as its author wrote it
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -133,7 +133,7 @@ def test_running_out_of_memory_is_said_in_words(backend, kind, tmp_path):
 
 
 class Program(torch.nn.Module):
-    """Of one input unless it is given two, and as large as it is told."""
+    """A program of one input unless it is given two, and as large as its arguments say."""
 
     def __init__(self, copies=1):
         super().__init__()
@@ -163,9 +163,9 @@ def test_programs_that_cannot_be_measured(copies, free, inputs, arguments, code,
         dynamic_shapes=(sizes, {0: sizes[0]} if inputs == 2 else None)[:inputs] if free else None,
     )
     torch.export.save(program, tmp_path / "model.pt2")
-    found, said = measured("pytorch", relu(tmp_path / "model.onnx").parent, *arguments)
-    assert (found, len(said.splitlines())) == (code, 1)
-    assert re.search(words, said), said
+    exit_code, message = measured("pytorch", relu(tmp_path / "model.onnx").parent, *arguments)
+    assert (exit_code, len(message.splitlines())) == (code, 1)
+    assert re.search(words, message), message
 
 
 def test_an_operator_that_openvino_does_not_know_is_named(tmp_path):

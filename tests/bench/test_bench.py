@@ -13,9 +13,9 @@ SHORT = {"min_seconds": 0.01, "min_runs": 5, "warmup_seconds": 0.0}
 
 def test_models_with_and_without_a_card(bundle, zoo, tmp_path):
     bare = zoo.build(tmp_path / "bare.onnx", dtype=TensorProto.FLOAT)
-    told = []
+    reports = []
     results = bench(
-        [bundle, bare], bench_settings(batches=(1, 3), threads=1, **SHORT), progress=lambda *item: told.append(item)
+        [bundle, bare], bench_settings(batches=(1, 3), threads=1, **SHORT), progress=lambda *item: reports.append(item)
     )
     assert [(result.model, result.batch) for result in results] == [("sums", 1), ("bare", 1), ("sums", 3), ("bare", 3)]
     known, unknown = results[:2]
@@ -24,7 +24,7 @@ def test_models_with_and_without_a_card(bundle, zoo, tmp_path):
     assert known.file_bytes == (bundle / "model.onnx").stat().st_size
     assert known.runs == len(known.samples_ms) >= 5
     assert (unknown.accuracy, unknown.parameters, unknown.macs, unknown.precision) == (None, None, None, "unknown")
-    assert {name for name, _ in told} == {"1 sums", "2 bare"}
+    assert {name for name, _ in reports} == {"1 sums", "2 bare"}
 
 
 def test_one_model_twice_and_on_pytorch_without_transfers(bundle):

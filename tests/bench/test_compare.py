@@ -1,4 +1,4 @@
-"""Ratios of latencies: values by hand, coverage by simulation, the command by its exit codes."""
+"""Ratios of latencies: by hand, coverage by simulation, the command by its exit codes."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says(compared):
     ("b", "verdict"), [([0.9] * 20, "faster"), ([1.1] * 20, "slower"), ([0.9, 1.1] * 10, "not shown")]
 )
 def test_a_verdict_needs_an_interval_without_1(b, verdict):
-    (found,) = recorded_ratios([result([1.0] * 20)], [result(b)])
-    assert found.verdict == verdict
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == verdict
+    (ratio,) = recorded_ratios([result([1.0] * 20)], [result(b)])
+    assert ratio.verdict == verdict
+    assert json.loads(json.dumps(ratio.to_dict(), allow_nan=False))["verdict"] == verdict
 
 
 def test_records_are_joined_by_the_conditions_they_share():
-    found = recorded_ratios(
+    ratios = recorded_ratios(
         [result([1.0] * 9), result([2.0] * 9, batch=8)], [result([3.0] * 9, batch=8), result([1.0] * 9, batch=32)]
     )
-    assert [(one.batch, one.ratio, one.unit, one.count) for one in found] == [(8, 1.5, "turns", 9)]
+    assert [(ratio.batch, ratio.ratio, ratio.unit, ratio.count) for ratio in ratios] == [(8, 1.5, "turns", 9)]
 
 
 def test_records_without_a_common_condition_and_with_several_models_are_refused():
@@ -95,10 +95,10 @@ def test_records_without_turns_are_refused():
 
 
 def test_differences_of_machine_and_versions_are_named():
-    one = Provenance(cpu="X", cores=2, versions={"onnxruntime": "1.32", "torch": None})
+    first = Provenance(cpu="X", cores=2, versions={"onnxruntime": "1.32", "torch": None})
     other = Provenance(cpu="Y", cores=2, versions={"onnxruntime": "1.33"})
-    assert differing_environment(one, other) == ["cpu: X and Y", "onnxruntime: 1.32 and 1.33"]
-    assert differing_environment(one, one) == []
+    assert differing_environment(first, other) == ["cpu: X and Y", "onnxruntime: 1.32 and 1.33"]
+    assert differing_environment(first, first) == []
 
 
 def test_both_models_are_loaded_first_by_turns_and_keep_their_sides(monkeypatch):
@@ -115,9 +115,9 @@ def test_both_models_are_loaded_first_by_turns_and_keep_their_sides(monkeypatch)
         ]
 
     monkeypatch.setattr(compare, "bench", bench)  # its times are known here; the real one is run by the command's test
-    found = compare.measure_ratios("a", "b", batches=(1, 8))
+    ratios = compare.measure_ratios("a", "b", batches=(1, 8))
     assert loaded == [("a", "b"), ("b", "a")] * 4
-    assert [(one.a, one.b, one.batch, one.ratio, one.low, one.high) for one in found] == [
+    assert [(ratio.a, ratio.b, ratio.batch, ratio.ratio, ratio.low, ratio.high) for ratio in ratios] == [
         ("a", "b", 1, 1.5, 1.5, 1.5),
         ("a", "b", 8, 1.5, 1.5, 1.5),
     ]

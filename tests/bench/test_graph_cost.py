@@ -165,9 +165,9 @@ def test_a_file_that_onnx_runtime_optimised_costs_what_it_cost_before(level, net
     ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     cost = graph_cost(tmp_path / "optimised.onnx", 1)
     assert cost.uncounted == ()
-    own = {node.domain for node in onnx.load(tmp_path / "optimised.onnx").graph.node} - {"", "ai.onnx"}
-    assert bool(own) == (level != "BASIC")
-    if "com.microsoft.nchwc" in own:  # channels are filled up to blocks, and what fills them is multiplied, too
+    domains = {node.domain for node in onnx.load(tmp_path / "optimised.onnx").graph.node} - {"", "ai.onnx"}
+    assert bool(domains) == (level != "BASIC")
+    if "com.microsoft.nchwc" in domains:  # channels are filled up to blocks, and what fills them is multiplied, too
         assert products <= cost.macs < 2 * products
     else:
         assert cost.macs == products
@@ -176,7 +176,7 @@ def test_a_file_that_onnx_runtime_optimised_costs_what_it_cost_before(level, net
 @pytest.mark.parametrize("form", ["QDQ", "QOperator", "dynamic"])
 @pytest.mark.parametrize("optimised", [False, True])
 def test_a_quantised_file_costs_as_many_products_in_int8(form, optimised, network, tmp_path):
-    """As QLinearConv, QGemm, ConvInteger and MatMulInteger, and what ONNX Runtime makes of each of them."""
+    """QLinearConv, QGemm, ConvInteger and MatMulInteger, and what ONNX Runtime makes of each of them."""
     from onnxruntime import quantization
 
     class Noise(quantization.CalibrationDataReader):

@@ -1,4 +1,4 @@
-"""Times of layers: a profile written by hand, and what the runtimes say of a model whose layers are known."""
+"""Times of layers: from a profile written by hand, and of models whose layers are known."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def test_tensorrt_tells_the_layers_of_the_engine_that_was_measured(flavour, gpu,
         ),  # the simulated device takes 0.25 ms for each input
         LayerMedian("Cast", "cast", 2.0, "FP32"),
     )
-    asked = [entry[0] if isinstance(entry, tuple) else entry for entry in gpu.device.log]
-    assert "build" not in asked  # the engine is the one from the cache
-    assert not {"GraphLaunch", "StreamBeginCapture"} & {*asked}
+    calls = [entry[0] if isinstance(entry, tuple) else entry for entry in gpu.device.log]
+    assert "build" not in calls  # the engine is the one from the cache
+    assert not {"GraphLaunch", "StreamBeginCapture"} & {*calls}
 
 
 def test_backends_without_it_give_none(bundle, graphs):
@@ -129,9 +129,9 @@ def lowered(zoo, path, kind):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize(("kind", "told"), [("float16", {"float32", "float16"}), ("int8", {"uint8", "int8"})])
-def test_files_of_lower_precision_say_what_their_layers_really_work_on(kind, told, backend, zoo, tmp_path):
+@pytest.mark.parametrize(("kind", "reported"), [("float16", {"float32", "float16"}), ("int8", {"uint8", "int8"})])
+def test_files_of_lower_precision_say_what_their_layers_really_work_on(kind, reported, backend, zoo, tmp_path):
     (times,) = layer_times([lowered(zoo, tmp_path / "m.onnx", kind)], RunOn(backend, threads=1), batch=2)
     (product,) = [layer for layer in times.layers if layer.op in ("Conv", "Convolution", "QLinearConv")]
     assert product.ms > 0
-    assert product.precision in told
+    assert product.precision in reported

@@ -1,4 +1,4 @@
-"""LoadGen itself drives real models; what it wrote is read back and held against what the model saw."""
+"""LoadGen itself drives real models; its log is held against what the model got."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rkd_deploy.bench.loadgen import (
     Load,
     check_scenarios,
     library,
-    read_log,
+    read_loadgen_log,
     run_scenario,
 )
 from rkd_deploy.bench.reading import read_bench
@@ -52,19 +52,19 @@ class Sleeper:
 def test_each_scenario_asks_in_its_own_way_and_is_told_the_time_it_took(scenario, batches, tmp_path):
     backend = Sleeper()
     load = Load(**BRIEF, max_batch=4 if scenario == "Offline" else 32)
-    found = run_scenario(backend, library(backend, None, 0), scenario, tmp_path / "logs", load)
+    facts = run_scenario(backend, library(backend, None, 0), scenario, tmp_path / "logs", load)
     assert batches <= set(backend.batches)
     if scenario != "Offline":
         assert set(backend.batches) == batches
         # A sleep never ends early; LoadGen measures at least that, in its own clock.
-        assert 1000 * SLEEP <= found["p50_ms"] < 1000 * SLEEP + 30
-        assert found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"]
+        assert 1000 * SLEEP <= facts["p50_ms"] < 1000 * SLEEP + 30
+        assert facts["p50_ms"] <= facts["p90_ms"] <= facts["p99_ms"]
     images = max(batches)
-    assert 0 < found["samples_per_s"] <= images / SLEEP
-    assert found["target_qps"] is None
+    assert 0 < facts["samples_per_s"] <= images / SLEEP
+    assert facts["target_qps"] is None
     summary = (tmp_path / "logs/mlperf_log_summary.txt").read_text()
     assert f"Scenario : {scenario}" in summary
-    assert f"Result is : {'VALID' if found['valid'] else 'INVALID'}" in summary
+    assert f"Result is : {'VALID' if facts['valid'] else 'INVALID'}" in summary
 
 
 @pytest.mark.parametrize("cuda_graph", [None, True])
@@ -72,16 +72,16 @@ def test_a_server_answers_what_waits_together_unless_that_means_a_new_graph(cuda
     """1,500 queries a second of a model that takes 2 ms a call: one at a time it could answer a third of them."""
     backend = Sleeper(cuda_graph=cuda_graph)
     load = Load(min_seconds=0.3, min_queries=10, target_qps=1500, target_latency_ms=50, max_batch=20)
-    found = run_scenario(backend, library(backend, None, 0), "Server", tmp_path / "logs", load)
-    assert found["target_qps"] == 1500
-    assert found["p50_ms"] >= 1000 * SLEEP
+    facts = run_scenario(backend, library(backend, None, 0), "Server", tmp_path / "logs", load)
+    assert facts["target_qps"] == 1500
+    assert facts["p50_ms"] >= 1000 * SLEEP
     if cuda_graph:
         assert set(backend.batches) == {1}
-        assert found["samples_per_s"] <= 1 / SLEEP
-        assert not found["valid"]
+        assert facts["samples_per_s"] <= 1 / SLEEP
+        assert not facts["valid"]
     else:
         assert set(backend.batches) <= {1, 2, 4, 8, 16}
-        assert found["samples_per_s"] > 2 / SLEEP
+        assert facts["samples_per_s"] > 2 / SLEEP
     assert "Scenario : Server" in (tmp_path / "logs/mlperf_log_summary.txt").read_text()
 
 
@@ -89,10 +89,10 @@ def test_what_the_model_answers_reaches_loadgen_for_every_query(zoo, tmp_path):
     with load_backend("onnxruntime", zoo.build(tmp_path / "m.onnx"), threads=1) as backend:
         inputs = library(backend, None, seed=0)
         assert len({x.tobytes() for x in inputs}) == LIBRARY
-        found = run_scenario(backend, inputs, "SingleStream", tmp_path / "logs", Load(**BRIEF))
-    assert found["valid"]
-    assert found["queries"] >= 10
-    assert read_log(tmp_path / "logs/mlperf_log_detail.txt")["result_query_count"] == found["queries"]
+        facts = run_scenario(backend, inputs, "SingleStream", tmp_path / "logs", Load(**BRIEF))
+    assert facts["valid"]
+    assert facts["queries"] >= 10
+    assert read_loadgen_log(tmp_path / "logs/mlperf_log_detail.txt")["result_query_count"] == facts["queries"]
 
 
 def test_a_fixed_batch_of_one_is_asked_for_one_by_one(tmp_path):
@@ -104,11 +104,11 @@ def test_a_fixed_batch_of_one_is_asked_for_one_by_one(tmp_path):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_model_that_fails_in_the_middle_is_an_error_and_no_crash(scenario, tmp_path):
     class Failing(Sleeper):
-        asked = 0
+        queries = 0
 
         def infer(self, x):
-            self.asked += any(tmp_path.glob(".logs.*"))  # before, it is our own estimate that runs
-            if self.asked == 5:
+            self.queries += any(tmp_path.glob(".logs.*"))  # before, it is our own estimate that runs
+            if self.queries == 5:
                 raise BackendError("out of memory")
             return super().infer(x)
 
@@ -123,7 +123,7 @@ def test_a_log_without_a_result_is_refused(tmp_path):
     (tmp_path / "mlperf_log_detail.txt").write_text(':::MLLOG {"key": "loadgen_version", "value": "6"}\n')
     for name in ("mlperf_log_detail.txt", "absent.txt"):
         with pytest.raises(BackendError, match="wrote no result"):
-            read_log(tmp_path / name)
+            read_loadgen_log(tmp_path / name)
 
 
 @pytest.mark.parametrize("field", ["min_seconds", "min_queries", "target_qps", "target_latency_ms", "max_batch"])

@@ -49,16 +49,16 @@ def machine(tmp_path):
 
 
 def test_what_the_kernel_tells_is_read(machine):
-    found = machine_state(machine)
-    assert found.clock_mhz == (2400, 3100.5)
-    assert found.clock_limits_mhz == (800, 3500)
-    assert found.governor == "performance, powersave"
-    assert found.turbo is False
-    assert found.power_limit_w == 125
-    assert found.temperature_c == 61
-    assert found.quota_cores == 1.5
-    assert found.steal_s == 800 / os.sysconf("SC_CLK_TCK")
-    assert found.preempted == 42
+    state = machine_state(machine)
+    assert state.clock_mhz == (2400, 3100.5)
+    assert state.clock_limits_mhz == (800, 3500)
+    assert state.governor == "performance, powersave"
+    assert state.turbo is False
+    assert state.power_limit_w == 125
+    assert state.temperature_c == 61
+    assert state.quota_cores == 1.5
+    assert state.steal_s == 800 / os.sysconf("SC_CLK_TCK")
+    assert state.preempted == 42
 
 
 def test_what_changed_is_told_from_to(machine):
@@ -88,11 +88,11 @@ def test_a_clock_without_cpufreq_comes_from_cpuinfo(tmp_path):
     (tmp_path / "proc/cpuinfo").write_text("model name\t: x\ncpu MHz\t\t: 2499.998\n")
     (tmp_path / CPU / "cpufreq").mkdir(parents=True)
     (tmp_path / CPU / "cpufreq/boost").write_text("1\n")
-    found = machine_state(tmp_path)
-    assert found.clock_mhz == (2499.998, 2499.998)
-    assert found.turbo is True
-    assert found.governor is found.temperature_c is found.steal_s is None
-    assert condition_lines(found, found)[0].startswith("CPU: clock 2500 MHz, turbo on, load ")
+    state = machine_state(tmp_path)
+    assert state.clock_mhz == (2499.998, 2499.998)
+    assert state.turbo is True
+    assert state.governor is state.temperature_c is state.steal_s is None
+    assert condition_lines(state, state)[0].startswith("CPU: clock 2500 MHz, turbo on, load ")
 
 
 def test_this_machine_tells_something_that_is_json():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rkd_deploy.bench.parity import compare, gate, read_golden, verify
+from rkd_deploy.bench.parity import compare_logits, gate, read_golden, verify
 from rkd_deploy.errors import GateError, ModelFileError, UsageError
 
 REFERENCE = np.array([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
@@ -9,13 +9,13 @@ REFERENCE = np.array([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
 
 def test_compare_says_how_far_and_how_often():
     candidate = REFERENCE + np.array([[0, 0, 0], [-1.5, 0, 0]])
-    parity = compare(REFERENCE, candidate, 1.5)
+    parity = compare_logits(REFERENCE, candidate, 1.5)
     assert parity.max_abs_diff == 1.5
     assert parity.mean_abs_diff == 0.25
     assert parity.agreement == 0.5
     assert (parity.n, parity.tolerance, parity.passed) == (2, 1.5, True)
-    assert not compare(REFERENCE, candidate, 1.4999).passed
-    assert compare(REFERENCE, REFERENCE, 0).passed
+    assert not compare_logits(REFERENCE, candidate, 1.4999).passed
+    assert compare_logits(REFERENCE, REFERENCE, 0).passed
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -25,7 +25,7 @@ def test_what_is_not_finite_never_passes(value, side):
     broken[1, 2] = value
     reference = REFERENCE if side == "candidate" else broken
     candidate = REFERENCE if side == "reference" else broken
-    parity = compare(reference, candidate, 1e9)
+    parity = compare_logits(reference, candidate, 1e9)
     assert not parity.passed
     assert parity.to_dict()["max_abs_diff"] is None
     with pytest.raises(GateError, match="NaN or infinite"):
@@ -43,27 +43,27 @@ def test_what_is_not_finite_never_passes(value, side):
 )
 def test_other_shapes_never_pass(reference, candidate):
     with pytest.raises(GateError, match="of one shape") as caught:
-        compare(reference, candidate, 1e9)
+        compare_logits(reference, candidate, 1e9)
     assert str(list(candidate.shape)) in str(caught.value)
 
 
 @pytest.mark.parametrize("tolerance", [-1e-3, float("nan"), float("inf")])
 def test_a_tolerance_that_says_nothing_is_refused(tolerance):
     with pytest.raises(UsageError, match="tolerance"):
-        compare(REFERENCE, REFERENCE, tolerance)
+        compare_logits(REFERENCE, REFERENCE, tolerance)
 
 
 def test_the_gate_states_the_numbers_the_tolerance_and_the_way_out():
-    gate(compare(REFERENCE, REFERENCE, 0), "a model")
+    gate(compare_logits(REFERENCE, REFERENCE, 0), "a model")
     with pytest.raises(GateError) as caught:
-        gate(compare(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime")
+        gate(compare_logits(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime")
     message = str(caught.value)
     for part in ("model.onnx on onnxruntime", "0.25", "0.125", "2 inputs", "100.0%", "is float32, so precision is not"):
         assert part in message
     assert "--precision fp32" not in message
     assert caught.value.exit_code == 3
     with pytest.raises(GateError, match="--precision fp32 to see whether int8 is the cause"):
-        gate(compare(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime", "int8")
+        gate(compare_logits(REFERENCE, REFERENCE + 0.25, 0.125), "model.onnx on onnxruntime", "int8")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])

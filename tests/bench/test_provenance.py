@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from rkd_deploy.bench import machine as module
-from rkd_deploy.bench.machine import command_line, parse_gpus, provenance
+from rkd_deploy.bench.machine import command_without_folders, parse_gpus, provenance
 
 
 def test_it_is_json_and_says_what_ran_where():
-    found = json.loads(json.dumps(asdict(provenance()), allow_nan=False))
-    assert found["versions"]["numpy"] == np.__version__
-    assert found["versions"]["onnxruntime"]
-    assert found["python"] == platform.python_version()
-    assert found["cores"] == len(os.sched_getaffinity(0))
-    assert found["memory_bytes"] > 2**28
-    assert found["cpu"]
-    assert found["time_utc"].endswith("+00:00")
+    facts = json.loads(json.dumps(asdict(provenance()), allow_nan=False))
+    assert facts["versions"]["numpy"] == np.__version__
+    assert facts["versions"]["onnxruntime"]
+    assert facts["python"] == platform.python_version()
+    assert facts["cores"] == len(os.sched_getaffinity(0))
+    assert facts["memory_bytes"] > 2**28
+    assert facts["cpu"]
+    assert facts["time_utc"].endswith("+00:00")
 
 
 def test_it_names_no_host_and_no_folder(monkeypatch):
@@ -44,7 +44,7 @@ def test_it_names_no_host_and_no_folder(monkeypatch):
     ],
 )
 def test_commands_lose_their_folders(argv, expected, tmp_path):
-    assert command_line([argument.format(folder=tmp_path) for argument in argv]) == expected
+    assert command_without_folders([argument.format(folder=tmp_path) for argument in argv]) == expected
 
 
 def test_gpus_are_read_from_nvidia_smis_answer():

@@ -49,20 +49,20 @@ def test_a_record_holds_both_figures_every_sample_and_the_machine(bundle, tmp_pa
 def test_several_backends_and_thread_counts_in_one_call(bundle, zoo, tmp_path):
     bare = zoo.build(tmp_path / "bare.onnx")
     settings = {"backend": ["onnxruntime", "openvino"], "threads": [1, 2], "batches": [3], **SHORT}
-    found = record_bench([bundle, bare], bench_settings(**settings), tmp_path / "out").results
-    assert [(one.backend, one.threads, one.model) for one in found] == [
+    results = record_bench([bundle, bare], bench_settings(**settings), tmp_path / "out").results
+    assert [(result.backend, result.threads, result.model) for result in results] == [
         (backend, threads, model)
         for backend in ("onnxruntime", "openvino")
         for threads in (1, 2)
         for model in ("sums", "bare")
     ]
-    assert found[0].cuda_graph is None
+    assert results[0].cuda_graph is None
 
 
 def test_a_backend_without_threads_is_measured_once_beside_others(bundle, gpu, tmp_path):
     settings = {"backend": ["onnxruntime", "tensorrt"], "threads": [1, 2], "batches": [1], **SHORT}
-    found = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
-    assert [(one.backend, one.threads, one.cuda_graph) for one in found] == [
+    results = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
+    assert [(result.backend, result.threads, result.cuda_graph) for result in results] == [
         ("onnxruntime", 1, None),
         ("onnxruntime", 2, None),
         ("tensorrt", None, True),
@@ -75,8 +75,8 @@ def test_an_engine_is_built_once_and_kept_by_file_device_version_and_settings(fl
     options = {"backend": flavour, "batches": [2], "transfers": None, **SHORT}
 
     def run():
-        (found,) = record_bench([model], bench_settings(**options), tmp_path / "out").results
-        return found
+        (result,) = record_bench([model], bench_settings(**options), tmp_path / "out").results
+        return result
 
     first = run()
     assert " s, and kept |" in bench_markdown(read_bench(tmp_path / "out/bench.json"))
@@ -111,8 +111,10 @@ def test_accuracy_is_that_of_the_measured_file_on_the_measured_backend(bundle, t
             Image.fromarray(pixels).save(tmp_path / "data" / folder / "deeper" / f"{number}.png")
     (tmp_path / "data/red/notes.txt").write_text("no image")
     settings = {"backend": ["onnxruntime", "openvino"], "batches": [1], "data": tmp_path / "data", **SHORT}
-    found = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
-    assert [(one.accuracy, one.accuracy_images, one.accuracy_source) for one in found] == [(60.0, 5, "measured")] * 2
+    results = record_bench([bundle], bench_settings(**settings), tmp_path / "out").results
+    assert [(result.accuracy, result.accuracy_images, result.accuracy_source) for result in results] == [
+        (60.0, 5, "measured")
+    ] * 2
     record = (tmp_path / "out/bench.json").read_text()
     assert json.loads(record)["settings"]["data"] == "data"
     assert str(tmp_path) not in record

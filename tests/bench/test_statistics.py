@@ -101,10 +101,10 @@ def test_intervals_cover_when_turns_differ_where_independent_ones_would_not(spre
     generator = np.random.default_rng(0)
     clustered = independent = 0
     for _ in range(200):
-        found = drifting(generator, 20, 50, spread)
-        low, high = found.interval(50)
+        samples = drifting(generator, 20, 50, spread)
+        low, high = samples.interval(50)
         clustered += low <= 1 <= high
-        low, high = timing(found.samples_ms).interval(50)
+        low, high = timing(samples.samples_ms).interval(50)
         independent += low <= 1 <= high
     assert clustered >= 180  # 95 % of 200, less 3 standard deviations
     if spread:
@@ -114,9 +114,9 @@ def test_intervals_cover_when_turns_differ_where_independent_ones_would_not(spre
 def test_the_design_effect_is_the_ratio_of_variances():
     # Two turns of 4: one all below the median of both, one all above it. p = 1/2, y = (4, 0), n_j = 4:
     # Var(p) = 2/1 * (4 + 4) / 64 = 1/4 against p (1 - p) / n = 1/32, so 8; t is 12.706 at one degree of freedom.
-    found = timing([1, 2, 3, 4, 5, 6, 7, 8], rounds=(4, 4))
+    samples = timing([1, 2, 3, 4, 5, 6, 7, 8], rounds=(4, 4))
     # The expansion of t that is used gives less there, and is good from 5 degrees on (next test).
-    assert 8 * 4 < found.design_effect(50) < 8 * (12.706 / 1.96) ** 2
+    assert 8 * 4 < samples.design_effect(50) < 8 * (12.706 / 1.96) ** 2
     # Equal turns are no worse than independent samples, and never counted as better.
     assert timing([1, 3, 5, 7, 2, 4, 6, 8], rounds=(4, 4)).design_effect(50) == 1
     assert timing([1, 2, 3]).design_effect(50) == 1
@@ -127,8 +127,8 @@ def test_the_small_sample_factor_is_students(freedom, t):
     """t as printed in every table at 97.5 %."""
     m = freedom + 1
     # One sample a turn, half of them below: y is 0 or 1, Var(p) = m/(m-1) * m/4 / m^2, the effect m/(m-1) * (t/z)^2.
-    found = timing([1, 9] * (m // 2), rounds=(1,) * m)
-    assert found.design_effect(50) == pytest.approx(m / (m - 1) * (t / 1.959964) ** 2, rel=0.02)
+    samples = timing([1, 9] * (m // 2), rounds=(1,) * m)
+    assert samples.design_effect(50) == pytest.approx(m / (m - 1) * (t / 1.959964) ** 2, rel=0.02)
 
 
 def test_throughput_counts_every_stream():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rkd_deploy.backends import load_backend
-from rkd_deploy.bench.timing import Limits, MeasurementInterrupted, Workload, measure, measure_workloads
+from rkd_deploy.bench.timing import MeasurementInterrupted, TimingLimits, Workload, measure, measure_workloads
 from rkd_deploy.errors import UsageError
 
 X = np.zeros((4, 1), np.float32)
@@ -50,14 +50,14 @@ class Scripted:
 def test_first_call_warm_up_and_samples_are_kept_apart(transfers):
     clock = Clock()
     backend = Scripted(clock, [50, *[7] * 4, *[1, 2, 3, 4]])
-    found = measure(
+    timing = measure(
         backend, X, min_seconds=0.01, min_runs=3, warmup_seconds=0, warmup_runs=4, transfers=transfers, clock=clock
     )
-    assert found.first_run_ms == 50
-    assert (found.warmup_runs, found.warmup_seconds) == (4, 0.028)
-    assert found.samples_ms == (1, 2, 3, 4)
-    assert found.transfers is transfers
-    assert found.throughput_per_s == 4 * 4 / 0.010
+    assert timing.first_run_ms == 50
+    assert (timing.warmup_runs, timing.warmup_seconds) == (4, 0.028)
+    assert timing.samples_ms == (1, 2, 3, 4)
+    assert timing.transfers is transfers
+    assert timing.throughput_per_s == 4 * 4 / 0.010
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_first_call_warm_up_and_samples_are_kept_apart(transfers):
 def test_limits_hold_by_time_and_by_count(seconds, runs, expected):
     clock = Clock()
     limits = {"min_seconds": seconds, "min_runs": runs, "warmup_seconds": seconds, "warmup_runs": runs}
-    found = measure(Scripted(clock, cycle([1])), X, clock=clock, **limits)
-    assert len(found.samples_ms) == expected
-    assert found.warmup_runs == expected
+    timing = measure(Scripted(clock, cycle([1])), X, clock=clock, **limits)
+    assert len(timing.samples_ms) == expected
+    assert timing.warmup_runs == expected
 
 
 def test_models_take_turns_and_the_order_turns_round():
@@ -77,7 +77,7 @@ def test_models_take_turns_and_the_order_turns_round():
     fast, slow = Scripted(clock, cycle([10]), log), Scripted(clock, cycle([30]), log)
     timings = measure_workloads(
         {"fast": Workload([fast], X), "slow": Workload([slow], X)},
-        Limits(min_seconds=0.3, min_runs=1, warmup_seconds=0, warmup_runs=1),
+        TimingLimits(min_seconds=0.3, min_runs=1, warmup_seconds=0, warmup_runs=1),
         clock=clock,
     )
     rounds = []
@@ -104,14 +104,14 @@ def test_drift_hits_interleaved_models_alike():
     models = {name: Drifting(clock, []) for name in "ab"}
     apart = {name: measure(model, X, **limits, clock=clock).mean for name, model in models.items()}
     workloads = {name: Workload([model], X) for name, model in models.items()}
-    timings = measure_workloads(workloads, Limits(**limits), clock=clock)
+    timings = measure_workloads(workloads, TimingLimits(**limits), clock=clock)
     together = {name: timing.mean for name, timing in timings.items()}
     assert apart["b"] / apart["a"] > 1.2
     assert together["b"] / together["a"] == pytest.approx(1, abs=0.03)
 
 
 def test_progress_is_told():
-    clock, told = Clock(), []
+    clock, reports = Clock(), []
     measure(
         Scripted(clock, cycle([10])),
         X,
@@ -120,17 +120,17 @@ def test_progress_is_told():
         warmup_runs=0,
         warmup_seconds=0,
         clock=clock,
-        progress=lambda name, share: told.append((name, share)),
+        progress=lambda name, share: reports.append((name, share)),
     )
-    assert told == [("scripted", 0.4), ("scripted", 0.8), ("scripted", 1.0)]
+    assert reports == [("scripted", 0.4), ("scripted", 0.8), ("scripted", 1.0)]
 
 
 def test_a_real_backend_is_timed_both_ways(bundle, zoo):
     with load_backend("onnxruntime", bundle, threads=1) as backend:
         for transfers in (True, False):
-            found = measure(backend, zoo.pixels(2), min_seconds=0.02, warmup_seconds=0.01, transfers=transfers)
-            assert len(found.samples_ms) >= 100
-            assert 0 < found.p50 <= found.percentile(90) <= found.percentile(99) <= max(found.samples_ms)
+            timing = measure(backend, zoo.pixels(2), min_seconds=0.02, warmup_seconds=0.01, transfers=transfers)
+            assert len(timing.samples_ms) >= 100
+            assert 0 < timing.p50 <= timing.percentile(90) <= timing.percentile(99) <= max(timing.samples_ms)
 
 
 IMPOSSIBLE = [
@@ -155,14 +155,14 @@ def test_impossible_limits_are_refused(limits):
 def test_both_ways_of_one_model_are_measured_in_turns():
     clock, log = Clock(), []
     backend = Scripted(clock, cycle([10]), log)
-    found = measure_workloads(
+    timings = measure_workloads(
         {"host": Workload((backend,), X), "device": Workload((backend,), X, transfers=False)},
-        Limits(min_seconds=0.2, min_runs=1, warmup_seconds=0, warmup_runs=0),
+        TimingLimits(min_seconds=0.2, min_runs=1, warmup_seconds=0, warmup_runs=0),
         clock=clock,
     )
-    assert [timing.transfers for timing in found.values()] == [True, False]
-    assert [len(timing.samples_ms) for timing in found.values()] == [20, 20]
-    assert all(timing.complete for timing in found.values())
+    assert [timing.transfers for timing in timings.values()] == [True, False]
+    assert [len(timing.samples_ms) for timing in timings.values()] == [20, 20]
+    assert all(timing.complete for timing in timings.values())
 
 
 class Meeting:
@@ -183,13 +183,13 @@ class Meeting:
 def test_streams_call_at_once_each_on_its_own_model_and_thread():
     barrier = threading.Barrier(3)
     backends = [Meeting(barrier) for _ in range(3)]
-    limits = Limits(min_seconds=0, min_runs=9, warmup_seconds=0, warmup_runs=2)
-    found = measure_workloads({"m": Workload(backends, X)}, limits)["m"]
+    limits = TimingLimits(min_seconds=0, min_runs=9, warmup_seconds=0, warmup_runs=2)
+    timing = measure_workloads({"m": Workload(backends, X)}, limits)["m"]
     assert [len(backend.threads) for backend in backends] == [1, 1, 1]
     assert len(set.union(*(backend.threads for backend in backends))) == 3
-    assert (found.streams, len(found.samples_ms), found.warmup_runs) == (3, 9, 6)
-    total = sum(found.samples_ms)
-    assert found.throughput_per_s == pytest.approx(3 * 4 * 9 / total * 1000)  # 3 callers, 4 images a call
+    assert (timing.streams, len(timing.samples_ms), timing.warmup_runs) == (3, 9, 6)
+    total = sum(timing.samples_ms)
+    assert timing.throughput_per_s == pytest.approx(3 * 4 * 9 / total * 1000)  # 3 callers, 4 images a call
 
 
 def test_a_stream_that_fails_ends_the_measurement():
@@ -198,7 +198,7 @@ def test_a_stream_that_fails_ends_the_measurement():
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        measure_workloads({"m": Workload([Failing(None), Failing(None)], X)}, Limits(min_seconds=0, min_runs=1))
+        measure_workloads({"m": Workload([Failing(None), Failing(None)], X)}, TimingLimits(min_seconds=0, min_runs=1))
 
 
 def test_an_interrupt_gives_the_samples_so_far():
@@ -213,7 +213,9 @@ def test_an_interrupt_gives_the_samples_so_far():
     models = {"slow": Interrupted(clock, cycle([10])), "next": Scripted(clock, cycle([10]))}
     workloads = {name: Workload([model], X) for name, model in models.items()}
     with pytest.raises(MeasurementInterrupted) as stop:
-        measure_workloads(workloads, Limits(min_seconds=0.3, min_runs=30, warmup_seconds=0, warmup_runs=0), clock=clock)
+        measure_workloads(
+            workloads, TimingLimits(min_seconds=0.3, min_runs=30, warmup_seconds=0, warmup_runs=0), clock=clock
+        )
     slow, other = stop.value.timings["slow"], stop.value.timings["next"]
     # 10 a turn; a call after each change is not counted: 1 + 1 + 10, then B, then 1 + 3, of which the last is cut off.
     assert len(other.samples_ms) == 20

@@ -73,10 +73,10 @@ def test_what_cannot_be_read_is_listed_and_all_else_is_written(rkd, bundle, phot
     assert ended.code == 1
     written = [row["image"] for row in csv.DictReader((tmp_path / "a.csv").read_text().splitlines())]
     assert written == list(ended.json["predictions"]) == [name for name in photos if name != "photos/left/18.png"]
-    said = ended.json["unreadable"]
-    assert len(said) == 4
+    messages = ended.json["unreadable"]
+    assert len(messages) == 4
     for beginning in ("photos/left/18.png cannot", "empty is a folder", "*.webp matches no image", "missing.jpg"):
-        (message,) = [one for one in said if one.startswith(beginning)]
+        (message,) = [line for line in messages if line.startswith(beginning)]
         assert message in ended.err
     assert ended.json["exit_code"] == 1
     assert "4 could not be read" in ended.err

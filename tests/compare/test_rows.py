@@ -49,24 +49,24 @@ def test_weights_met_in_several_runs_make_one_row(finished):
 
 def test_seeds_are_joined_to_mean_and_sample_deviation(finished):
     runs = [finished["seed0"], finished["seed1"]]
-    found = by_name(runs)
+    actual = by_name(runs)
     for name, part in (("T, resnet8", "teacher"), ("S + A, sequential", "fused"), ("S0, cross_entropy", "s0")):
         accuracies = [top1(run, part) for run in runs]
-        assert found[name].top1 == pytest.approx(np.mean(accuracies))
-        assert found[name].deviation == pytest.approx(np.std(accuracies, ddof=1))
-        assert found[name].runs == tuple(str(run.folder) for run in runs)
+        assert actual[name].top1 == pytest.approx(np.mean(accuracies))
+        assert actual[name].deviation == pytest.approx(np.std(accuracies, ddof=1))
+        assert actual[name].runs == tuple(str(run.folder) for run in runs)
     gains = [top1(run, "fused") - top1(run, "s0") for run in runs]
-    assert found["S + A, sequential"].over_s0 == pytest.approx(np.mean(gains))
+    assert actual["S + A, sequential"].over_s0 == pytest.approx(np.mean(gains))
 
 
 def test_gains_are_against_the_controls_of_the_same_run(finished):
     run = finished["at"]
-    found = by_name([run, finished["seed0"]])
-    fused, student = found["S + A, sequential + at"], found["S alone, sequential + at"]
+    actual = by_name([run, finished["seed0"]])
+    fused, student = actual["S + A, sequential + at"], actual["S alone, sequential + at"]
     assert fused.over_s0 == pytest.approx(top1(run, "fused") - top1(run, "s0"))
     assert fused.over_student == pytest.approx(top1(run, "fused") - top1(run, "student"))
     assert student.over_s0 == pytest.approx(top1(run, "student") - top1(run, "s0"))
-    assert found["T, resnet8"].over_s0 is None
+    assert actual["T, resnet8"].over_s0 is None
     assert student.over_student is None
 
 
@@ -79,15 +79,15 @@ def test_the_standard_error_is_that_of_a_share_of_the_test_images(finished):
 
 def test_held_out_accuracy_and_time_are_those_of_the_phases_that_trained_a_network(finished):
     run = finished["seed0"]
-    found = by_name([run])
+    actual = by_name([run])
     log = [json.loads(line) for line in run.log.path.read_text().splitlines()]
     rows = {row["phase"]: row for row in log if row["event"] == "epoch"}
-    assert found["S0, cross_entropy"].val_last == rows["s0"]["val_top1"]
-    assert found["S alone, sequential"].val_last == rows["student"]["val_top1"]
-    assert found["S + A, sequential"].val_last == rows["assistant"]["val_top1"]
-    assert found["S alone, sequential"].seconds == pytest.approx(rows["student"]["seconds"])
+    assert actual["S0, cross_entropy"].val_last == rows["s0"]["val_top1"]
+    assert actual["S alone, sequential"].val_last == rows["student"]["val_top1"]
+    assert actual["S + A, sequential"].val_last == rows["assistant"]["val_top1"]
+    assert actual["S alone, sequential"].seconds == pytest.approx(rows["student"]["seconds"])
     both = rows["student"]["seconds"] + rows["assistant"]["seconds"]
-    assert found["S + A, sequential"].seconds == pytest.approx(both)
+    assert actual["S + A, sequential"].seconds == pytest.approx(both)
 
 
 def test_a_control_that_was_left_out_is_named(finished):
@@ -178,16 +178,16 @@ def test_no_run_and_an_unfinished_run_are_refused(copied):
 
 
 def test_s_and_a_are_held_against_the_best_control(finished):
-    made = compare_runs([finished["at"]])
-    (verdict,) = made.verdicts
+    outcome = compare_runs([finished["at"]])
+    (verdict,) = outcome.verdicts
     metrics = finished["at"].read_json("metrics.json")
     best = max(("s0", "control", "student"), key=lambda part: metrics["parts"][part]["test_top1"])
-    top1s = {row.part: row for row in made.rows}
+    top1s = {row.part: row for row in outcome.rows}
     assert top1s[verdict.control].top1 == metrics["parts"][best]["test_top1"]
     pairs = metrics["pairs"][verdict.control]
     assert verdict.gain.points == pytest.approx(2 * (pairs["gained"] - pairs["lost"]))  # 50 test images
     assert verdict.gain.seeds == 1
     assert top1s["fused"].over_control == pytest.approx(top1s["fused"].top1 - top1s["control"].top1)
     both = compare_runs([finished["seed0"], finished["seed1"]])
-    assert [one.gain.seeds for one in both.verdicts] == [2]
+    assert [verdict.gain.seeds for verdict in both.verdicts] == [2]
     assert not compare_runs([finished["kd"]]).verdicts

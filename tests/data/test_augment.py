@@ -42,9 +42,9 @@ def test_flip_is_torchvisions_image_by_image(flipped: list[bool]) -> None:
 def test_a_shift_by_one_row_is_seen() -> None:
     """The judges above can say no."""
     padded_NCHW = augment.pad(torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4), 1)
-    zero, one = torch.tensor([0]), torch.tensor([1])
+    zero, row = torch.tensor([0]), torch.tensor([1])
     assert not torch.equal(
-        augment.crop(padded_NCHW, zero, zero, one, (4, 4)), augment.crop(padded_NCHW, zero, one, one, (4, 4))
+        augment.crop(padded_NCHW, zero, zero, row, (4, 4)), augment.crop(padded_NCHW, zero, row, row, (4, 4))
     )
 
 

@@ -41,19 +41,19 @@ def test_processes_together_see_the_batches_of_one(processes: int, mixing: dict[
 
 
 def test_resuming_gives_the_rest_with_everything_on() -> None:
-    made = loader(Share(), mixup=0.5, cutmix=0.5, label_smoothing=0.1)
-    whole = list(made.epoch(1))
+    batches = loader(Share(), mixup=0.5, cutmix=0.5, label_smoothing=0.1)
+    whole = list(batches.epoch(1))
     for first in range(4):
-        rest = list(made.epoch(1, first))
+        rest = list(batches.epoch(1, first))
         assert len(rest) == 3 - first
-        for one, other in zip(rest, whole[first:], strict=True):
-            assert torch.equal(one[0], other[0])
-            assert torch.equal(one[1], other[1])
+        for resumed, other in zip(rest, whole[first:], strict=True):
+            assert torch.equal(resumed[0], other[0])
+            assert torch.equal(resumed[1], other[1])
 
 
 def test_partners_stand_in_front_and_the_last_before_the_first() -> None:
-    one = EpochBatches(10, 4, Share(), partners=True)
-    assert [one.positions(batch).tolist() for batch in range(len(one))] == [[3, 0, 1, 2, 3], [7, 4, 5, 6, 7]]
+    alone = EpochBatches(10, 4, Share(), partners=True)
+    assert [alone.positions(batch).tolist() for batch in range(len(alone))] == [[3, 0, 1, 2, 3], [7, 4, 5, 6, 7]]
     second = EpochBatches(10, 4, Share(1, 2), partners=True)
     assert second.positions(1).tolist() == [5, 6, 7]
     assert EpochBatches(10, 4, Share(1, 2), partners=False).positions(1).tolist() == [6, 7]
@@ -85,6 +85,6 @@ def test_the_random_numbers_of_an_image_are_its_own_and_leave_the_others_alone()
 
 
 def test_each_batch_of_each_epoch_is_mixed_by_other_numbers() -> None:
-    made = loader(Share(), mixup=1.0)
-    shares = [batch[1].max(1).values.min().item() for epoch in range(4) for batch in made.epoch(epoch)]
+    batches = loader(Share(), mixup=1.0)
+    shares = [batch[1].max(1).values.min().item() for epoch in range(4) for batch in batches.epoch(epoch)]
     assert len(shares) == len(set(shares)) == 12

@@ -1,4 +1,4 @@
-"""CIFAR-100 for real: its files, torchvision's reader, and its download code against a server on this host."""
+"""CIFAR-100 for real: files, torchvision's reader, its download from a server on this host."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ def test_the_folders_play_the_splits_and_the_rest_is_held_out_by_seed(photos: Pa
 
 def test_a_given_validation_split_is_used_whole(photos: Path) -> None:
     (photos / "val").rename(photos / "test")
-    for one in ("n01440764", "n02102040"):
-        (photos / "valid" / one).mkdir(parents=True)
-        next((photos / "train" / one).iterdir()).rename(photos / "valid" / one / "1.jpg")
+    for wnid in ("n01440764", "n02102040"):
+        (photos / "valid" / wnid).mkdir(parents=True)
+        next((photos / "train" / wnid).iterdir()).rename(photos / "valid" / wnid / "1.jpg")
     images = load(photos)
     assert (len(images.train), len(images.val), len(images.test)) == (16, 2, 6)
     assert (images.sources["val"], images.sources["test"]) == ("folder valid", "folder test")

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from rkd_deploy.data.files import ImageFiles, scan_folder, scan_imagenet
+from rkd_deploy.data.files import ImageFiles
+from rkd_deploy.data.folders import scan_folder, scan_imagenet
 from rkd_deploy.errors import DataError
 
 
@@ -30,9 +31,9 @@ def test_files_labels_and_classes_are_those_of_torchvision(photos: Path) -> None
     layout = scan_folder(photos)
     for name, folder in (("train", "train"), ("test", "val")):
         theirs = ImageFolder(str(photos / folder))
-        found = layout.splits[name]
-        assert isinstance(found.source, ImageFiles)
-        assert list(zip(found.source.paths, found.labels_N.tolist(), strict=True)) == theirs.samples
+        labelled = layout.splits[name]
+        assert isinstance(labelled.source, ImageFiles)
+        assert list(zip(labelled.source.paths, labelled.labels_N.tolist(), strict=True)) == theirs.samples
         assert list(layout.classes) == theirs.classes
     assert layout.origins == {"train": "folder train", "test": "folder val"}
 

@@ -67,31 +67,31 @@ def test_normalisation_of_every_pixel_value_is_right_to_rounding() -> None:
 def test_an_epoch_gives_every_image_once_but_for_the_remainder(
     count: int, batch_size: int, seed: int, epoch: int
 ) -> None:
-    made = loader(split(count), batch_size=batch_size, seed=seed)
-    batches = list(made.epoch(epoch))
+    train = loader(split(count), batch_size=batch_size, seed=seed)
+    batches = list(train.epoch(epoch))
     used = min(batch_size, count)
-    assert (made.batch_size, len(made), len(batches)) == (used, count // used, count // used)
+    assert (train.batch_size, len(train), len(batches)) == (used, count // used, count // used)
     assert all(x.shape == (used, 3, 5, 6) and y.shape == (used,) for x, y in batches)
-    seen = torch.cat([y for _, y in batches]).tolist()
-    assert len(set(seen)) == len(seen) == count // used * used
+    labels = torch.cat([y for _, y in batches]).tolist()
+    assert len(set(labels)) == len(labels) == count // used * used
 
 
 def test_an_epoch_is_the_same_each_time_and_in_another_loader() -> None:
     images = split(23)
-    made = loader(images)
-    first = list(made.epoch(3))
-    list(made.epoch(4))
-    assert equal(first, list(made.epoch(3)))
+    train = loader(images)
+    first = list(train.epoch(3))
+    list(train.epoch(4))
+    assert equal(first, list(train.epoch(3)))
     torch.manual_seed(99)  # what is drawn elsewhere does not matter
     assert equal(first, list(loader(images).epoch(3)))
 
 
 @pytest.mark.parametrize("augmentations", [(), ("crop",), ("flip",), ("crop", "flip")])
 def test_a_resumed_epoch_goes_on_with_what_it_would_have_given(augmentations: tuple[str, ...]) -> None:
-    made = loader(split(23), augmentations=augmentations)
-    whole = list(made.epoch(5))
-    for first in range(len(made) + 1):
-        assert equal(list(made.epoch(5, first)), whole[first:])
+    train = loader(split(23), augmentations=augmentations)
+    whole = list(train.epoch(5))
+    for first in range(len(train) + 1):
+        assert equal(list(train.epoch(5, first)), whole[first:])
 
 
 def test_other_epochs_and_other_seeds_give_another_order() -> None:
@@ -117,9 +117,9 @@ def test_augmented_images_are_windows_of_their_source_and_every_window_occurs() 
     """Every image that comes out is found among the 2 (2P + 1)^2 that can be, and over time all of them come out."""
     images = split(8)
     padded_NCHW = augment.pad(images.images_NCHW, 1)
-    made, found = loader(images, crop_padding=1), set()
+    train, windows = loader(images, crop_padding=1), set()
     for epoch in range(60):
-        for x, y in made.epoch(epoch):
+        for x, y in train.epoch(epoch):
             for image, label in zip(x.round().to(torch.uint8), y.tolist(), strict=True):
                 matches = []
                 for top in range(3):
@@ -129,8 +129,8 @@ def test_augmented_images_are_windows_of_their_source_and_every_window_occurs() 
                             (top, left, f) for f in (False, True) if torch.equal(image, window.flip(2) if f else window)
                         ]
                 assert len(matches) == 1
-                found.add(matches[0])
-    assert len(found) == 18
+                windows.add(matches[0])
+    assert len(windows) == 18
 
 
 def test_half_of_the_images_are_mirrored_and_not_the_same_ones_in_each_batch() -> None:
@@ -160,10 +160,10 @@ def test_windows_are_drawn_for_every_image_of_the_epoch() -> None:
 def test_padding_is_black_before_normalisation() -> None:
     """Zeros are padded as pixels, as torchvision does before ToTensor, not as normalised values."""
     white = Split(images_NCHW=torch.full((4, 3, 4, 4), 255, dtype=torch.uint8), labels_N=torch.arange(4))
-    made = DeviceLoader(
+    train = DeviceLoader(
         white, Normaliser(MEAN, STD, CPU), batch_size=4, augmentations=("crop",), crop_padding=4, seed=0
     )
-    x, _ = next(made.epoch(0))
+    x, _ = next(train.epoch(0))
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         values = x[:, channel].unique().tolist()
         assert values == pytest.approx([-mean / std, (1 - mean) / std], abs=1e-6)

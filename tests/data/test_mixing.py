@@ -75,10 +75,10 @@ def test_a_mixed_batch_is_made_of_each_image_and_the_one_before_it(how: dict[str
         assert torch.allclose(targets.sum(1), torch.ones(5))
         wanted = share_N[:, None] * one_hot(y[1:], K) + (1 - share_N[:, None]) * one_hot(y[:-1], K)
         torch.testing.assert_close(targets, wanted)
-        own = torch.isclose(mixed, x[1:], atol=1e-6).float().mean()
+        unmixed = torch.isclose(mixed, x[1:], atol=1e-6).float().mean()
         blended = torch.isclose(mixed, share_N[0] * x[1:] + (1 - share_N[0]) * x[:-1], atol=1e-5).all()
         pasted = (torch.isclose(mixed, x[1:]) | torch.isclose(mixed, x[:-1])).all()
-        assert blended or (pasted and abs(own - share_N[0]) < 1e-5)
+        assert blended or (pasted and abs(unmixed - share_N[0]) < 1e-5)
 
 
 def test_both_occur_where_both_are_on_and_lambda_is_of_the_beta_distribution() -> None:

@@ -103,13 +103,13 @@ def test_odd_files_are_what_a_viewer_shows(tmp_path: Path, photo: Path) -> None:
     rgb.convert("RGBA").quantize(64).save(tmp_path / "palette.png", transparency=0)
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
     rgb.save(tmp_path / "turned.png", exif=exif)
-    found = {path.stem: read_image(ImageFiles([str(path)]), 0) for path in tmp_path.glob("*.*g")}
-    assert {name: image.mode for name, image in found.items()} == dict.fromkeys(found, "RGB")
-    assert np.array_equal(found["grey"], rgb.convert("L").convert("RGB"))
-    assert np.array_equal(found["turned"], rgb.transpose(Image.Transpose.ROTATE_270))
-    assert not np.array_equal(ImageOps.exif_transpose(rgb), found["turned"])
-    assert found["palette"].size == rgb.size
-    difference = np.abs(np.asarray(found["cmyk"], float) - np.asarray(rgb, float)).mean()
+    pictures = {path.stem: read_image(ImageFiles([str(path)]), 0) for path in tmp_path.glob("*.*g")}
+    assert {name: image.mode for name, image in pictures.items()} == dict.fromkeys(pictures, "RGB")
+    assert np.array_equal(pictures["grey"], rgb.convert("L").convert("RGB"))
+    assert np.array_equal(pictures["turned"], rgb.transpose(Image.Transpose.ROTATE_270))
+    assert not np.array_equal(ImageOps.exif_transpose(rgb), pictures["turned"])
+    assert pictures["palette"].size == rgb.size
+    difference = np.abs(np.asarray(pictures["cmyk"], float) - np.asarray(rgb, float)).mean()
     assert difference < 5
 
 
@@ -120,9 +120,9 @@ def test_what_was_found_is_remembered_until_a_file_changes(tmp_path: Path, photo
     files = ImageFiles([str(good), str(bad)])
     first = find_broken(files, [0, 1], 1, tmp_path)
     assert list(first) == [1]
-    kept = next((tmp_path / "remembered").iterdir())
-    assert json.loads(kept.read_text()) == {"1": first[1]}
-    kept.write_text("{}")
+    cached = next((tmp_path / "remembered").iterdir())
+    assert json.loads(cached.read_text()) == {"1": first[1]}
+    cached.write_text("{}")
     assert find_broken(files, [0, 1], 1, tmp_path) == {}  # it was not decoded again
     assert find_broken(files, [1], 1, tmp_path) == first  # another question
     bad.write_bytes(photo.read_bytes())

@@ -21,8 +21,8 @@ CLASSES = ("n01440764", "n02102040", "n02979186")
 
 
 def samples(photos: Path, split: str = "train") -> list[tuple[Path, int]]:
-    found = [(path, CLASSES.index(path.parent.name)) for path in sorted((photos / split).glob("*/*"))]
-    return [*found[::2], *found[1::2]]
+    files = [(path, CLASSES.index(path.parent.name)) for path in sorted((photos / split).glob("*/*"))]
+    return [*files[::2], *files[1::2]]
 
 
 def load(root: Path | str, **how: Any) -> ImageSet:
@@ -35,18 +35,18 @@ def load(root: Path | str, **how: Any) -> ImageSet:
 def test_samples_are_those_that_the_library_streams(photos: Path, write_shards: Write, tmp_path: Path) -> None:
     folder = write_shards(samples(photos))
     layout, broken = scan_shards(str(folder), None, tmp_path)
-    found = layout.splits["train"]
+    labelled = layout.splits["train"]
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
     gc.collect()
     assert len(urls) == 4
-    assert len(found.labels_N) == len(theirs) == 18
+    assert len(labelled.labels_N) == len(theirs) == 18
     assert broken == []
     for position, sample in enumerate(theirs):
-        with found.source.open(position) as stream:
+        with labelled.source.open(position) as stream:
             assert stream.read() == sample["jpg"]
-        assert found.labels_N[position] == int(sample["cls"])
-        assert found.source.name(position) == f"{sample['__url__']}:{sample['__key__']}.jpg"
+        assert labelled.labels_N[position] == int(sample["cls"])
+        assert labelled.source.name(position) == f"{sample['__url__']}:{sample['__key__']}.jpg"
     assert layout.classes == ("0", "1", "2")
 
 
@@ -79,11 +79,11 @@ def test_an_epoch_is_the_same_with_workers_and_from_any_batch_on(photos: Path, w
     epochs = []
     for workers in (0, 2):
         images = load(folder, workers=workers)
-        asked = DataRecipe(name="webdataset", root=str(folder), image_size=16)
+        recipe = DataRecipe(name="webdataset", root=str(folder), image_size=16)
         normalise = Normaliser(images.mean, images.std, torch.device("cpu"))
-        made = train_loader(asked, images.train, normalise, classes=3, batch_size=4, seed=1)
-        epochs.append(list(made.epoch(0)))
-        rest = list(made.epoch(0, 2))
+        train = train_loader(recipe, images.train, normalise, classes=3, batch_size=4, seed=1)
+        epochs.append(list(train.epoch(0)))
+        rest = list(train.epoch(0, 2))
         assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, epochs[0][2:], strict=True))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*epochs, strict=True))
 
@@ -91,9 +91,9 @@ def test_an_epoch_is_the_same_with_workers_and_from_any_batch_on(photos: Path, w
 def test_an_epoch_reads_from_few_shards_at_a_time_and_from_all_in_the_end() -> None:
     count, shards = 40 * 25, 40
     shard_N = torch.arange(count) // 25
-    made = Shards([f"{n}.tar" for n in range(shards)], ["x"] * count, shard_N, shard_N, shard_N)
+    source = Shards([f"{n}.tar" for n in range(shards)], ["x"] * count, shard_N, shard_N, shard_N)
     index_N = torch.arange(count).flip(0)
-    orders = [made.shuffled(index_N, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    orders = [source.shuffled(index_N, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
     assert sorted(orders[0].tolist()) == list(range(count))

@@ -147,7 +147,7 @@ def test_a_class_with_too_few_images_gives_all_and_the_others_more(limit: int, n
     got = load(train_limit=limit, val_fraction=0).train.labels_N.bincount(minlength=10).tolist()
     assert sum(got) == limit
     most = max(got)
-    assert all(share == own or share >= most - 1 for share, own in zip(got, have, strict=True))
+    assert all(share == available or share >= most - 1 for share, available in zip(got, have, strict=True))
     assert len(set(have)) > 1
 
 

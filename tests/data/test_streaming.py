@@ -26,11 +26,11 @@ def recipe(photos: Path, **changes: Any) -> DataRecipe:
 
 def loaded(photos: Path, **changes: Any) -> tuple[StreamLoader, ImageSet]:
     share = changes.pop("share", Share())
-    asked = recipe(photos, **changes)
-    images = load_images(asked, 0)
-    made = train_loader(asked, images.train, PIXELS, classes=3, batch_size=4, seed=5, share=share)
-    assert isinstance(made, StreamLoader)
-    return made, images
+    table = recipe(photos, **changes)
+    images = load_images(table, 0)
+    train = train_loader(table, images.train, PIXELS, classes=3, batch_size=4, seed=5, share=share)
+    assert isinstance(train, StreamLoader)
+    return train, images
 
 
 def equal(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]]) -> bool:
@@ -67,7 +67,7 @@ def test_processes_together_see_the_batches_of_one(photos: Path) -> None:
 
 
 def test_images_are_what_torchvisions_pipeline_makes_of_the_file_by_the_same_seed(photos: Path) -> None:
-    made, images = loaded(
+    train, images = loaded(
         photos, augment=("resized_crop", "flip", "randaugment"), randaugment_ops=3, randaugment_magnitude=7
     )
     split = images.train
@@ -80,27 +80,27 @@ def test_images_are_what_torchvisions_pipeline_makes_of_the_file_by_the_same_see
     for position in order[:4]:
         with seeded_image(5, 2, position), Image.open(split.source.name(int(split.index_N[position]))) as image:
             wanted.append(pipeline(image.convert("RGB")))
-    x, y = next(made.epoch(2))
+    x, y = next(train.epoch(2))
     torch.testing.assert_close(x, torch.stack(wanted).float(), rtol=1e-6, atol=1e-4)
     assert y.tolist() == split.labels_N[order[:4]].tolist()
 
 
 def test_without_augmentation_streamed_and_cached_sets_train_on_the_same_pixels(photos: Path) -> None:
     streamed, _ = loaded(photos, augment=())
-    asked = recipe(photos, augment=(), cache="memory")
-    cached = train_loader(asked, load_images(asked, 0).train, PIXELS, classes=3, batch_size=4, seed=5)
+    table = recipe(photos, augment=(), cache="memory")
+    cached = train_loader(table, load_images(table, 0).train, PIXELS, classes=3, batch_size=4, seed=5)
     assert isinstance(cached, DeviceLoader)
-    for one, other in zip(streamed.epoch(0), cached.epoch(0), strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+    for batch, other in zip(streamed.epoch(0), cached.epoch(0), strict=True):
+        assert torch.equal(batch[0], other[0])
+        assert torch.equal(batch[1], other[1])
 
 
 def test_an_image_that_goes_away_is_named(photos: Path) -> None:
-    made, images = loaded(photos, workers=2)
+    train, images = loaded(photos, workers=2)
     gone = Path(images.train.source.name(0))  # type: ignore[union-attr]
     gone.unlink()
     with pytest.raises(DataError) as caught:
-        list(made.epoch(0))
+        list(train.epoch(0))
     assert str(gone) in str(caught.value)
     assert "No such file" in str(caught.value)
     assert "Traceback" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,16 +44,16 @@ def _network() -> CifarResNet:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    """A bundle whose input is neither square nor the whole of the image, resized by Pillow's bicubic."""
+    """A bundle whose input is a crop of the image, resized by Pillow's bicubic."""
 
     def make(folder: Path) -> None:
         rule = Preprocess(
-            height=64, width=48, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+            height=64, width=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             interpolation="bicubic", crop_fraction=0.875,
         )  # fmt: skip
         labels = ("hill", "fence", "sun", "field", "sky")
         card = ModelCard(name="landscapes", labels=labels, preprocess=rule, metrics={"accuracy": 71.5, "split": "test"})
-        export_bundle(_network(), card, folder / "bundle")
+        export_bundle(_network(), card, folder / "bundle", with_pytorch=True)
 
     bundle = made_once(tmp_path_factory, "landscapes", make) / "bundle"
     answer = json.loads((bundle / "golden/photo.json").read_text())
@@ -61,13 +62,12 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def javascript(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+def javascript() -> Iterator[Callable[[str], Path]]:
     """Gives an example's folder, copied to where the npm packages are found. Skips where they cannot be had."""
     packages = node_packages.install(pytest.skip)
-    copy = packages / f"examples-{tmp_path_factory.getbasetemp().name}"
-    shutil.copytree(EXAMPLES, copy, ignore=shutil.ignore_patterns("node_modules"))
-    yield lambda name: copy / name
-    shutil.rmtree(copy)
+    with tempfile.TemporaryDirectory(prefix="examples-", dir=packages) as copy:
+        shutil.copytree(EXAMPLES, copy, ignore=shutil.ignore_patterns("node_modules"), dirs_exist_ok=True)
+        yield lambda name: Path(copy) / name
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_weights_that_are_not_finite(rkd, runs, bundle, tmp_path, value):
     for file in (runs / "weights").iterdir():
         with safe_open(file, "pt") as stored:
             metadata, weights = stored.metadata(), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        next(one for one in weights.values() if one.ndim == 4).view(-1)[0] = value
+        next(tensor for tensor in weights.values() if tensor.ndim == 4).view(-1)[0] = value
         save_file(weights, file, metadata)
     reseal(runs)
     refused(rkd, tmp_path, 1, ["NaN or infinite weights (first: ", "lower train.lr"], "export", "--random-images")
@@ -150,21 +150,21 @@ def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, tiny_
     for name in ("bn1.weight", "bn1.bias"):  # as in conftest.py's `uneven`
         weights[f"layer2.0.{name}"][0] *= 3000
     weights["layer2.0.conv2.weight"][:, 0] /= 3000
-    assert all(torch.isfinite(one).all() for one in weights.values())
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     save_file(weights, file, metadata)
     reseal(runs)
     before = contents(tmp_path)
-    asked = ["export", "--part", "teacher", "--precision", "int8", "--target", "tensorrt", "--min-agreement", "97"]
-    asked += ["--max-drop", "100", "--random-images", "--seed", "3", "--calibration-count", "64"]
-    failed = rkd(*asked, "--json")
+    request = ["export", "--part", "teacher", "--precision", "int8", "--target", "tensorrt", "--min-agreement", "97"]
+    request += ["--max-drop", "100", "--random-images", "--seed", "3", "--calibration-count", "64"]
+    failed = rkd(*request, "--json")
     assert failed.code == failed.json["exit_code"] == 3
     report = runs / "bundle-teacher.report.json"
     assert str(report.relative_to(tmp_path)) in failed.err
     after = contents(tmp_path)
     assert json.loads(after.pop(report))["gate"]["passed"] is False
     assert after == before
-    kept = rkd(*asked, "--keep", "auto", "--json")
-    assert kept.code == 0, kept.err
+    searched = rkd(*request, "--keep", "auto", "--json")
+    assert searched.code == 0, searched.err
     card = rkd("info", runs / "bundle-teacher", "--json").json
     assert card["lowering"]["kept"] == ["layer2.0.conv2"]
     assert card["lowering"]["calibration"] == {

@@ -34,10 +34,10 @@ def model(tiny_run):
 @pytest.fixture(scope="module")
 def lowered(trained, model, tmp_path_factory):
     """The folder of a bundle in int8, and its card."""
-    folder, seen = tmp_path_factory.mktemp("exits") / "bundle", trained.held_out
-    asked = EarlyExit(held_out=seen, test=[(seen[0][0][:100], seen[0][1][:100])])
+    folder, observed = tmp_path_factory.mktemp("exits") / "bundle", trained.held_out
+    request = EarlyExit(held_out=observed, test=[(observed[0][0][:100], observed[0][1][:100])])
     job = trained.job(precision="int8", agreement=50.0, drop=50.0)
-    export_bundle(model, trained.card, folder, batches=asked.test, early_exit=asked, job=job)
+    export_bundle(model, trained.card, folder, batches=request.test, early_exit=request, job=job)
     return folder, json.loads((folder / "model.json").read_text())
 
 
@@ -61,14 +61,14 @@ def test_every_graph_is_lowered_and_every_partial_sum_judged(trained, model, low
     for file in (*FILES, "model.onnx"):
         kinds = {node.op_type for node in onnx.load(folder / file).graph.node}
         assert {"QuantizeLinear", "DequantizeLinear"} <= kinds, file
-    told = card["early_exit"]["lowering"]
-    assert (told["precision"], told["kept"], len(told["steps"])) == ("int8", [], 2)
-    assert told["calibration"]["sha256"] == trained.calibration.sha256
-    for found, expected, step in zip(by_files(folder, x), by_torch(trained, model, x), told["steps"], strict=True):
+    reported = card["early_exit"]["lowering"]
+    assert (reported["precision"], reported["kept"], len(reported["steps"])) == ("int8", [], 2)
+    assert reported["calibration"]["sha256"] == trained.calibration.sha256
+    for actual, expected, step in zip(by_files(folder, x), by_torch(trained, model, x), reported["steps"], strict=True):
         assert step["images"] == len(x)
-        assert step["agreement"] == pytest.approx(100 * (found.argmax(1) == expected.argmax(1)).mean())
-        assert step["top1"] == pytest.approx(100 * (found.argmax(1) == labels).mean())
-        assert step["max_abs_diff"] == pytest.approx(np.abs(found - expected).max(), rel=1e-3)
+        assert step["agreement"] == pytest.approx(100 * (actual.argmax(1) == expected.argmax(1)).mean())
+        assert step["top1"] == pytest.approx(100 * (actual.argmax(1) == labels).mean())
+        assert step["max_abs_diff"] == pytest.approx(np.abs(actual - expected).max(), rel=1e-3)
         assert step["max_abs_diff"] > 1e-4  # it is not float32
 
 
@@ -141,11 +141,11 @@ def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
     held_out = [HeldOut(reference, trained.held_out, trained.card) for reference in references]
     branches = ExitGraphs(tmp_path, uneven, trained.card, [trained.held_out[0]], 1e-2).branches
     options = trained.job(precision="int8", target="tensorrt", agreement=95.0, drop=100.0, keep=("auto",)).options
-    found = convert_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
-    assert found.passed
-    assert found.float32_layers == ("branches.backbones.1.layer2.0.conv2",)
-    assert next(iter(found.sensitivities)) == found.float32_layers[0]
-    assert {name.split(".")[2] for name in found.sensitivities if "backbones" in name} == {"0", "1"}
+    actual = convert_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
+    assert actual.passed
+    assert actual.float32_layers == ("branches.backbones.1.layer2.0.conv2",)
+    assert next(iter(actual.sensitivities)) == actual.float32_layers[0]
+    assert {name.split(".")[2] for name in actual.sensitivities if "backbones" in name} == {"0", "1"}
 
 
 def test_a_layer_has_one_name_in_every_graph(trained, model, branches, tmp_path):
@@ -154,9 +154,9 @@ def test_a_layer_has_one_name_in_every_graph(trained, model, branches, tmp_path)
     name = "branches.backbones.1.layer1.0.conv1"
     options = trained.job(precision="int8", agreement=0.0, drop=100.0, keep=(name,)).options
     S, A = convert_sum(branches, preprocess, images, held_out, options).protos
-    kept = {tensor.name for tensor in A.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    assert "network.branches.backbones.0.layer1.0.conv1.weight" in kept
-    assert "network.branches.backbones.0.layer1.0.conv2.weight" not in kept
+    float32_tensors = {tensor.name for tensor in A.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert "network.branches.backbones.0.layer1.0.conv1.weight" in float32_tensors
+    assert "network.branches.backbones.0.layer1.0.conv2.weight" not in float32_tensors
     assert "network.branches.backbones.0.layer1.0.conv1.weight" not in {one.name for one in S.graph.initializer}
     with pytest.raises(UsageError, match=r"names layers of level sum.*--fuse tail, or --keep auto"):
         export_bundle(

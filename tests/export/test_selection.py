@@ -55,10 +55,10 @@ def test_the_least_of_several_wins():
 
 
 def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
-    told = []
+    reported = []
     target = Target(RunOn(threads=1), batches=(1, 2), min_seconds=0.01)
     folder = tmp_path / "bundle"
-    export_bundle(model, card, folder, level="auto", target=target, progress=lambda name, share: told.append(name))
+    export_bundle(model, card, folder, level="auto", target=target, progress=lambda name, share: reported.append(name))
     written = ModelCard.from_json((folder / "model.json").read_text(), "model.json")
     search = written.fusion_search
     assert written.fusion == search["chosen"]
@@ -76,7 +76,7 @@ def test_the_bundle_holds_the_whole_measurement(model, card, tmp_path):
     assert {level: judgement.ratio for level, judgement in judgements.items()} == search["ratio_to_tail"]
     for level, (low, high) in search["interval_of_ratio"].items():
         assert (low, high) == (judgements[level].low, judgements[level].high)
-    assert "session 8 of 8" in told
+    assert "session 8 of 8" in reported
     assert verify(folder).passed
 
 

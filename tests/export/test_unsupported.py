@@ -24,7 +24,7 @@ class Foreign(nn.Module):
     def __init__(self, *odd):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), one) for one in odd)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), layer) for layer in odd)
         self.fc = nn.Linear(4, 5)
 
     def forward(self, x_NCHW):

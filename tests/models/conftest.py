@@ -1,4 +1,4 @@
-"""Costs in closed form, after the recipe of the method notes: the second opinion on `cost` and `separation`."""
+"""Costs in closed form: the second opinion on `cost` and `separation`."""
 
 from __future__ import annotations
 

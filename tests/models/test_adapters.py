@@ -1,4 +1,4 @@
-"""Adapters fold into one convolution, exactly; those of earlier runs are read as what they were."""
+"""Adapters fold into one convolution, exactly; those of earlier runs are read."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def test_weights_of_before_batch_norm_give_what_they_gave() -> None:
 
 @pytest.mark.parametrize("channels", [1, 9])
 def test_parameters_are_those_that_a_budget_counts(channels: int) -> None:
-    assert sum(one.numel() for one in Adapter(5, channels).parameters()) == 5 * channels + 2 * channels
+    assert sum(parameter.numel() for parameter in Adapter(5, channels).parameters()) == 5 * channels + 2 * channels

@@ -1,4 +1,4 @@
-"""Stage maps and heads of networks that others wrote, against plain torch code and torchvision's own extraction."""
+"""Stage maps and heads of others' networks, against plain torch and torchvision."""
 
 from __future__ import annotations
 
@@ -92,19 +92,19 @@ def test_maps_logits_and_head(name):
     network = make()
     x = torch.randn(3, 3, 64, 64)
     expected = copy.deepcopy(network).eval()(x)
-    seen = External(network, input_size=64).eval()
-    torch.testing.assert_close(seen(x), expected)
-    maps, logits = seen.maps_and_logits(x)
+    external = External(network, input_size=64).eval()
+    torch.testing.assert_close(external(x), expected)
+    maps, logits = external.maps_and_logits(x)
     torch.testing.assert_close(logits, expected)
-    assert [map_.shape[2:] for map_ in maps] == [(size, size) for size in sizes], seen.stages
-    assert (seen.channels, seen.num_classes) == (channels, K)
-    assert {type(seen.fc)} == {{LINEAR: nn.Linear, MODULE: PooledHead, NONE: type(None)}[head]}
-    if seen.fc is not None:
-        torch.testing.assert_close(seen.fc(pool(maps[-1])), expected, rtol=1e-4, atol=1e-5)
+    assert [map_.shape[2:] for map_ in maps] == [(size, size) for size in sizes], external.stages
+    assert (external.channels, external.num_classes) == (channels, K)
+    assert {type(external.fc)} == {{LINEAR: nn.Linear, MODULE: PooledHead, NONE: type(None)}[head]}
+    if external.fc is not None:
+        torch.testing.assert_close(external.fc(pool(maps[-1])), expected, rtol=1e-4, atol=1e-5)
 
-    bare = seen.without_head()
-    for one, other in zip(maps, bare.features(x), strict=True):
-        torch.testing.assert_close(one, other)
+    bare = external.without_head()
+    for stage_map, other in zip(maps, bare.features(x), strict=True):
+        torch.testing.assert_close(stage_map, other)
     torch.testing.assert_close(bare(x), pool(maps[-1]))
     assert bare.fc is None
     names = {key for key, _ in bare.network.named_parameters()}
@@ -115,9 +115,9 @@ def test_maps_logits_and_head(name):
 @torch.no_grad()
 def test_maps_are_those_of_torchvisions_own_extraction(name):
     network, x = tv(name)().eval(), torch.randn(2, 3, 64, 64)
-    seen = External(network, input_size=64)
-    theirs = torchvision.models.feature_extraction.create_feature_extractor(network, list(seen.stages))(x)
-    for ours, stage in zip(seen.features(x), seen.stages, strict=True):
+    external = External(network, input_size=64)
+    theirs = torchvision.models.feature_extraction.create_feature_extractor(network, list(external.stages))(x)
+    for ours, stage in zip(external.features(x), external.stages, strict=True):
         torch.testing.assert_close(ours, theirs[stage])
 
 
@@ -143,7 +143,7 @@ def test_channels_last_maps_are_permuted():
 
 
 class Plain(nn.Module):
-    """As people write them: nameless ReLUs between the lines, and one reused layer."""
+    """A network as people write them: nameless ReLUs between the lines, and one reused layer."""
 
     def __init__(self, num_classes: int = K, halt: bool = False) -> None:
         super().__init__()
@@ -164,44 +164,44 @@ class Plain(nn.Module):
 @torch.no_grad()
 def test_a_users_network(halt):
     network, x = Plain(halt=halt).eval(), torch.randn(2, 3, 16, 16)
-    seen = External(network, input_size=16)
+    external = External(network, input_size=16)
     first = network.one(x).relu()
     last = network.two(first).relu()
     # Hooks see a reused layer under one name, its last call: the first stage ends before it then.
-    torch.testing.assert_close(seen.features(x)[-1], last)
+    torch.testing.assert_close(external.features(x)[-1], last)
     if not halt:
-        assert seen.stages == ("relu", "relu_1")
-        torch.testing.assert_close(seen.features(x)[0], first)
-    assert seen.fc is network.out
-    bare = seen.without_head()
+        assert external.stages == ("relu", "relu_1")
+        torch.testing.assert_close(external.features(x)[0], first)
+    assert external.fc is network.out
+    bare = external.without_head()
     torch.testing.assert_close(bare(x), pool(last))
     assert isinstance(bare.network.out, nn.Identity)
 
 
 def test_training_drops_and_evaluation_does_not():
-    seen = External(Plain(), input_size=16)
+    external = External(Plain(), input_size=16)
     x = torch.randn(4, 3, 16, 16)
-    _, one = seen.train().maps_and_logits(x)
-    _, other = seen.maps_and_logits(x)
-    assert not torch.allclose(one, other)
-    _, one = seen.eval().maps_and_logits(x)
-    _, other = seen.maps_and_logits(x)
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    _, logits = external.train().maps_and_logits(x)
+    _, other = external.maps_and_logits(x)
+    assert not torch.allclose(logits, other)
+    _, logits = external.eval().maps_and_logits(x)
+    _, other = external.maps_and_logits(x)
+    torch.testing.assert_close(logits, other, rtol=0, atol=0)
 
 
 def test_what_is_seen_is_the_network_itself_moved_copied_and_trained():
-    seen = External(Plain(), input_size=16)
-    twin = copy.deepcopy(seen).double()
+    external = External(Plain(), input_size=16)
+    twin = copy.deepcopy(external).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         twin.network.two.weight.zero_()
         torch.testing.assert_close(
             twin.features(x)[-1], twin.network.two.bias.relu()[None, :, None, None].expand(2, 16, 8, 8)
         )
-    assert seen.network.two.weight.abs().sum() > 0
-    seen.features(x.float())[-1].sum().backward()
-    assert seen.network.one.weight.grad is not None
-    assert seen.network.out.weight.grad is None
+    assert external.network.two.weight.abs().sum() > 0
+    external.features(x.float())[-1].sum().backward()
+    assert external.network.one.weight.grad is not None
+    assert external.network.out.weight.grad is None
 
 
 def test_a_head_of_zeros_agrees_with_everything_and_is_not_believed():
@@ -229,12 +229,12 @@ def test_stages_do_not_depend_on_the_size_of_the_images():
 
 @torch.no_grad()
 def test_another_network_of_the_topology_is_seen_in_the_same_way():
-    given = External(tv("resnet18")(), ["layer2", "layer3"], input_size=32)
+    original = External(tv("resnet18")(), ["layer2", "layer3"], input_size=32)
     narrow = torchvision.models.resnet18(num_classes=K, norm_layer=lambda width: nn.GroupNorm(2, width))
-    again = given.rewrapped(narrow)
+    again = original.rewrapped(narrow)
     assert (again.stages, again.channels, again.network) == (("layer2", "layer3"), 256, narrow)
     assert again.fc is None  # layer4 stands between its pooled last map and the logits
-    assert given.without_head().rewrapped(narrow).num_classes is None
+    assert original.without_head().rewrapped(narrow).num_classes is None
 
 
 def test_wrong_stages_are_refused_with_those_that_there_are():

@@ -1,4 +1,4 @@
-"""Costs of networks that others wrote, against the numbers that torchvision publishes with their weights."""
+"""Costs of others' networks, against the numbers that torchvision publishes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's, timm's, and a user's own module; published weights without the internet."""
+"""Networks by name, torchvision's, timm's, a user's; published weights without internet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Nested:
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def users_module(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     yield "my_nets"
@@ -98,18 +98,18 @@ def test_auxiliary_classifiers_are_left_out():
 
 
 @pytest.mark.parametrize(("attribute", "classes"), [("Small", 5), ("any_number", 5), ("three", 3), ("trained", 3)])
-def test_a_users_own(own, attribute, classes):
+def test_a_users_own(users_module, attribute, classes):
     path = list(sys.path)
-    network = zoo.create(f"{own}:{attribute}", classes, input_size=8)
+    network = zoo.create(f"{users_module}:{attribute}", classes, input_size=8)
     assert network.num_classes == classes
     assert sys.path == path
 
 
-def test_a_module_is_copied_with_its_weights(own):
-    one, other = (zoo.create(f"{own}:Nested.net", 3, input_size=8).network for _ in range(2))
-    trained = sys.modules[own].trained
-    assert torch.equal(one.fc.weight, trained.fc.weight)
-    assert len({one.fc.weight.data_ptr(), other.fc.weight.data_ptr(), trained.fc.weight.data_ptr()}) == 3
+def test_a_module_is_copied_with_its_weights(users_module):
+    first, other = (zoo.create(f"{users_module}:Nested.net", 3, input_size=8).network for _ in range(2))
+    trained = sys.modules[users_module].trained
+    assert torch.equal(first.fc.weight, trained.fc.weight)
+    assert len({first.fc.weight.data_ptr(), other.fc.weight.data_ptr(), trained.fc.weight.data_ptr()}) == 3
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_module_is_copied_with_its_weights(own):
         (":net", "No network"),
     ],
 )
-def test_other_names_are_refused(own, name, message):
+def test_other_names_are_refused(users_module, name, message):
     with pytest.raises(UsageError, match=message):
         zoo.create(name, 5, input_size=8)
 
@@ -146,12 +146,12 @@ def test_published_weights_but_for_another_classifier(monkeypatch, tmp_path, cla
     torch.save(source, cached)
 
     network = zoo.build("tv:squeezenet1_1", classes, (32, 32))
-    found = zoo.published("tv:squeezenet1_1", network)
-    assert found.complete is (classes == 1000)
-    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
-    left_out = source.keys() - found.state.keys()
+    weights = zoo.published("tv:squeezenet1_1", network)
+    assert weights.complete is (classes == 1000)
+    assert (weights.mean, weights.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
+    left_out = source.keys() - weights.state.keys()
     assert left_out == ({"classifier.1.weight", "classifier.1.bias"} if classes == 5 else set())
-    assert all(torch.equal(value, source[key]) for key, value in found.state.items())
+    assert all(torch.equal(value, source[key]) for key, value in weights.state.items())
 
 
 def test_without_internet_the_way_out_is_a_file(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""S and A exchanging maps at every stage: the equations written out again, the cut of every family, the account."""
+"""S and A exchanging maps: the equations written again, the cut of every family, its cost."""
 
 from __future__ import annotations
 

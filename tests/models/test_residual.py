@@ -15,12 +15,14 @@ CHANNELS, CLASSES = 12, 5
 @pytest.fixture
 def model() -> ResidualStudent:
     """S and A of different widths, in float64 and eval mode, batch norm with statistics as after training."""
-    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES)
-    for module in made.modules():
+    student = ResidualStudent(
+        CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES
+    )
+    for module in student.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    return made.double().eval()
+    return student.double().eval()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""S and A on a shared trunk: the sum by hand in float64, what a family's trunk is, and the budget."""
+"""S and A on a trunk: the sum by hand in float64, the trunk of every family, the budget."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def whole(request: pytest.FixtureRequest) -> tuple[int, list[CifarResNet]]:
 def model(whole: tuple[int, list[CifarResNet]]) -> ResidualStudent:
     """In float64, as after training."""
     j, (S, *assistants) = whole
-    made = parted(S, assistants, j, CHANNELS, CLASSES)
-    used(made)
-    for _, adapter in made.branches():
+    student = parted(S, assistants, j, CHANNELS, CLASSES)
+    used(student)
+    for _, adapter in student.branches():
         learnt(adapter, std=0.7)
-    return made.double().eval()
+    return student.double().eval()
 
 
 def by_hand(
     j: int, networks: list[CifarResNet], model: ResidualStudent, x: Tensor, *, training: bool = False
 ) -> list[Tensor]:
     """P f of every branch: whole networks whose first stages are S's."""
-    found = []
+    sums = []
     for network, (_, adapter) in zip(networks, model.branches(), strict=True):
-        own = copy.deepcopy(network).double().train(training)
+        copied = copy.deepcopy(network).double().train(training)
         trunk = copy.deepcopy(networks[0]).double().train(training)
         if j == 2:
-            own.layer2 = trunk.layer2
-        own.conv1, own.bn1, own.layer1 = trunk.conv1, trunk.bn1, trunk.layer1
-        found.append(adapted(adapter, own.features(x)[-1], training=training))
-    return found
+            copied.layer2 = trunk.layer2
+        copied.conv1, copied.bn1, copied.layer1 = trunk.conv1, trunk.bn1, trunk.layer1
+        sums.append(adapted(adapter, copied.features(x)[-1], training=training))
+    return sums
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -71,8 +71,8 @@ def test_every_level_is_the_sum_by_hand(
 ) -> None:
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     maps = by_hand(*whole, model, x)
-    for network, own in ((model, maps), (StudentAlone(model).eval(), maps[:1])):
-        expected = model.head(sum(own).mean((2, 3)))
+    for network, stage_map in ((model, maps), (StudentAlone(model).eval(), maps[:1])):
+        expected = model.head(sum(stage_map).mean((2, 3)))
         torch.testing.assert_close(network(x), expected, rtol=0, atol=1e-10)
         fused = fuse(network, level)
         torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-10)
@@ -84,9 +84,9 @@ def test_every_level_is_the_sum_by_hand(
 
 def test_the_trunk_is_there_once(whole: tuple[int, list[CifarResNet]], model: ResidualStudent) -> None:
     j, (S, *assistants) = whole
-    once = sum(count(one, 16).macs for one in (S, *assistants))
+    once = sum(count(network, 16).macs for network in (S, *assistants))
     trunk = count(nn.Sequential(*S.stages()[:j]), 16).macs
-    adapters = sum(one.channels * CHANNELS * 4 * 4 for one in (S, *assistants))
+    adapters = sum(network.channels * CHANNELS * 4 * 4 for network in (S, *assistants))
     assert count(model, 16).macs == once - 2 * trunk + adapters + CHANNELS * CLASSES
     assert count(StudentAlone(model), 16).macs == count(S, 16).macs + S.channels * CHANNELS * 16 + CHANNELS * CLASSES
 
@@ -96,12 +96,12 @@ def test_widths_of_a_trunk_are_those_that_its_stages_have(name: str) -> None:
     """Whatever they stand for in the family: the more stages, the more of them, and never those of the last one."""
     network = zoo.create(name, CLASSES)
     last = len(network.stages())
-    found = [set(trunk_widths(network, j)) for j in range(1, last)]
-    assert found[0]
-    assert all(one <= other for one, other in pairwise(found))
-    assert found[-1] < set(range(len(network.widths)))
+    indices = [set(trunk_widths(network, j)) for j in range(1, last)]
+    assert indices[0]
+    assert all(fewer <= other for fewer, other in pairwise(indices))
+    assert indices[-1] < set(range(len(network.widths)))
     if name == "resnet8":
-        assert found == [{0, 1}, {0, 1, 2}]
+        assert indices == [{0, 1}, {0, 1, 2}]
 
 
 SHARES = {"shufflenetv1": 0.8}
@@ -112,14 +112,14 @@ SHARES = {"shufflenetv1": 0.8}
 @pytest.mark.parametrize("name", FAMILIES)
 def test_s_and_a_on_a_trunk_keep_the_budget(name: str, unit: str) -> None:
     share = SHARES.get(name, 0.3)
-    made = separate(name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=share)
+    cut = separate(name, num_classes=CLASSES, input_size=32, budget=unit, layout="trunk", assistant_share=share)
     C_T = zoo.create(name, CLASSES).channels
-    model = parted(made.student, made.assistants, made.shared_stages, C_T, CLASSES)
+    model = parted(cut.student, cut.assistants, cut.shared_stages, C_T, CLASSES)
     cost = count(model, 32)
-    assert (cost.macs if unit == "macs" else cost.parameters) == made.cost <= made.budget
-    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= share * made.budget
-    assert made.level == "tail"
-    assert made.shared_stages == len(zoo.create(name, CLASSES).stages()) - 1
+    assert (cost.macs if unit == "macs" else cost.parameters) == cut.cost <= cut.budget
+    assert cut.parts["assistant"] + cut.parts["assistant_adapter"] <= share * cut.budget
+    assert cut.level == "tail"
+    assert cut.shared_stages == len(zoo.create(name, CLASSES).stages()) - 1
 
 
 def test_what_cannot_be_parted_is_refused() -> None:

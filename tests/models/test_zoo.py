@@ -1,4 +1,4 @@
-"""The networks of the standard table, against sums and key names written out from the papers and public checkpoints."""
+"""The networks of the standard table, against sums and names from papers and checkpoints."""
 
 from __future__ import annotations
 

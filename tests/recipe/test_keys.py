@@ -1,4 +1,4 @@
-"""Every key of a recipe: written and read back, and read or refused by the method it stands beside."""
+"""Every key of a recipe: written, read back, and read or refused by the method beside it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "budget": st.just("latency"),
         "layout": st.none() | st.sampled_from(["branches", "side_by_side"]),
         "shared_stages": st.none(),  # with layout = "trunk" only
-        "backend": st.none() | st.sampled_from(["onnxruntime", "openvino"]),
+        "backend": st.none() | st.sampled_from(["onnxruntime", "onnxruntime:cuda-graphs", "openvino"]),
+        "latency_device": st.none() | st.sampled_from(["cpu", "cuda", "cuda:1"]),
         "latency_batches": st.none() | st.lists(st.integers(1, 64), min_size=1, max_size=3).map(tuple),
         "latency_threads": optional,
         "assistant_share": st.floats(0.01, 0.9),

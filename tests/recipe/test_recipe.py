@@ -1,4 +1,4 @@
-"""Recipes as they are read: from a file, with --set, and what is said of a misspelt word or a broken file."""
+"""Recipes from a file and with --set; misspelt words and broken files are named."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(one, other):
-    dim, bright = sorted((luminance(one), luminance(other)))
+def contrast(colour, other):
+    dim, bright = sorted((luminance(colour), luminance(other)))
     return (bright + 0.05) / (dim + 0.05)
 
 
@@ -45,9 +45,9 @@ def contrast(one, other):
 def test_a_page_is_whole_wherever_it_is_read(pages, browser, name, size, dark):
     width, height = getattr(headless_browser, size)
     browser.open(pages[name], (width, height), dark=dark)
-    found = browser.evaluate(_SVGS)
-    assert len(found) == PICTURES[name]
-    for box in found:
+    actual = browser.evaluate(_SVGS)
+    assert len(actual) == PICTURES[name]
+    for box in actual:
         assert box["width"] > 250
         assert box["height"] > 120
         assert box["left"] >= 0

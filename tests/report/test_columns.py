@@ -7,7 +7,7 @@ from rich.console import Console
 
 from rkd_deploy.bench.machine import Provenance
 from rkd_deploy.bench.reading import BenchRecord
-from rkd_deploy.bench.results import Result, to_record
+from rkd_deploy.bench.results import Result, to_bench_record
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.commands.options import console_for
 from rkd_deploy.errors import DataError
@@ -40,7 +40,9 @@ def result(model="resnet20", p50=1.0, accuracy=70.0, spread=0.01, runs=41, **fac
 
 
 def test_a_record_is_json_with_the_fixed_names():
-    record = json.loads(json.dumps(to_record([result(runs=3)], Provenance(python="3"), {"seed": 0}), allow_nan=False))
+    record = json.loads(
+        json.dumps(to_bench_record([result(runs=3)], Provenance(python="3"), {"seed": 0}), allow_nan=False)
+    )
     assert record["provenance"]["python"] == "3"
     assert record["settings"] == {"seed": 0}
     (found,) = record["results"]

@@ -75,10 +75,10 @@ def test_the_front_is_what_none_beats(pairs):
         better = a.p50_ms < b.p50_ms or a.accuracy > b.accuracy
         return a.p50_ms <= b.p50_ms and a.accuracy >= b.accuracy and better
 
-    expected = [one for one in points if not any(beats(other, one) for other in points)]
+    expected = [point for point in points if not any(beats(other, point) for other in points)]
     front = pareto_front(points)
     assert sorted(map(id, front)) == sorted(map(id, expected))
-    assert [one.p50_ms for one in front] == sorted(one.p50_ms for one in front)
+    assert [point.p50_ms for point in front] == sorted(point.p50_ms for point in front)
 
 
 def test_colours_stand_out_and_differ():

@@ -83,7 +83,7 @@ def test_ids_are_unique_and_lead_somewhere(pages):
         assert len(ids) == len(set(ids))
         targets = re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^")]+)', text)
         assert targets
-        assert {one for target in targets for one in target.split()} <= set(ids)
+        assert {name for target in targets for name in target.split()} <= set(ids)
 
 
 def test_pictures_have_no_colours_of_their_own(pages):

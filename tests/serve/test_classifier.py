@@ -160,8 +160,8 @@ def test_float16_logits_become_float32(zoo, tmp_path):
 @pytest.mark.parametrize("bias", [0.0, 59.0, 70.0, 5000.0, -5000.0])
 def test_probabilities_hold_for_logits_of_any_size(zoo, tmp_path, bias):
     with load(zoo.build(tmp_path / "m.onnx", bias=(bias,) * 3, card=zoo.card())) as classifier:
-        found = [item.probability for item in classifier.predict(coloured(512, 256, 0), top=3)]
-    assert found == pytest.approx(softmax(np.array([2.0, 1.0, 0.0])), rel=1e-5)
+        actual = [item.probability for item in classifier.predict(coloured(512, 256, 0), top=3)]
+    assert actual == pytest.approx(softmax(np.array([2.0, 1.0, 0.0])), rel=1e-5)
 
 
 @pytest.mark.parametrize("bias", [float("nan"), float("inf"), float("-inf")])

@@ -30,7 +30,7 @@ TRUTH = np.arange(40) % 4
 PREPROCESS = Preprocess(height=8, width=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def made(assistants: int) -> ResidualStudent:
+def network_of(assistants: int) -> ResidualStudent:
     torch.manual_seed(3)
     chain = [CifarResNet(8, (4, 4, 6, 5), None) for _ in range(assistants)]
     model = ResidualStudent(CifarResNet(8, (8, 8, 8, 12), None), chain, 10, len(LABELS))
@@ -44,10 +44,12 @@ def made(assistants: int) -> ResidualStudent:
 @pytest.fixture(scope="module", params=[2])  # each export takes a second
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ResidualStudent, Path]:
     """S with one or two assistants, exported."""
-    model, folder = made(request.param), tmp_path_factory.mktemp("exits") / "bundle"
+    model, folder = network_of(request.param), tmp_path_factory.mktemp("exits") / "bundle"
     card = ModelCard(name="exits", labels=LABELS, preprocess=PREPROCESS)
-    asked = EarlyExit(held_out=[(IMAGES[:20], TRUTH[:20])], test=[(IMAGES[:25], TRUTH[:25]), (IMAGES[25:], TRUTH[25:])])
-    export_bundle(model, card, folder, batches=[(IMAGES, TRUTH)], early_exit=asked)
+    arguments = EarlyExit(
+        held_out=[(IMAGES[:20], TRUTH[:20])], test=[(IMAGES[:25], TRUTH[:25]), (IMAGES[25:], TRUTH[25:])]
+    )
+    export_bundle(model, card, folder, batches=[(IMAGES, TRUTH)], early_exit=arguments)
     return model, folder
 
 
@@ -94,8 +96,8 @@ def test_each_image_of_a_mixed_batch_goes_its_own_way(bundle: tuple[ResidualStud
     with load(folder, exit_threshold=threshold) as classifier:
         np.testing.assert_allclose(classifier.logits(IMAGES), expected, atol=1e-5)
         assert list(classifier.exits) == [steps.count(step) for step in range(len(z))]
-        one = [classifier.predict(image)[0].label for image in IMAGES]
-        assert one == [LABELS[row.argmax()] for row in np.stack(expected)]
+        singly = [classifier.predict(image)[0].label for image in IMAGES]
+        assert singly == [LABELS[row.argmax()] for row in np.stack(expected)]
         assert sum(classifier.exits) == 80
     assert exit_steps(z, threshold).tolist() == steps
 
@@ -132,15 +134,15 @@ def test_confidence_is_the_largest_probability() -> None:
 
 
 def test_what_cannot_leave_early_is_refused(tmp_path: Path, bundle: tuple[ResidualStudent, Path]) -> None:
-    card, asked = ModelCard(name="x", labels=LABELS, preprocess=PREPROCESS), EarlyExit(threshold=0.5)
+    card, request = ModelCard(name="x", labels=LABELS, preprocess=PREPROCESS), EarlyExit(threshold=0.5)
     with pytest.raises(UsageError, match=r"this network is a StudentAlone: .*no second step"):
-        export_bundle(StudentAlone(made(1)).eval(), card, tmp_path / "b", early_exit=asked)
+        export_bundle(StudentAlone(network_of(1)).eval(), card, tmp_path / "b", early_exit=request)
     with pytest.raises(UsageError, match=r"held out no images to choose it on"):
-        export_bundle(made(1), card, tmp_path / "b", early_exit=EarlyExit())
+        export_bundle(network_of(1), card, tmp_path / "b", early_exit=EarlyExit())
     with pytest.raises(UsageError, match=r"exit_threshold = -0\.1 must be at least 0"):
-        export_bundle(made(1), card, tmp_path / "b", early_exit=EarlyExit(threshold=-0.1))
+        export_bundle(network_of(1), card, tmp_path / "b", early_exit=EarlyExit(threshold=-0.1))
     assert not (tmp_path / "b").exists()
-    export_bundle(made(1), card, tmp_path / "plain")
+    export_bundle(network_of(1), card, tmp_path / "plain")
     with pytest.raises(ModelFileError, match=r"no graphs for early exit.*--early-exit"):
         load(tmp_path / "plain", exit_threshold=0.5)
     for wrong in (-0.1, float("nan"), float("inf")):
@@ -165,12 +167,12 @@ def test_graphs_outside_of_the_folder_are_not_read(
 
 def test_a_branch_that_is_not_the_networks_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge of the gate: b added by both branches, as if the head had not been split."""
-    model = made(1)
+    model = network_of(1)
     monkeypatch.setattr(early_exit.nn.init, "zeros_", lambda tensor: tensor)
     card = ModelCard(name="x", labels=LABELS, preprocess=PREPROCESS)
-    asked = EarlyExit(threshold=0.5, test=[(IMAGES, TRUTH)])
+    request = EarlyExit(threshold=0.5, test=[(IMAGES, TRUTH)])
     with pytest.raises(GateError, match=r"the sums of the graphs for early exit against PyTorch"):
-        export_bundle(model, card, tmp_path / "b", early_exit=asked)
+        export_bundle(model, card, tmp_path / "b", early_exit=request)
     assert not (tmp_path / "b").exists()
 
 

@@ -106,3 +106,19 @@ class GeM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f = self.features(x).clamp(min=1e-6).pow(self.p)
         return self.fc(adaptive_avg_pool2d(f, 1).pow(1 / self.p).flatten(1))
+
+
+class Wrapped(nn.Module):
+    """Its only child is called as a prefix is that wrappers put before every name."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(body(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def softmaxed(num_classes: int) -> nn.Module:
+    """A network that ends in softmax."""
+    return Answering(num_classes, nn.Softmax(1))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PATIENCE_S = 60
+COMMAND = (sys.executable, "-m", "rkd_deploy.cli")
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,19 @@ class Running:
             return False
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
-def served(bundle: Path, folder: Path, *options: object) -> Iterator[Running]:
+def served(bundle: Path, folder: Path, *options: object, command: Sequence[object] = COMMAND) -> Iterator[Running]:
     """A server of a bundle until the block ends, ready when it begins."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "rkd_deploy.cli", "serve", bundle, "--port", 0, "--threads", 1, "--json", *options]
+    command = [*command, "serve", bundle, "--port", 0, "--threads", 1, "--json", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as stream,

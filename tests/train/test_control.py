@@ -1,4 +1,4 @@
-"""The control "S0, same losses": what it is, that it resumes and ships, and that the run says what A adds to it."""
+"""The control "S0, same losses": what it is, resumes and ships, and what A adds to it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ HOW = {
 
 @pytest.mark.parametrize("scheme", HOW)
 def test_the_control_is_s0_by_the_losses_of_s(tmp_path: Path, tiny_recipe: Callable[..., Recipe], scheme: str) -> None:
-    how, own = HOW[scheme]
+    how, phases_of_control = HOW[scheme]
     run = runs_and_resumes(tiny_recipe(*LEAST, "student.control=true", *how), tmp_path)
-    assert phases(run) == ["teacher", "s0", *own]
+    assert phases(run) == ["teacher", "s0", *phases_of_control]
     metrics = run.read_json("metrics.json")
     assert list(metrics["parts"]) == ["fused", "student", "control", "s0", "teacher"]
     assert metrics["pairs"].keys() == {"s0", "control", "student"}
-    for part, one in metrics["pairs"].items():
+    for part, pairs in metrics["pairs"].items():
         difference = metrics["parts"]["fused"]["test_top1"] - metrics["parts"][part]["test_top1"]
-        assert 100 * (one["gained"] - one["lost"]) / 10 == pytest.approx(difference)
+        assert 100 * (pairs["gained"] - pairs["lost"]) / 10 == pytest.approx(difference)
     control = load_part(run, "control")
     assert isinstance(control, ResidualStudent)
     assert not control.assistants
@@ -68,5 +68,5 @@ def test_the_control_inherits_s0_whole(tmp_path: Path, tiny_recipe: Callable[...
     """At a rate of nothing it is still the given S0."""
     how = (*LEAST, "student.control=true", f"student.checkpoint={pth}", "train.lr=1e-9", f"teacher.checkpoint={pth}")
     run = fit(tiny_recipe(*how), root=tmp_path)
-    given, control = torch.load(pth, weights_only=True), load_part(run, "control")
-    torch.testing.assert_close(control.student.conv1.weight, given["conv1.weight"], rtol=0, atol=1e-5)  # type: ignore[union-attr]
+    s0, control = torch.load(pth, weights_only=True), load_part(run, "control")
+    torch.testing.assert_close(control.student.conv1.weight, s0["conv1.weight"], rtol=0, atol=1e-5)  # type: ignore[union-attr]

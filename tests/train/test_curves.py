@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rkd_deploy.errors import StorageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.display import Silent, TensorBoard, draw, draw_curves, with_tensorboard
+from rkd_deploy.train.display import Silent, TensorBoard, draw_curves, draw_phases, with_tensorboard
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.log import read_log
 from rkd_deploy.train.runs import Run, create_run
@@ -29,10 +29,10 @@ def row(phase: str, epoch: int, **more: Any) -> dict[str, Any]:
 
 def test_the_picture_shows_every_value_of_every_phase() -> None:
     rows = [row("teacher", epoch) for epoch in (1, 2, 3)] + [row("student", epoch, student=0.5) for epoch in (1, 2)]
-    figure = draw(rows, "tiny-001")
+    figure = draw_phases(rows, "tiny-001")
     axes = figure.get_axes()
-    assert [one.get_title(loc="left") for one in axes[:2]] == ["teacher", "student"]
-    lines = {(index, line.get_label()): line for index, one in enumerate(axes) for line in one.get_lines()}
+    assert [panel.get_title(loc="left") for panel in axes[:2]] == ["teacher", "student"]
+    lines = {(index, line.get_label()): line for index, panel in enumerate(axes) for line in panel.get_lines()}
     assert list(lines[0, "ce"].get_ydata()) == [2.0, 1.0, 2.0 / 3]
     assert (0, "loss") not in lines  # it is ce
     assert list(lines[1, "student"].get_ydata()) == [0.5, 0.5]
@@ -45,9 +45,9 @@ def test_the_picture_shows_every_value_of_every_phase() -> None:
 
 def test_a_phase_that_classifies_nothing_has_its_losses_only() -> None:
     rows = [{**row("stage_1_student", epoch), "val_top1": None} for epoch in (1, 2)]
-    for one in rows:
-        del one["train_top1"]
-    losses, accuracies = draw(rows, "tiny-001").get_axes()
+    for epoch_row in rows:
+        del epoch_row["train_top1"]
+    losses, accuracies = draw_phases(rows, "tiny-001").get_axes()
     assert [line.get_label() for line in losses.get_lines()] == ["ce"]
     assert accuracies.get_lines() == []
     assert accuracies.get_legend() is None
@@ -72,8 +72,8 @@ def test_tensorboard_has_what_the_log_has(tmp_path: Path, tiny_recipe: Callable[
     rows = read_log(run.log.path)
     assert set(events.Tags()["scalars"]) == rows[0].keys() - {"event", "phase", "epoch"}
     for key in ("ce", "train_top1", "val_top1", "lr"):
-        seen = [(event.step, event.value) for event in events.Scalars(key)]
-        assert seen == [(one["epoch"], pytest.approx(one[key], rel=1e-6)) for one in rows]
+        scalars = [(event.step, event.value) for event in events.Scalars(key)]
+        assert scalars == [(row["epoch"], pytest.approx(row[key], rel=1e-6)) for row in rows]
 
 
 def test_epochs_that_a_resumed_run_writes_again_hide_the_old_ones(tmp_path: Path) -> None:

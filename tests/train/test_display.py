@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rkd_deploy.train.display import Progress
+from rkd_deploy.train.display import ProgressDisplay
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -22,15 +22,15 @@ def row(epoch: int, **more: Any) -> dict[str, Any]:
 
 
 def test_an_epoch_is_a_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         progress.phase("student", 2, 5, 0)
         for epoch in (1, 2):
             for _ in range(5):
                 progress.step()
             progress.epoch(row(epoch, val_top1=None if epoch == 2 else 81.25))
-    seen = capsys.readouterr()
-    assert seen.out == ""  # that is for results
-    lines = [line.split() for line in seen.err.splitlines() if line.strip()]
+    printed = capsys.readouterr()
+    assert printed.out == ""  # that is for results
+    lines = [line.split() for line in printed.err.splitlines() if line.strip()]
     assert lines == [
         ["student", "1/2", "explained", "0.9877", "train", "97.50", "%", "val", "81.25", "%", "12,346", "images/s"],
         ["student", "2/2", "explained", "0.9877", "train", "97.50", "%", "12,346", "images/s"],
@@ -41,7 +41,7 @@ def test_an_epoch_is_a_line_on_standard_error(capsys: pytest.CaptureFixture[str]
 def test_a_long_phase_is_about_twenty_lines_and_ends_with_its_last_epoch(
     capsys: pytest.CaptureFixture[str], epochs: int, most: int
 ) -> None:
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         progress.phase("teacher", 1, 1, 0)
         progress.phase("student", epochs, 1, 0)
         for epoch in range(1, epochs + 1):

@@ -63,9 +63,9 @@ class ByValue:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def together(work: Callable[[Group], Any], folder: Path, seconds: float = 60) -> list[Any]:
@@ -125,8 +125,8 @@ def without_batchnorm(module: nn.Module) -> nn.Module:
 def end_to_end(dtype: torch.dtype) -> EndToEnd:
     """S, A and the head learn at once from a frozen teacher, whose batch norm stays as it is."""
     torch.manual_seed(1)
-    teacher, given = zoo.create("resnet8", 4), zoo.create("resnet8", 4)
-    parts = [given.rebuilt((8, 8, 8, 8), None) for _ in range(2)]
+    teacher, s0 = zoo.create("resnet8", 4), zoo.create("resnet8", 4)
+    parts = [s0.rebuilt((8, 8, 8, 8), None) for _ in range(2)]
     model = ResidualStudent(parts[0], [parts[1]], teacher.channels, 4)
     without_batchnorm(model)
     weights = Weights(feature=1.0, assistant=1.0, ce=1.0, student=1.0, step_decay=0.5)

@@ -41,8 +41,8 @@ def test_the_largest_logit_of_every_image_in_order(count: int, training: bool) -
     images_NCHW = torch.zeros(count, 3, 2, 7, dtype=torch.uint8)
     images_NCHW[torch.arange(count), 0, 0, labels_N] = 200
     module = Brightest().train(training)
-    found = predictions(module, Split(images_NCHW=images_NCHW, labels_N=labels_N), PIXELS)
-    assert torch.equal(found, labels_N)
+    predicted = predictions(module, Split(images_NCHW=images_NCHW, labels_N=labels_N), PIXELS)
+    assert torch.equal(predicted, labels_N)
     assert module.training == training  # left as it was, and evaluated in eval mode
     assert module.largest == min(count, BATCH)
 
@@ -68,17 +68,17 @@ def test_predictions_are_those_of_torchvisions_pipeline(shared_data: Path, cifar
     model, split = pretrained(shared_data, "resnet20"), cifar100.test.take(torch.arange(0, 10_000, 40))
     theirs = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     wanted = torch.cat([model(theirs(image)[None]).argmax(1) for image in split.images_NCHW])
-    found = predictions(model, split, Normaliser(MEAN, STD, torch.device("cpu")))
-    assert torch.equal(found, wanted)
-    assert 59 < 100 * (found == split.labels_N).float().mean() < 79  # 68.83 % of all 10,000
+    predicted = predictions(model, split, Normaliser(MEAN, STD, torch.device("cpu")))
+    assert torch.equal(predicted, wanted)
+    assert 59 < 100 * (predicted == split.labels_N).float().mean() < 79  # 68.83 % of all 10,000
 
 
 @pytest.mark.slow
 def test_a_pretrained_network_has_its_published_accuracy(shared_data: Path, cifar100: ImageSet) -> None:
     """68.83 % of the 10,000 test images; tests/test_cifar100.py has ResNet-56 and the numbers of a run."""
     model = pretrained(shared_data, "resnet20").to(memory_format=torch.channels_last)  # twice as fast, same result
-    found = predictions(model, cifar100.test, Normaliser(MEAN, STD, torch.device("cpu")))
-    right = int((found == cifar100.test.labels_N).sum())
+    predicted = predictions(model, cifar100.test, Normaliser(MEAN, STD, torch.device("cpu")))
+    right = int((predicted == cifar100.test.labels_N).sum())
     assert right == pytest.approx(6883, abs=2)  # an image whose two largest logits are equal to rounding may turn
 
 

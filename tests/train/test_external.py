@@ -1,4 +1,4 @@
-"""Networks that others wrote as T and as S0: every kind of pair trains, and runs go the whole way to ONNX."""
+"""Others' networks as T and S0: every kind of pair trains, and runs go on to ONNX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from preparing import facts_of
 from torch import nn
 
 from rkd_deploy.data.sources import load_images
-from rkd_deploy.errors import CheckpointError, DataError, RecipeError
+from rkd_deploy.errors import CheckpointError, DataError, RecipeError, UsageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.residual import ResidualStudent
@@ -20,6 +20,7 @@ from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import MethodRecipe
 from rkd_deploy.recipe.method import BASE_LOSSES
+from rkd_deploy.train.checkpoints import load_checkpoint
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.methods import base_loss
 from rkd_deploy.train.methods.baseline import Distilled
@@ -71,7 +72,7 @@ def test_every_pair_learns(teacher, student):
         values = losses_of_steps(method)
         assert all(torch.tensor(values).isfinite()), values
         assert values[-1] < values[0], (type(method).__name__, values)
-        assert all(torch.equal(one, other) for one, other in zip(before, T.parameters(), strict=True))
+        assert all(torch.equal(weight, other) for weight, other in zip(before, T.parameters(), strict=True))
 
 
 def test_unequal_maps_are_compared_at_the_smaller_size():
@@ -83,7 +84,10 @@ def test_unequal_maps_are_compared_at_the_smaller_size():
         with torch.no_grad():
             f_T, s, a = T.features(x_NCHW)[-1], model.student_map(x_NCHW), model.assistant_map(x_NCHW)
             size = min(f_T.shape[-1], s.shape[-1])
-            f_T, s, a = (one.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5)) for one in (f_T, s, a))
+            f_T, s, a = (
+                feature_map.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5))
+                for feature_map in (f_T, s, a)
+            )
             assert StudentStep(T, model, 1.0, distance=mse).eval()(x_NCHW, y_N).total.item() == pytest.approx(
                 (f_T - s).square().mean().item(), rel=1e-4
             )
@@ -128,7 +132,7 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def users_module(tmp_path, monkeypatch):
     (tmp_path / "own_net.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     yield "own_net:Net"
@@ -136,8 +140,8 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tv:squeezenet1_1", "timm:test_resnet", "own"])
-def test_a_run_from_recipe_to_onnx(name, own, tiny_recipe, tmp_path):
-    name = own if name == "own" else name
+def test_a_run_from_recipe_to_onnx(name, users_module, tiny_recipe, tmp_path):
+    name = users_module if name == "own" else name
     recipe = tiny_recipe(*FEW, f"student.name={name}", "method.name=cross_entropy", "train.lr=0.01")
     run = fit(recipe, root=tmp_path / "runs")
     module = load_part(run, "s0")
@@ -150,7 +154,60 @@ def test_a_run_from_recipe_to_onnx(name, own, tiny_recipe, tmp_path):
     torch.testing.assert_close(load_part(resume(run), "s0").state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
-def test_external_teacher_of_a_family(own, tiny_recipe, tmp_path):
+BROUGHT = "tests.support.networks"
+
+
+@pytest.mark.parametrize("name", ["Tutorial", "Hidden"])
+def test_networks_that_flatten_their_map(name, tiny_recipe, tmp_path):
+    """Their heads are no function of the pooled map: they train and export, and T's head is refused with the reason."""
+    network = f"{BROUGHT}:{name}"
+    settings = (*FEW, "train.lr=0.01", f"teacher.name={network}", f"student.name={network}")
+    room = ("student.round_to=4", "student.assistant_share=0.45")
+    for method in ("cross_entropy", "kd"):
+        export_run(fit(tiny_recipe(*settings, f"method.name={method}"), root=tmp_path / method))
+    with pytest.raises(RecipeError, match=r'by T\'s head, .* a flattened map, .*Set method.head = "trained"'):
+        fit(tiny_recipe(*settings, *room, "method.head=teacher"), root=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = fit(tiny_recipe(*settings, *room, "method.head=trained"), root=tmp_path / "residual")
+    for part in run.metrics.parts:
+        export_run(run, part=part)
+
+
+def test_every_part_of_a_block_that_is_called_twice_is_exported(tiny_recipe, tmp_path):
+    """The parity gate's tolerance is 1e-4; folded twice, the block's batch norm is off by 2.5."""
+    network = f"{BROUGHT}:Shared"
+    settings = (f"teacher.name={network}", f"student.name={network}", "train.lr=0.01")
+    run = fit(tiny_recipe(*FEW, *settings), root=tmp_path)
+    for part in run.metrics.parts:
+        assert export_run(run, part=part).proof.parity.max_abs_diff < 1e-4
+
+
+def test_a_head_that_takes_a_root_is_refused_for_a_sum_that_has_a_sign(tiny_recipe, tmp_path):
+    settings = (*FEW, "train.lr=1e-5", f"teacher.name={BROUGHT}:GeM", f"student.name={BROUGHT}:GeM")
+    for head in ("teacher", "finetuned"):
+        with pytest.raises(RecipeError, match=r'GeM is not defined for .*negative.*Set method\.head = "trained"'):
+            fit(tiny_recipe(*settings, f"method.head={head}"), root=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = fit(tiny_recipe(*settings, "method.head=trained"), root=tmp_path)
+    assert export_run(run).proof.differing == 0
+
+
+def test_a_network_that_ends_in_probabilities_is_refused_before_training(tiny_recipe, tmp_path):
+    with pytest.raises(UsageError, match="probabilities in place of logits: its last operation is a softmax"):
+        fit(tiny_recipe(*FEW, f"teacher.name={BROUGHT}:softmaxed"), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_state_dict_of_a_network_whose_child_has_a_prefix_s_name(tmp_path):
+    network = zoo.build(f"{BROUGHT}:Wrapped", 10, (32, 32))
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    seen = zoo.create(f"{BROUGHT}:Wrapped", 10, input_size=32)
+    loaded = load_checkpoint(tmp_path / "own.pth", wanted=seen.network.state_dict())
+    seen.network.load_state_dict(loaded.state)
+    torch.testing.assert_close(seen.network.state_dict(), network.state_dict(), rtol=0, atol=0)
+
+
+def test_external_teacher_of_a_family(users_module, tiny_recipe, tmp_path):
     """A head that is more than a linear layer goes with S + A, is paid for, and is exported."""
     recipe = tiny_recipe(*FEW, "teacher.name=timm:test_convnext", "train.lr=0.01")
     run = fit(recipe, root=tmp_path)
@@ -178,17 +235,23 @@ def test_a_head_that_cannot_be_reused_is_refused_before_anything_is_computed(tin
     assert type(build_residual(recipe, facts_of(recipe, images)).head) is nn.Linear
 
 
-def test_checkpoints_of_others_and_our_own_load(own, tiny_recipe, tmp_path):
-    network = zoo.build(own, 10, (8, 8))
+def test_checkpoints_of_others_and_our_own_load(users_module, tiny_recipe, tmp_path):
+    network = zoo.build(users_module, 10, (8, 8))
     torch.save(network.state_dict(), tmp_path / "theirs.pth")
-    settings = (f"teacher.name={own}", "method.name=kd", "train.epochs=1", "data.val_fraction=0", "data.test_limit=10")
+    settings = (
+        f"teacher.name={users_module}",
+        "method.name=kd",
+        "train.epochs=1",
+        "data.val_fraction=0",
+        "data.test_limit=10",
+    )
     with pytest.raises(DataError, match="trained on other classes"):  # it loads, and its guesses are seen through
         fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'theirs.pth'}"), root=tmp_path / "runs")
     run = fit(tiny_recipe(*settings, "train.lr=0.1", "teacher.epochs=12"), root=tmp_path / "runs")
     shutil.copy(run.weights("teacher"), tmp_path / "ours.safetensors")
     again = fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'ours.safetensors'}"), root=tmp_path / "runs")
-    one, other = (load_part(each, "teacher").state_dict() for each in (run, again))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    first, other = (load_part(each, "teacher").state_dict() for each in (run, again))
+    torch.testing.assert_close(first, other, rtol=0, atol=0)
     torch.save({"one.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match="is not a checkpoint of teacher own_net:Net"):
         fit(tiny_recipe(*settings, f"teacher.checkpoint={tmp_path / 'foreign.pth'}"), root=tmp_path / "runs")

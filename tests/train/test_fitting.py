@@ -1,4 +1,4 @@
-"""A run from its recipe to its folder: what it leaves, what it never looks at, and what goes wrong on the way."""
+"""A run from recipe to folder: what it leaves, never looks at, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_a_run_folder_holds_everything_and_nothing_else(tiny_run: Run) -> None:
 
 
 def test_every_phase_is_logged_epoch_by_epoch(tiny_run: Run) -> None:
-    seen = [(row["phase"], row["epoch"]) for row in rows(tiny_run)]
+    logged = [(row["phase"], row["epoch"]) for row in rows(tiny_run)]
     epochs = {"teacher": 4, "s0": 2, "student": 2, "assistant": 2}
-    assert seen == [(phase, epoch + 1) for phase, number in epochs.items() for epoch in range(number)]
+    assert logged == [(phase, epoch + 1) for phase, number in epochs.items() for epoch in range(number)]
 
 
 def test_networks_learn(tiny_run: Run) -> None:
@@ -317,8 +317,8 @@ def test_average_and_last_weights_are_both_kept_and_tested(tmp_path: Path, tiny_
     last, ema = (fit(tiny_recipe(*how, f"train.ship={ship}"), root=tmp_path / ship) for ship in ("last", "ema"))
     assert {path.stem for path in (last.folder / "weights").iterdir()} == {"teacher", "teacher_ema", "s0", "s0_ema"}
     assert {path.stem for path in (ema.folder / "weights").iterdir()} == {"teacher", "teacher_last", "s0", "s0_last"}
-    for one, other in (("teacher", "teacher_last"), ("teacher_ema", "teacher")):
-        ours, theirs = state_of(last, one), state_of(ema, other)
+    for shipped, other in (("teacher", "teacher_last"), ("teacher_ema", "teacher")):
+        ours, theirs = state_of(last, shipped), state_of(ema, other)
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert changed(state_of(last, "teacher"), state_of(last, "teacher_ema")) >= {"conv1", "fc"}
     assert changed(state_of(last, "s0"), state_of(ema, "s0_last")) >= {"conv1", "fc"}  # taught by another T
@@ -334,26 +334,26 @@ def test_average_and_last_weights_are_both_kept_and_tested(tmp_path: Path, tiny_
 # What a person and a script are told
 
 
-class Told(Silent):
+class Recorder(Silent):
     """Notes what it is told."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, int, int, int]] = []
+        self.events: list[tuple[str, int, int, int]] = []
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        self.seen.append((name, epochs, steps_per_epoch, 0))
+        self.events.append((name, epochs, steps_per_epoch, 0))
 
     def step(self) -> None:
-        self.seen[-1] = (*self.seen[-1][:3], self.seen[-1][3] + 1)
+        self.events[-1] = (*self.events[-1][:3], self.events[-1][3] + 1)
 
 
 def test_the_evaluation_at_the_end_moves_a_bar_to_its_end(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(splits, "EVALUATED_AT_ONCE", 8)  # of 20 images: 3 batches for each of two parts
-    display = Told()
+    display = Recorder()
     run = fit(tiny_recipe(*QUICK, "method.name=kd"), root=tmp_path, display=display)
-    assert display.seen[-1] == ("test", 1, 6, 6)
+    assert display.events[-1] == ("test", 1, 6, 6)
     metrics = run.read_json("metrics.json")
     assert metrics["training_seconds"] == pytest.approx(sum(row["seconds"] for row in read_log(run.log.path)))
     assert 50 < metrics["peak_memory_mb"] < 100_000

@@ -1,4 +1,4 @@
-"""S0 as a fraction of the teacher, and inherited weights: within budget, resumed and rebuilt in the same bits."""
+"""S0 as a fraction of T, and inherited weights: within budget, in the same bits again."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_a_later_process_rebuilds_the_same_networks(whole: Run, tmp_path: Path) 
         expected = {part: load_part(whole, part)(x_NCHW) for part in ("fused", "student", "s0")}
     command = [sys.executable, "-c", REBUILD, str(whole.folder), str(tmp_path / "logits.pt")]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "4711"}, timeout=300)
-    found = torch.load(tmp_path / "logits.pt")
-    assert found.keys() == expected.keys()
+    stored = torch.load(tmp_path / "logits.pt")
+    assert stored.keys() == expected.keys()
     for part, logits in expected.items():
         assert logits.std() > 0
-        assert torch.equal(found[part], logits), part
+        assert torch.equal(stored[part], logits), part
 
 
 def test_s_and_a_begin_with_the_teachers_channels(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_s_and_a_begin_with_the_teachers_channels(tiny_recipe: MakeRecipe, tmp_p
     source = load_tensors(run.weights("teacher"))[0]["conv1.weight"]
     state = load_tensors(run.weights("assistant"))[0]
     student, assistant = (state[f"{name}.conv1.weight"] for name in ("student", "assistants.0"))
-    whose = [torch.cdist(own.flatten(1), source.flatten(1)).min(dim=1) for own in (student, assistant)]
-    assert max(float(one.values.max()) for one in whose) < 1e-5
-    S, A = (one.indices.tolist() for one in whose)
+    whose = [torch.cdist(filters.flatten(1), source.flatten(1)).min(dim=1) for filters in (student, assistant)]
+    assert max(float(nearest.values.max()) for nearest in whose) < 1e-5
+    S, A = (nearest.indices.tolist() for nearest in whose)
     assert sorted(S) == S  # in T's order
     assert len(S) + len(A) > 16 or not set(S) & set(A)
     assert set(S) | set(A) > set(S)
@@ -133,9 +133,9 @@ def test_a_fraction_of_the_teacher_is_used_and_not_exceeded(
     facts = facts_of(recipe)
     T = build_teacher(recipe, 10, (32, 32))
     costs: list[Any] = [count(network, 32) for network in (build_s0(recipe, facts), T)]
-    given, teacher = (cost.macs if unit == "macs" else cost.parameters for cost in costs)
-    assert given / teacher <= fraction
+    s0, teacher = (cost.macs if unit == "macs" else cost.parameters for cost in costs)
+    assert s0 / teacher <= fraction
     if fraction > 0.65 and (name, unit) == ("tv:mobilenet_v3_small", "params"):  # 0.61 of T's lie before its own head
         assert facts.given_widths == narrowable(T, (32, 32)).widths
     else:
-        assert given / teacher >= 0.9 * fraction
+        assert s0 / teacher >= 0.9 * fraction

@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @pytest.fixture(autouse=True)
 def noted() -> Iterator[list[int]]:
     """Signals that reach the handlers which were there before."""
-    seen: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in SIGNALS}
-    yield seen
+    signals: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in SIGNALS}
+    yield signals
     for number, handler in before.items():
         signal.signal(number, handler)
 

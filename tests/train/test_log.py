@@ -1,4 +1,4 @@
-"""The log of a run and the checkpoint of a phase, damaged in every way: one error that names the place."""
+"""The log of a run and the checkpoint of a phase, damaged in every way: one error each."""
 
 from __future__ import annotations
 

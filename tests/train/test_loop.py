@@ -28,8 +28,8 @@ from rkd_deploy.train.weights import load_tensors
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
 
 
-class Told(Method):
-    """Its losses are told: they depend on the labels only. It learns one number, whose gradient is the mean label."""
+class ByLabels(Method):
+    """A method whose losses depend on the labels alone; it learns one number, whose gradient is the mean label."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class Noted:
     """A display that notes what it is told."""
 
     def __init__(self) -> None:
-        self.seen: list[Any] = []
+        self.events: list[Any] = []
 
     def phase(self, name: str, epochs: int, steps_per_epoch: int, done: int) -> None:
-        self.seen.append((name, epochs, steps_per_epoch, done))
+        self.events.append((name, epochs, steps_per_epoch, done))
 
     def step(self) -> None:
-        self.seen.append("step")
+        self.events.append("step")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        self.seen.append(row)
+        self.events.append(row)
 
 
 def images(count: int = 12, classes: int = 4) -> Split:
@@ -82,7 +82,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_one_step_of_descent_is_the_closed_form() -> None:
-    method = Told()
+    method = ByLabels()
     stepper = Stepper(method, TrainRecipe(lr=99.0, momentum=0.0))
     losses = stepper.step(torch.zeros(4, 3, 2, 2), torch.tensor([1, 2, 2, 3]), 0.5)
     assert method.learnt.item() == -1.0  # 0.5 times the mean label 2; the rate is the argument's, not the optimiser's
@@ -94,7 +94,7 @@ def test_one_step_of_descent_is_the_closed_form() -> None:
 def test_the_log_has_the_means_of_each_epoch(run: Run) -> None:
     display, recipe = Noted(), TrainRecipe(batch_size=4, lr=0.5, momentum=0.0, schedule="constant")
     split = Split(images_NCHW=images(12).images_NCHW, labels_N=torch.tensor([0] * 9 + [2] * 3))
-    train(Told(), run, split, recipe, 2, display)
+    train(ByLabels(), run, split, recipe, 2, display)
     rows = read_log(run.log.path)
     learnt = 0.0
     for epoch, row in enumerate(rows, 1):
@@ -116,14 +116,14 @@ def test_the_log_has_the_means_of_each_epoch(run: Run) -> None:
             "val_top1": 42.0,
         }
     assert len(rows) == 2
-    steps = [seen if isinstance(seen, str) else type(seen) for seen in display.seen]
+    steps = [logged if isinstance(logged, str) else type(logged) for logged in display.events]
     assert steps == [tuple, "step", "step", "step", dict, "step", "step", "step", dict]
-    assert display.seen[0] == ("told", 2, 3, 0)
+    assert display.events[0] == ("told", 2, 3, 0)
 
 
 def test_the_rate_follows_the_schedule(run: Run) -> None:
     recipe = TrainRecipe(batch_size=4, lr=0.8, schedule="cosine")
-    train(Told(), run, images(12), recipe, 2)
+    train(ByLabels(), run, images(12), recipe, 2)
     rates = [row["lr"] for row in read_log(run.log.path)]  # of the last step of each epoch: 2 and 5 of 6
     assert rates == pytest.approx([0.4 * (1 + math.cos(math.pi * 2 / 6)), 0.4 * (1 + math.cos(math.pi * 5 / 6))])
 
@@ -146,8 +146,8 @@ def test_64_images_are_memorised(run: Run) -> None:
     assert rows[-1]["ce"] < 0.2 < rows[0]["ce"]
 
 
-class Diverges(Told):
-    """Its loss is no number from a step on."""
+class Diverges(ByLabels):
+    """A method whose loss is no number from a step on."""
 
     def __init__(self, good_steps: int) -> None:
         super().__init__()
@@ -190,11 +190,11 @@ def test_a_diverged_state_is_not_saved_on_a_signal_either(run: Run) -> None:
 def test_a_request_to_stop_is_answered_after_one_step_with_a_checkpoint(run: Run) -> None:
     stop, display = StopRequest(), Noted()
     stop.signal_name = "SIGINT"
-    method = Told()
+    method = ByLabels()
     phase = Phase("told", method, method, 1, lambda module: None)
     with pytest.raises(InterruptedTraining, match=rf"Stopped by SIGINT; .*rkd-deploy train {run.folder} --resume"):
         train_phase(phase, loader(images(12), 4), TrainRecipe(batch_size=4), run, display, stop)
-    assert display.seen == [("told", 1, 3, 0), "step"]
+    assert display.events == [("told", 1, 3, 0), "step"]
     _, facts = load_tensors(run.checkpoint)
     assert (facts["phase"], facts["epoch"], facts["batch"], facts["images"]) == ("told", 0, 1, 4)
 

@@ -1,4 +1,4 @@
-"""Weights that a recipe gives: used as they are, refused where they do not belong, kept in the run's folder."""
+"""Weights that a recipe names: used as they are, refused, kept in the run's folder."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_a_given_teacher_is_used_as_it_is(
 ) -> None:
     path = pth if kind == "pth" else tiny_run.weights("teacher")
     run = fit(tiny_recipe(*QUICK, f"teacher.checkpoint={path}", f"student.checkpoint={path}"), root=tmp_path / "runs")
-    given = state_of(tiny_run, "teacher")
+    teacher = state_of(tiny_run, "teacher")
     for phase in ("teacher", "s0"):
         used = state_of(run, phase)
-        assert used.keys() == given.keys()
-        assert all(torch.equal(value, given[key]) for key, value in used.items())
+        assert used.keys() == teacher.keys()
+        assert all(torch.equal(value, teacher[key]) for key, value in used.items())
     assert [row["phase"] for row in read_log(run.log.path)] == ["student", "assistant"]
     parts = run.read_json("metrics.json")["parts"]
     assert parts["teacher"]["test_top1"] == parts["s0"]["test_top1"] > 50
@@ -238,9 +238,9 @@ def test_a_copied_folder_makes_the_same_run_again(tmp_path: Path, tiny_recipe: M
     how = (f"teacher.checkpoint={pth}", f"student.checkpoint={pth}")
     original = fit(tiny_recipe(*QUICK, *how), root=tmp_path / "original")
     before, logged = weights(original), untimed(original)
-    given = original.read_json("facts.json")["given"]
+    named = original.read_json("facts.json")["given"]
     digest = hashlib.sha256(pth.read_bytes()).hexdigest()
-    assert given == {name: {"file": "teacher.pth", "sha256": digest} for name in ("teacher", "s0")}
+    assert named == {name: {"file": "teacher.pth", "sha256": digest} for name in ("teacher", "s0")}
     shutil.move(original.folder, tmp_path / "moved")
     pth.unlink()
     again = fit(read_recipe(tmp_path / "moved" / "recipe.toml"), root=tmp_path / "again")

@@ -42,7 +42,7 @@ def test_what_is_drawn_inside_depends_on_seed_and_purpose_alone_and_leaves_no_tr
 def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("student.name=resnet14", "teacher.name=resnet8x4", "data.val_fraction=0.2")
     facts = facts_of(recipe)
-    made = preparation.separate(  # with every argument, so that it is the one that is remembered
+    cut = preparation.separate(  # with every argument, so that it is the one that is remembered
         "resnet14",
         num_classes=10,
         input_size=(8, 8),
@@ -62,22 +62,22 @@ def test_facts_say_what_building_the_networks_needs(tiny_recipe: MakeRecipe) -> 
         "image_size": [8, 8],
         "images": {"train": 80, "val": 20, "test": 50},
         "given_widths": [16, 16, 32, 64],
-        "student_widths": list(made.student.widths),
-        "assistant_widths": list(made.assistant.widths),
+        "student_widths": list(cut.student.widths),
+        "assistant_widths": list(cut.assistant.widths),
         "channels": 256,  # the teacher's
         "separation": {
             "unit": "macs",
             "level": "tail",
-            "budget": made.budget,
-            "cost": made.cost,
-            "parts": made.parts,
+            "budget": cut.budget,
+            "cost": cut.cost,
+            "parts": cut.parts,
             "latency": None,
         },
         "given": {},
     }
     assert decode(RunFacts, json.loads(json.dumps(facts.to_json()))) == facts
     model = build_residual(recipe, facts)
-    assert (model.student.widths, model.assistants[0].widths) == (made.student.widths, made.assistant.widths)
+    assert (model.student.widths, model.assistants[0].widths) == (cut.student.widths, cut.assistant.widths)
     assert model.head.weight.shape == (10, 256)
     assert build_teacher(recipe, 10, (8, 8)).channels == 256
     assert build_s0(recipe, facts).widths == (16, 16, 32, 64)

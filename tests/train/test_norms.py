@@ -1,4 +1,4 @@
-"""The fused norms of training: the rewritten passes against the network, the kernels, on a CPU, against PyTorch."""
+"""The fused norms of training, against the network's passes and against PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.train import norms
+from rkd_deploy.train import kernels, norms
 from rkd_deploy.train.norms import BatchNormAddReLU, Sums, fused_passes
 
 WRAPPERS = r"""
@@ -41,12 +41,12 @@ extern "C" void run_norm_backward(int B, int T, W* d, W* y, W* x, F* u, F* s, F*
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The very source that NVRTC gets, compiled for a CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here: the kernels cannot be run on this CPU")
     folder = tmp_path_factory.mktemp("kernels")
-    (folder / "kernels.cpp").write_text(WRAPPERS % norms.SOURCE)
+    (folder / "kernels.cpp").write_text(WRAPPERS % kernels.SOURCE)
     support = Path(__file__).parents[1] / "support"
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", f"-I{support}", "kernels.cpp", "-o", "k.so"]
     subprocess.run(command, cwd=folder, check=True)
@@ -67,10 +67,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("shape", [(4, 16, 8, 8), (3, 24, 5, 7), (1, 2048, 2, 2), (2, 264, 3, 2), (1, 8, 2, 3)])
 @pytest.mark.parametrize("how", ["norm", "relu", "add"])
 def test_the_kernels_are_batch_norm(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int], how: str
+    compiled: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int], how: str
 ) -> None:
     """Maps, statistics and all gradients against float64, to the rounding of bfloat16."""
-    monkeypatch.setattr(norms, "_kernel", kernels)
+    monkeypatch.setattr(kernels, "_kernel", compiled)
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(shape[1])
     nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -1,4 +1,4 @@
-"""Every scheme, head, base loss and baseline on the smallest recipe: it runs, resumes in the same bits, and ships."""
+"""Every scheme, head, base loss and baseline runs, resumes in the same bits, and ships."""
 
 from __future__ import annotations
 
@@ -121,8 +121,11 @@ COMBINATIONS = [
 
 
 # Another head is another phase, or another part of the last one, whatever the base loss; SimKD reuses a head itself.
-WITH_HEADS = [(*one, "teacher") for one in COMBINATIONS] + [
-    (*one, head) for one in COMBINATIONS if one[1] in ("none", "simkd") for head in ("trained", "finetuned")
+WITH_HEADS = [(*combination, "teacher") for combination in COMBINATIONS] + [
+    (*combination, head)
+    for combination in COMBINATIONS
+    if combination[1] in ("none", "simkd")
+    for head in ("trained", "finetuned")
 ]
 
 
@@ -131,16 +134,16 @@ def test_every_scheme_head_and_base(tmp_path: Path, tiny_recipe: MakeRecipe, sch
     control = head == "teacher"  # it does not depend on the head: once is enough
     how = (f"method.scheme={scheme}", f"method.base={base}", f"method.head={head}")
     run = runs_and_resumes(tiny_recipe(*LEAST, *how, f"student.baseline={str(control).lower()}"), tmp_path)
-    own = SCHEMES[scheme] + ["head"] * (head != "teacher" and scheme != "end_to_end")
-    assert phases(run) == ["teacher", *["s0"] * control, *own]
+    phases_of_scheme = SCHEMES[scheme] + ["head"] * (head != "teacher" and scheme != "end_to_end")
+    assert phases(run) == ["teacher", *["s0"] * control, *phases_of_scheme]
     assert list(run.read_json("metrics.json")["parts"]) == ["fused", "student", *["s0"] * control, "teacher"]
     logged = {row["phase"]: row for row in read_log(run.log.path)}
-    taught = {name for name in own if "base" in logged[name]}
-    students = {name for name in own if name.endswith(("student", "end_to_end"))}
+    taught = {name for name in phases_of_scheme if "base" in logged[name]}
+    students = {name for name in phases_of_scheme if name.endswith(("student", "end_to_end"))}
     if scheme == "progressive" and base != "at":  # what reads logits or the last map comes in with the last stage
         students = {"student"}
     assert taught == (set() if base == "none" else students)
-    weights, teacher = (load_tensors(run.weights(name))[0] for name in (own[-1], "teacher"))
+    weights, teacher = (load_tensors(run.weights(name))[0] for name in (phases_of_scheme[-1], "teacher"))
     assert torch.equal(weights["head.weight"], teacher["fc.weight"]) is (head == "teacher")
     assert not any(key.startswith(("base", "teacher", "loss")) for key in weights)  # adapters of the loss do not ship
     if control:  # taught by the same loss, with a head of its own, and with nothing else that ships
@@ -178,9 +181,9 @@ def test_every_baseline_runs_resumes_and_ships(tmp_path: Path, tiny_recipe: Make
     s0 = load_part(run, "s0")
     full = count(zoo.create("resnet8", 10), 8).macs
     assert (parts["s0"]["macs"] > full) is isinstance(s0, ReusedClassifier) is (name == "simkd")  # its projector ships
-    made = export_run(run)
-    assert made.folder.name == "bundle-s0"
-    assert made.proof.parity.passed
+    exported = export_run(run)
+    assert exported.folder.name == "bundle-s0"
+    assert exported.proof.parity.passed
     for part in ("fused", "student"):
         with pytest.raises(
             CheckpointError, match=rf"no weights of phase '{part}'. It was left out by the recipe, which"
@@ -232,10 +235,10 @@ def test_progressive_keeps_the_budget_with_all_its_adapters_and_ships(tmp_path: 
     how = (*LEAST, *BUDGET, "method.scheme=progressive", "student.assistants=2", "student.baseline=false")
     run = fit(tiny_recipe(*how, "teacher.name=wrn_16_1"), root=tmp_path)
     stages = ("stage_1_", "stage_2_", "")
-    own = [f"{stage}{name}" for stage in stages for name in ("student", "assistant", "assistant_2")]
-    assert phases(run) == ["teacher", *own]
+    names = [f"{stage}{name}" for stage in stages for name in ("student", "assistant", "assistant_2")]
+    assert phases(run) == ["teacher", *names]
     rows = {row["phase"]: row for row in read_log(run.log.path)}
-    assert [name for name in own if "train_top1" in rows[name]] == own[-3:]  # logits come with the last stage
+    assert [name for name in names if "train_top1" in rows[name]] == names[-3:]  # logits come with the last stage
     facts, parts = run.read_json("facts.json"), run.read_json("metrics.json")["parts"]
     assert facts["stage_channels"] == [16, 32, 64]
     separation, model, alone = facts["separation"], load_part(run, "fused"), load_part(run, "student")
@@ -253,8 +256,8 @@ def test_several_stages_resume_in_the_same_bits(tmp_path: Path, tiny_recipe: Mak
     run = runs_and_resumes(tiny_recipe(*how), tmp_path)
     plain = fit(tiny_recipe(*LEAST, f"method.scheme={scheme}", "student.baseline=false"), root=tmp_path / "plain")
     last = {"sequential": "assistant", "end_to_end": "end_to_end"}[scheme]
-    several, one = (load_tensors(each.weights(last))[0] for each in (run, plain))
-    assert several.keys() - one.keys() == {
+    several, last_alone = (load_tensors(each.weights(last))[0] for each in (run, plain))
+    assert several.keys() - last_alone.keys() == {
         f"stage_adapters.adapters.{b}.0.{k}" for b in (0, 1) for k in Adapter(1, 1).state_dict()
     }
-    assert not torch.equal(several["student.layer1.0.conv1.weight"], one["student.layer1.0.conv1.weight"])
+    assert not torch.equal(several["student.layer1.0.conv1.weight"], last_alone["student.layer1.0.conv1.weight"])

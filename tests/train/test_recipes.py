@@ -1,4 +1,4 @@
-"""The recipes in train/: each parses, states what it must, and takes two steps of every phase on real images."""
+"""The recipes in train/: each parses, and takes two steps of every phase on real images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was interrupted, however and whenever, ends in the same bits as one that was not."""
+"""A run that was interrupted, however and whenever, ends in the same bits."""
 
 from __future__ import annotations
 
@@ -228,9 +228,9 @@ class Nursery:
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     """One for all tests here: it takes seconds to start."""
-    made = Nursery()
-    yield made
-    made.close()
+    runs = Nursery()
+    yield runs
+    runs.close()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def finish(run: Run) -> Run:
 
 def test_runs_are_numbered_by_recipe(tmp_path: Path) -> None:
     a, b = Recipe(name="a"), Recipe(name="b[1]*")
-    made = [create_run(tmp_path / "runs", recipe).folder.name for recipe in (a, b, a, b)]
-    assert made == ["a-001", "b[1]*-001", "a-002", "b[1]*-002"]
+    names = [create_run(tmp_path / "runs", recipe).folder.name for recipe in (a, b, a, b)]
+    assert names == ["a-001", "b[1]*-001", "a-002", "b[1]*-002"]
     (tmp_path / "runs" / "a-041").mkdir()
     assert create_run(tmp_path / "runs", a).folder.name == "a-042"
 

@@ -17,18 +17,18 @@ def rates(epochs: int, steps: int, **how: Any) -> list[float]:
 
 
 def test_cosine_falls_from_the_peak_towards_zero_over_half_a_period() -> None:
-    found = rates(4, 2, schedule="cosine")
+    curve = rates(4, 2, schedule="cosine")
     root = math.sqrt(0.5)
     wanted = [1, math.cos(math.pi / 8), root, math.sin(math.pi / 8), 0]
     wanted += [-value for value in wanted[-2:0:-1]]
-    assert found == pytest.approx([0.4 * (1 + value) for value in wanted], abs=1e-12)
-    assert found[0] == 0.8
-    assert found[4] == pytest.approx(0.4)  # half way
+    assert curve == pytest.approx([0.4 * (1 + value) for value in wanted], abs=1e-12)
+    assert curve[0] == 0.8
+    assert curve[4] == pytest.approx(0.4)  # half way
 
 
 def test_step_decays_at_each_milestone_from_its_first_step_on() -> None:
-    found = rates(6, 2, schedule="step", milestones=(2, 5), lr_decay=0.1)
-    assert found == pytest.approx([0.8] * 4 + [0.08] * 6 + [0.008] * 2)
+    curve = rates(6, 2, schedule="step", milestones=(2, 5), lr_decay=0.1)
+    assert curve == pytest.approx([0.8] * 4 + [0.08] * 6 + [0.008] * 2)
 
 
 def test_step_before_its_first_milestone_and_constant_stay_at_the_peak() -> None:
@@ -37,8 +37,8 @@ def test_step_before_its_first_milestone_and_constant_stay_at_the_peak() -> None
 
 
 def test_warmup_rises_linearly_and_is_over_after_its_epochs() -> None:
-    found = rates(3, 4, schedule="constant", warmup_epochs=1.5)
-    assert found == pytest.approx([0.8 * k / 6 for k in range(1, 7)] + [0.8] * 6)
+    curve = rates(3, 4, schedule="constant", warmup_epochs=1.5)
+    assert curve == pytest.approx([0.8 * k / 6 for k in range(1, 7)] + [0.8] * 6)
 
 
 def test_warmup_multiplies_the_other_schedules() -> None:

@@ -1,4 +1,4 @@
-"""One update by every setting of [train], against plain PyTorch or against the same update made otherwise."""
+"""One update by every setting of [train], against plain PyTorch or made otherwise."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_pieces_of_a_batch_add_up_to_the_batch(pieces: int) -> None:
 
 
 def test_pieces_tell_the_losses_of_the_batch() -> None:
-    (x, y), one, cut = batch(0), EpochSums(), EpochSums()
-    one.add(Stepper(CrossEntropy(plain()), recipe()).step(x, y, 0.1), y, 1)
+    (x, y), whole, cut = batch(0), EpochSums(), EpochSums()
+    whole.add(Stepper(CrossEntropy(plain()), recipe()).step(x, y, 0.1), y, 1)
     cut.add(Stepper(CrossEntropy(plain()), recipe(accumulate=4)).step(x, y, 0.1), y, 1)
-    assert cut.means() == pytest.approx(one.means(), rel=1e-12)
+    assert cut.means() == pytest.approx(whole.means(), rel=1e-12)
 
 
 def test_gradients_are_clipped_to_a_global_norm_which_is_told() -> None:
@@ -84,36 +84,38 @@ def test_what_is_below_the_norm_is_left_alone() -> None:
 def test_the_average_is_the_closed_form_of_weights_and_statistics() -> None:
     """After n updates: d^(n-1) theta_1 + (1 - d) sum_k d^(n-k) theta_k."""
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
-    average, decay, seen = Average(module, 0.75), 0.75, []
+    average, decay, states = Average(module, 0.75), 0.75, []
     for number in range(1, 5):
         with torch.no_grad():
             for value in module.state_dict().values():
                 value.copy_(torch.randn(value.shape) if value.is_floating_point() else torch.tensor(number))
-        seen.append({key: value.clone() for key, value in module.state_dict().items()})
+        states.append({key: value.clone() for key, value in module.state_dict().items()})
         average.update()
-    for key in seen[0]:
-        if not seen[0][key].is_floating_point():
+    for key in states[0]:
+        if not states[0][key].is_floating_point():
             continue
-        expected = decay**3 * seen[0][key] + sum((1 - decay) * decay ** (4 - k) * seen[k - 1][key] for k in (2, 3, 4))
+        expected = decay**3 * states[0][key] + sum(
+            (1 - decay) * decay ** (4 - k) * states[k - 1][key] for k in (2, 3, 4)
+        )
         torch.testing.assert_close(average.weights()[key], expected, rtol=1e-12, atol=1e-12)
 
 
-def looked_at(module: nn.Module, own: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(next(module.parameters()).detach(), own["0.weight"] + 0.5)
+def looked_at(module: nn.Module, trained: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(next(module.parameters()).detach(), trained["0.weight"] + 0.5)
     raise KeyError
 
 
 def test_the_average_stands_in_and_gives_the_weights_back() -> None:
     module = plain()
     average = Average(module, 0.5)
-    own = {key: value.clone() for key, value in module.state_dict().items()}
+    trained = {key: value.clone() for key, value in module.state_dict().items()}
     average.update()
     with torch.no_grad():
         next(module.parameters()).add_(1)
     average.update()
     moved = next(module.parameters()).detach().clone()
     with pytest.raises(KeyError), average.in_place():
-        looked_at(module, own)
+        looked_at(module, trained)
     assert torch.equal(next(module.parameters()), moved)
 
 

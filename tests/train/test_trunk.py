@@ -1,4 +1,4 @@
-"""Runs whose S and A share a trunk: they resume in the same bits, export at every level, and leave early."""
+"""Runs whose S and A share a trunk: they resume, export at every level, leave early."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_the_trunk_learns_with_s_and_stands_still_for_a() -> None:
     ):
         model.zero_grad(set_to_none=True)
         step.train()(*batch).total.backward()
-        assert {name.split(".")[0] for name, one in model.named_parameters() if one.grad is not None} == wanted
+        assert {
+            name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None
+        } == wanted
         assert isinstance(model.trunk, nn.Module)
         assert model.trunk.training is ("trunk" in wanted)
 

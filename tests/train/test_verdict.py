@@ -1,4 +1,4 @@
-"""Verdicts: intervals against closed forms and against draws, and each of the three outcomes once."""
+"""Verdicts: intervals against closed forms and draws, and each outcome once."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_best_control_is_the_one_to_beat() -> None:
         part: {**facts, "mean": facts["test_top1"], "test_top1": [facts["test_top1"]] * 2}
         for part, facts in parts.items()
     }
-    found = of_series(series, NAMES)
-    assert found is not None
-    assert (found.control, found.gain.points, found.gain.seeds) == ("control", 2.0, 2)
+    judged = of_series(series, NAMES)
+    assert judged is not None
+    assert (judged.control, judged.gain.points, judged.gain.seeds) == ("control", 2.0, 2)
     assert of_series({"s0": series["s0"]}, NAMES) is None

@@ -126,10 +126,10 @@ def test_a_network_whose_own_layers_are_called_so_keeps_its_names(
     tmp_path: Path, state: dict[str, Tensor], inside: str
 ) -> None:
     """A prefix is stripped only where the names do not fit as they are: a child may be called `network` or `model`."""
-    own = {inside + key: value for key, value in state.items()}
+    prefixed = {inside + key: value for key, value in state.items()}
     for outside in ("", "module.", "network.", "_orig_mod.module."):
-        torch.save({outside + key: value for key, value in own.items()}, tmp_path / "f.pth")
-        assert same(load_checkpoint(tmp_path / "f.pth", own.keys()).state, own)
+        torch.save({outside + key: value for key, value in prefixed.items()}, tmp_path / "f.pth")
+        assert same(load_checkpoint(tmp_path / "f.pth", prefixed.keys()).state, prefixed)
 
 
 def test_the_counter_of_an_average_is_no_weight(tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_classes_are_put_into_another_order() -> None:
     torch.testing.assert_close(network(x_NCHW), before[:, list(order)])
     no_such_layer = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))
     no_such_layer.append(nn.Linear(4, 5)).append(nn.AdaptiveAvgPool1d(4))
-    kept = {key: value.clone() for key, value in no_such_layer.state_dict().items()}
+    unchanged = {key: value.clone() for key, value in no_such_layer.state_dict().items()}
     assert not reorder_classes(no_such_layer, order, (6, 6))
-    assert same(no_such_layer.state_dict(), kept)
+    assert same(no_such_layer.state_dict(), unchanged)
 
 
 def test_a_prefix_that_some_keys_have_is_a_name(tmp_path: Path) -> None:
@@ -338,18 +338,18 @@ def test_checkpoints_from_before_batch_counters_are_loaded(state: dict[str, Tens
 
 
 def test_another_architecture_is_answered_with_the_first_keys() -> None:
-    given, wanted = zoo.create("resnet14", 5), zoo.create("resnet8", 5)
+    other, wanted = zoo.create("resnet14", 5), zoo.create("resnet8", 5)
     with pytest.raises(CheckpointError) as caught:
-        load_weights(wanted, given.state_dict(), "f.pth", "teacher resnet8")
-    extra = [key for key in given.state_dict() if key not in wanted.state_dict()]
+        load_weights(wanted, other.state_dict(), "f.pth", "teacher resnet8")
+    extra = [key for key in other.state_dict() if key not in wanted.state_dict()]
     message = str(caught.value)
     assert message.startswith("f.pth is not a checkpoint of teacher resnet8: 0 of its ")
     assert f"{len(extra)} are foreign (first: {', '.join(extra[:3])})" in message
     with pytest.raises(CheckpointError) as caught:
-        load_weights(given, wanted.state_dict(), "f.pth", "teacher resnet14")
+        load_weights(other, wanted.state_dict(), "f.pth", "teacher resnet14")
     missing = [key for key in extra if not key.endswith("num_batches_tracked")]
     assert (
-        f"{len(missing)} of its {len(given.state_dict())} weights are missing (first: {', '.join(missing[:3])})"
+        f"{len(missing)} of its {len(other.state_dict())} weights are missing (first: {', '.join(missing[:3])})"
         in str(caught.value)
     )
 

@@ -63,7 +63,7 @@ class Channels:
     """The removable channels of a network, and which tensors hold them.
 
     Attributes:
-        axes: The unit of each index, or `STAYS`, by (tensor, dimension).
+        axes: The unit of each index, or `STAYS`, by (tensor, dimension); a norm without tensors is there as "NAME.".
         output: The unit of each channel that comes out, or `STAYS`.
         spaces: Each unit is in one of them; in the order of the layers.
         widths: Channels of each width before anything is removed.

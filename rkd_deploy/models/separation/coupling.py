@@ -41,7 +41,7 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     with torch.enable_grad():
         graph = ChannelGraph().build_dependency(
             network,
-            torch.zeros(1, 3, *input_size),
+            [torch.zeros(1, 3, *input_size)],  # a bare tensor would be unpacked, and lose its batch
             output_transform=lambda y: y * 1,  # else the last layer stands for the output
             verbose=False,
         )
@@ -52,16 +52,44 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
     try:
         for group in groups:
             latest = graph._module2name.get(group[0].dep.target.module, latest)
-            coupling.add(group, importance(group))
+            coupling.add(group, _importance(group, importance))
+    except UsageError:
+        raise
     except (IndexError, ValueError, RuntimeError) as error:  # channels that Torch-Pruning loses track of
+        reason = graph.regrouped or f"{type(error).__name__}: {error}"
         raise UsageError(
             f"S0 cannot be narrowed: the channels of module {latest} cannot be followed through the network "
-            f"({type(error).__name__}: {error}). Give another S0: a convolutional network. Any network can be the "
+            f"({reason}). Give another S0: a convolutional network. Any network can be the "
             "teacher."
         ) from error
     coupling.tie_grouped_convolutions()
     coupling.tie_splits()
     return coupling.numbered()
+
+
+def _importance(group: Any, importance: Any) -> Tensor | None:
+    """Importance of each channel of a group; None where a layer's shape is not known to Torch-Pruning: all alike then.
+
+    It fails on a convolution of one group for each input that has several outputs. Importances decide which weights are
+    inherited, and nothing else.
+    """
+    grouped = any(
+        isinstance(layer := item.dep.target.module, nn.Conv2d)
+        and layer.groups == layer.in_channels < layer.out_channels
+        and layer.groups > 1
+        for item in group
+    )
+    return None if grouped else importance(group)
+
+
+def _norm_size(layer: Any) -> int:
+    """Channels of a norm or a PReLU; a norm without weights and statistics has its settings alone."""
+    if layer.weight is not None:
+        return len(layer.weight)
+    for name in ("num_features", "num_channels"):
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    return int(layer.normalized_shape[-1])
 
 
 class _Forest:
@@ -234,8 +262,10 @@ class _Coupling:
             groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
             out = self._graph.is_out_channel_pruning_fn(handler)
             yield ("out", size_out) if out else ("in", size_in * groups)
+        elif isinstance(layer, nn.PReLU) and len(layer.weight) == 1:
+            return  # one slope for all channels
         elif isinstance(layer, (*_NORMS, nn.PReLU)):
-            yield "out", len(layer.weight if layer.weight is not None else layer.running_mean)
+            yield "out", _norm_size(layer)
         elif isinstance(layer, tp.ops._OutputOp):
             yield "output", layer.shape[1]
         elif offsets := self._offsets(layer):
@@ -265,9 +295,9 @@ class _Coupling:
                 if getattr(layer, "groups", 1) == 1:  # else a whole group has the same number of inputs as before
                     yield (f"{name}.weight", 1), owner
             elif name:
-                for tensor in ("weight", "bias", "running_mean", "running_var"):
-                    if getattr(layer, tensor, None) is not None:
-                        yield (f"{name}.{tensor}", 0), owner
+                tensors = ("weight", "bias", "running_mean", "running_var")
+                for tensor in [tensor for tensor in tensors if getattr(layer, tensor, None) is not None] or [""]:
+                    yield (f"{name}.{tensor}", 0), owner
 
     def _together(self, channels: Iterable[int]) -> None:
         self._units.join(channels := list(map(int, channels)))

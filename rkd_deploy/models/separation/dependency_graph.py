@@ -24,9 +24,13 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
     unequal splits and shuffles. PyTorch's autograd graph knows: every node has the shape of what it gave.
     """
 
+    regrouped = ""
+    """The first operation that sees channels as a matrix and does not shuffle them, in words."""
+
     def _trace(self, *args: Any, **kwargs: Any) -> Any:
         nodes = super()._trace(*args, **kwargs)
         for node in nodes.values():
+            self.regrouped = self.regrouped or _regrouping(node.grad_fn)
             if node.type == tp.ops.OPTYPE.RESHAPE:
                 # The base takes every reshape for a flattening that multiplies the channels, and divides by zero at
                 # ShuffleNet's. A feature extractor flattens nothing but 1x1 maps, which keeps the channels, so every
@@ -114,7 +118,7 @@ class ChannelGraph(tp.DependencyGraph):  # type: ignore[misc]
         if dim == 1 and (len(node.outputs) != len(parts) or len(readers) != len(parts)):
             raise UsageError(
                 f"S0 cannot be narrowed: it splits {sizes[dim]} channels into {len(parts)} parts (operator "
-                f"{grad_fn.name()}), which {len(node.outputs)} layers read ({', '.join(map(str, node.outputs))}); "
+                f"{grad_fn.name()}), which {len(node.outputs)} layers and operations read; "
                 "only parts that are read by one layer each can be followed. Give another S0."
             )
         node.outputs = [readers[number] for number in sorted(readers)] if dim == 1 else node.outputs
@@ -126,6 +130,15 @@ def cuts_channels(operation: Any) -> bool:
     grad_fn = operation.grad_fn
     sizes = grad_fn._saved_self_sym_sizes
     return operation.dim == 1 and not (grad_fn._saved_start == 0 and grad_fn._saved_end >= sizes[1])
+
+
+def _regrouping(grad_fn: Any) -> str:
+    """Says how an operation sees the channels of a map as a matrix; empty where it does not."""
+    before = list(getattr(grad_fn, "_saved_self_sym_sizes", ()))
+    after = [list(entry.shape) for entry in getattr(grad_fn, "_input_metadata", ())]
+    if len(before) != 4 or len(after) != 1 or len(after[0]) != 5 or after[0][1] * after[0][2] != before[1]:
+        return ""
+    return f"a map of {before[1]} channels is seen as {after[0][1]} times {after[0][2]}, and not to shuffle them"
 
 
 def _channels_of(grad_fn: Any) -> int | None:

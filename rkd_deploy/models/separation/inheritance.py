@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.external import External
+from rkd_deploy.models.plain import plain
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.separation.pruning import Pruned, indices_of
 from rkd_deploy.models.staged import FeatureNetwork
@@ -29,7 +30,7 @@ def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, 
     Raises:
         UsageError: The family narrows its layers in a way in which weights cannot be inherited.
     """
-    network = source.network if isinstance(source, External) else source
+    network = plain(source.network if isinstance(source, External) else source)
     # Imported here: it needs Torch-Pruning, which a run that inherits nothing does not.
     from rkd_deploy.models.separation.coupling import trace_channels
 

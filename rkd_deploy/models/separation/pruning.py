@@ -48,6 +48,7 @@ class Pruner:
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         self._network = network
+        _check_untied(network)
         used_at = _run(network, input_size, "S0 cannot be narrowed")
         # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
         from rkd_deploy.models.separation.coupling import trace_channels
@@ -101,6 +102,8 @@ class Pruner:
                         is_parameter = isinstance(tensor, nn.Parameter)
                         setattr(module, name, nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced)
             _describe(module)
+            if (units := self.channels.axes.get((f"{path}.", 0))) is not None and hasattr(module, "num_features"):
+                module.num_features = len(indices_of(units, selected))
         return network
 
 
@@ -180,6 +183,16 @@ def _describe(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
+def _check_untied(network: nn.Module) -> None:
+    """Refuse layers that share a weight: to go on sharing it, they would have to be narrowed alike."""
+    owners: dict[int, str] = {}
+    for path, parameter in network.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), path)
+        module, other = (network.get_submodule(name.rpartition(".")[0]) for name in (owner, path))
+        if module is not other:  # one module at two paths is one layer
+            raise UsageError(f"S0 cannot be narrowed: {owner} and {path} are one weight of two layers. {WAY_OUT}")
+
+
 def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
     """Run a copy of a network without data.
 
@@ -189,7 +202,19 @@ def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dic
     Raises:
         UsageError: The run fails; the message names the module and the operator.
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    try:
+        return _run_on("meta", network, input_size, complaint)
+    except UsageError as error:
+        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
+            raise
+        try:  # a tensor that a forward makes has data, and runs on the CPU alone
+            return _run_on("cpu", network, input_size, complaint)
+        except UsageError:
+            raise error from error.__cause__
+
+
+def _run_on(device: str, network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
+    shadow = copy.deepcopy(network).to(device).float().eval()
     used_at: Counter[str] = Counter()
     for path, layer in shadow.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -200,15 +225,17 @@ def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dic
     with tracker:
         try:
             with torch.no_grad(), operators:
-                shadow(torch.empty(1, 3, *input_size, device="meta"))
+                shadow(torch.zeros(1, 3, *input_size, device=device))
         except _AttentionError:
-            reason = "attention: transformers cannot be narrowed"
+            reason, cause = "attention: transformers cannot be narrowed", None
+        except _ValueError:
+            reason, cause = "it reads a value of a map, and chooses its way by it: no graph can be made of that", None
         except Exception as error:  # whatever a foreign forward raises
-            reason = " ".join(str(error).split())
+            reason, cause = " ".join(str(error).split()), error
         else:
             return used_at
         where = max(tracker.parents - {"Global"}, key=lambda name: name.count("."), default=type(network).__name__)
-    raise UsageError(f"{complaint}: module {where}, operator {operators.latest} ({reason}). {WAY_OUT}")
+    raise UsageError(f"{complaint}: module {where}, operator {operators.latest} ({reason}). {WAY_OUT}") from cause
 
 
 def _as_it_is(channels: int, x_NCHW: Tensor) -> Tensor:
@@ -225,8 +252,12 @@ class _AttentionError(Exception):
     """Raised where a network multiplies activations with each other, as attention does."""
 
 
+class _ValueError(Exception):
+    """The network reads a value of a tensor."""
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operator that ran last, and stops at attention."""
+    """Notes the operator that ran last, and stops at attention and where values are read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -237,6 +268,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.latest = func.overloadpacket.__name__
         if self.latest.startswith(_ATTENTION):
             raise _AttentionError
+        if self.latest == "_local_scalar_dense":
+            raise _ValueError
         return func(*args, **(kwargs or {}))
 
 
@@ -282,7 +315,7 @@ class Pruned(Staged):
     def rebuilt(self, widths: Sequence[int], num_classes: int | None) -> Pruned:
         """A network of the same layers with other numbers of channels and fresh weights."""
         # A copy, because at full widths the backbone is the origin itself, whose weights must stay as they are.
-        network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes))
+        network = copy.deepcopy(Pruned(self._origin[0], self.pruner, widths, num_classes)).float()
         for module in network.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

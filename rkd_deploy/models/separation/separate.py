@@ -22,6 +22,7 @@ from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.inheritance import inherit_weights
 from rkd_deploy.models.separation.latency import MAX_SECONDS, Candidate, Fitting, Stopwatch, fastest_fitting
 from rkd_deploy.models.separation.pruning import narrowable
+from rkd_deploy.models.separation.ways_out import way_out
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
 from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
@@ -133,19 +134,14 @@ def separate(
         limits, record = _narrowed(limits, network, model, fraction, stopwatch)
         records |= {} if record is None else {"given": record}
     level, shared = FUSION_LEVELS[layout or "branches"], 0
-    if stopwatch is not None:
+    if layout == "trunk":
+        shared = _shared_stages(network, shared_stages)
+    student, assistant = _cut(limits, network, layout, shared)
+    if stopwatch is not None:  # what S0's MACs have no room for, its latency has none for either
         s0 = model if fraction is None else network.rebuilt(limits.full, num_classes)
-        shared = _shared_stages(network, shared_stages) if layout == "trunk" else 0
         fastest = _Fastest(limits, network, C_T, head, s0, stopwatch, shared).run(layout)
         (student, assistant), level = fastest.widths, fastest.record["level"]
         records["fused"] = fastest.record
-    elif layout == "side_by_side":
-        student, assistant = limits.side_by_side(1.0)
-    elif layout == "trunk":
-        shared = _shared_stages(network, shared_stages)
-        student, assistant = limits.parted(limits.limit, shared, trunk_widths(network, shared))
-    else:
-        student, assistant = limits.split(limits.limit)
     parts = limits.account(student, assistant, shared_stages=shared)
     separation = Separation(
         student=network.rebuilt(student, None),
@@ -162,6 +158,22 @@ def separate(
     if weights == "inherited":
         inherit_weights([separation.student, *separation.assistants], model, size)
     return separation
+
+
+def _cut(limits: WidthBudget, network: Staged, layout: str | None, shared: int) -> tuple[Widths, Widths]:
+    """Widths of S and A in a layout; where there are none, the error names settings that do."""
+
+    def cut(limits: WidthBudget) -> tuple[Widths, Widths]:
+        if layout == "side_by_side":
+            return limits.side_by_side(1.0)
+        if layout == "trunk":
+            return limits.parted(limits.limit, shared, trunk_widths(network, shared))
+        return limits.split(limits.limit)
+
+    try:
+        return cut(limits)
+    except BudgetError as error:
+        raise BudgetError(f"{error} {way_out(limits, network.steps, cut)}") from error
 
 
 def _shared_stages(network: Staged, shared_stages: int | None) -> int:
@@ -291,19 +303,21 @@ class _Fastest:
         """Search in one layout, or in both for the one that leaves S and A more.
 
         Two branches cost little more than their MACs where layers are large; layers side by side are no more than S0
-        has, each no larger. Which is faster depends on the machine, so both are measured.
+        has, each no larger. Which is faster depends on the machine, so both are measured; so are both kinds of ends
+        behind a trunk.
         """
         deadline = time.monotonic() + MAX_SECONDS
-        layouts = _MEASURED if layout is None else (layout,)
+        ways = [(name, FUSION_LEVELS[name]) for name in (_MEASURED if layout is None else (layout,))]
+        if layout == "trunk":
+            ways = [("trunk", "wide"), ("trunk", "tail")]
         fittings: dict[str, Fitting] = {}
         refused: dict[str, str] = {}
         cost = 0
-        for name in layouts:
-            level = FUSION_LEVELS[name]
+        for name, level in ways:
             try:
                 # Only what is wider than the first layout's result is of any use: the second search starts above it.
                 fittings[level] = fastest_fitting(
-                    self._candidates(name),
+                    self._candidates(name, level),
                     self.stopwatch,
                     self.s0,
                     1.0,
@@ -314,7 +328,7 @@ class _Fastest:
                 cost = sum(account.values())
             except (BudgetError, UsageError) as error:
                 refused[level] = str(error)
-                if name == layouts[-1] and not fittings:
+                if (name, level) == ways[-1] and not fittings:
                     raise
         level, best = list(fittings.items())[-1]  # a second one is there only where it is wider than the first
         return Fitting(
@@ -328,13 +342,14 @@ class _Fastest:
             },
         )
 
-    def _candidates(self, layout: str) -> Callable[[float], Candidate]:
-        limits, level = self.limits, FUSION_LEVELS[layout]
-        trunk = trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
+    def _candidates(self, layout: str, level: str) -> Callable[[float], Candidate]:
+        limits, trunk = self.limits, trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
             if layout == "side_by_side":
                 widths = limits.side_by_side(fraction)
+            elif layout == "trunk" and level == "wide":
+                widths = limits.side_by_side_behind(fraction, trunk, self.shared_stages)
             elif layout == "trunk":
                 widths = limits.parted(int(fraction * limits.limit), self.shared_stages, trunk)
             else:

@@ -12,8 +12,6 @@ grow any further, and none exceeds S0's.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +22,7 @@ from rkd_deploy.errors import BudgetError
 from rkd_deploy.models.cost import count, count_head
 from rkd_deploy.models.progressive import adapter_cost
 from rkd_deploy.models.separation.pruning import Pruned
-from rkd_deploy.models.staged import Staged, Widths
+from rkd_deploy.models.staged import Staged, Widths, stage_shapes
 
 
 class CostModel:
@@ -58,10 +56,8 @@ class CostModel:
         self._stage_channels, self.fixed = stage_channels, network.fixed
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         self._trunks: dict[tuple[Widths, int], int] = {}
-        with torch.no_grad():
-            shadow = copy.deepcopy(network).to("meta").eval()
-            last = shadow.features(torch.empty(1, 3, *size, device="meta"))[-1]
-        self._positions = last.shape[-2] * last.shape[-1]
+        _, height, width = stage_shapes(network, size)[-1]
+        self._positions = height * width
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
         if head is not None:
             cost = count_head(head, channels)
@@ -261,6 +257,26 @@ class WidthBudget:
             raise self._too_small(limit, "the student with what the assistant left")
         return student, assistant
 
+    def side_by_side_behind(self, fraction: float, shared: Sequence[int], shared_stages: int) -> tuple[Widths, Widths]:
+        """Widths of S and A on one trunk whose ends lie side by side: together an S0 of a fraction of the limit.
+
+        Args:
+            fraction: As for `side_by_side`, whose widths the ends have.
+            shared: Indices of the widths that the trunk has; there both are as wide as that S0.
+            shared_stages: j.
+
+        Raises:
+            BudgetError: They cost more than S0, adapters included.
+        """
+        merged = self.s0_within(fraction)
+        student, assistant = (
+            tuple(merged[index] if index in shared else width for index, width in enumerate(widths))
+            for widths in self.side_by_side(fraction)
+        )
+        if sum(self.account(student, assistant, shared_stages=shared_stages).values()) > self.limit:
+            raise self._too_small(self.limit, "S and A on one trunk")
+        return student, assistant
+
     def parted(self, limit: int, shared_stages: int, shared: Sequence[int]) -> tuple[Widths, Widths]:
         """Widths of S and A on one trunk, the widest that together cost no more than S0.
 
@@ -292,8 +308,7 @@ class WidthBudget:
             raise BudgetError(
                 f"The budget is too small for the assistant's end behind the trunk: the limit is {limit:,}, of which "
                 f"assistant_share = {self.share} gives {allowed:,} to each of {self.assistants}, and the narrowest end "
-                f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {least:,}. Raise student.assistant_share, share "
-                "more stages (student.shared_stages), or lower student.round_to."
+                f"(steps of {_few(tuple(dict.fromkeys(steps)))}) costs {least:,}."
             )
 
         def whole_cost(widths: Widths) -> int:
@@ -329,18 +344,12 @@ class WidthBudget:
 
     def _too_small(self, limit: int, part: str) -> BudgetError:
         branch, k = self.costs.branch(self.narrowest), self.assistants
-        student = branch + self.costs.head
-        # The least share that leaves room for the narrowest of both, where there is any.
-        least = math.ceil(100 * k * branch / limit) / 100
-        share = f"set student.assistant_share = {least:.2f}" if k * branch + student <= limit else ""
-        if not share or self.share >= least:
-            share = "change student.assistant_share"
         return BudgetError(
             f"The budget is too small for {part}: S0 costs {limit:,}, of which assistant_share = {self.share} "
             f"gives {'the assistant' if k == 1 else f'each of {k} assistants'} {int(self.share * limit / k):,}; "
             f"at the narrowest widths {_few(self.narrowest)} (steps of {_few(tuple(dict.fromkeys(self.steps)))}) an "
-            f"assistant costs {branch:,} and a student with the head {student:,}.{_why_fixed(self.costs.fixed)} "
-            f"Lower student.round_to{' or student.assistants' if k > 1 else ''}, {share}, or give a larger S0."
+            f"assistant costs {branch:,} and a student with the head {branch + self.costs.head:,}."
+            f"{_why_fixed(self.costs.fixed)}"
         )
 
 

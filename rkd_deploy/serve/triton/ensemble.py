@@ -1,4 +1,4 @@
-"""Makes a Triton model answer encoded images: an ensemble of the package's own pre-processing and the model.
+"""Makes a Triton model answer encoded images: an ensemble of pre-processing and model.
 
 NAME-pixels/    BYTES to what NAME takes: the python backend with `rkd_deploy.images`, copied into each version
 NAME-images/    the ensemble: BYTES -> NAME-pixels -> NAME

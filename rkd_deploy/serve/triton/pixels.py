@@ -1,4 +1,6 @@
-"""Triton's python backend: encoded images become what the model takes, by the code that comes beside this file.
+"""Triton's python backend that turns encoded images into a model's input.
+
+The code that does it comes beside this file.
 
 Copied into every version of a model NAME-pixels, with the card and the part of rkd_deploy that reads images: so a
 version keeps its pre-processing, whatever the server has installed. The server's Python needs numpy and Pillow.

@@ -27,6 +27,7 @@ from pathlib import Path
 from rkd_deploy.backends.files import check_files
 from rkd_deploy.backends.tensorrt.build import OnnxSource, read_source
 from rkd_deploy.errors import StorageError, UsageError
+from rkd_deploy.serve.kserve import file_name, service_text
 from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
 from rkd_deploy.serve.triton.ensemble import configurations, ensemble_files, names, pixels_files
 from rkd_deploy.serve.triton.settings import Serving
@@ -39,57 +40,22 @@ RUNTIME = "kserve-tritonserver"
 _FORMATS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "python": "triton"}
 """KServe's model format by Triton's backend; "triton" is any repository that Triton itself can read."""
 
-_TEMPLATE = """\
-# Upload the model repository (the folder that holds {model}/) to storageUri, then: kubectl apply -f {file}
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-spec:
-  predictor:
-    model:
-      runtime: {runtime}
-      protocolVersion: v2
-      modelFormat:
-        name: {model_format}
-      storageUri: {uri}
-"""
-
-_GPU = """\
-      resources:
-        limits:
-          nvidia.com/gpu: "1"
-"""
-
 
 def inference_service(model: str, serving: Serving) -> str:
-    """The text of an InferenceService in YAML, which makes KServe serve a repository.
+    """The text of an InferenceService in YAML, which makes KServe serve a repository with Triton.
 
     Args:
         model: Name of the model in the repository.
         serving: What is asked for.
     """
-    text = _TEMPLATE.format(
-        model=model,
-        file=file_name(model),
-        name=json.dumps(service_name(model)),  # a JSON string is a YAML string
+    return service_text(
+        model,
+        comment=f"Upload the model repository (the folder that holds {model}/) to storageUri",
         runtime=RUNTIME,
         model_format=_FORMATS[serving.backend],
-        uri=json.dumps(serving.storage_uri),
+        storage_uri=serving.storage_uri,
+        gpu=serving.where.kind == "gpu",
     )
-    return text + (_GPU if serving.where.kind == "gpu" else "")
-
-
-def file_name(model: str) -> str:
-    """Name of the file that holds KServe's resource; it lies beside the model's folder, where Triton does not look."""
-    return f"{model}.kserve.yaml"
-
-
-def service_name(model: str) -> str:
-    """The model's name by KServe's rule, [a-z]([-a-z0-9]*[a-z0-9])?, at most 63 characters."""
-    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
-    name = name if re.match(r"[a-z]", name) else f"model-{name}".rstrip("-")
-    return name[:63].rstrip("-")
 
 
 CONFIG_NAME = "config.pbtxt"

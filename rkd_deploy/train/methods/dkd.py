@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div, one_hot
 
 from rkd_deploy.data.augment import hard_labels
 from rkd_deploy.train.methods.base import BaseLoss, View
-from rkd_deploy.train.methods.kd import standardised
+from rkd_deploy.train.methods.kd import standardised_logits
 
 
 def dkd_loss(z_T: Tensor, z_S: Tensor, y_N: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
@@ -59,5 +59,5 @@ class DKD(BaseLoss):
         """L = tau^2 (alpha TCKD + beta NCKD) of a batch."""
         z_T, z_S = teacher.logits_NK, student.logits_NK
         if self.standardise:
-            z_T, z_S = standardised(z_T), standardised(z_S)
+            z_T, z_S = standardised_logits(z_T), standardised_logits(z_S)
         return dkd_loss(z_T, z_S, y_N, self.alpha, self.beta, self.temperature)

@@ -24,7 +24,7 @@ def kd_loss(z_T: Tensor, z_S: Tensor, temperature: float) -> Tensor:
     return temperature**2 * kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True)
 
 
-def standardised(z_NK: Tensor) -> Tensor:
+def standardised_logits(z_NK: Tensor) -> Tensor:
     """Logits [N, K] shifted and scaled to mean 0 and standard deviation 1 in each row."""
     return (z_NK - z_NK.mean(1, keepdim=True)) / (z_NK.std(1, keepdim=True) + 1e-7)
 
@@ -47,5 +47,5 @@ class KD(BaseLoss):
         """L = tau^2 KL(p_T || p_S) of a batch."""
         z_T, z_S = teacher.logits_NK, student.logits_NK
         if self.standardise:
-            z_T, z_S = standardised(z_T), standardised(z_S)
+            z_T, z_S = standardised_logits(z_T), standardised_logits(z_S)
         return kd_loss(z_T, z_S, self.temperature)

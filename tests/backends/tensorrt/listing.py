@@ -1,4 +1,4 @@
-"""How the listings of TensorRT's names beside this file are made: from NVIDIA's own bindings, without TensorRT.
+"""Makes the listings of TensorRT's names beside this file, from NVIDIA's own bindings.
 
     uv run python tests/backends/tensorrt/listing.py 10.13.3.9 > tests/backends/tensorrt/tensorrt_10_13.json
     uv run python tests/backends/tensorrt/listing.py 10.3.0 > tests/backends/tensorrt/tensorrt_10_3.json

@@ -1,4 +1,4 @@
-"""Every name of TensorRT and CUDA that our sources use exists in the libraries, where no library can be run.
+"""Every name of TensorRT and CUDA that our sources use exists in the libraries.
 
 The names are looked up in TensorRT-RTX's own bindings, in those of TensorRT 11, which load without TensorRT once empty
 libraries stand in for it, and in listings of the bindings of TensorRT 10.3 (today's Jetson) and 10.13, which listing.py
@@ -57,8 +57,8 @@ def dump(absent):
         if importlib.util.find_spec(package) is None:
             absent(f"{package} is not installed")
         command = [sys.executable, "-c", DUMP, package]
-        found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-        return parsed(found.stdout)
+        result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        return parsed(result.stdout)
 
     return names
 
@@ -102,11 +102,11 @@ def library(request):
 @pytest.mark.parametrize("version", ["10.3.0", "10.13.3.9"])
 def test_the_listings_are_those_of_nvidias_own_bindings(version, absent):
     command = [sys.executable, HERE / "listing.py", version]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode:
-        absent(f"TensorRT's bindings {version} cannot be looked at: {made.stderr}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        absent(f"TensorRT's bindings {version} cannot be looked at: {result.stderr}")
     listed = (HERE / f"tensorrt_{'_'.join(version.split('.')[:2])}.json").read_text()
-    assert made.stdout == listed
+    assert result.stdout == listed
 
 
 def dotted(node):
@@ -169,8 +169,8 @@ def test_what_is_listed_as_one_librarys_own_is(rtx, tensorrt_11):
 def test_the_walk_sees_the_calls_that_matter():
     names, members = set(), set()
     for path in SOURCES:
-        found = used(path.read_text())
-        names, members = names | found[0], members | found[1]
+        calls = used(path.read_text())
+        names, members = names | calls[0], members | calls[1]
     assert {"Builder", "OnnxParser", "Runtime", "BuilderFlag.TF32", "TensorIOMode.INPUT"} <= names
     assert {
         ("builder", "build_serialized_network"), ("_context", "execute_async_v3"), ("_context", "set_tensor_address"),
@@ -192,8 +192,8 @@ def test_every_cuda_function_exists():
     from cuda.bindings import runtime
 
     tree = ast.parse(CUDA.read_text())
-    asked = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    names = {name for name in asked if name.startswith("cuda") and name.isalnum()}
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = {name for name in strings if name.startswith("cuda") and name.isalnum()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("cuda"):
             names.add(node.attr)
@@ -212,6 +212,6 @@ def test_the_simulated_library_promises_nothing_that_the_real_one_has_not(simula
             continue
         assert name in api
         members = [member for member in vars(value) if not member.startswith("_")]
-        own = {"facts", "model", "tensors", "inputs", "content", "engine", "shapes", "layers"}
-        lacking = {member for member in members if member not in api[name]} - own
+        helpers = {"facts", "model", "tensors", "inputs", "content", "engine", "shapes", "layers"}
+        lacking = {member for member in members if member not in api[name]} - helpers
         assert lacking - (RTX_ONLY if not is_rtx else set()) == set(), name

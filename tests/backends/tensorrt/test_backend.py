@@ -1,4 +1,4 @@
-"""The TensorRT backend on the simulated device: order of calls, graphs, memory, and what it refuses."""
+"""The TensorRT backend on a simulated device: order of calls, graphs, memory, refusals."""
 
 import json
 import sys
@@ -171,8 +171,8 @@ def test_an_engine_is_built_once_and_kept_by_file_gpu_version_and_settings(gpu, 
 
 def test_a_damaged_engine_in_the_cache_is_built_again(gpu, model, tmp_path, zoo):
     load_backend("tensorrt", model).close()
-    (kept,) = (tmp_path / "cache/engines").glob("*/model.engine")
-    kept.write_bytes(kept.read_bytes()[:-1])
+    (engine,) = (tmp_path / "cache/engines").glob("*/model.engine")
+    engine.write_bytes(engine.read_bytes()[:-1])
     with load_backend("tensorrt", model) as backend:
         assert backend.info.build_seconds is not None
         np.testing.assert_array_equal(backend.infer(zoo.pixels(1)), zoo.answer(zoo.pixels(1)))
@@ -187,18 +187,18 @@ def test_bench_says_how_long_the_build_took_once(gpu, model):
 
 
 def test_an_engine_is_built_for_the_batches_that_are_asked_for(gpu, flavour, model, zoo, tmp_path):
-    told = []
+    reports = []
 
-    def run(batches, told=None):
+    def run(batches, reports=None):
         settings = {"min_seconds": 0.0, "min_runs": 3, "warmup_seconds": 0.0}
-        progress = None if told is None else lambda *step: told.append(step)
-        found = bench([model], bench_settings(backend=flavour, batches=batches, **settings), progress=progress)
-        engine = tmp_path / "cache/engines" / found[0].engine_kept / "model.engine"
-        return found[0].build_seconds is not None, read_engine(engine)[1].profiles
+        progress = None if reports is None else lambda *step: reports.append(step)
+        results = bench([model], bench_settings(backend=flavour, batches=batches, **settings), progress=progress)
+        engine = tmp_path / "cache/engines" / results[0].engine_kept / "model.engine"
+        return results[0].build_seconds is not None, read_engine(engine)[1].profiles
 
-    assert run([64, 48, 50, 40], told) == (True, ("40:50:64",))
+    assert run([64, 48, 50, 40], reports) == (True, ("40:50:64",))
     building = f"building the engine of {tmp_path.name}: Building engine"
-    assert [step for step in told if "building" in step[0]] == [(building, share) for share in (0.0, 0.5, 1.0, 1.0)]
+    assert [step for step in reports if "building" in step[0]] == [(building, share) for share in (0.0, 0.5, 1.0, 1.0)]
     assert run([1, 2]) == (True, ("1:2:2",))
     assert run([64, 50, 48, 40]) == (False, ("40:50:64",))  # the order does not matter
     assert run(None) == (True, ("1:8:32",))
@@ -235,9 +235,9 @@ def test_a_bench_without_cuda_graphs_launches_none_and_says_so(gpu, flavour, mod
 
 
 def test_a_bundle_with_an_engine_runs_that_one(gpu, flavour, model, zoo):
-    made = export_engine(model, flavour)
+    exported = export_engine(model, flavour)
     with load_backend(flavour, model.parent) as backend:
-        assert backend.info.file == made.file
+        assert backend.info.file == exported.file
         assert backend.info.build_seconds is None
         assert backend.precision == "fp32"
         assert "rkd_deploy.card" in backend.info.metadata
@@ -316,9 +316,9 @@ def test_errors_on_the_way_give_everything_back(gpu, flavour, model, zoo):
 
 def test_a_capture_that_breaks_off_leaves_the_stream_usable(gpu, model, zoo, monkeypatch):
     with load_backend("tensorrt", model) as backend:
-        context, seen = backend._runs[0]._context, []
+        context, calls = backend._runs[0]._context, []
         execute = context.execute_async_v3
-        monkeypatch.setattr(context, "execute_async_v3", lambda s: (seen.append(s), len(seen) != 2 and execute(s))[1])
+        monkeypatch.setattr(context, "execute_async_v3", lambda s: (calls.append(s), len(calls) != 2 and execute(s))[1])
         with pytest.raises(BackendError, match="failed to run the model"):
             backend.infer(zoo.pixels(2))  # the second call is the captured one
         assert gpu.device.capturing is None
@@ -381,15 +381,15 @@ def test_the_list_of_backends_tells_library_device_and_bindings_apart(gpu, flavo
 
 
 def test_the_record_beside_the_engine_is_json_for_others(gpu, model):
-    made = export_engine(model, "tensorrt", EngineSettings(version_compatible=True))
-    written = json.loads(made.file.with_name("model.tensorrt.engine.json").read_text())
+    exported = export_engine(model, "tensorrt", EngineSettings(version_compatible=True))
+    written = json.loads(exported.file.with_name("model.tensorrt.engine.json").read_text())
     assert written["device"] == "Simulated GPU"
     assert written["compute_capability"] == "12.0"
     assert written["driver"] == 13020
     assert written["layers_of"] == "engine"
     assert written["layers"][0]["name"].startswith("fused Cast+ReduceSum")
     gpu.install("11.5.0")
-    made.record.check_fits(load_library("tensorrt"), "Simulated GPU", "12.0")
+    exported.record.check_fits(load_library("tensorrt"), "Simulated GPU", "12.0")
 
 
 @pytest.mark.parametrize(

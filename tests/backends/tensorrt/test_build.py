@@ -1,4 +1,4 @@
-"""Building by TensorRT itself, which needs a GPU: on the simulated device. Real builds: tests/export/test_engine.py."""
+"""Builds by TensorRT, which needs a GPU, on the simulated device."""
 
 import dataclasses
 import json
@@ -98,29 +98,29 @@ def test_a_failed_build_writes_nothing(gpu, model, tmp_path):
 
 
 def test_progress_is_the_outermost_phases_and_ctrl_c_ends_the_build(gpu, model, tmp_path):
-    seen = []
-    build_engine(model, "tensorrt", progress=lambda *told: seen.append(told))
-    assert seen == [("Building engine", share) for share in (0.0, 0.5, 1.0, 1.0)]
+    reports = []
+    build_engine(model, "tensorrt", progress=lambda *report: reports.append(report))
+    assert reports == [("Building engine", share) for share in (0.0, 0.5, 1.0, 1.0)]
 
     def interrupt(phase, share):
         if share == 0.5:
             raise KeyboardInterrupt
 
     def terminate(phase, share):
-        seen.append(share)
+        reports.append(share)
         if share == 0.5:
             signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
     for stop in (interrupt, terminate):
-        seen.clear()
+        reports.clear()
         with pytest.raises(KeyboardInterrupt):
             export_engine(model, "tensorrt", progress=stop)
         assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert seen == [0.0, 0.5]  # the library was told to go no further
+    assert reports == [0.0, 0.5]  # the library was told to go no further
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda record: record | {"schema": 9}, "schema 9"),
         (lambda record: {key: value for key, value in record.items() if key != "flavour"}, "flavour"),
@@ -128,15 +128,15 @@ def test_progress_is_the_outermost_phases_and_ctrl_c_ends_the_build(gpu, model, 
         (lambda record: record | {"engine_sha256": "0" * 64}, "is not the engine that"),
     ],
 )
-def test_records_that_cannot_be_read_or_belong_elsewhere_are_refused(gpu, model, change, said):
-    made = export_engine(model, "tensorrt")
-    beside = made.file.with_name(made.file.name + ".json")
+def test_records_that_cannot_be_read_or_belong_elsewhere_are_refused(gpu, model, change, message):
+    exported = export_engine(model, "tensorrt")
+    beside = exported.file.with_name(exported.file.name + ".json")
     beside.write_text(json.dumps(change(json.loads(beside.read_text()))))
-    with pytest.raises(ModelFileError, match=said):
-        read_engine(made.file)
+    with pytest.raises(ModelFileError, match=message):
+        read_engine(exported.file)
     beside.write_text("{")
     with pytest.raises(ModelFileError, match="no record of an engine"):
-        read_engine(made.file)
+        read_engine(exported.file)
 
 
 def test_a_record_of_a_later_release_of_this_schema_is_read(gpu, model):
@@ -164,7 +164,7 @@ def test_onnx_is_asked_for_where_it_is_missing(gpu, model, monkeypatch):
 
 def test_the_inspectors_table_keeps_what_the_library_tells(gpu):
     """A layer as TensorRT's inspector prints it at detailed and at lesser verbosity."""
-    told = {
+    content = {
         "Layers": [
             {
                 "Name": "conv1 + relu1",
@@ -178,7 +178,7 @@ def test_the_inspectors_table_keeps_what_the_library_tells(gpu):
 
     class Inspector:
         def get_engine_information(self, layout):
-            return json.dumps(told)
+            return json.dumps(content)
 
     class Engine:
         def create_engine_inspector(self):

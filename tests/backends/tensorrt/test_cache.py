@@ -1,4 +1,4 @@
-"""Real engines, built by TensorRT-RTX on a machine without a GPU, from a real run's fused S + A."""
+"""Real engines of a real run's S + A, built by TensorRT-RTX on a machine without a GPU."""
 
 import hashlib
 import json
@@ -57,9 +57,9 @@ def files(tiny_run, exported, tmp_path_factory):
 
     def lowered(precision, target):
         # How well this little network keeps its classes is none of this file's business.
-        asked = PrecisionOptions(precision=precision, target=target, agreement=0.0, drop=100.0)
+        options = PrecisionOptions(precision=precision, target=target, agreement=0.0, drop=100.0)
         name = f"{target}-{precision}"
-        return export_run(tiny_run, test_images=False, folder=folder / name, precision=asked).folder / "model.onnx"
+        return export_run(tiny_run, test_images=False, folder=folder / name, precision=options).folder / "model.onnx"
 
     return {
         "fp32": Path(exported["bundle"]) / "model.onnx",
@@ -85,12 +85,12 @@ def test_an_engine_of_every_precision_and_batch(files, tmp_path, precision, batc
     source.write_bytes(files[precision].read_bytes())
     if batch == "static":
         with_fixed_batch(files[precision], source, 8)
-    made = export_engine(source, RTX)
+    exported = export_engine(source, RTX)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model.onnx", "model.tensorrt-rtx.engine", "model.tensorrt-rtx.engine.json",
     ]  # fmt: skip
-    plan, record = read_engine(made.file)
-    assert record == EngineRecord.from_json(json.dumps(made.record.to_dict()), "")
+    plan, record = read_engine(exported.file)
+    assert record == EngineRecord.from_json(json.dumps(exported.record.to_dict()), "")
     assert record.precision == precision
     assert record.profiles == (("1:8:32",) if batch == "dynamic" else ())
     assert record.onnx_sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
@@ -107,7 +107,7 @@ def test_an_engine_of_every_precision_and_batch(files, tmp_path, precision, batc
 
 
 def by_hand(path, shapes):
-    """The same engine by the library's own calls: what trtexec would write."""
+    """Build an engine by the library's own calls: what trtexec would write."""
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
@@ -125,13 +125,13 @@ def by_hand(path, shapes):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_two_builds_agree(files, precision):
     fixed = EngineSettings(profiles=(Profile(4, 4, 4),))
-    one, two = (hashlib.sha256(build_engine(files[precision], RTX, fixed).plan).hexdigest() for _ in range(2))
-    assert one == two
+    first, second = (hashlib.sha256(build_engine(files[precision], RTX, fixed).plan).hexdigest() for _ in range(2))
+    assert first == second
 
 
 def test_two_builds_for_a_range_of_batches_agree_in_size_and_layers(files):
-    one, two = (build_engine(files["fp32"], RTX) for _ in range(2))
-    assert (len(one.plan), one.record.layers) == (len(two.plan), two.record.layers)
+    first, second = (build_engine(files["fp32"], RTX) for _ in range(2))
+    assert (len(first.plan), first.record.layers) == (len(second.plan), second.record.layers)
 
 
 def test_the_file_is_the_librarys_own_bytes(files):
@@ -145,8 +145,8 @@ def test_settings_reach_the_engine(files):
     wider = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1), Profile(2, 8, 16))))
     assert wider.record.profiles == ("1:1:1", "2:8:16")
     assert len(wider.plan) > len(plain.plan)
-    one = EngineSettings(profiles=(Profile(1, 1, 1),), compute_capabilities=("8.6",), workspace_bytes=1 << 24)
-    named = build_engine(files["fp32"], RTX, one)
+    settings = EngineSettings(profiles=(Profile(1, 1, 1),), compute_capabilities=("8.6",), workspace_bytes=1 << 24)
+    named = build_engine(files["fp32"], RTX, settings)
     assert named.record.compute_capabilities == ("8.6",)
     assert named.plan != plain.plan
     tf32 = build_engine(files["fp32"], RTX, EngineSettings(profiles=(Profile(1, 1, 1),), tf32=True))
@@ -159,18 +159,18 @@ def test_a_whole_bundle_of_resnet20(tmp_path):
     preprocess = Preprocess(height=32, width=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
     card = ModelCard(name="deep", labels=tuple("abcde"), preprocess=preprocess)
     export_bundle(model.eval(), card, tmp_path / "bundle")
-    made = export_engine(tmp_path / "bundle", RTX)
-    assert made.record.precision == "fp32"
+    exported = export_engine(tmp_path / "bundle", RTX)
+    assert exported.record.precision == "fp32"
     # 19 of the main path, 2 of the shortcuts that change the width
-    assert sum(layer["type"] == "convolution" for layer in made.record.layers) == 21
+    assert sum(layer["type"] == "convolution" for layer in exported.record.layers) == 21
 
 
 def test_progress_is_told(files):
-    seen = []
-    build_engine(files["fp32"], RTX, progress=lambda phase, share: seen.append((phase, share)))
-    assert seen[0] == ("Building engine", 0.0)
-    assert seen[-1] == ("Building engine", 1.0)
-    shares = [share for _, share in seen]
+    reports = []
+    build_engine(files["fp32"], RTX, progress=lambda phase, share: reports.append((phase, share)))
+    assert reports[0] == ("Building engine", 0.0)
+    assert reports[-1] == ("Building engine", 1.0)
+    shares = [share for _, share in reports]
     assert shares == sorted(shares)
 
 
@@ -291,13 +291,13 @@ def test_the_command_builds_beside_a_bundle_and_info_shows_it(files):
         app, ["export", bundle, "--format", RTX, "--profile", "1", "--profile", "2:4:8", "--json"]
     )
     assert result.exit_code == 0, result.output
-    made = json.loads(result.stdout.splitlines()[-1])["engine"]
-    assert made["profiles"] == ["1:1:1", "2:4:8"]
-    shown = CliRunner().invoke(app, ["info", made["file"]])
+    engine = json.loads(result.stdout.splitlines()[-1])["engine"]
+    assert engine["profiles"] == ["1:1:1", "2:4:8"]
+    shown = CliRunner().invoke(app, ["info", engine["file"]])
     assert shown.exit_code == 0, shown.output
     assert re.search(r"^profiles +1:1:1 2:4:8$", shown.output, re.MULTILINE)
     assert re.search(r"^layer +type +data type +shape$", shown.output, re.MULTILINE)
-    assert json.loads(CliRunner().invoke(app, ["info", made["file"], "--json"]).stdout)["flavour"] == RTX
+    assert json.loads(CliRunner().invoke(app, ["info", engine["file"], "--json"]).stdout)["flavour"] == RTX
 
 
 EVERYTHING = {
@@ -328,18 +328,18 @@ def test_a_changed_byte_is_noticed_in_every_file_of_a_bundle(whole):
 
 def test_an_engine_is_taken_into_the_sums_and_blesses_no_other_file(whole):
     before = json.loads((whole / "model.json").read_text())
-    made = export_engine(whole, RTX, EngineSettings(profiles=(Profile(1, 2, 4),)))
+    exported = export_engine(whole, RTX, EngineSettings(profiles=(Profile(1, 2, 4),)))
     after = json.loads((whole / "model.json").read_text())
     differing = {name for name in EVERYTHING if after["checksums"][name] != before["checksums"][name]}
-    assert differing == {"model.json", made.file.name, made.file.name + ".json"}
+    assert differing == {"model.json", exported.file.name, exported.file.name + ".json"}
     assert {**after, "checksums": 0} == {**before, "checksums": 0}
     assert verify(whole).passed
-    made.file.unlink()  # it can be built again
+    exported.file.unlink()  # it can be built again
     assert verify(whole).passed
     (whole / "labels.txt").write_text("one\n")
     with pytest.raises(ModelFileError, match=r"labels\.txt changed"):
         export_engine(whole, RTX)
-    assert not made.file.exists()
+    assert not exported.file.exists()
 
 
 def test_a_bundle_is_proven_and_shown_elsewhere_without_torch(whole):
@@ -368,7 +368,7 @@ def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         (["--tf32", "--profile", "4"], UsageError, "has no use for --profile, --tf32"),
         (["--format", RTX, "--profile", "8:1:32"], UsageError, "8:1:32 is no range"),
@@ -383,10 +383,10 @@ def test_the_command_exports_a_run_with_an_engine_in_its_bundle(exported):
         (["--format", RTX, "--fuse", "sum", "--with-pytorch"], UsageError, "has no use for --fuse, --with-pytorch"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_exported(files, options, error, said):
+def test_wrong_options_are_refused_before_anything_is_exported(files, options, error, message):
     result = CliRunner().invoke(app, ["export", str(files["fp32"].parent), *options])
     assert isinstance(result.exception, error)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
 
 
 def test_a_library_that_is_not_installed_is_named_at_once(files, monkeypatch):

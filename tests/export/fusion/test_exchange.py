@@ -17,14 +17,14 @@ LEVELS = ("sum", "tail")
 
 def test_branches_that_exchange_their_maps_cannot_lie_side_by_side() -> None:
     with pytest.raises(UsageError, match="they exchange their maps at every stage"):
-        fuse(made("resnet8", (16, 32, 24)), "wide")
+        fuse(network_of("resnet8", (16, 32, 24)), "wide")
 
 
-def made(family: str, channels: tuple[int, ...], assistants: int = 1) -> ProgressiveStudent:
+def network_of(family: str, channels: tuple[int, ...], assistants: int = 1) -> ProgressiveStudent:
     """Every weight and statistic random, so that nothing folds by luck."""
-    given = zoo.create(family, 5)
-    widths = [tuple(max(given.multiple_of, width // part) for width in given.widths) for part in (2, 4)]
-    student, *chain = (given.rebuilt(w, None) for w in (widths[0], *[widths[1]] * assistants))
+    s0 = zoo.create(family, 5)
+    widths = [tuple(max(s0.multiple_of, width // part) for width in s0.widths) for part in (2, 4)]
+    student, *chain = (s0.rebuilt(w, None) for w in (widths[0], *[widths[1]] * assistants))
     model = progressive_student(student, chain, channels, 5, (16, 16)).double().eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
@@ -37,7 +37,7 @@ def made(family: str, channels: tuple[int, ...], assistants: int = 1) -> Progres
 @pytest.mark.parametrize(("family", "assistants"), [("resnet8", 1), ("resnet8", 2), ("wrn_16_1", 1), ("vgg8", 1)])
 @torch.no_grad()
 def test_every_level_has_the_value_of_the_network(family: str, assistants: int, level: str) -> None:
-    model, x = made(family, (16, 32, 24), assistants), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    model, x = network_of(family, (16, 32, 24), assistants), torch.randn(3, 3, 16, 16, dtype=torch.float64)
     x[1] = 5 * x[1] + 5  # pooled, images of the same noise would be almost equal
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for network in (model, model.alone()):
@@ -50,7 +50,7 @@ def test_every_level_has_the_value_of_the_network(family: str, assistants: int, 
 
 def test_tail_folds_the_adapters_between_stages_where_that_is_cheaper() -> None:
     """S has half of T's channels and A a quarter: one matrix [3/4, 3/4] for four, two of them to T's width and back."""
-    model = made("resnet8", (16, 32, 64)).float()
+    model = network_of("resnet8", (16, 32, 64)).float()
     layers = {level: list(fuse(model, level).branches.exchanges.children()) for level in LEVELS}
     assert [len(list(layer.modules())) for layer in layers["tail"]] == [2, 2]
     convolutions = [layer.conv for layer in layers["tail"]]
@@ -65,7 +65,7 @@ def test_tail_folds_the_adapters_between_stages_where_that_is_cheaper() -> None:
 
 def test_a_narrow_teacher_keeps_its_adapters() -> None:
     """Through two channels and back is cheaper than any folded matrix."""
-    model = made("resnet8", (2, 2, 64))
+    model = network_of("resnet8", (2, 2, 64))
     rows = model.rows()
     exchanges = fuse(model, "tail").branches.exchanges
     assert not any(hasattr(layer, "conv") for layer in exchanges.children())

@@ -114,8 +114,8 @@ def test_the_file_answers_as_pytorch_does_and_nothing_is_left_to_optimise(family
     proto = to_onnx(EveryLevel(models), PREPROCESS)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     for x in (x_NCHW, x_NCHW[:1]):
-        found = session.run(list(models), {"input": x.numpy().astype(np.float32)})
-        for (level, model), logits in zip(models.items(), found, strict=True):
+        actual = session.run(list(models), {"input": x.numpy().astype(np.float32)})
+        for (level, model), logits in zip(models.items(), actual, strict=True):
             with torch.no_grad():
                 expected = model.double()(x).numpy()
             assert np.ptp(expected) > 0.01

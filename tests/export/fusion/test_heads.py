@@ -40,6 +40,6 @@ def test_fused_equals_the_formula(head, level):
         torch.testing.assert_close(fused(x_NCHW), expected, rtol=0, atol=1e-10)
         if level == "tail":
             assert not any(
-                isinstance(one, nn.Conv2d) and one.kernel_size == (1, 1) and one.out_channels == 12
-                for one in fused.modules()
+                isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.out_channels == 12
+                for module in fused.modules()
             )

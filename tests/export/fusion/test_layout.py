@@ -19,8 +19,8 @@ from rkd_deploy.train.fitting import fit
 SIDE, CLASSES = 32, 10
 
 
-def merged_macs(made: Any, channels: int) -> int:
-    model = ResidualStudent(made.student, made.assistants, channels, CLASSES).eval()
+def merged_macs(separation: Any, channels: int) -> int:
+    model = ResidualStudent(separation.student, separation.assistants, channels, CLASSES).eval()
     return count(fuse(model, "wide"), SIDE).macs
 
 
@@ -29,18 +29,18 @@ def merged_macs(made: Any, channels: int) -> int:
 def test_widths_add_up_to_those_of_S0_and_merged_they_do_no_more_than_it(name, assistants, budget):
     S0 = zoo.create(name, CLASSES)
     how = {"num_classes": CLASSES, "input_size": SIDE, "budget": budget, "assistants": assistants}
-    made = separate(S0, layout="side_by_side", assistant_share=0.3, **how)
-    assert made.level == "wide"
-    for s, a, w, step in zip(made.student.widths, made.assistant.widths, S0.widths, S0.steps(8), strict=True):
+    outcome = separate(S0, layout="side_by_side", assistant_share=0.3, **how)
+    assert outcome.level == "wide"
+    for s, a, w, step in zip(outcome.student.widths, outcome.assistant.widths, S0.widths, S0.steps(8), strict=True):
         assert s + assistants * a <= w
         assert s % step == a % step == 0
-    assert made.cost <= made.budget
-    own = count(S0, SIDE).macs
-    assert 0.8 * own < merged_macs(made, S0.channels) <= own
+    assert outcome.cost <= outcome.budget
+    s0_macs = count(S0, SIDE).macs
+    assert 0.8 * s0_macs < merged_macs(outcome, S0.channels) <= s0_macs
     # Two branches within the same budget are more work when they are merged: the comparison above can say no.
     branches = separate(S0, layout="branches", assistant_share=0.3, **how)
     assert branches.level == "tail"
-    assert merged_macs(branches, S0.channels) > own
+    assert merged_macs(branches, S0.channels) > s0_macs
 
 
 def test_branches_are_the_default():

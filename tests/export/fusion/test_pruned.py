@@ -37,15 +37,15 @@ NOT_WIDE: dict[str, str] = {"timm:convnext_atto": "is no operation that it knows
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_split_within_its_cost_learns_and_is_exported(name: str) -> None:
-    given = zoo.create(name, CLASSES, input_size=(SIDE, SIDE))
-    made = separate(given, num_classes=CLASSES, input_size=SIDE, assistant_share=0.3, weights="inherited")
-    model = ResidualStudent(made.student, made.assistants, given.channels, CLASSES)
+    s0 = zoo.create(name, CLASSES, input_size=(SIDE, SIDE))
+    outcome = separate(s0, num_classes=CLASSES, input_size=SIDE, assistant_share=0.3, weights="inherited")
+    model = ResidualStudent(outcome.student, outcome.assistants, s0.channels, CLASSES)
     torch.nn.init.normal_(model.assistant_adapters[0].norm.weight, std=0.01)  # zero, else: A would get no gradient
-    assert count(model, SIDE).macs == made.cost <= made.budget == count(given, SIDE).macs
-    assert made.cost > 0.97 * made.budget
-    for network in (made.student, made.assistant):
-        trio = zip(network.widths, network.steps(8), made.s0_widths, strict=True)
-        assert all(width % step == 0 or width == own for width, step, own in trio)
+    assert count(model, SIDE).macs == outcome.cost <= outcome.budget == count(s0, SIDE).macs
+    assert outcome.cost > 0.97 * outcome.budget
+    for network in (outcome.student, outcome.assistant):
+        trio = zip(network.widths, network.steps(8), outcome.s0_widths, strict=True)
+        assert all(width % step == 0 or width == s0_width for width, step, s0_width in trio)
     x_NCHW, y_N = torch.randn(8, 3, SIDE, SIDE), torch.arange(8) % CLASSES
     check_steps(model.train(), x_NCHW, y_N)
     check_file(model.eval(), x_NCHW)

@@ -30,13 +30,13 @@ def assert_merged(branches, size=(32, 64), **options):
     branches = [trained_looking(branch) for branch in branches]
     merged = merge(branches, **options)
     x_NCHW = torch.randn(2, 3, *size, dtype=torch.float64)
-    found = merged.backbone(x_NCHW)
+    actual = merged.backbone(x_NCHW)
     places = torch.cat(merged.p)
-    assert sorted(places.tolist()) == list(range(found.shape[1]))
+    assert sorted(places.tolist()) == list(range(actual.shape[1]))
     for branch, p in zip(branches, merged.p, strict=True):
         expected = branch(x_NCHW)
         assert expected.std() > 1e-3
-        torch.testing.assert_close(found[:, p], expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+        torch.testing.assert_close(actual[:, p], expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
     return merged
 
 

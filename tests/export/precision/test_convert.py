@@ -26,11 +26,11 @@ from rkd_deploy.export.precision.options import Gates
 
 
 def lowered(trained, **options):
-    asked = trained.job(**options)
+    request = trained.job(**options)
     reference = PyTorchBackend(trained.graph, input_shape=(None, 8, 8, 3), input_dtype="uint8")
     held_out = HeldOut(reference, trained.held_out, trained.card)
-    inputs = None if asked.calibration is None else asked.calibration.images_NHWC
-    return convert(trained.graph, trained.proto, trained.card.preprocess, inputs, held_out, asked.options)
+    inputs = None if request.calibration is None else request.calibration.images_NHWC
+    return convert(trained.graph, trained.proto, trained.card.preprocess, inputs, held_out, request.options)
 
 
 def exported(trained, folder, **options):
@@ -45,11 +45,11 @@ def constants(proto):
 def preprocessing(proto):
     """Kinds of the nodes from the input on, up to the first one that quantises or belongs to the network."""
     reads = {node.input[0]: node for node in proto.graph.node}
-    name, found = proto.graph.input[0].name, []
+    name, actual = proto.graph.input[0].name, []
     while (node := reads[name]).op_type in ("Cast", "Transpose", "Mul", "Add"):
-        found.append(node.op_type)
+        actual.append(node.op_type)
         name = node.output[0]
-    return found
+    return actual
 
 
 def on_onnxruntime(proto, x):
@@ -73,14 +73,14 @@ def test_a_bundle_says_what_it_is_and_proves_itself(trained, tmp_path, precision
     assert proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     x, labels = trained.held_out[0]
     expected = trained.logits(x)
-    found = on_openvino(proto, x) if precision == "bf16" else on_onnxruntime(proto, x)
+    actual = on_openvino(proto, x) if precision == "bf16" else on_onnxruntime(proto, x)
     gate = card.lowering["gate"]
     assert gate["images"] == len(x)
-    assert gate["agreement"] == pytest.approx(100 * (found.argmax(1) == expected.argmax(1)).mean())
-    assert gate["top1"] == card.lowering["test_top1"] == pytest.approx(100 * (found.argmax(1) == labels).mean())
-    assert gate["max_abs_diff"] == pytest.approx(np.abs(found - expected).max(), rel=1e-3)
+    assert gate["agreement"] == pytest.approx(100 * (actual.argmax(1) == expected.argmax(1)).mean())
+    assert gate["top1"] == card.lowering["test_top1"] == pytest.approx(100 * (actual.argmax(1) == labels).mean())
+    assert gate["max_abs_diff"] == pytest.approx(np.abs(actual - expected).max(), rel=1e-3)
     golden = np.load(tmp_path / "bundle/golden.npz")
-    np.testing.assert_allclose(golden["logits"], found[:8], atol=1e-5)
+    np.testing.assert_allclose(golden["logits"], actual[:8], atol=1e-5)
     np.testing.assert_allclose(golden["fp32_logits"], expected[:8], atol=1e-4)
     assert golden["tolerance"] == gate["max_abs_diff"] > 1e-4
     for backend in ("openvino",) if precision == "bf16" else ("onnxruntime", "openvino"):
@@ -152,14 +152,14 @@ def test_int8_for_a_cpu_has_unsigned_activations_and_float_logits(trained):
 
 
 def test_same_images_same_bytes(trained):
-    one, two = (lowered(trained, precision="int8").proto for _ in range(2))
-    assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
+    first, second = (lowered(trained, precision="int8").proto for _ in range(2))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
 def test_a_layer_named_is_kept_and_a_wrong_name_refused(trained):
-    found = lowered(trained, precision="int8", keep=("layer1.0.conv1",))
-    assert found.float32_layers == ("layer1.0.conv1",)
-    values = constants(found.proto)
+    actual = lowered(trained, precision="int8", keep=("layer1.0.conv1",))
+    assert actual.float32_layers == ("layer1.0.conv1",)
+    values = constants(actual.proto)
     assert values["network.layer1.0.conv1.weight"].dtype == np.float32
     assert "network.layer1.0.conv2.weight" not in values
     with pytest.raises(UsageError, match=r"Unknown layer in --keep 'layer1.0.conv9'. Did you mean 'layer1"):
@@ -168,16 +168,16 @@ def test_a_layer_named_is_kept_and_a_wrong_name_refused(trained):
 
 def test_auto_keeps_the_one_layer_that_ruins_the_network(uneven):
     options = {"precision": "int8", "target": "tensorrt", "agreement": 97.0}
-    without, found = lowered(uneven, **options), lowered(uneven, **options, keep=("auto",))
+    without, actual = lowered(uneven, **options), lowered(uneven, **options, keep=("auto",))
     assert not without.result.passed
-    assert found.result.passed
-    assert found.float32_layers == ("layer2.0.conv2",)
-    assert next(iter(found.sensitivities)) == "layer2.0.conv2"
+    assert actual.result.passed
+    assert actual.float32_layers == ("layer2.0.conv2",)
+    assert next(iter(actual.sensitivities)) == "layer2.0.conv2"
 
 
 def test_auto_keeps_nothing_where_nothing_hurts(trained):
-    found = lowered(trained, precision="int8", keep=("auto",))
-    assert (found.result.passed, found.float32_layers, found.sensitivities) == (True, (), None)
+    actual = lowered(trained, precision="int8", keep=("auto",))
+    assert (actual.result.passed, actual.float32_layers, actual.sensitivities) == (True, (), None)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
@@ -254,15 +254,15 @@ def test_unlabelled_images_are_judged_by_agreement_alone(trained):
     reference = PyTorchBackend(trained.graph, input_shape=(None, 8, 8, 3), input_dtype="uint8")
     x = trained.held_out[0][0][:50]
     held_out = HeldOut(reference, [(x, np.full(50, -1))], trained.card)
-    own = held_out.logits_NK
+    reference_NK = held_out.logits_NK
     gates = trained.job(precision="int8", agreement=98.0).options.gates
     for changed, passes in ((1, True), (2, False)):
-        found = own.copy()
-        found[:changed] = -found[:changed]
-        judgement = held_out.judge(found, gates)
+        actual = reference_NK.copy()
+        actual[:changed] = -actual[:changed]
+        judgement = held_out.judge(actual, gates)
         assert judgement.agreement == pytest.approx(100 - 2 * changed)
         assert (judgement.passed, judgement.drop) == (passes, None)
-    assert not held_out.judge(np.full_like(own, np.nan), gates).passed
+    assert not held_out.judge(np.full_like(reference_NK, np.nan), gates).passed
 
 
 @pytest.mark.parametrize(
@@ -274,9 +274,9 @@ def test_a_drop_is_held_to_its_limit_in_whole_images(trained, limit, lost, passe
     x = trained.held_out[0][0][:200]
     right = trained.logits(x).argmax(1)
     held_out = HeldOut(reference, [(x, right)], trained.card)
-    found = held_out.logits_NK.copy()
-    found[:lost] = -found[:lost]
-    judgement = held_out.judge(found, Gates(agreement=0, drop=limit))
+    actual = held_out.logits_NK.copy()
+    actual[:lost] = -actual[:lost]
+    judgement = held_out.judge(actual, Gates(agreement=0, drop=limit))
     assert (judgement.reference_top1, judgement.drop) == (100.0, pytest.approx(lost / 2))
     assert judgement.passed == passes
 
@@ -288,11 +288,11 @@ def test_fp8_says_what_to_install(trained, monkeypatch):
 
 
 def test_fp8_by_modelopt(trained):
-    found = lowered(trained, precision="fp8", target="tensorrt", keep=("layer1.0.conv1",), drop=2.0)
-    assert found.result.passed
-    types = {tensor.data_type for tensor in found.proto.graph.initializer}
+    actual = lowered(trained, precision="fp8", target="tensorrt", keep=("layer1.0.conv1",), drop=2.0)
+    assert actual.result.passed
+    types = {tensor.data_type for tensor in actual.proto.graph.initializer}
     assert onnx.TensorProto.FLOAT8E4M3FN in types
-    assert preprocessing(found.proto) == ["Cast", "Transpose", "Mul", "Add"]
+    assert preprocessing(actual.proto) == ["Cast", "Transpose", "Mul", "Add"]
 
 
 def test_the_gate_says_its_limit_in_whole_images_and_the_interval_of_the_drop(trained):
@@ -302,9 +302,9 @@ def test_the_gate_says_its_limit_in_whole_images_and_the_interval_of_the_drop(tr
     labels = trained.logits(x).argmax(1)
     labels[:55] = (labels[:55] + 1) % 10
     held_out = HeldOut(reference, [(x, labels)], trained.card)
-    found = held_out.logits_NK.copy()
-    found[99] = -found[99]
-    judgement = held_out.judge(found, Gates(agreement=90.0, drop=0.5))
+    actual = held_out.logits_NK.copy()
+    actual[99] = -actual[99]
+    judgement = held_out.judge(actual, Gates(agreement=90.0, drop=0.5))
     assert (judgement.passed, judgement.effective_agreement, judgement.effective_drop) == (True, 90.0, 1.0)
     assert judgement.in_words() == (
         "99.00 % of 100 held-out images keep their class (limit 90), top-1 45.00 -> 44.00 %: 1.00 points lost, 95 % "

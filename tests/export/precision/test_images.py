@@ -37,22 +37,22 @@ def greys(calibration):
 
 
 def test_a_folder_gives_the_images_that_its_seed_draws(folder):
-    one, again = (calibration_from_folder(folder, PREPROCESS, 20, seed=3) for _ in range(2))
+    first, again = (calibration_from_folder(folder, PREPROCESS, 20, seed=3) for _ in range(2))
     other = calibration_from_folder(folder, PREPROCESS, 20, seed=4)
-    assert one.images_NHWC.shape == (20, 4, 4, 3)
-    assert len(set(greys(one))) == 20
-    assert greys(one) == greys(again) != greys(other)
-    assert one.sha256 == again.sha256 != other.sha256
+    assert first.images_NHWC.shape == (20, 4, 4, 3)
+    assert len(set(greys(first))) == 20
+    assert greys(first) == greys(again) != greys(other)
+    assert first.sha256 == again.sha256 != other.sha256
 
 
 def test_the_hash_is_of_shape_and_pixels(folder):
-    found = calibration_from_folder(folder, PREPROCESS)
-    assert len(found.images_NHWC) == 40
-    assert found.to_dict() == {
+    actual = calibration_from_folder(folder, PREPROCESS)
+    assert len(actual.images_NHWC) == 40
+    assert actual.to_dict() == {
         "images": 40,
         "source": "folder photos (left out: 1 .txt)",
         "seed": 0,
-        "sha256": hashlib.sha256(b"(40, 4, 4, 3)" + found.images_NHWC.tobytes()).hexdigest(),
+        "sha256": hashlib.sha256(b"(40, 4, 4, 3)" + actual.images_NHWC.tobytes()).hexdigest(),
     }
 
 

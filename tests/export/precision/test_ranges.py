@@ -45,13 +45,13 @@ def test_activations_of_a_graph_get_ranges_with_0_inside(trained):
     x = trained.calibration.images_NHWC[:32]
     kinds = {node.output[0]: node.op_type for node in trained.proto.graph.node}
     for symmetric in (False, True):
-        found = best_ranges(trained.proto, [*kinds, "input"], x, symmetric=symmetric)
-        assert "input" not in found  # uint8
-        assert {name for name, kind in kinds.items() if kind in ("Conv", "Relu", "Gemm")} <= set(found)
-        assert all(lo <= 0 <= hi for lo, hi in found.values())
+        actual = best_ranges(trained.proto, [*kinds, "input"], x, symmetric=symmetric)
+        assert "input" not in actual  # uint8
+        assert {name for name, kind in kinds.items() if kind in ("Conv", "Relu", "Gemm")} <= set(actual)
+        assert all(lo <= 0 <= hi for lo, hi in actual.values())
         if symmetric:
-            assert all(lo == -hi for lo, hi in found.values())
+            assert all(lo == -hi for lo, hi in actual.values())
         else:
-            assert {found[name][0] for name, kind in kinds.items() if kind == "Relu"} == {0.0}
+            assert {actual[name][0] for name, kind in kinds.items() if kind == "Relu"} == {0.0}
     logits = trained.logits(x)
-    assert found["logits"][1] <= np.abs(logits).max() * (1 + 1e-5)
+    assert actual["logits"][1] <= np.abs(logits).max() * (1 + 1e-5)

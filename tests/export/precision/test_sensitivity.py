@@ -10,23 +10,23 @@ from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest_kept, sensiti
 
 @given(count=st.integers(1, 60), needed=st.integers(1, 80))
 def test_the_shortest_beginning_that_passes_is_found_with_few_questions(count, needed):
-    ranked, asked = [str(number) for number in range(count)], []
+    ranked, request = [str(number) for number in range(count)], []
 
     def passes(keep):
-        asked.append(tuple(keep))
+        request.append(tuple(keep))
         return len(keep) >= needed
 
-    found = fewest_kept(ranked, passes)
-    assert list(found) == ranked[: min(needed, count)]
-    assert tuple(found) in asked
-    assert len(asked) == len(set(asked)) <= 2 * np.log2(count) + 2
+    actual = fewest_kept(ranked, passes)
+    assert list(actual) == ranked[: min(needed, count)]
+    assert tuple(actual) in request
+    assert len(request) == len(set(request)) <= 2 * np.log2(count) + 2
 
 
 def test_the_layer_that_reads_the_uneven_map_does_the_most_harm(uneven):
     with Int8Quantiser(uneven.proto, uneven.calibration.images_NHWC, "tensorrt") as quantiser:
-        found = sensitivities(quantiser, quantiser.nodes, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
+        actual = sensitivities(quantiser, quantiser.nodes, uneven.proto, uneven.calibration.images_NHWC, "onnxruntime")
     layers = {name for name, module in uneven.model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    assert set(found) == layers
-    first, second, *_ = sorted(found, key=lambda name: -found[name])
+    assert set(actual) == layers
+    first, second, *_ = sorted(actual, key=lambda name: -actual[name])
     assert first == "layer2.0.conv2"
-    assert found[first] > 10 * found[second]
+    assert actual[first] > 10 * actual[second]

@@ -62,14 +62,14 @@ def test_pooling_is_the_mean_over_height_and_width() -> None:
 
 
 def test_rebuilt_keeps_the_depth_and_takes_the_widths() -> None:
-    given = zoo.create("resnet20", 100)
-    narrow = given.rebuilt((4, 5, 6, 7), 3)
+    original = zoo.create("resnet20", 100)
+    narrow = original.rebuilt((4, 5, 6, 7), 3)
     assert narrow.widths == (4, 5, 6, 7)
     assert narrow.fc is not None
     assert narrow.fc.weight.shape == (3, 7)
-    same = given.rebuilt(given.widths, 100)
-    assert {k: v.shape for k, v in same.state_dict().items()} == {k: v.shape for k, v in given.state_dict().items()}
-    assert not torch.equal(next(same.parameters()), next(given.parameters()))  # fresh weights
+    same = original.rebuilt(original.widths, 100)
+    assert {k: v.shape for k, v in same.state_dict().items()} == {k: v.shape for k, v in original.state_dict().items()}
+    assert not torch.equal(next(same.parameters()), next(original.parameters()))  # fresh weights
 
 
 @pytest.mark.parametrize("depth", [2, 7, 9, 10, 15])

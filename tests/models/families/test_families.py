@@ -1,4 +1,4 @@
-"""What every family promises: stage maps, other widths, and a separation that keeps its budget and can be trained."""
+"""What every family promises: stage maps, other widths, a separation that learns."""
 
 from __future__ import annotations
 
@@ -55,31 +55,31 @@ NARROW: dict[str, Staged] = {
 }
 
 
-@pytest.mark.parametrize("given", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("original", NARROW.values(), ids=NARROW)
 @torch.no_grad()
-def test_rebuilt_is_the_same_network_with_fresh_weights(given: Staged) -> None:
-    same, bare = given.rebuilt(given.widths, 3), given.rebuilt(given.widths, None).eval()
-    assert {k: v.shape for k, v in same.state_dict().items()} == {k: v.shape for k, v in given.state_dict().items()}
-    assert not torch.equal(next(same.parameters()), next(given.parameters()))
+def test_rebuilt_is_the_same_network_with_fresh_weights(original: Staged) -> None:
+    same, bare = original.rebuilt(original.widths, 3), original.rebuilt(original.widths, None).eval()
+    assert {k: v.shape for k, v in same.state_dict().items()} == {k: v.shape for k, v in original.state_dict().items()}
+    assert not torch.equal(next(same.parameters()), next(original.parameters()))
     assert bare.fc is None
     x_NCHW = torch.randn(2, 3, 16, 16)
     assert torch.equal(bare(x_NCHW), pool(bare.features(x_NCHW)[-1]))
-    bare.load_state_dict(given.state_dict(), strict=False)  # all but the head
-    assert torch.equal(given.eval().features(x_NCHW)[-1], bare.features(x_NCHW)[-1])
+    bare.load_state_dict(original.state_dict(), strict=False)  # all but the head
+    assert torch.equal(original.eval().features(x_NCHW)[-1], bare.features(x_NCHW)[-1])
 
 
-@pytest.mark.parametrize("given", NARROW.values(), ids=NARROW)
-def test_widths_that_cannot_be_are_refused(given: Staged) -> None:
-    for widths in (given.widths[1:], (*given.widths, 12), (0, *given.widths[1:])):
-        with pytest.raises(UsageError, match=rf"widths = .* must be {len(given.widths)} positive channel counts"):
-            given.rebuilt(widths, 3)
+@pytest.mark.parametrize("original", NARROW.values(), ids=NARROW)
+def test_widths_that_cannot_be_are_refused(original: Staged) -> None:
+    for widths in (original.widths[1:], (*original.widths, 12), (0, *original.widths[1:])):
+        with pytest.raises(UsageError, match=rf"widths = .* must be {len(original.widths)} positive channel counts"):
+            original.rebuilt(widths, 3)
 
 
 @pytest.mark.parametrize(("name", "rule"), [("shufflenetv1", 12), ("shufflenetv2", 2)])
 def test_widths_that_groups_do_not_divide_are_refused(name: str, rule: int) -> None:
-    given = NARROW[name]
+    widths = NARROW[name]
     with pytest.raises(UsageError, match=rf"positive channel counts, multiples of {rule}: the stem's"):
-        given.rebuilt((*given.widths[:-1], given.widths[-1] + 1), 3)
+        widths.rebuilt((*widths.widths[:-1], widths.widths[-1] + 1), 3)
 
 
 @pytest.mark.parametrize("depth", [4, 6, 15, 20])
@@ -130,37 +130,37 @@ def separation(name: str) -> Separation:
 
 def shipped(name: str, student: Staged | None = None) -> ResidualStudent:
     """S + A as they ship."""
-    made = separation(name)
-    return ResidualStudent(student or made.student, made.assistants, C_T, 10)
+    cut = separation(name)
+    return ResidualStudent(student or cut.student, cut.assistants, C_T, 10)
 
 
 @pytest.mark.parametrize("name", SEPARATED)
 def test_separation_keeps_the_budget(name: str) -> None:
-    made, given = separation(name), zoo.create(name, 10)
-    assert made.budget == count(given, 32).macs
-    assert count(shipped(name), 32).macs == made.cost <= made.budget
-    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= 0.2 * made.budget
-    step = lcm(8, given.multiple_of)
-    for network in (made.student, made.assistant):
-        assert all(w % step == 0 or w == own for w, own in zip(network.widths, given.widths, strict=True))
-        assert all(w <= own for w, own in zip(network.widths, given.widths, strict=True))
+    cut, s0 = separation(name), zoo.create(name, 10)
+    assert cut.budget == count(s0, 32).macs
+    assert count(shipped(name), 32).macs == cut.cost <= cut.budget
+    assert cut.parts["assistant"] + cut.parts["assistant_adapter"] <= 0.2 * cut.budget
+    step = lcm(8, s0.multiple_of)
+    for network in (cut.student, cut.assistant):
+        assert all(w % step == 0 or w == full for w, full in zip(network.widths, s0.widths, strict=True))
+        assert all(w <= full for w, full in zip(network.widths, s0.widths, strict=True))
 
 
 @pytest.mark.parametrize("name", SEPARATED)
 def test_no_width_of_the_student_could_be_a_step_wider(name: str) -> None:
-    made, given = separation(name), zoo.create(name, 10)
-    step = lcm(8, given.multiple_of)
-    for index, (width, own) in enumerate(zip(made.student.widths, given.widths, strict=True)):
-        wider = list(made.student.widths)
-        wider[index] = min(own, width + step)
+    cut, s0 = separation(name), zoo.create(name, 10)
+    step = lcm(8, s0.multiple_of)
+    for index, (width, full) in enumerate(zip(cut.student.widths, s0.widths, strict=True)):
+        wider = list(cut.student.widths)
+        wider[index] = min(full, width + step)
         if wider[index] > width:
-            assert count(shipped(name, given.rebuilt(wider, None)), 32).macs > made.budget, (index, wider)
+            assert count(shipped(name, s0.rebuilt(wider, None)), 32).macs > cut.budget, (index, wider)
 
 
 @pytest.mark.parametrize("name", SEPARATED)
 def test_what_was_separated_learns(name: str) -> None:
-    made = separation(name)
-    student, assistant = (part.rebuilt(part.widths, None) for part in (made.student, made.assistant))
+    cut = separation(name)
+    student, assistant = (part.rebuilt(part.widths, None) for part in (cut.student, cut.assistant))
     model = ResidualStudent(student, [assistant], C_T, 10)
     x_NCHW, y_N = torch.randn(4, 3, 32, 32), torch.arange(4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)  # the gradient is steep: batch norm of four images

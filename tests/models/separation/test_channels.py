@@ -132,17 +132,17 @@ def test_channels_that_meet_in_one_layer_go_together():
     assert (count(narrow, SIZE).macs, count(narrow, SIZE).parameters) == (layers * 64, layers)
 
     inherit([narrow.state_dict()], network.state_dict(), pruner.channels)
-    kept = {STAYS}
+    units_left = {STAYS}
     for space, width in zip(pruner.channels.spaces, (a, b), strict=True):
         best = np.argsort(-space.importance, kind="stable")[: width // space.size]
-        kept |= set(space.units[best].tolist())
+        units_left |= set(space.units[best].tolist())
     silenced = copy.deepcopy(network)
     for (name, dim), units in pruner.channels.axes.items():
-        gone = [index for index, unit in enumerate(units.tolist()) if unit not in kept]
+        gone = [index for index, unit in enumerate(units.tolist()) if unit not in units_left]
         silenced.state_dict()[name].index_fill_(dim, torch.tensor(gone), 0)
     x_NCHW = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
-        expected = silenced(x_NCHW)[:, [unit in kept for unit in pruner.channels.output.tolist()]]
+        expected = silenced(x_NCHW)[:, [unit in units_left for unit in pruner.channels.output.tolist()]]
         torch.testing.assert_close(narrow(x_NCHW), expected, rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The search by latency, on machines whose latency is a formula: the answer is known by arithmetic."""
+"""The search by latency, on machines whose latency is a formula and its answer known."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Formula:
         self.calls.append(confirm)
         true = {batch: self.true_ratio(candidate, batch, level) for batch in (1, 8)}
         spread = self.noise * (1 / 3 if confirm else 1)
-        seen = {batch: ratio * float(np.exp(self.random.normal(0, spread))) for batch, ratio in true.items()}
+        ratios = {batch: ratio * float(np.exp(self.random.normal(0, spread))) for batch, ratio in true.items()}
         if not confirm:
-            seen = {batch: ratio * (1 - self.bias) for batch, ratio in seen.items()}
-        return Reading(seen, seen, dict.fromkeys(seen, 1.0), dict.fromkeys(seen, 10))
+            ratios = {batch: ratio * (1 - self.bias) for batch, ratio in ratios.items()}
+        return Reading(ratios, ratios, dict.fromkeys(ratios, 1.0), dict.fromkeys(ratios, 10))
 
     def true_ratio(self, candidate: nn.Module, batch: int, level: str) -> float:
         return self.overhead / (1 if batch == 1 else 2) + float(candidate.cost)  # type: ignore[arg-type]
@@ -75,8 +75,8 @@ def search(stopwatch: Formula, width: int, narrowest: int = 1, target: float = 1
 
         return Candidate(((steps,),), build)
 
-    found = fastest_fitting(make, stopwatch, nn.Identity(), target)
-    return found.widths[0][0], found
+    fitting = fastest_fitting(make, stopwatch, nn.Identity(), target)
+    return fitting.widths[0][0], fitting
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,15 +90,17 @@ def test_without_noise_the_widest_that_fits_is_found_and_its_neighbour_refused(
         with pytest.raises(BudgetError, match="nothing narrower is left to try"):
             search(stopwatch, width, narrowest=width, target=target)
         return
-    steps, found = search(stopwatch, width, narrowest=width, target=target)
+    steps, chosen = search(stopwatch, width, narrowest=width, target=target)
     assert steps == fitting[-1]
-    assert found.record["worst_ratio"] == pytest.approx(overhead + steps / STEPS)
+    assert chosen.record["worst_ratio"] == pytest.approx(overhead + steps / STEPS)
     assert len(stopwatch.calls) <= 12
-    confirmed = {row["widths"][0][0]: max(row["ratios"].values()) for row in found.record["readings"] if row["confirm"]}
+    confirmed = {
+        row["widths"][0][0]: max(row["ratios"].values()) for row in chosen.record["readings"] if row["confirm"]
+    }
     assert confirmed[steps] <= target + ROUNDING
     if steps + width <= STEPS:
         assert confirmed[steps + width] > target + ROUNDING
-    json.dumps(found.record, allow_nan=False)
+    json.dumps(chosen.record, allow_nan=False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,9 +110,9 @@ def test_with_noise_nothing_too_slow_is_returned_and_little_is_given_away(
 ) -> None:
     noise = 0.015
     stopwatch = Formula(overhead, noise, seed, bias)
-    steps, found = search(stopwatch, width, narrowest=width)
-    latest = [row for row in found.record["readings"] if row["widths"] == [[steps]] and row["confirm"]][-1]
-    assert max(latest["ratios"].values()) == found.record["worst_ratio"] <= 1 + ROUNDING
+    steps, fitting = search(stopwatch, width, narrowest=width)
+    latest = [row for row in fitting.record["readings"] if row["widths"] == [[steps]] and row["confirm"]][-1]
+    assert max(latest["ratios"].values()) == fitting.record["worst_ratio"] <= 1 + ROUNDING
     assert overhead + steps / STEPS <= 1 + ROUNDING + 4 * noise / 3  # a long reading is off by its noise at most
     wider = steps + width
     assert wider > STEPS or overhead + wider / STEPS > 1 - 4 * noise / 3
@@ -136,8 +138,8 @@ def test_short_readings_that_flatter_too_much_are_not_believed() -> None:
 def test_when_time_is_up_what_fits_is_confirmed_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "MAX_SECONDS", 0.0)
     stopwatch = Formula(overhead=0.3)
-    steps, found = search(stopwatch, 1)
-    assert found.record["worst_ratio"] <= 1 + ROUNDING
+    steps, fitting = search(stopwatch, 1)
+    assert fitting.record["worst_ratio"] <= 1 + ROUNDING
     assert 0.5 * 35 <= steps <= 35
     assert stopwatch.calls.count(True) == 1
 
@@ -184,30 +186,30 @@ def cut_by(stopwatch: BranchFormula, **how: Any) -> Separation:
 
 @pytest.mark.parametrize("per_branch", [0.05, 0.3, 0.6])
 def test_s_and_a_fill_what_their_second_branch_leaves(per_branch: float) -> None:
-    made = cut_by(BranchFormula(CifarResNet(8, (16, 16, 32, 64), 10), per_branch, merges=False))
-    assert made.latency is not None
-    assert made.latency["fused"]["level"] == "tail"
-    assert made.latency["fused"]["refused"] == {"wide": "these do not merge"}
-    macs, allowed = made.cost / made.budget, 1 - per_branch  # (2 b + m) / (b + 1) <= 1
+    cut = cut_by(BranchFormula(CifarResNet(8, (16, 16, 32, 64), 10), per_branch, merges=False))
+    assert cut.latency is not None
+    assert cut.latency["fused"]["level"] == "tail"
+    assert cut.latency["fused"]["refused"] == {"wide": "these do not merge"}
+    macs, allowed = cut.cost / cut.budget, 1 - per_branch  # (2 b + m) / (b + 1) <= 1
     allowed += ROUNDING * (per_branch + 1)
     assert macs <= allowed
-    assert made.latency["fused"]["worst_ratio"] == pytest.approx((2 * per_branch + macs) / (per_branch + 1))
+    assert cut.latency["fused"]["worst_ratio"] == pytest.approx((2 * per_branch + macs) / (per_branch + 1))
     # The steps of S are coarse (8 channels): the next wider one is more than what is allowed.
-    full, steps = made.s0_widths, made.student.steps(8)
+    full, steps = cut.s0_widths, cut.student.steps(8)
     prices = [
-        made.cost - made.parts["student"] + count(made.student.rebuilt(wider, None), 32).macs
+        cut.cost - cut.parts["student"] + count(cut.student.rebuilt(wider, None), 32).macs
         for wider in (
-            (*made.student.widths[:i], w + step, *made.student.widths[i + 1 :])
-            for i, (w, step) in enumerate(zip(made.student.widths, steps, strict=True))
+            (*cut.student.widths[:i], w + step, *cut.student.widths[i + 1 :])
+            for i, (w, step) in enumerate(zip(cut.student.widths, steps, strict=True))
         )
-        if all(w <= own for w, own in zip(wider, full, strict=True))
+        if all(w <= width_of_s0 for w, width_of_s0 in zip(wider, full, strict=True))
     ]
-    assert min(prices) / made.budget > allowed - 2 / STEPS
-    assistant = made.parts["assistant"] + made.parts["assistant_adapter"]
-    assert assistant <= 0.2 * made.budget
-    narrowest = made.assistant.widths == (8, 8, 8, 8)
-    assert made.latency["fused"]["assistant_is_narrowest"] is narrowest
-    assert narrowest or assistant <= 0.2 * made.latency["fused"]["fraction_of_macs"] * made.budget
+    assert min(prices) / cut.budget > allowed - 2 / STEPS
+    assistant = cut.parts["assistant"] + cut.parts["assistant_adapter"]
+    assert assistant <= 0.2 * cut.budget
+    narrowest = cut.assistant.widths == (8, 8, 8, 8)
+    assert cut.latency["fused"]["assistant_is_narrowest"] is narrowest
+    assert narrowest or assistant <= 0.2 * cut.latency["fused"]["fraction_of_macs"] * cut.budget
 
 
 @pytest.mark.parametrize("assistants", [1, 2])
@@ -215,37 +217,37 @@ def test_where_a_branch_costs_much_the_layers_stand_side_by_side_and_are_as_many
     assistants: int,
 ) -> None:
     stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch=0.6)
-    made = cut_by(stopwatch, assistants=assistants)
-    assert made.latency is not None
-    fused = made.latency["fused"]
+    cut = cut_by(stopwatch, assistants=assistants)
+    assert cut.latency is not None
+    fused = cut.latency["fused"]
     assert fused["level"] == "wide"
-    assert tuple(s + assistants * a for s, a in zip(made.student.widths, made.assistant.widths, strict=True)) == (
-        made.s0_widths
+    assert tuple(s + assistants * a for s, a in zip(cut.student.widths, cut.assistant.widths, strict=True)) == (
+        cut.s0_widths
     )
     assert fused["worst_ratio"] == pytest.approx(1.0)
-    assert made.cost < made.budget
-    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= 0.2 * made.budget
+    assert cut.cost < cut.budget
+    assert cut.parts["assistant"] + cut.parts["assistant_adapter"] <= 0.2 * cut.budget
     assert "wider than" in fused["refused"]["tail"] or "nothing narrower" in fused["refused"]["tail"]
 
 
 def test_two_branches_are_taken_where_they_cost_little_and_may_be_wider_than_layers_side_by_side() -> None:
-    made = cut_by(BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch=0.05))
-    assert made.latency is not None
-    fused = made.latency["fused"]
+    cut = cut_by(BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch=0.05))
+    assert cut.latency is not None
+    fused = cut.latency["fused"]
     assert fused["level"] == "tail"
     side_by_side = fused["other_levels"]["wide"]
     assert side_by_side["worst_ratio"] == pytest.approx(1.0)
-    assert made.cost / made.budget > 0.9
+    assert cut.cost / cut.budget > 0.9
 
 
 def test_where_S0_has_no_room_for_two_the_merged_layers_are_held_against_it_all_the_same() -> None:
     """8 channels before the first stage: S and A need 8 each, and the wider ones are narrowed until both fit."""
     stopwatch = BranchFormula(CifarResNet(8, (8, 16, 32, 64), 10), per_branch=0.6)
-    made = cut_by(stopwatch)
-    assert made.latency is not None
-    assert made.student.widths[0] == made.assistant.widths[0] == 8
-    assert made.parts["assistant"] + made.parts["assistant_adapter"] <= 0.2 * made.budget
-    assert made.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
+    cut = cut_by(stopwatch)
+    assert cut.latency is not None
+    assert cut.student.widths[0] == cut.assistant.widths[0] == 8
+    assert cut.parts["assistant"] + cut.parts["assistant_adapter"] <= 0.2 * cut.budget
+    assert cut.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
 
 
 def test_an_assistant_whose_narrowest_form_takes_more_than_its_share_is_refused_side_by_side_too() -> None:
@@ -255,21 +257,22 @@ def test_an_assistant_whose_narrowest_form_takes_more_than_its_share_is_refused_
 
 @pytest.mark.parametrize("per_branch", [0.0, 0.3])
 def test_on_a_trunk_S_and_A_are_the_widest_that_are_no_slower(per_branch: float) -> None:
-    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch)
-    made = cut_by(stopwatch, layout="trunk")
-    assert made.latency is not None
-    assert made.shared_stages == 2
-    assert made.student.widths[:3] == made.assistant.widths[:3]
-    assert sum(made.parts.values()) == made.cost <= made.budget
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), per_branch, merges=False)
+    cut = cut_by(stopwatch, layout="trunk")
+    assert cut.latency is not None
+    assert cut.shared_stages == 2
+    assert cut.student.widths[:3] == cut.assistant.widths[:3]
+    assert sum(cut.parts.values()) == cut.cost <= cut.budget
     # S and A anew, as they ship, by the same formula: no slower than S0, and one step of the search wider is.
-    shipped = parted(made.student, made.assistants, 2, 128, 10)
-    assert stopwatch.true_ratio(shipped, 1, "tail") == pytest.approx(made.latency["fused"]["worst_ratio"])
-    assert made.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
-    assert (made.latency["fused"]["fraction_of_macs"] == 1) is (per_branch == 0)
+    shipped = parted(cut.student, cut.assistants, 2, 128, 10)
+    assert stopwatch.true_ratio(shipped, 1, "tail") == pytest.approx(cut.latency["fused"]["worst_ratio"])
+    assert cut.latency["fused"]["worst_ratio"] <= 1 + ROUNDING
+    assert (cut.latency["fused"]["fraction_of_macs"] == 1) is (per_branch == 0)
 
 
 def test_a_trunk_of_one_stage_is_searched_too() -> None:
-    made = cut_by(BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1), layout="trunk", shared_stages=1)
-    assert made.shared_stages == 1
-    assert made.student.widths[:2] == made.assistant.widths[:2]
-    assert made.student.widths[2] != made.assistant.widths[2]
+    stopwatch = BranchFormula(CifarResNet(8, (32, 32, 64, 128), 10), 0.1, merges=False)
+    cut = cut_by(stopwatch, layout="trunk", shared_stages=1)
+    assert cut.shared_stages == 1
+    assert cut.student.widths[:2] == cut.assistant.widths[:2]
+    assert cut.student.widths[2] != cut.assistant.widths[2]

@@ -1,4 +1,4 @@
-"""Structural pruning: costs counted on what was built, weights held against the network with channels silenced."""
+"""Structural pruning: costs of what is built, weights against channels silenced."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_the_price_is_the_cost_of_what_is_built(small, widths):
     assert pruner.output_channels(widths) == c
 
 
-def silenced(network: nn.Module, pruner: Pruner, kept: set[int]) -> nn.Module:
+def silenced(network: nn.Module, pruner: Pruner, units_left: set[int]) -> nn.Module:
     """A copy in which every tensor is zero at the channels that are not kept."""
     network = copy.deepcopy(network)
     state = network.state_dict()
     for (name, dim), units in pruner.channels.axes.items():
         if "running" not in name:
-            gone = [index for index, unit in enumerate(units.tolist()) if unit != STAYS and unit not in kept]
+            gone = [index for index, unit in enumerate(units.tolist()) if unit != STAYS and unit not in units_left]
             state[name].index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
     return network
 
@@ -99,15 +99,15 @@ def test_what_is_inherited_computes_what_the_network_does_with_the_others_silenc
     narrowed = pruner.narrowed(widths).eval()
     nn.init.normal_(narrowed.stem[0].weight)  # what it had is overwritten
     inherit([narrowed.state_dict()], network.state_dict(), pruner.channels)
-    kept = set()
+    units_left = set()
     for space in pruner.channels.spaces:
         best = np.argsort(-space.importance, kind="stable")[: widths[space.width] // space.size]
-        kept |= set(space.units[best].tolist())
+        units_left |= set(space.units[best].tolist())
     x_NCHW = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
-        found, expected = narrowed(x_NCHW), silenced(network, pruner, kept)(x_NCHW)
+        output, expected = narrowed(x_NCHW), silenced(network, pruner, units_left)(x_NCHW)
     expected = expected[:, expected.abs().sum(0) > 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
 def test_a_silent_channel_is_the_least_important():
@@ -130,8 +130,12 @@ def test_each_branch_takes_up_the_ranking_where_the_one_before_has_left_it():
     pruner = Pruner(source, SIZE)
     branches = [pruner.narrowed((width,)) for width in (3, 2, 4)]
     inherit([branch.state_dict() for branch in branches], source.state_dict(), pruner.channels)
-    kept = [branch[0].weight[:, 0, 0, 0].tolist() for branch in branches]
-    assert kept == [[8, 6, 7], [5, 4], [3, 8, 1, 2]]  # by the norms, in the order of the channels; the last wraps round
+    norms = [branch[0].weight[:, 0, 0, 0].tolist() for branch in branches]
+    assert norms == [
+        [8, 6, 7],
+        [5, 4],
+        [3, 8, 1, 2],
+    ]  # by the norms, in the order of the channels; the last wraps round
 
 
 # Built-in families
@@ -139,31 +143,31 @@ def test_each_branch_takes_up_the_ranking_where_the_one_before_has_left_it():
 
 @pytest.mark.parametrize("widths", [(8, 8, 16, 24), (12, 12, 32, 64)])
 def test_pruning_a_resnet_agrees_with_building_it_at_these_widths(widths):
-    given = scrambled(zoo.create("resnet14", 10).without_head())
-    built = given.rebuilt(widths, None).eval()
-    pruner = Pruner(given, SIZE)
+    original = scrambled(zoo.create("resnet14", 10).without_head())
+    built = original.rebuilt(widths, None).eval()
+    pruner = Pruner(original, SIZE)
     by_layer = dict(zip(("conv1", "layer1", "layer2", "layer3"), widths, strict=True))
     pruned = pruner.narrowed([by_layer[space.name.split(".")[0]] for space in pruner.channels.spaces])
     assert {k: v.shape for k, v in pruned.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
     assert (count(pruned, SIZE), *map(type, pruned.children())) == (count(built, SIZE), *map(type, built.children()))
 
-    inherit_weights([built], given, SIZE)
+    inherit_weights([built], original, SIZE)
     best = {
         space.name: np.sort(np.argsort(-space.importance, kind="stable")[: by_layer[space.name.split(".")[0]]])
-        for space in trace_channels(given, SIZE).spaces
+        for space in trace_channels(original, SIZE).spaces
     }
     # Plain slicing, layer by layer: in the first stage the stem's channels are the stage's, by the identity shortcuts.
-    torch.testing.assert_close(built.conv1.weight, given.conv1.weight[best["conv1"]])
+    torch.testing.assert_close(built.conv1.weight, original.conv1.weight[best["conv1"]])
     inner = best["layer1.1.conv1"]
-    torch.testing.assert_close(built.layer1[1].conv1.weight, given.layer1[1].conv1.weight[inner][:, best["conv1"]])
-    torch.testing.assert_close(built.layer1[1].conv2.weight, given.layer1[1].conv2.weight[best["conv1"]][:, inner])
-    torch.testing.assert_close(built.bn1.running_var, given.bn1.running_var[best["conv1"]])
+    torch.testing.assert_close(built.layer1[1].conv1.weight, original.layer1[1].conv1.weight[inner][:, best["conv1"]])
+    torch.testing.assert_close(built.layer1[1].conv2.weight, original.layer1[1].conv2.weight[best["conv1"]][:, inner])
+    torch.testing.assert_close(built.bn1.running_var, original.bn1.running_var[best["conv1"]])
 
 
 def test_a_family_that_narrows_otherwise_cannot_inherit():
-    given = zoo.create("shufflenetv1", 10)
+    original = zoo.create("shufflenetv1", 10)
     with pytest.raises(UsageError, match=r'could inherit.*Set student\.weights = "fresh"'):
-        inherit_weights([given.rebuilt((24, 120, 120, 240), None)], given, SIZE)
+        inherit_weights([original.rebuilt((24, 120, 120, 240), None)], original, SIZE)
 
 
 @pytest.mark.parametrize("unit", ["macs", "params"])

@@ -44,10 +44,10 @@ def steps(full: int, round_to: int) -> list[int]:
 def test_the_row_of_the_method_notes(
     name: str, share: float, assistant: Widths, student: Widths, of_budget: float
 ) -> None:
-    made = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
-    assert (made.assistant.widths, made.student.widths) == (assistant, student)
-    assert made.budget == 40_818_944
-    assert made.cost / made.budget == pytest.approx(of_budget, abs=5e-4)
+    cut = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
+    assert (cut.assistant.widths, cut.student.widths) == (assistant, student)
+    assert cut.budget == 40_818_944
+    assert cut.cost / cut.budget == pytest.approx(of_budget, abs=5e-4)
 
 
 # The other rows: a plain multiplier stops there, a step more in some stage fits.
@@ -56,38 +56,38 @@ def test_the_row_of_the_method_notes(
     [("resnet20", 0.3, (8, 8, 17, 34), 0.976), ("resnet8x4", 0.2, (14, 28, 55, 111), 0.995)],
 )
 def test_never_narrower_than_a_plain_multiplier(name: str, share: float, assistant: Widths, of_budget: float) -> None:
-    made = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
-    assert all(ours >= theirs for ours, theirs in zip(made.assistant.widths, assistant, strict=True))
-    assert of_budget - 5e-4 <= made.cost / made.budget <= 1
+    cut = separate(name, num_classes=100, input_size=32, assistant_share=share, round_to=1)
+    assert all(ours >= theirs for ours, theirs in zip(cut.assistant.widths, assistant, strict=True))
+    assert of_budget - 5e-4 <= cut.cost / cut.budget <= 1
 
 
-def check(made: Separation, closed_form: Any, *, full: Widths, share: float, round_to: int, **how: Any) -> None:
+def check(cut: Separation, closed_form: Any, *, full: Widths, share: float, round_to: int, **how: Any) -> None:
     """Everything that is promised of a separation, with the costs in closed form."""
     depth, unit, classes, size, channels = (how[key] for key in ("depth", "unit", "classes", "size", "channels"))
     k = how.get("assistants", 1)
-    assert [one.widths for one in made.assistants] == [made.assistant.widths] * k
-    s, a = made.student.widths, made.assistant.widths
+    assert [assistant.widths for assistant in cut.assistants] == [cut.assistant.widths] * k
+    s, a = cut.student.widths, cut.assistant.widths
 
     def branch(widths: Widths) -> int:
         network = closed_form.network(unit, depth, widths, None, size)
         return int(network + closed_form.adapter(unit, widths[-1], channels, size))
 
     head = channels * classes + (classes if unit == "params" else 0)
-    assert made.unit == unit
-    assert made.budget == closed_form.network(unit, depth, full, classes, size)
-    assert made.parts == {
+    assert cut.unit == unit
+    assert cut.budget == closed_form.network(unit, depth, full, classes, size)
+    assert cut.parts == {
         "student": closed_form.network(unit, depth, s, None, size),
         "assistant": k * closed_form.network(unit, depth, a, None, size),
         "student_adapter": closed_form.adapter(unit, s[-1], channels, size),
         "assistant_adapter": k * closed_form.adapter(unit, a[-1], channels, size),
         "head": head,
     }
-    assert made.cost == branch(s) + k * branch(a) + head <= made.budget
-    assert k * branch(a) <= share * made.budget
+    assert cut.cost == branch(s) + k * branch(a) + head <= cut.budget
+    assert k * branch(a) <= share * cut.budget
     for widths in (s, a):
-        assert all(width in steps(own, round_to) for width, own in zip(widths, full, strict=True))
-    assert all(k * branch(widths) > share * made.budget - k for widths in wider(a, full, round_to))
-    assert all(k * branch(a) + branch(widths) + head > made.budget for widths in wider(s, full, round_to))
+        assert all(width in steps(width_of_s0, round_to) for width, width_of_s0 in zip(widths, full, strict=True))
+    assert all(k * branch(widths) > share * cut.budget - k for widths in wider(a, full, round_to))
+    assert all(k * branch(a) + branch(widths) + head > cut.budget for widths in wider(s, full, round_to))
 
 
 @settings(max_examples=6)
@@ -118,7 +118,7 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
     how["assistants"] = assistants
     given_network = CifarResNet(depth, full, classes)
     try:
-        made = separate(given_network, assistant_share=share, round_to=round_to, **how)
+        cut = separate(given_network, assistant_share=share, round_to=round_to, **how)
     except BudgetError:  # right only if the narrowest of one or the other are too dear
         narrowest = tuple(min(width, round_to) for width in full)
         c = channels or full[-1]
@@ -129,7 +129,7 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
         assert assistants * branch > share * budget - assistants or branch + head > (1 - share) * budget
         return
     check(
-        made,
+        cut,
         closed_form,
         full=full,
         share=share,
@@ -144,28 +144,28 @@ def test_no_budget_is_exceeded_and_none_left_that_a_step_more_would_use(
 
 
 def test_the_check_says_no_to_a_student_that_is_one_step_narrower(closed_form: Any) -> None:
-    made = separate("resnet8", num_classes=10, input_size=32, round_to=4)
+    cut = separate("resnet8", num_classes=10, input_size=32, round_to=4)
     how = {"depth": 8, "unit": "macs", "classes": 10, "size": (32, 32), "channels": 64}
-    check(made, closed_form, full=NARROW, share=0.2, round_to=4, **how)
-    widths = (*made.student.widths[:-1], made.student.widths[-1] - 4)
+    check(cut, closed_form, full=NARROW, share=0.2, round_to=4, **how)
+    widths = (*cut.student.widths[:-1], cut.student.widths[-1] - 4)
     with pytest.raises(AssertionError):
-        check(separate_as(made, widths, closed_form), closed_form, full=NARROW, share=0.2, round_to=4, **how)
+        check(separate_as(cut, widths, closed_form), closed_form, full=NARROW, share=0.2, round_to=4, **how)
 
 
-def separate_as(made: Separation, widths: Widths, closed_form: Any) -> Separation:
+def separate_as(cut: Separation, widths: Widths, closed_form: Any) -> Separation:
     """The same with another student, its account kept right: only its being the widest is lost."""
-    parts = made.parts | {
+    parts = cut.parts | {
         "student": closed_form.macs(8, widths, None),
         "student_adapter": closed_form.adapter("macs", widths[-1], 64),
     }
     return Separation(
-        student=made.student.rebuilt(widths, None),
-        assistants=made.assistants,
-        s0_widths=made.s0_widths,
+        student=cut.student.rebuilt(widths, None),
+        assistants=cut.assistants,
+        s0_widths=cut.s0_widths,
         cost=sum(parts.values()),
-        budget=made.budget,
-        unit=made.unit,
-        level=made.level,
+        budget=cut.budget,
+        unit=cut.unit,
+        level=cut.level,
         parts=parts,
     )
 
@@ -177,9 +177,9 @@ def test_the_account_is_that_of_the_network_that_ships(unit: str, k: int) -> Non
     from rkd_deploy.models.cost import count
 
     how = {"assistant_share": 0.3, "assistants": k, "round_to": 4}
-    made = separate("resnet14", num_classes=10, input_size=32, budget=unit, channels=128, **how)
-    cost = count(ResidualStudent(made.student, made.assistants, 128, 10), 32)
-    assert (cost.macs if unit == "macs" else cost.parameters) == made.cost
+    cut = separate("resnet14", num_classes=10, input_size=32, budget=unit, channels=128, **how)
+    cost = count(ResidualStudent(cut.student, cut.assistants, 128, 10), 32)
+    assert (cost.macs if unit == "macs" else cost.parameters) == cut.cost
 
 
 def test_a_network_and_its_name_are_the_same() -> None:
@@ -190,11 +190,11 @@ def test_a_network_and_its_name_are_the_same() -> None:
 
 
 def test_the_networks_are_ready_to_run_and_not_alike() -> None:
-    made = separate("resnet8", num_classes=10, input_size=16)
+    cut = separate("resnet8", num_classes=10, input_size=16)
     with torch.no_grad():
-        shapes = [network(torch.randn(2, 3, 16, 16)).shape for network in (made.student, made.assistant)]
-    assert shapes == [(2, made.student.channels), (2, made.assistant.channels)]
-    assert made.assistant.channels < made.student.channels
+        shapes = [network(torch.randn(2, 3, 16, 16)).shape for network in (cut.student, cut.assistant)]
+    assert shapes == [(2, cut.student.channels), (2, cut.assistant.channels)]
+    assert cut.assistant.channels < cut.student.channels
 
 
 # The search alone, on prices that are cheap to compute.
@@ -224,17 +224,17 @@ def test_widest_is_maximal_among_all_that_fit(
     limit = int(part * price(full))
     everything = list(itertools.product(*(steps(width, round_to) for width in full)))
     fitting = [widths for widths in everything if price(widths) <= limit]
-    found = widest(price, full, limit, round_to)
-    if found is None:
+    best = widest(price, full, limit, round_to)
+    if best is None:
         assert fitting == []
         return
-    assert found in fitting
-    larger = [widths for widths in fitting if widths != found and all(map(int.__ge__, widths, found))]
+    assert best in fitting
+    larger = [widths for widths in fitting if widths != best and all(map(int.__ge__, widths, best))]
     assert larger == []
     # At least as wide, stage by stage, as the plain multiplier m in 1/1024 that is the largest to fit.
     multiples = [tuple(min(w, max(round_to, m * w // (1024 * round_to) * round_to)) for w in full) for m in range(1025)]
     plain = [widths for widths in multiples if price(widths) <= limit][-1]
-    assert all(map(int.__ge__, found, plain))
+    assert all(map(int.__ge__, best, plain))
 
 
 def test_the_whole_budget_gives_the_whole_network() -> None:

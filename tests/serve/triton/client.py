@@ -81,7 +81,7 @@ def photo(address, model, photo):
 
 def everything(address, model, photo, x_file):
     client, x = connect(address, model, api=http), np.load(x_file)
-    told = {
+    answers = {
         "live": client.is_server_live(),
         "ready": [client.is_server_ready(), client.is_model_ready(model, "1"), client.is_model_ready("other")],
         "server": client.get_server_metadata()["name"],
@@ -92,19 +92,19 @@ def everything(address, model, photo, x_file):
     plain.set_data_from_numpy(x, binary_data=False)
     for name, tensors, binary in (("binary", inputs(x, http), True), ("json", [plain], False)):
         wanted = [http.InferRequestedOutput("logits", binary_data=binary)]
-        told[name] = client.infer(model, tensors, outputs=wanted).as_numpy("logits").tolist()
-    told["usual outputs"] = client.infer(model, inputs(x, http)).as_numpy("probabilities").sum(axis=1).tolist()
-    told["top3"] = [[text.decode() for text in row] for row in logits(client, model, x, "1", 3, http)]
-    told["many"] = [
+        answers[name] = client.infer(model, tensors, outputs=wanted).as_numpy("logits").tolist()
+    answers["usual outputs"] = client.infer(model, inputs(x, http)).as_numpy("probabilities").sum(axis=1).tolist()
+    answers["top3"] = [[text.decode() for text in row] for row in logits(client, model, x, "1", 3, http)]
+    answers["many"] = [
         request.get_result().as_numpy("logits").tolist()
         for request in [client.async_infer(model, inputs(x, http)) for _ in range(4)]
     ]
     try:
         client.infer(model, inputs(x[:, :1], http))
     except http.InferenceServerException as error:
-        told["refusal"] = str(error)
-    told["asyncio"] = asyncio.run(ask_asyncio(address, model, x))
-    return told
+        answers["refusal"] = str(error)
+    answers["asyncio"] = asyncio.run(ask_asyncio(address, model, x))
+    return answers
 
 
 async def ask_asyncio(address, model, x):
@@ -115,8 +115,8 @@ async def ask_asyncio(address, model, x):
 
 
 def counts(client, model):
-    (found,) = client.get_inference_statistics(model).model_stats
-    return {"images": found.inference_count, "runs": found.execution_count}
+    (statistics,) = client.get_inference_statistics(model).model_stats
+    return {"images": statistics.inference_count, "runs": statistics.execution_count}
 
 
 def crowd(address, model, x_file, y_file):

@@ -1,4 +1,4 @@
-"""A real tritonserver: the binary in the nvidia-pytriton wheel, in an environment of its own.
+"""A real tritonserver: the binary of the nvidia-pytriton wheel in its own environment.
 
 Its own, because the server's python backend needs numpy below 2, and its client a protobuf and an ml-dtypes older than
 what everything else here uses. Made once by uv, under .data/, which git ignores.
@@ -71,8 +71,8 @@ class Triton:
     def server(self, repository: Path, log: Path) -> Iterator[Address]:
         """A tritonserver that polls a repository each second; every process of it is ended with the block."""
         with socket.socket() as probe, socket.socket() as other:
-            for one in (probe, other):
-                one.bind(("127.0.0.1", 0))
+            for free in (probe, other):
+                free.bind(("127.0.0.1", 0))
             port, http_port = probe.getsockname()[1], other.getsockname()[1]
         site = next((self.folder / "venv/lib").glob("python*/site-packages"))
         base = subprocess.run(

@@ -21,19 +21,19 @@ def export(*arguments):
 def test_a_run_becomes_a_bundle_and_a_repository_beside_it(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     options = ("--triton-backend", "python", "--max-batch", "16", "--preferred-batch", "4,16", "--queue-delay", "100")
-    told = export(run, "--format", "triton", "--random-images", *options, "--threads", "1", "--json")
-    made = json.loads(told.stdout.splitlines()[-1])
+    result = export(run, "--format", "triton", "--random-images", *options, "--threads", "1", "--json")
+    facts = json.loads(result.stdout.splitlines()[-1])
     repository, bundle = run / "triton", run / "bundle"
-    assert made["bundle"] == str(bundle)
-    assert made["triton"] == {
+    assert facts["bundle"] == str(bundle)
+    assert facts["triton"] == {
         "repository": str(repository),
         "service": str(repository / "tiny-s-a.kserve.yaml"),
         "name": "tiny-s-a",
         "version": 1,
         "kept": [],
     }
-    assert "tritonserver --model-repository=" in told.stderr
-    assert "replace s3://BUCKET/PATH" in told.stderr
+    assert "tritonserver --model-repository=" in result.stderr
+    assert "replace s3://BUCKET/PATH" in result.stderr
     config = (repository / "tiny-s-a/config.pbtxt").read_text()
     for line in ("[ 4, 16 ]", "microseconds: 100", "max_batch_size: 16", "intra_op_thread_count"):
         assert line in config
@@ -43,8 +43,8 @@ def test_a_bundle_that_stands_in_the_run_is_taken_as_it_is(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     bundle = json.loads(export(run, "--json").stdout.splitlines()[-1])["bundle"]
     before = {path: path.read_bytes() for path in (run / "bundle").rglob("*") if path.is_file()}
-    made = json.loads(export(run, "--format", "triton", "--threads", "1", "--json").stdout.splitlines()[-1])
-    assert (made["bundle"], made["reused"], made["triton"]["version"]) == (bundle, True, 1)
+    facts = json.loads(export(run, "--format", "triton", "--threads", "1", "--json").stdout.splitlines()[-1])
+    assert (facts["bundle"], facts["reused"], facts["triton"]["version"]) == (bundle, True, 1)
     assert {path: path.read_bytes() for path in (run / "bundle").rglob("*") if path.is_file()} == before
     other = json.loads(export(run, "--format", "triton", "--part", "s0", "--json").stdout.splitlines()[-1])
     assert other["bundle"] == str(run / "bundle-s0")  # another network is another bundle
@@ -58,15 +58,15 @@ def test_a_bundle_becomes_the_next_version(bundles, tmp_path):
     options = ("--format", "triton", "--repository", tmp_path / "models", "--model-name", "tiny", "--json")
     options += ("--instances", "cpu:2", "--serve-versions", "all", "--storage-uri", "s3://bucket/models")
     for version, bundle in enumerate(bundles, start=1):
-        told = export(bundle, *options)
-        assert json.loads(told.stdout.splitlines()[-1])["triton"]["version"] == version
-        assert "replace" not in told.stderr
+        result = export(bundle, *options)
+        assert json.loads(result.stdout.splitlines()[-1])["triton"]["version"] == version
+        assert "replace" not in result.stderr
     assert {path.name for path in (tmp_path / "models/tiny").iterdir()} == {"1", "2", "config.pbtxt", "labels.txt"}
     config = (tmp_path / "models/tiny/config.pbtxt").read_text()
     assert "count: 2\n" in config
     assert "version_policy: { all: {} }" in config
-    kept = export(bundles[0], *options[:-2], "--config", "keep")
-    assert json.loads(kept.stdout.splitlines()[-1])["triton"]["kept"] == [str(tmp_path / "models/tiny.kserve.yaml")]
+    keeping = export(bundles[0], *options[:-2], "--config", "keep")
+    assert json.loads(keeping.stdout.splitlines()[-1])["triton"]["kept"] == [str(tmp_path / "models/tiny.kserve.yaml")]
 
 
 @pytest.mark.parametrize(

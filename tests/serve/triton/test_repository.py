@@ -1,4 +1,4 @@
-"""What a model repository is made of, and what is refused; a server runs one in test_server.py."""
+"""What a model repository is made of, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.images import to_array
+from rkd_deploy.serve.kserve import service_name
 from rkd_deploy.serve.triton import repository as repository_module
-from rkd_deploy.serve.triton.repository import export_triton, inference_service, service_name
+from rkd_deploy.serve.triton.repository import export_triton, inference_service
 from rkd_deploy.serve.triton.settings import Instances, Serving
 
 NAME = "tiny-s-a"
@@ -72,15 +73,15 @@ def with_plan(bundles, tmp_path):
 def test_a_new_model(bundles, tmp_path):
     written = export_triton(bundles[0], tmp_path / "models")
     assert (written.name, written.version, written.unchanged) == (NAME, 1, ())
-    found = files(tmp_path / "models")
-    assert set(found) == {
+    contents = files(tmp_path / "models")
+    assert set(contents) == {
         f"{NAME}.kserve.yaml",
         *(f"{NAME}/{file}" for file in ("config.pbtxt", "labels.txt", "1/model.onnx")),
         *(f"{NAME}-pixels/{file}" for file in ("config.pbtxt", *pixels(1))),
         *(f"{NAME}-images/{file}" for file in ("config.pbtxt", "labels.txt", "1/keep.txt")),
     }
-    assert found[f"{NAME}/1/model.onnx"] == (bundles[0] / "model.onnx").read_bytes()
-    assert found[f"{NAME}/labels.txt"].decode() == LABELS
+    assert contents[f"{NAME}/1/model.onnx"] == (bundles[0] / "model.onnx").read_bytes()
+    assert contents[f"{NAME}/labels.txt"].decode() == LABELS
 
 
 def test_the_next_version_stands_beside_the_old_one(bundles, tmp_path):
@@ -102,8 +103,8 @@ def test_configuration_that_differs_is_replaced_or_kept_as_asked(bundles, tmp_pa
     with pytest.raises(UsageError, match=r"(?s)config.pbtxt stands there already.*-# tuned by hand.*--config keep"):
         export_triton(bundles[1], tmp_path)
     assert files(tmp_path) == before
-    kept = export_triton(bundles[1], tmp_path, Serving(config="keep", storage_uri="s3://b/m"))
-    assert (kept.version, kept.unchanged) == (2, (config, service))
+    unreplaced = export_triton(bundles[1], tmp_path, Serving(config="keep", storage_uri="s3://b/m"))
+    assert (unreplaced.version, unreplaced.unchanged) == (2, (config, service))
     assert config.read_bytes() == before[f"{NAME}/config.pbtxt"]
     assert service.read_bytes() == before[f"{NAME}.kserve.yaml"]
     replaced = export_triton(bundles[1], tmp_path, Serving(config="replace", max_batch=4, preferred=(2,)))
@@ -318,7 +319,7 @@ def test_a_file_of_others_has_no_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("settings", "reason"),
     [
         ({"backend": "onnx"}, "Did you mean 'onnxruntime'"),
         ({"name": "../up"}, "'../up' names a folder"),
@@ -336,9 +337,9 @@ def test_a_file_of_others_has_no_labels(tmp_path):
         ({"storage_uri": "s3://a b"}, "must be an address"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(given, reason):
+def test_settings_that_cannot_be_are_refused(settings, reason):
     with pytest.raises(UsageError, match=re.escape(reason)):
-        Serving(**given)
+        Serving(**settings)
 
 
 @pytest.mark.parametrize("text", ["tpu", "cpu:0", "gpu:-1", "cpu:1.5", ""])
@@ -364,7 +365,7 @@ def test_a_batch_size_above_the_largest_is_refused(bundles, tmp_path):
 )
 def test_the_kserve_resource(serving, model_format, gpus):
     """Field by field as serving.kserve.io/v1beta1 has them; formats are those of KServe's own runtime for Triton."""
-    found = yaml.safe_load(inference_service("Foo_1.2", serving))
+    resource = yaml.safe_load(inference_service("Foo_1.2", serving))
     model = {
         "runtime": "kserve-tritonserver",
         "protocolVersion": "v2",
@@ -373,7 +374,7 @@ def test_the_kserve_resource(serving, model_format, gpus):
     }
     if gpus is not None:
         model["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
-    assert found == {
+    assert resource == {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {"name": "foo-1-2"},
@@ -383,10 +384,10 @@ def test_the_kserve_resource(serving, model_format, gpus):
 
 @pytest.mark.parametrize("name", ["a", "Foo_1.2", "7up", "x" * 100, "a." + "-" * 80, "0", "NO", "1e3"])
 def test_the_name_of_a_kserve_resource(name):
-    found = service_name(name)
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", found)  # KServe's rule (inference_service_validation.go)
-    assert len(found) <= 63
-    assert yaml.safe_load(inference_service(name, Serving()))["metadata"]["name"] == found  # text, never a number
+    service = service_name(name)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", service)  # KServe's rule (inference_service_validation.go)
+    assert len(service) <= 63
+    assert yaml.safe_load(inference_service(name, Serving()))["metadata"]["name"] == service  # text, never a number
 
 
 @pytest.mark.slow
@@ -397,7 +398,7 @@ def test_the_configuration_is_triton_s(triton, with_plan, tmp_path, backend):
     on_cpu = {} if backend == "tensorrt" else {"threads": 2, "instances": Instances("cpu", 3)}
     serving = Serving(backend=backend, queue_delay_us=500, versions=None if backend == "python" else 2, **on_cpu)
     export_triton(bundle, tmp_path / "models", serving)
-    found = json.loads(triton.client("config", tmp_path / "models" / NAME / "config.pbtxt"))
+    config = json.loads(triton.client("config", tmp_path / "models" / NAME / "config.pbtxt"))
     sizes = [1, 8, 32] if backend == "tensorrt" else [8, 32]
     image = {"data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}
     group = {"kind": "KIND_CPU", "count": 3}
@@ -419,14 +420,14 @@ def test_the_configuration_is_triton_s(triton, with_plan, tmp_path, backend):
     }
     if on_cpu:
         wanted["parameters"] = {"intra_op_thread_count": {"string_value": "2"}}
-    assert found == wanted
+    assert config == wanted
 
 
 @pytest.mark.slow
 def test_the_ensemble_is_triton_s(triton, bundles, tmp_path):
     export_triton(bundles[0], tmp_path, Serving(max_batch=16))
-    found = json.loads(triton.client("config", tmp_path / f"{NAME}-images/config.pbtxt"))
-    assert found == {
+    config = json.loads(triton.client("config", tmp_path / f"{NAME}-images/config.pbtxt"))
+    assert config == {
         "name": f"{NAME}-images",
         "platform": "ensemble",
         "max_batch_size": 16,
@@ -449,9 +450,9 @@ def test_the_ensemble_is_triton_s(triton, bundles, tmp_path):
             ]
         },
     }
-    found = json.loads(triton.client("config", tmp_path / f"{NAME}-pixels/config.pbtxt"))
-    assert found["backend"] == "python"
-    assert found["output"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}]
+    config = json.loads(triton.client("config", tmp_path / f"{NAME}-pixels/config.pbtxt"))
+    assert config["backend"] == "python"
+    assert config["output"] == [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["8", "8", "3"]}]
 
 
 def test_what_prepares_images_needs_nothing_but_its_own_folder(bundles, tmp_path):
@@ -489,8 +490,8 @@ np.save(sys.argv[3], good[0][0].array)
 @pytest.mark.slow
 def test_names_of_others_are_quoted(triton, tmp_path):
     written = export_triton(save(tmp_path / "model.onnx", [["n", 3]]), tmp_path / "models")
-    found = json.loads(triton.client("config", written.repository / "model/config.pbtxt"))
-    assert found["output"] == [{"name": 'say "hi"\\', "data_type": "TYPE_FP32", "dims": ["3"]}]
+    config = json.loads(triton.client("config", written.repository / "model/config.pbtxt"))
+    assert config["output"] == [{"name": 'say "hi"\\', "data_type": "TYPE_FP32", "dims": ["3"]}]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The python variant in a real tritonserver, asked by tritonclient: the answers are those of golden.npz."""
+"""The python backend in a real tritonserver gives the answers of golden.npz."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LABELS = ("ant", "bee", "cat", "dog", "elk")
 SERVING = Serving(backend="python", max_batch=8, preferred=(4, 8), queue_delay_us=20_000, threads=1, versions=2)
 
 
-def same(found, golden):
-    np.testing.assert_allclose(found, golden["logits"], rtol=0, atol=float(golden["tolerance"]))
+def same(answer, golden):
+    np.testing.assert_allclose(answer, golden["logits"], rtol=0, atol=float(golden["tolerance"]))
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def test_golden_logits_labels_batching_and_the_next_version(triton, bundles, gol
     np.save(x, golden[0]["inputs"])
     with triton.server(repository, tmp_path / "log") as server:
         for how, address in (("ask", server.grpc), ("ask_http", server.http)):
-            told = json.loads(triton.client(how, address, NAME, "1", x, y))
+            answer = json.loads(triton.client(how, address, NAME, "1", x, y))
             same(np.load(y)["logits"], golden[0])
             y.unlink()
-            for row, logits in zip(told["top3"], golden[0]["logits"], strict=True):
+            for row, logits in zip(answer["top3"], golden[0]["logits"], strict=True):
                 best = np.argsort(-logits)[:3]
                 assert [entry.split(":")[1:] for entry in row] == [[str(k), LABELS[k]] for k in best]
                 np.testing.assert_allclose([float(entry.split(":")[0]) for entry in row], logits[best], atol=1e-4)

@@ -1,4 +1,4 @@
-"""D against closed forms, and that assistants, which start at 0, can begin to learn under every one of them."""
+"""D against closed forms; assistants, which start at 0, can begin to learn under each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkd_deploy.train.methods.residual import DISTANCES, relative
 
 
 def second(name: str, t: Tensor, m: Tensor) -> float:
-    """The same, image by image, in NumPy."""
+    """Distances a second time, image by image, in NumPy."""
     values = []
     for t_n, m_n in zip(t.numpy(), m.numpy(), strict=True):
         d = np.abs(t_n - m_n)
@@ -45,10 +45,10 @@ def test_known_numbers() -> None:
 
 def test_a_residual_is_measured_in_units_of_the_teachers_map() -> None:
     f_T, s, a = torch.randn(3, 4, 3, 5, 5, dtype=torch.float64)
-    found, alone = (relative(f_T - s, a, *T) for T in ((f_T,), ()))
-    assert found.item() == pytest.approx(relative(f_T, s + a).item(), rel=1e-12)
-    assert found.item() != pytest.approx(alone.item(), rel=0.01)
-    assert relative(7 * (f_T - s), 7 * a, 7 * f_T).item() == pytest.approx(found.item(), rel=1e-12)
+    distance, alone = (relative(f_T - s, a, *T) for T in ((f_T,), ()))
+    assert distance.item() == pytest.approx(relative(f_T, s + a).item(), rel=1e-12)
+    assert distance.item() != pytest.approx(alone.item(), rel=0.01)
+    assert relative(7 * (f_T - s), 7 * a, 7 * f_T).item() == pytest.approx(distance.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -94,6 +94,6 @@ def test_half_precision_maps_are_compared_in_full_precision() -> None:
     t = torch.randn(4, 8, 5, 5).bfloat16()
     m = (t.float() + 0.1 * torch.randn(4, 8, 5, 5)).bfloat16()
     for name in ("relative", "normalised_mse", "cosine"):
-        found = DISTANCES[name](t, m)
-        assert found.dtype == torch.float32
-        assert found.item() == pytest.approx(second(name, t.double(), m.double()), rel=1e-4)
+        distance = DISTANCES[name](t, m)
+        assert distance.dtype == torch.float32
+        assert distance.item() == pytest.approx(second(name, t.double(), m.double()), rel=1e-4)

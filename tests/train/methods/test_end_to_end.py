@@ -1,4 +1,4 @@
-"""The end-to-end loss and the chain, against the formulas written a second time in float64; who learns from what."""
+"""The end-to-end loss and the chain against their formulas in float64; who learns what."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def T() -> CifarResNet:
 def chain(k: int) -> ResidualStudent:
     """S and k assistants that have learnt something already."""
     assistants = [CifarResNet(8, (2, 3, 4, 5), None) for _ in range(k)]
-    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), assistants, CHANNELS, CLASSES)
-    for adapter in made.assistant_adapters:
+    student = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), assistants, CHANNELS, CLASSES)
+    for adapter in student.assistant_adapters:
         learnt(adapter, std=0.3)
-    return used(made)
+    return used(student)
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def batch() -> Batch:
 
 def maps_of(model: ResidualStudent, x: Tensor, *, training: bool) -> list[Tensor]:
     """P_S f_S, P_1 f_1, .. by matrices, of a copy."""
-    found = []
+    maps = []
     for branch, adapter in model.branches():
         f = copy.deepcopy(branch).train(training).features(x)[-1]
-        found.append(adapted(adapter, f, training=training))
-    return found
+        maps.append(adapted(adapter, f, training=training))
+    return maps
 
 
 def end_to_end(T: CifarResNet, model: ResidualStudent, **how: Any) -> EndToEnd:
@@ -118,8 +118,8 @@ def test_with_the_stop_gradient_s_learns_from_its_own_distance_alone(T: CifarRes
     assert {n.split(".")[0] for n in wanted} == {"student", "student_adapter"}
     for detach in (True, False):
         method = EndToEnd(T, model, relative, silent, detach=detach, train_head=False).train()
-        found = gradients(model, method, batch)
-        same = all(torch.allclose(found[n], wanted[n], rtol=1e-9, atol=1e-12) for n in wanted)
+        computed = gradients(model, method, batch)
+        same = all(torch.allclose(computed[n], wanted[n], rtol=1e-9, atol=1e-12) for n in wanted)
         assert same is detach
 
 
@@ -127,7 +127,7 @@ def test_without_it_one_assistant_pulls_at_s_as_the_distance_of_the_sum_does(T: 
     """For D = mse: D(f_T - s, P f_A) = D(f_T, s + P f_A), in value and gradient."""
     model, (x, _) = chain(1), batch
     only = Weights(feature=1.0, assistant=1.0, ce=0.0, student=0.0, step_decay=0.5)
-    found = gradients(model, EndToEnd(T, model, mse, only, detach=False, train_head=False).train(), batch)
+    computed = gradients(model, EndToEnd(T, model, mse, only, detach=False, train_head=False).train(), batch)
     model.zero_grad(set_to_none=True)
     model.train()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_without_it_one_assistant_pulls_at_s_as_the_distance_of_the_sum_does(T: 
     ((f_T - s).pow(2).mean() + (f_T - s - model.assistant_map(x)).pow(2).mean()).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(computed[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -149,9 +149,9 @@ def test_gradients_reach_everything_but_t_and_its_head(
     if base != "none":
         loss = base_loss(MethodRecipe(base=base), T, model.student, (8, 8)).double()
     method = end_to_end(T, model, train_head=train_head, base=loss)
-    found = gradients(model, method, batch)
+    computed = gradients(model, method, batch)
     wanted = {n for n, _ in model.named_parameters() if train_head or not n.startswith("head.")}
-    assert {n for n, gradient in found.items() if gradient.any()} == wanted
+    assert {n for n, gradient in computed.items() if gradient.any()} == wanted
     assert not any(p.requires_grad or p.grad is not None for p in T.parameters())
     assert all(p.grad is not None for p in method.base.parameters()) if method.base else True
     assert not T.training
@@ -183,12 +183,12 @@ def test_a_published_warm_up_keeps_its_share_of_the_epochs(T: CifarResNet) -> No
 def test_each_assistant_learns_what_the_sum_before_it_leaves_over(T: CifarResNet, batch: Batch, number: int) -> None:
     model, (x, y) = chain(3), batch
     maps = maps_of(model, x, training=False)
-    own = maps_of(model, x, training=True)[number]
+    assistants_map = maps_of(model, x, training=True)[number]
     f_T = copy.deepcopy(T).eval().features(x)[-1]
     step = AssistantStep(T, model, 2.0, distance=mse, number=number).train()
     losses = step(x, y)
     r = f_T - sum(maps[:number])
-    torch.testing.assert_close(losses.total, 2.0 * (r - own).pow(2).mean(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses.total, 2.0 * (r - assistants_map).pow(2).mean(), rtol=1e-10, atol=0)
     losses.total.backward()
     trained = (f"assistants.{number - 1}.", f"assistant_adapters.{number - 1}.")
     reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}

@@ -1,4 +1,4 @@
-"""KD and DKD against a second implementation (probabilities, in float64), their identities, and extreme logits."""
+"""KD and DKD against second implementations, their identities, and extreme logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from rkd_deploy.data.augment import smoothed
 from rkd_deploy.train.methods.base import BaseLoss, View, WeightedLoss
 from rkd_deploy.train.methods.dkd import DKD, dkd_loss
-from rkd_deploy.train.methods.kd import KD, kd_loss, standardised
+from rkd_deploy.train.methods.kd import KD, kd_loss, standardised_logits
 
 N, K = 6, 5
 Logits = tuple[Tensor, Tensor, Tensor]
@@ -78,7 +78,7 @@ def test_equal_logits_are_at_0_and_a_shift_of_all_changes_nothing(logits: Logits
 
 def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_their_range(logits: Logits) -> None:
     z_T, z_S, y = logits
-    rows = standardised(5 * z_T + 3)
+    rows = standardised_logits(5 * z_T + 3)
     assert rows.mean(1).abs().max() < 1e-12
     torch.testing.assert_close(
         ((rows**2).sum(1) / (K - 1)).sqrt(), torch.ones(N, dtype=torch.float64), atol=1e-6, rtol=0
@@ -87,9 +87,9 @@ def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_their_range(
     assert KD(2.0, standardise=True)(*views, y).item() == pytest.approx(0, abs=1e-10)
     assert DKD(1.0, 8.0, 2.0, standardise=True)(*views, y).item() == pytest.approx(0, abs=1e-10)
     assert KD(2.0, standardise=False)(*views, y).item() > 0.01
-    seen = KD(2.0, standardise=True)(View((), z_T), View((), z_S), y)
-    torch.testing.assert_close(seen, kd_loss(standardised(z_T), standardised(z_S), 2))
-    assert standardised(torch.ones(2, K)).abs().max() == 0  # rows without any spread
+    loss = KD(2.0, standardise=True)(View((), z_T), View((), z_S), y)
+    torch.testing.assert_close(loss, kd_loss(standardised_logits(z_T), standardised_logits(z_S), 2))
+    assert standardised_logits(torch.ones(2, K)).abs().max() == 0  # rows without any spread
 
 
 LOSSES: list[BaseLoss] = [KD(4.0, False), KD(4.0, True), DKD(1.0, 8.0, 4.0, False), DKD(1.0, 8.0, 4.0, True)]
@@ -125,9 +125,9 @@ def test_the_published_weights_and_their_warm_up(logits: Logits) -> None:
         weighted, plain = dkd(*views, y)
         assert weighted.item() == pytest.approx(part * plain.item())
         assert kd(*views, y)[0].item() == pytest.approx(0.9 * kd_loss(z_T, z_S, 4).item())
-    own = WeightedLoss(KD(4.0, False), weight=3.0, warmup_epochs=4)
-    own.start_epoch(1)
-    assert own.weight == 0.75
+    borrowed = WeightedLoss(KD(4.0, False), weight=3.0, warmup_epochs=4)
+    borrowed.start_epoch(1)
+    assert borrowed.weight == 0.75
 
 
 def test_dkd_takes_the_class_of_a_smoothed_target() -> None:

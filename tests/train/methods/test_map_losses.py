@@ -1,4 +1,4 @@
-"""AT, FitNet, ReviewKD and SimKD against second implementations in float64, and what they train."""
+"""AT, FitNet, ReviewKD and SimKD against second implementations, and what they train."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def test_hierarchical_context_loss() -> None:
 
     wanted = sum(w * (pooled(u, n) - pooled(f, n)).pow(2).mean() for w, n in ((1, 8), (0.5, 4), (0.25, 2), (0.125, 1)))
     torch.testing.assert_close(hierarchical_context_loss(u, f), wanted / 1.875)
-    one = torch.randn(2, 3, 4, 1, 1, dtype=torch.float64)
-    torch.testing.assert_close(hierarchical_context_loss(*one), (one[0] - one[1]).pow(2).mean())
+    pixel = torch.randn(2, 3, 4, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(hierarchical_context_loss(*pixel), (pixel[0] - pixel[1]).pow(2).mean())
     assert hierarchical_context_loss(f, f) == 0
 
 
@@ -167,14 +167,14 @@ def test_simkd_and_the_classifier_that_it_reuses() -> None:
 def test_views_and_pairs() -> None:
     T = scrambled(CifarResNet(8, (4, 4, 6, 8), CLASSES))
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    seen = view_teacher(T, x)
-    torch.testing.assert_close(seen.logits_NK, T(x))
-    assert not any(value.requires_grad for value in (*seen.maps, seen.logits_NK))
+    view = view_teacher(T, x)
+    torch.testing.assert_close(view.logits_NK, T(x))
+    assert not any(value.requires_grad for value in (*view.maps, view.logits_NK))
     assert stage_shapes(T.float().train(), (8, 12)) == [(4, 8, 12), (6, 4, 6), (8, 2, 3)]
     assert T.training
-    assert pair_stages(seen.maps, seen.maps[1:]) == [(seen.maps[1], seen.maps[1]), (seen.maps[2], seen.maps[2])]
-    one, other = match_size(torch.zeros(1, 2, 8, 8), torch.arange(8.0).view(1, 1, 2, 4))
-    assert (one.shape, other.shape) == ((1, 2, 2, 4), (1, 1, 2, 4))
+    assert pair_stages(view.maps, view.maps[1:]) == [(view.maps[1], view.maps[1]), (view.maps[2], view.maps[2])]
+    first, other = match_size(torch.zeros(1, 2, 8, 8), torch.arange(8.0).view(1, 1, 2, 4))
+    assert (first.shape, other.shape) == ((1, 2, 2, 4), (1, 1, 2, 4))
 
 
 LOSSES = ("kd", "fitnet", "at", "dkd", "reviewkd", "simkd")

@@ -1,4 +1,4 @@
-"""Scheme progressive: each step's loss a second time, what it moves, and what it leaves alone."""
+"""Scheme progressive: each step's loss a second time, what it moves and leaves alone."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def T() -> CifarResNet:
 def model() -> ProgressiveStudent:
     """S and two assistants in float64, as if they had learnt something already."""
     branches = [CifarResNet(8, widths, None) for widths in ((4, 4, 6, 8), (2, 3, 4, 5), (2, 2, 3, 4))]
-    made = progressive_student(branches[0], branches[1:], CHANNELS, CLASSES, (8, 8)).double()
-    for row in made.rows():
+    student = progressive_student(branches[0], branches[1:], CHANNELS, CLASSES, (8, 8)).double()
+    for row in student.rows():
         for step in row:
             nn.init.normal_(step.adapter.weight, std=0.3)
-    return used(made)
+    return used(student)
 
 
 @pytest.fixture
@@ -121,15 +121,15 @@ def test_attention_is_taken_stage_by_stage_and_kd_with_the_last(
     T: CifarResNet, model: ProgressiveStudent, batch: tuple[Tensor, Tensor]
 ) -> None:
     x, y = batch
-    seen = copy.deepcopy(T).eval()
+    copied = copy.deepcopy(T).eval()
     for stage in (1, 2, 3):
         _, m, f = parts_by_hand(model, x, stage, 0)
-        f_T = seen.features(x)[stage - 1]
+        f_T = copied.features(x)[stage - 1]
         plain = WEIGHT * (f_T - m).pow(2).mean()
         at = step_of(T, model, stage, 0, base=WeightedLoss(AttentionTransfer(), 7.0))(x, y)
         torch.testing.assert_close(at.total, plain + 7 * attention_loss([f_T], [f]), rtol=1e-10, atol=0)
         kd = step_of(T, model, stage, 0, base=WeightedLoss(KD(4.0, False), 2.0))
-        wanted = plain if stage < 3 else plain + 2 * kd_loss(seen(x), model.head(m.mean((2, 3))), 4.0)
+        wanted = plain if stage < 3 else plain + 2 * kd_loss(copied(x), model.head(m.mean((2, 3))), 4.0)
         torch.testing.assert_close(kd(x, y).total, wanted, rtol=1e-10, atol=0)
         assert (kd.auxiliary() is None) is (stage < 3)
     assert step_of(T, model, 3, 1, base=WeightedLoss(KD(4.0, False))).base is None  # A learns what is left, no more

@@ -33,9 +33,11 @@ def T() -> CifarResNet:
 @pytest.fixture
 def model() -> ResidualStudent:
     """S and A in float64, A as if it had learnt something already."""
-    made = ResidualStudent(CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES)
-    learnt(made.assistant_adapters[0])
-    return used(made.double())
+    student = ResidualStudent(
+        CifarResNet(8, (4, 4, 6, 8), None), [CifarResNet(8, (2, 3, 4, 5), None)], CHANNELS, CLASSES
+    )
+    learnt(student.assistant_adapters[0])
+    return used(student.double())
 
 
 def used(module: Any) -> Any:
@@ -70,8 +72,8 @@ def test_distance_is_the_mean_over_all_elements() -> None:
 
 def test_the_larger_of_two_maps_is_pooled_to_the_smaller() -> None:
     large, small = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 7, 2, 2)
-    for one, other in (match_size(large, small), match_size(small, large)[::-1]):
-        assert one.tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+    for pooled, other in (match_size(large, small), match_size(small, large)[::-1]):
+        assert pooled.tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
         assert other is small
     assert match_size(large, large)[0] is large
 

@@ -1,4 +1,4 @@
-"""The residual at several stages: losses a second time, adapters that learn along and do not ship."""
+"""The residual at several stages: losses a second time, adapters that do not ship."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def T() -> CifarResNet:
 def model() -> ResidualStudent:
     """S and two assistants that have learnt something, with adapters at the first two stages."""
     widths = ((4, 4, 6, 8), (2, 3, 4, 5), (2, 2, 3, 4))
-    made = ResidualStudent(CifarResNet(8, widths[0], None), [CifarResNet(8, w, None) for w in widths[1:]], 10, 4)
-    made.stage_adapters = StageAdapters(STAGES, [w[1:] for w in widths], (6, 8))
-    for module in made.modules():
+    student = ResidualStudent(CifarResNet(8, widths[0], None), [CifarResNet(8, w, None) for w in widths[1:]], 10, 4)
+    student.stage_adapters = StageAdapters(STAGES, [w[1:] for w in widths], (6, 8))
+    for module in student.modules():
         if isinstance(module, Adapter):
             learnt(module, std=0.3)
-    return used(made.double())
+    return used(student.double())
 
 
 @pytest.fixture
@@ -63,10 +63,10 @@ def batch() -> Batch:
 
 def maps_by_hand(model: ResidualStudent, x: Tensor, branch: int, *, training: bool) -> list[Tensor]:
     """Adapted maps at all three stages, by matrices, of a copy."""
-    own = copy.deepcopy(model)
-    network, P = own.branches()[branch]
-    assert own.stage_adapters is not None
-    adapters = [*own.stage_adapters.adapters[branch], P]
+    copied = copy.deepcopy(model)
+    network, P = copied.branches()[branch]
+    assert copied.stage_adapters is not None
+    adapters = [*copied.stage_adapters.adapters[branch], P]
     maps = network.train(training).features(x)
     pairs = zip(adapters, maps, strict=True)
     return [adapted(R, f, training=training) for R, f in pairs]
@@ -88,8 +88,8 @@ def test_student_and_assistants(T: CifarResNet, model: ResidualStudent, batch: B
         step = AssistantStep(T, model, W, distance=mse, stage_weight=V, number=number).train()
         before = [maps_by_hand(model, x, b, training=False) for b in range(number)]
         r = [t - sum(maps) for t, *maps in zip(f_T, *before, strict=True)]
-        own = maps_by_hand(model, x, number, training=True)
-        torch.testing.assert_close(step(x, y).total, W * weighed(r, own), rtol=1e-12, atol=0)
+        branch_maps = maps_by_hand(model, x, number, training=True)
+        torch.testing.assert_close(step(x, y).total, W * weighed(r, branch_maps), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -99,7 +99,7 @@ def test_end_to_end(T: CifarResNet, model: ResidualStudent, batch: Batch, detach
     S, A, B = (maps_by_hand(model, x, b, training=True) for b in (0, 1, 2))
     r = [t - s for t, s in zip(f_T, S, strict=True)]
     wanted = W * weighed(f_T, S) + 2 * W / 2 * weighed(r, A)
-    wanted = wanted + 2 * W / 2 * 0.5 * weighed([one - a for one, a in zip(r, A, strict=True)], B)
+    wanted = wanted + 2 * W / 2 * 0.5 * weighed([residual - a for residual, a in zip(r, A, strict=True)], B)
     weights = Weights(feature=W, assistant=2.0, ce=0.0, student=0.0, step_decay=0.5, stage=V)
     step = EndToEnd(T, model, mse, weights, detach=detach, train_head=False).train()
     losses = step(x, y)
