@@ -47,7 +47,10 @@ from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 
 BATCHES = (1, 8, 32)
-BACKENDS = ("onnxruntime", "openvino")
+ON_CUDA = torch.cuda.is_available()
+BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs") if ON_CUDA else ("onnxruntime", "openvino")
+"""What is measured: of a machine with a GPU, the GPU."""
+PLACE: dict[str, Any] = {"device": "cuda"} if ON_CUDA else {"threads": 1}
 LEVELS = ("tail", "wide")
 BESIDE = "wide, side by side"
 ROUND_TO = {"ResNet-20": 8, "resnet8x4": 16, "ResNet-18": 32}
@@ -93,7 +96,7 @@ def _session(
     names = list(files)
     with ExitStack() as stack:
         loaded = {
-            name: Workload((stack.enter_context(load_backend(backend, files[name], threads=1)),), x)
+            name: Workload((stack.enter_context(load_backend(backend, files[name], **PLACE)),), x)
             for name in names[number % len(names) :] + names[: number % len(names)]
         }
         limits = TimingLimits(min_seconds=seconds, min_runs=2, warmup_seconds=0.05, warmup_runs=1)

@@ -148,7 +148,7 @@ def _loaded(way: Way, networks: Networks, rows: Rows, stack: ExitStack) -> Itera
             began = time.monotonic()
             backend = stack.enter_context(_backend(way, network, networks.file(name, way.precision), rows.device))
             found = backend.infer(pixels(IMAGES, network.size))
-            _compare(way, network, found, key, time.monotonic() - began, rows)
+            _compare(way, network, found, key, time.monotonic() - began, rows, backend.info.error_lines)
             yield name, backend
 
 
@@ -162,11 +162,14 @@ def _backend(way: Way, network: Measured, file: Path, device: str) -> Backend:
     return _LIVE[way.backend](graph, run_on, input_shape=shape, input_dtype="uint8", precision=way.precision)
 
 
-def _compare(way: Way, network: Measured, found: Array, key: str, seconds: float, rows: Rows) -> None:
+def _compare(
+    way: Way, network: Measured, found: Array, key: str, seconds: float, rows: Rows, error_lines: int | None
+) -> None:
     scale = float(np.abs(network.logits_NK).max())
     difference = float(np.abs(found - network.logits_NK).max())
     agree = float((found.argmax(1) == network.logits_NK.argmax(1)).mean())
     facts: dict[str, Any] = {"load_s": seconds, "diff": difference, "scale": scale, "agree": agree}
+    facts |= {} if error_lines is None else {"error_lines": error_lines}
     if way.precision in TOLERANCES:
         facts["passed"] = difference <= TOLERANCES[way.precision] * scale
     rows.add(key, **facts)

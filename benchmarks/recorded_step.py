@@ -80,8 +80,6 @@ def main() -> None:
                 row[name] = task()
             except Exception:
                 row[name] = {"error": traceback.format_exc()[-6000:]}
-                generator = torch.cuda.default_generators[torch.cuda.current_device()]
-                generator.graphsafe_set_state(generator.clone_state())  # one that a broken capture left is of no use
             print(case, batch, name, f"({time.perf_counter() - began:.1f} s)", _brief(row[name]), flush=True)
             write_json(options.out, record)
 

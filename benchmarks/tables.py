@@ -32,6 +32,7 @@ PAGES = (
     HERE / "README.md",
     RECIPES / "README.md",
     HERE.parent / "docs" / "runtimes.md",
+    HERE.parent / "docs" / "networks.md",
     HERE.parent / "docs" / "ladder.md",
     HERE.parent / "docs" / "results.md",
 )
@@ -65,7 +66,7 @@ def headlines() -> str:
             _figure(tightest, "value"),
             _figure(tightest, "limit"),
         )
-        rows.append(f"| [{record['theme']}](benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
+        rows.append(f"| [{record['theme']}](../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -108,6 +109,31 @@ def runtimes() -> str:
     return "\n".join(rows) + "\n"
 
 
+def separable() -> str:
+    """Which networks of torchvision and timm can be S0, by the newest record."""
+    record = json.loads(max(HERE.glob("separable_*.json")).read_text(encoding="utf-8"))
+    rows = ["| network | S0, MMAC | S, MMAC | A, MMAC | what |", "| --- | ---: | ---: | ---: | --- |"]
+    networks = sorted(record["networks"], key=lambda row: (row["outcome"] != "separates", row["network"]))
+    for row in networks:
+        figures, what = ["", "", ""], row.get("reason", "")
+        if row["outcome"] == "separates":
+            figures = [f"{row[key] / 1e6:.1f}" for key in ("budget", "student", "assistant")]
+            kept = len(row["fixed"])
+            what = f"separates; {kept} groups of channels keep their sizes" if kept else "separates"
+        elif "advised_share" in row:
+            figures[0] = f"{row['budget'] / 1e6:.1f}"
+            what = (
+                f"with assistant_share = {row['advised_share']:g}, as the refusal advises; not with the default of 0.2"
+            )
+        elif row["outcome"] == "refused":
+            what = "refused: " + what.removeprefix("S0 cannot be narrowed: ").partition(" Give another S0")[0]
+        rows.append(f"| {row['network']} | {' | '.join(figures)} | {what.replace('|', '/')} |")
+    cut = sum(row["outcome"] == "separates" or "advised_share" in row for row in networks)
+    return (
+        "\n".join(rows) + f"\n\n{cut} of {len(networks)} separate, on images of {record['side']} x {record['side']}.\n"
+    )
+
+
 def quickstart() -> str:
     """What the README's first command ended with, by its newest record."""
     record = json.loads(max(HERE.glob("quickstart_*.json")).read_text(encoding="utf-8"))
@@ -126,11 +152,11 @@ def quickstart() -> str:
 
 
 def of_record(path: Path) -> str:
-    """The table of one record: a comparison, or a training run."""
+    """The table of one record: a comparison, or a rung of the ladder."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("theme") == "ladder_joint":
         return ladder(record)
-    return comparison(record) if record.get("kind") == "compare" else run_record(path)
+    return comparison(record)
 
 
 KINDS = {
@@ -232,40 +258,6 @@ def comparison(record: dict[str, Any]) -> str:
     return comparison_markdown(held) + f"\n{where}\n"
 
 
-def run_record(path: Path) -> str:
-    """The networks of one training run, as `rkd-deploy train` prints them, with its latency where it was measured."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    names = dict(reversed(PARTS.items()))  # as `rkd-deploy train` lists them
-    latency = {row["part"]: row for row in record.get("bench", [])}
-    rows = ["| | top-1, % | MMAC | parameters, M | p50, ms | p90, ms | file, MB |", "| --- " + "| ---: " * 6 + "|"]
-    for part, name in names.items():
-        if (row := record["parts"].get(part)) is None:
-            continue
-        timed = latency.get(part)
-        times = ["", "", ""]
-        if timed:
-            times = [f"{timed['p50_ms']:.3f}", f"{timed['p90_ms']:.3f}", f"{timed['file_bytes'] / 1e6:.2f}"]
-        cells = [f"{row['test_top1']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.3f}", *times]
-        rows.append(f"| {name} {_note(record, part)}| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n" + _proof(record)
-
-
-def _proof(record: dict[str, Any]) -> str:
-    budget, parity, facts = record["separation"], record["parity"]["fused"], record["provenance"]
-    return (
-        f"\nBudget: S + A cost {budget['cost']:,} of S0's {budget['budget']:,} {budget['unit']}. The fused file on all "
-        f"{parity['n']:,} test images: top-1 {parity['onnx_top1']:.2f} % through ONNX Runtime, "
-        f"{parity['torch_top1']:.2f} % through PyTorch, {parity['differing']} images classified otherwise, "
-        f"logits within {parity['max_abs_diff']:.1g}. Latency: batch 1, {facts['cpu']}, {facts['cores']} cores, "
-        f"ONNX Runtime {facts['versions']['onnxruntime']}.\n"
-    )
-
-
-def _note(record: dict[str, Any], part: str) -> str:
-    note = record.get("notes", {}).get(part)
-    return f"({note}) " if note else ""
-
-
 def recipes() -> str:
     """Every recipe in train/: its networks and base loss from its keys, the rest from the comment at its head."""
     rows = ["| recipe | T | S0 | base | budget | published | time | result |", "| --- " * 8 + "|"]
@@ -292,6 +284,7 @@ def render(text: str) -> str:
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,
+        "separable": separable,
     }
 
     def table(match: re.Match[str]) -> str:

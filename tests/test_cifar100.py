@@ -24,11 +24,10 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
             "data.test_limit=2000",
             f"teacher.checkpoint={shared_data}/weights/cifar100_resnet56.pth",
             "student.baseline=false",
-            "train.epochs=3",
-            "train.assistant_epochs=1",
+            "student.control=false",
+            "train.epochs=4",
             "train.batch_size=32",
-            "train.lr=0.1",
-            "train.schedule=cosine",
+            "train.lr=0.05",
         ],
     )
     run = fit(recipe, root=tmp_path)

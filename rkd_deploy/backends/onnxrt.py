@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from rkd_deploy.backends.files import broken_model, model_path
-from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns
+from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, kept_from_terminal
 from rkd_deploy.backends.onnxrt_session import (
     PROVIDERS,
     check_provider,
@@ -66,7 +66,10 @@ class OnnxRuntimeBackend(Backend):
         file, run_on = model_path(path), run_on or RunOn(self.name)
         kind, self._index = parse_device(run_on.where)
         self._kind, provider, self._threads = kind, self._provider(kind), run_on.threads
-        self._session: Any = self._opened(file, provider, run_on)
+        self._shapes: set[tuple[int, ...]] = set()
+        self._error_lines = 0
+        with self._choosing_kernels(()):
+            self._session: Any = self._opened(file, provider, run_on)
         self._binding: Any = None
         self._local = threading.local()
         check_provider(self._session.get_providers(), provider)
@@ -104,7 +107,18 @@ class OnnxRuntimeBackend(Backend):
     @property
     def info(self) -> ModelInfo:
         """What the model takes and gives; the metadata are the custom metadata of the ONNX file."""
-        return self._info
+        return self._info if self._kind == "cpu" else replace(self._info, error_lines=self._error_lines)
+
+    @contextlib.contextmanager
+    def _choosing_kernels(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """The first run of a shape on CUDA, in which kernels are chosen, and cuDNN writes of those that it has not."""
+        if self._kind == "cpu" or shape in self._shapes:
+            yield
+            return
+        self._shapes.add(shape)
+        with kept_from_terminal() as lines:
+            yield
+        self._error_lines += lines()
 
     def infer(self, x: Array) -> Array:
         """Run one batch, host to host; small inputs on a CPU go through memory that is bound once."""
@@ -119,7 +133,8 @@ class OnnxRuntimeBackend(Backend):
         session = self._live()
         self._input.check(x)
         try:
-            logits: Array = session.run(self._logits, {self._input.name: x})[0]
+            with self._choosing_kernels(x.shape):
+                logits: Array = session.run(self._logits, {self._input.name: x})[0]
         except Exception as error:  # ONNX Runtime's own exceptions have no other base
             raise failed_run(error) from error
         check_rows(logits.shape, len(x))
@@ -145,7 +160,8 @@ class OnnxRuntimeBackend(Backend):
             nonlocal checked
             session = self._live()
             try:
-                session.run_with_iobinding(binding)
+                with self._choosing_kernels(x.shape):
+                    session.run_with_iobinding(binding)
             except Exception as error:  # ONNX Runtime's own exceptions have no other base
                 raise failed_run(error) from error
             if not checked:  # the shape of later runs is that of the first
@@ -211,7 +227,7 @@ class GraphedOnnxRuntimeBackend(OnnxRuntimeBackend):
         self._input.check(x)
         runs = self._runs
         assert runs is not None  # as long as the session lives
-        with runs.lock, _explained_runs():
+        with runs.lock, _explained_runs(), self._choosing_kernels(x.shape):
             run = self._by_shape.get(x.shape)
             if run is None:
                 run = self._by_shape[x.shape] = runs.capture(x)
@@ -224,7 +240,7 @@ class GraphedOnnxRuntimeBackend(OnnxRuntimeBackend):
         self._input.check(x)
         runs = self._runs
         assert runs is not None
-        with runs.lock, _explained_runs():
+        with runs.lock, _explained_runs(), self._choosing_kernels(x.shape):
             captured = runs.capture(x)
         check_rows(captured.shape, len(x))
 

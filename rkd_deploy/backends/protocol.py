@@ -53,6 +53,8 @@ class ModelInfo:
         metadata: What the model file says about itself; empty where the format holds nothing.
         file: What runs: ONNX file, exported program or engine; None: a module in memory.
         cuda_graph: Whether runs are launches of a captured CUDA graph; None where the backend knows no such thing.
+        error_lines: Lines of cuDNN's that a runtime wrote while it chose its kernels on CUDA, and that were kept from
+            the terminal; None where none are looked for.
         build_seconds: What building the engine took, where loading had to do that; else None.
     """
 
@@ -64,6 +66,7 @@ class ModelInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
     cuda_graph: bool | None = None
+    error_lines: int | None = None
     build_seconds: float | None = None
 
 

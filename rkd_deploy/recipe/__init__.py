@@ -21,7 +21,7 @@ from rkd_deploy.errors import RecipeError, shortened, unknown_name
 from rkd_deploy.recipe.data import DataRecipe
 from rkd_deploy.recipe.method import MethodRecipe
 from rkd_deploy.recipe.networks import StudentRecipe, TeacherRecipe
-from rkd_deploy.recipe.rules import toml_value, typed_value
+from rkd_deploy.recipe.rules import read_values, toml_value, typed_value
 from rkd_deploy.recipe.train import TrainRecipe
 from rkd_deploy.storage import read_text
 
@@ -239,7 +239,11 @@ _ABSENT = {"student": {"control": False}}
 
 
 def _modernise(content: dict[str, Any]) -> None:
-    """Bring the recipe of an earlier run to today's keys: it states every value, so a key that it lacks is younger."""
+    """Bring the recipe of an earlier run to today's keys.
+
+    It states every value, also of keys that its method does not read and whose default has changed since: these are
+    left out. A key that it lacks is younger than the run.
+    """
     for key in _RETIRED:
         table, name = key.split(".")
         if isinstance(values := content.get(table), dict):
@@ -249,6 +253,9 @@ def _modernise(content: dict[str, Any]) -> None:
             content[table] = then | values
     if isinstance(data := content.get("data"), dict) and data.get("name", "digits") == "digits":
         data.pop("root", None)  # was allowed, and never read
+    for table, owner in typing.get_type_hints(Recipe).items():
+        if isinstance(values := content.get(table), dict):
+            content[table] = read_values(owner, values)
 
 
 def _use_run_copies(content: dict[str, Any], folder: Path) -> None:

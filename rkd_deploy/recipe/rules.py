@@ -8,7 +8,7 @@ import json
 import numbers
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,24 @@ def check_keys(name: str, table: Any, situation: str) -> None:
             f"{name}.{field.name} = {toml_value(value)} has no effect with {situation}: it is read only {read.words}. "
             f"Leave it out{default}."
         )
+
+
+def read_values(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a table's keys without those that nothing reads, which may be the default of another time.
+
+    Args:
+        kind: Class of the table.
+        values: Values by key, as TOML has them; they need not be valid.
+    """
+    table = object.__new__(kind)
+    rules = {field.name: rule_of(field) for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(kind):
+        object.__setattr__(table, field.name, values.get(field.name, field.default))
+    try:
+        unread = {name for name, rule in rules.items() if rule.read is not None and not rule.read.holds(table)}
+    except TypeError:  # a value of another type, which is refused when the table is made
+        return dict(values)
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def _check_types(name: str, table: Any) -> None:

@@ -58,7 +58,8 @@ class TrainRecipe:
     compiler on a CPU; of use for long runs."""
     cuda_graphs: bool = False
     """Record a whole training step as a CUDA graph and replay it, frozen networks folded, in the layout that is faster
-    by measurement; best with amp. Only on CUDA, one process, accumulate = 1, without compile."""
+    by measurement; best with amp. Only on CUDA, one process, accumulate = 1, without compile. A step that
+    cannot be recorded is made eagerly, and the log says why."""
     sync_batchnorm: bool = False
     """Batch norm over the images of all processes instead of each one's share. Only on CUDA."""
     device: str = "auto"

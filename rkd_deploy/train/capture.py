@@ -36,8 +36,13 @@ def captured(
     gc.collect()  # what dead cycles hold of an earlier graph is not given back in the middle of a capture
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as the one that pins the loader's memory, may go on calling CUDA.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        call()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())  # a capture that breaks does not give it back
+        raise
     after()
     return graph
 

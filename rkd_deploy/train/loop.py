@@ -90,11 +90,10 @@ class _PhaseRun:
         self.display, self.stop, self.group = display, stop, group
         self.average = None if recipe.ema_decay is None else Average(phase.product, recipe.ema_decay)
         self.stepper = Stepper(phase.method, recipe, group)
-        self.steps: EagerSteps | RecordedSteps
+        eager = EagerSteps(self.stepper, loader)
+        self.steps: EagerSteps | RecordedSteps = eager
         if recipe.cuda_graphs:
-            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader)
-        else:
-            self.steps = EagerSteps(self.stepper, loader)
+            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, otherwise=eager)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 
@@ -131,6 +130,8 @@ class _PhaseRun:
         row |= {"seconds": seconds, "images_per_s": images / seconds}
         if isinstance(self.steps, RecordedSteps) and (choices := self.steps.news()):
             self.run.log.append("recorded", phase=self.phase.name, **choices)
+            if failure := choices.get("failure"):
+                self.display.note(f"Steps are not recorded as a CUDA graph, which is slower: {failure}")
         self.group.on_main(lambda: self.run.log.append("epoch", **row))
         self.display.epoch(row)
         self._save((epoch + 1, 0), EpochSums())

@@ -51,6 +51,7 @@ class RecordedSteps:
         recipe: Table `[train]`.
         loader: Batches of one size.
         speedups: Left out only to be measured.
+        otherwise: Makes the steps where they cannot be recorded. Default: that is an error.
 
     Attributes:
         replay_ms: Milliseconds of a replay, by layout (channels_last or contiguous), of those that were measured.
@@ -65,6 +66,8 @@ class RecordedSteps:
         recipe: TrainRecipe,
         loader: Loader,
         speedups: Speedups = ALL,
+        *,
+        otherwise: EagerSteps | None = None,
     ) -> None:
         self._method, self._optimizer, self._recipe, self._loader = method, optimizer, recipe, loader
         self._speedups = replace(speedups, channels_last=True) if recipe.channels_last else speedups
@@ -81,7 +84,7 @@ class RecordedSteps:
         self._burnt_in: tuple[float, ...] = ()
         self.channels_last: bool | None = self._speedups.channels_last
         self.replay_ms: dict[str, float] = {}
-        self._seconds = 0.0
+        self._seconds, self._failure, self._otherwise = 0.0, "", otherwise
         with torch.cuda.device(self._device):
             self._stream = new_stream()
             self.passes = FastPasses(method, recipe.amp, self._speedups)
@@ -98,8 +101,10 @@ class RecordedSteps:
         self._rates_S.copy_(torch.tensor(rates, dtype=torch.float32))
         self._step_1.fill_(first_batch)
         for _ in self._batches(number, first_batch):
-            if self._graph is None or self._burnt_in != self._method.epoch_weights():
-                self._record()
+            if self._failure or not self._recorded():
+                assert self._otherwise is not None
+                yield from self._otherwise.epoch(number, first_batch, sums, rates)
+                return
             sums.count_in(self._sums)
             assert self._graph is not None
             self._graph.replay()
@@ -112,6 +117,8 @@ class RecordedSteps:
             return {}
         seconds, self._seconds = self._seconds, 0.0
         layout = "channels_last" if self.channels_last else "contiguous"
+        if self._failure:
+            return {"failure": self._failure, "seconds": seconds}
         return {"layout": layout, "replay_ms": self.replay_ms, "copies_ms": self.passes.copies, "seconds": seconds}
 
     def _batches(self, number: int, first_batch: int) -> Iterator[None]:
@@ -136,10 +143,22 @@ class RecordedSteps:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x_NCHW.to(self.passes.dtype, memory_format=layout), y_N
 
-    def _record(self) -> None:
+    def _recorded(self) -> bool:
+        """Record what is to be recorded; whether that could be done."""
+        if self._graph is not None and self._burnt_in == self._method.epoch_weights():
+            return True
         began = time.perf_counter()
-        self._choose_and_record()
+        try:
+            self._choose_and_record()
+        except RuntimeError as error:
+            if self._otherwise is None:
+                raise
+            self._graph, self._failure = None, str(error).partition("\n")[0]
+            self._method.stand_in({})
+            for parameter in self._trained:
+                parameter.grad = None
         self._seconds += time.perf_counter() - began
+        return not self._failure
 
     def _choose_and_record(self) -> None:
         self._graph = None  # gives the memory of the one before back
@@ -160,9 +179,12 @@ class RecordedSteps:
         self.channels_last = channels_last
         self._lay_out()
         before = self._snapshot()
-        self.passes.prepare(self._batch()[0])
-        _restore(before)
-        self._graph = captured(self._step, self._stream, lambda: _restore(before))  # the tables end with the epoch
+        try:
+            self.passes.prepare(self._batch()[0])
+            _restore(before)
+            self._graph = captured(self._step, self._stream, lambda: _restore(before))  # the tables end with the epoch
+        finally:
+            _restore(before)
 
     def timed(self) -> float:
         """Milliseconds of a replay; training stands where it stood."""

@@ -126,5 +126,21 @@ def test_cudnns_error_lines_are_counted_and_kept_from_the_terminal(capfd):
     with onnxrt_cuda.kept_from_terminal() as count:
         os.write(2, b"[E] [cudnn_frontend] Error: No execution plans support the graph.\nsomething else\n")
         os.write(2, b"CUDNN_FE failed\n")
+        os.write(2, b"No registered plugin EP device found for 'CUDAExecutionProvider'\n")
     assert count() == 2
     assert capfd.readouterr().err == "something else\n"
+
+
+def test_error_lines_of_the_first_run_of_a_shape_are_counted(bundle, zoo, ort_gpu, monkeypatch, capfd):
+    with load_backend("onnxruntime", bundle, device="cuda") as backend:
+        run = ort_gpu[0].run
+
+        def talkative(*arguments):
+            os.write(2, b"[cudnn_frontend] Error: No execution plans support the graph.\n")
+            return run(*arguments)
+
+        monkeypatch.setattr(ort_gpu[0], "run", talkative)
+        for count in (1, 2):
+            backend.infer(zoo.pixels(count))
+        assert backend.info.error_lines == 2
+    assert capfd.readouterr().err == ""

@@ -272,8 +272,42 @@ def test_a_key_that_is_no_more_names_its_successor_and_is_left_out_of_earlier_ru
     assert read_recipe(tmp_path / "recipe.toml").method.loss == "none"
 
 
+def test_an_earlier_run_may_state_defaults_of_its_time_for_keys_that_it_does_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        '[method]\ndkd_beta = 8.5\ntemperature = 3.0\nbase = "kd"\n[data]\ncache_gb = 3.5\n[student]\nlabels = "x"\n'
+    )
+    with pytest.raises(RecipeError, match="has no effect"):
+        read_recipe(file)  # a user's own file: a misunderstanding
+    (tmp_path / "facts.json").write_text("{}")
+    recipe = read_recipe(file)
+    assert recipe.method == MethodRecipe(base="kd", temperature=3.0)  # what is read stays as it is stated
+    assert (recipe.data, recipe.student.labels) == (Recipe().data, None)
+    file.write_text("[method]\nstages = 3\n")  # damaged: an error that names it, as without the facts
+    with pytest.raises(RecipeError, match=r"method\.stages = 3 must be a list"):
+        read_recipe(file)
+
+
 def test_the_end_to_end_scheme_has_defaults_of_its_own() -> None:
     method = read_recipe(None, ["method.scheme=end_to_end"]).method
     assert (method.loss, method.classifier) == ("dkd", "finetuned")
     method = read_recipe(None).method
     assert (method.loss, method.classifier) == ("none", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("method", "beta"),
+    [
+        ('scheme = "sequential"\nbase = "none"', 2.0),  # stated, as every key is, and not read
+        ('name = "kd"', 2.0),
+        ('base = "dkd"', 8.0),
+        ('name = "dkd"', 8.0),
+        ('scheme = "end_to_end"', 8.0),
+    ],
+)
+def test_the_former_default_of_dkd_beta_in_an_earlier_run_is_kept_where_it_is_read(
+    tmp_path: Path, method: str, beta: float
+) -> None:
+    (tmp_path / "recipe.toml").write_text(f"[method]\n{method}\ndkd_beta = 8.0\n")
+    (tmp_path / "facts.json").write_text("{}")
+    assert read_recipe(tmp_path / "recipe.toml").method.dkd_beta == beta

@@ -15,7 +15,7 @@ from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.recipe import TrainRecipe
-from rkd_deploy.train import capture
+from rkd_deploy.train import capture, recording
 from rkd_deploy.train.frozen import ConvAddReLU, folded_copy
 from rkd_deploy.train.methods.base import Method, WeightedLoss
 from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
@@ -24,7 +24,7 @@ from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.kd import KD
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
 from rkd_deploy.train.passes import Speedups
-from rkd_deploy.train.recording import RecordedSteps
+from rkd_deploy.train.recording import EagerSteps, RecordedSteps
 from rkd_deploy.train.state import EpochSums
 from rkd_deploy.train.stepping import Stepper
 from tests.support import simulated_graphs
@@ -166,6 +166,29 @@ def test_no_autograd_node_of_another_stream_lives_when_a_step_is_captured(
     next(RecordedSteps(method, stepper.optimizer, recipe(), loader(), PLAIN).epoch(0, 0, EpochSums(), rates(0)))
     assert alive
     assert not any(alive)
+
+
+def test_what_cannot_be_recorded_is_trained_eagerly_and_says_so(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(*_: Any) -> None:
+        raise RuntimeError("no capture\nand much about it")
+
+    monkeypatch.setattr(recording, "captured", captured)
+    method, batches = made("cross-entropy"), loader()
+    stepper, sums = Stepper(method, recipe()), EpochSums()
+    with pytest.raises(RuntimeError, match="no capture"):
+        next(RecordedSteps(method, stepper.optimizer, recipe(), batches, PLAIN).epoch(0, 0, sums, rates(0)))
+    eager = EagerSteps(stepper, batches)
+    steps = RecordedSteps(method, stepper.optimizer, recipe(), batches, PLAIN, otherwise=eager)
+    rows = []
+    for epoch in range(3):
+        stepper.start_epoch(epoch + 1)
+        sums = EpochSums()
+        assert len(list(steps.epoch(epoch, 0, sums, rates(epoch)))) == 3
+        rows.append(sums.means())
+    assert steps.news()["failure"] == "no capture"
+    assert_close(ended(method, rows, stepper.optimizer), eagerly(made("cross-entropy")), 0.0)
 
 
 def test_a_weight_that_changes_is_recorded_anew_and_no_other(graphs: list[Any]) -> None:
