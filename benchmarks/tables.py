@@ -32,6 +32,7 @@ PAGES = (
     HERE / "README.md",
     RECIPES / "README.md",
     HERE.parent / "docs" / "runtimes.md",
+    HERE.parent / "docs" / "networks.md",
     HERE.parent / "docs" / "ladder.md",
     HERE.parent / "docs" / "results.md",
 )
@@ -106,6 +107,31 @@ def runtimes() -> str:
         outcome = f"{row['max_abs_diff']:.1e}" if "error" not in row else f"does not run: {row['error']}"
         rows.append(f"| {row['runtime']} | {row.get('version', '')} | {row['bundle']} | {outcome} |")
     return "\n".join(rows) + "\n"
+
+
+def separable() -> str:
+    """Which networks of torchvision and timm can be S0, by the newest record."""
+    record = json.loads(max(HERE.glob("separable_*.json")).read_text(encoding="utf-8"))
+    rows = ["| network | S0, MMAC | S, MMAC | A, MMAC | what |", "| --- | ---: | ---: | ---: | --- |"]
+    networks = sorted(record["networks"], key=lambda row: (row["outcome"] != "separates", row["network"]))
+    for row in networks:
+        figures, what = ["", "", ""], row.get("reason", "")
+        if row["outcome"] == "separates":
+            figures = [f"{row[key] / 1e6:.1f}" for key in ("budget", "student", "assistant")]
+            kept = len(row["fixed"])
+            what = f"separates; {kept} groups of channels keep their sizes" if kept else "separates"
+        elif "advised_share" in row:
+            figures[0] = f"{row['budget'] / 1e6:.1f}"
+            what = (
+                f"with assistant_share = {row['advised_share']:g}, as the refusal advises; not with the default of 0.2"
+            )
+        elif row["outcome"] == "refused":
+            what = "refused: " + what.removeprefix("S0 cannot be narrowed: ").partition(" Give another S0")[0]
+        rows.append(f"| {row['network']} | {' | '.join(figures)} | {what.replace('|', '/')} |")
+    cut = sum(row["outcome"] == "separates" or "advised_share" in row for row in networks)
+    return (
+        "\n".join(rows) + f"\n\n{cut} of {len(networks)} separate, on images of {record['side']} x {record['side']}.\n"
+    )
 
 
 def quickstart() -> str:
@@ -258,6 +284,7 @@ def render(text: str) -> str:
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,
+        "separable": separable,
     }
 
     def table(match: re.Match[str]) -> str:

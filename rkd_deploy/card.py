@@ -114,6 +114,21 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphFacts:
+    """What an exported graph does for one image, beside what was trained.
+
+    Attributes:
+        macs: Multiply-adds, those with zeros included.
+        weights: Numbers that are stored, biases included.
+        zeros: Number of the weights that are zero.
+    """
+
+    macs: int
+    weights: int
+    zeros: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Everything an app, a bench or a person needs to know of an exported model."""
 
@@ -132,6 +147,9 @@ class ModelCard:
     macs: int = 0
     """Multiply-adds of one image, by the convention of `rkd_deploy.models.cost`, before fusion."""
     parameters: int = 0
+    """Trained numbers, before fusion."""
+    graph: GraphFacts | None = None
+    """What the float32 graph multiplies and stores, zeros between S and A included; None where it was not counted."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Accuracy as measured in training, on which split, over how many images."""
     parity: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkd_deploy.card import SCHEMA, ModelCard, Preprocess
+from rkd_deploy.card import SCHEMA, GraphFacts, ModelCard, Preprocess
 from rkd_deploy.errors import ModelFileError
 
 CARD = ModelCard(
@@ -45,6 +45,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "lowering": facts,
     "macs": counts,
     "parameters": counts,
+    "graph": st.none() | st.builds(GraphFacts, macs=counts, weights=counts, zeros=counts),
     "metrics": facts,
     "parity": facts,
     "early_exit": facts,
@@ -92,6 +93,7 @@ def test_json_is_what_other_languages_expect() -> None:
         "lowering": {},
         "macs": 0,
         "parameters": 0,
+        "graph": None,
         "metrics": {"accuracy": 97.5, "split": "digits test", "images": 359},
         "parity": {},
         "source": {},

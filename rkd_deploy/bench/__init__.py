@@ -149,6 +149,7 @@ def _prefixed(progress: Progress | None, run_on: RunOn | None) -> Progress:
 
 def _result(model: Loaded, run_on: RunOn, timings: Sequence[Timing], measured: Accuracy | None, **facts: Any) -> Result:
     card, backend = model.card, model.backend
+    graph = None if card is None else card.graph
     accuracy = measured or card_accuracy(card, model.file, model.sha256)
     return Result.from_timing(
         timings[0],
@@ -165,6 +166,9 @@ def _result(model: Loaded, run_on: RunOn, timings: Sequence[Timing], measured: A
         accuracy_source=None if accuracy is None else accuracy.source,
         parameters=None if card is None else card.parameters or None,  # a card without the number has 0
         macs=None if card is None else card.macs or None,
+        graph_macs=None if graph is None else graph.macs,
+        graph_weights=None if graph is None else graph.weights,
+        graph_zeros=None if graph is None else graph.zeros,
         cuda_graph=backend.info.cuda_graph,
         memory_limit_bytes=run_on.memory_limit,
         load_seconds=model.load_seconds,

@@ -6,6 +6,7 @@ Letters: N images.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
     index = {label: number for number, label in enumerate(names)}
     if len(index) < len(names):
         raise DataError("The model's card gives two classes the same label: folder names cannot tell them apart.")
-    classes = subfolders(folder) if folder.is_dir() else []
+    classes = subfolders(folder) if os.path.isdir(folder) else []
     if splits := [path.name for paths in splits_below(folder).values() for path in paths] if classes else []:
         raise DataError(
             f"{folder} was given for the model's accuracy, and holds splits: {', '.join(splits)}. Name one of them, "

@@ -139,6 +139,9 @@ class Result(Figures):
         accuracy_source: ``"measured"`` on this backend, or ``"card"``: on the test split, when the file was exported.
         parameters: Number of parameters of the trained network, by the card.
         macs: Multiply-adds of one image in the trained network, by the card.
+        graph_macs: Multiply-adds of one image in the exported graph, zeros included, by the card.
+        graph_weights: Numbers that the exported graph stores, by the card.
+        graph_zeros: Number of those that are zero.
         file_bytes: Size of the file that was measured.
         file_sha256: Checksum of that file.
         cuda_graph: Whether runs are launches of a captured graph; None where the backend has no such thing.
@@ -168,6 +171,9 @@ class Result(Figures):
     accuracy_source: str | None = None
     parameters: int | None = None
     macs: int | None = None
+    graph_macs: int | None = None
+    graph_weights: int | None = None
+    graph_zeros: int | None = None
     file_bytes: int
     file_sha256: str | None = None
     cuda_graph: bool | None = None

@@ -14,6 +14,7 @@ from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import MissingDependencyError
 from rkd_deploy.report import tables
+from rkd_deploy.report.columns import graph_macs, graph_weights
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
 from rkd_deploy.report.sections import sections
 from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
@@ -141,6 +142,8 @@ COLUMNS: tuple[Column[NetworkRow], ...] = (
     Column("Held out, best, %", lambda r: None if r.val_best is None else f"{r.val_best:.2f}", detail=True),
     Column("MACs, M", lambda r: f"{r.macs / 1e6:,.2f}"),
     Column("Params, M", lambda r: f"{r.parameters / 1e6:,.3f}", detail=True),
+    Column("Graph's MACs, M", lambda r: graph_macs(r.macs, r.graph_macs)),
+    Column("Graph's weights, M (zeros)", lambda r: graph_weights(r.parameters, r.graph_weights, r.graph_zeros)),
     Column("p50, ms", lambda r: None if r.p50_ms is None else milliseconds(r.p50_ms)),
     Column("p90, ms", lambda r: None if r.p90_ms is None else milliseconds(r.p90_ms), detail=True),
     Column("Training, s", lambda r: None if r.seconds is None else f"{r.seconds:,.0f}", detail=True),

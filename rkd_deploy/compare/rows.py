@@ -53,6 +53,9 @@ class NetworkRow:
             same losses.
         over_control: Points above S0 with the same losses, for S alone and S + A: for S + A what A adds.
         over_student: Points that A adds to S, for S + A.
+        graph_macs: Multiply-adds of one image in the exported graph, zeros included, once measured.
+        graph_weights: Numbers that the exported graph stores, once measured.
+        graph_zeros: Number of those that are zero.
         p50_ms: Median latency, its 95 % confidence interval and the 90th percentile, once measured (`timed`).
     """
 
@@ -72,6 +75,9 @@ class NetworkRow:
     over_s0: float | None = None
     over_control: float | None = None
     over_student: float | None = None
+    graph_macs: int | None = None
+    graph_weights: int | None = None
+    graph_zeros: int | None = None
     p50_ms: float | None = None
     p50_low_ms: float | None = None
     p50_high_ms: float | None = None

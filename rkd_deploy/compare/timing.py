@@ -63,6 +63,9 @@ def timed(
     rows = tuple(
         dataclasses.replace(
             row,
+            graph_macs=result.graph_macs,
+            graph_weights=result.graph_weights,
+            graph_zeros=result.graph_zeros,
             p50_ms=result.p50_ms,
             p50_low_ms=result.percentiles[50].low_ms,
             p50_high_ms=result.percentiles[50].high_ms,

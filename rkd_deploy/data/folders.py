@@ -5,6 +5,7 @@ What an image file, a class folder and a split are is said in `rkd_deploy.image_
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ def split_folders(root: Path, holds_data: Callable[[Path], bool] | None = None) 
     Raises:
         DataError: There is no such root, train stands alone or is missing, or a split has two folders.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # of a name that is too long Path.is_dir raises
         raise DataError(f"There is no folder {root}. Name the one that holds the images: --set data.root=FOLDER")
     splits = {}
     for name, folders in splits_below(root, holds_data).items():
@@ -107,7 +108,7 @@ def scan_folder(root: Path) -> SplitsOnDisk:
 
 def scan_imagenet(root: Path) -> SplitsOnDisk:
     """Find the images of ImageNet's layout, ROOT/train/WNID and ROOT/val/WNID; names from a words file, if any."""
-    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+    if not (os.path.isdir(root / "train") and os.path.isdir(root / "val")):
         raise DataError(
             f"{root} does not hold train/ and val/ with a folder for each WNID, as ImageNet does. Name the folder "
             'that does with --set data.root=FOLDER, or take data.name = "imagefolder".'

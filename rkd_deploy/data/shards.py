@@ -11,6 +11,9 @@ samples within groups of `GROUP` shards.
 from __future__ import annotations
 
 import io
+import math
+import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -35,6 +38,7 @@ GROUP = 16
 """Number of shards that are read from at the same time."""
 
 _LARGEST_LABEL = 999_999
+_MOST_SHARDS, _DIGITS = 1_000_000, 12
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def scan_shards(root: str, test_root: str | None, memory: Path) -> tuple[SplitsO
         DataError: No shards, one that is missing or broken, none with an image and its class, labels beyond the class
             names.
     """
-    folders = split_folders(Path(root), _holds_shards) if Path(root).is_dir() else {"train": root}
+    folders = split_folders(Path(root), _holds_shards) if os.path.isdir(root) else {"train": root}
     paths_of = {name: _shard_paths(str(where)) for name, where in folders.items()}
     if test_root is not None:
         paths_of["test"] = _shard_paths(test_root)
@@ -131,19 +135,33 @@ def _tars(folder: Path) -> list[str]:
 
 
 def _shard_paths(where: str) -> list[str]:
-    if Path(where).is_dir():
+    if os.path.isdir(where):
         paths = _tars(Path(where))
         if not paths:
             raise DataError(f"{where} holds no .tar files. Name a folder of shards, or a brace pattern.")
         return paths
-    paths = list(require("webdataset.shardlists", "webdataset").expand_urls(where))
-    missing = [path for path in paths if not Path(path).is_file()]
+    paths = _expanded(where)
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(paths)} shards of {where} are no files here (first: {missing[0]}). Shards are "
             "read in place: mount remote ones, or copy them."
         )
     return paths
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The paths that a brace pattern stands for."""
+    ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    if (
+        any(len(end) > _DIGITS for pair in ends for end in pair)
+        or math.prod(1 + abs(int(last) - int(first)) for first, last in ends) > _MOST_SHARDS
+    ):
+        raise DataError(f"{pattern} stands for more than {_MOST_SHARDS:,} shards. Name those that there are.")
+    try:
+        return list(require("webdataset.shardlists", "webdataset").expand_urls(pattern))
+    except ValueError as error:  # braces that do not close
+        raise DataError(f"{pattern} is no brace pattern: {error}. Write it so: train-{{000..511}}.tar") from error
 
 
 def _indexed(paths: list[str], memory: Path) -> tuple[LabelledImages, list[str]]:

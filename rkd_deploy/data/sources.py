@@ -64,7 +64,7 @@ def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
         splits[name], reasons = _decoded(files, workers, memory) if decode else _checked(files, workers, memory)
         broken = broken + list(reasons.values())
     refuse_broken(broken, total, recipe.broken)
-    _check_enough(splits, on_disk, broken)
+    _check_enough(splits, on_disk.classes, len(on_disk.splits["train"].labels_N), len(broken))
     mean, std = _normalisation(recipe, splits["train"], seed)
     sources["reading"] = "decoded once into memory" if decode else "streamed"
     if on_disk.left_out:
@@ -149,9 +149,9 @@ def _checked(split: FileSplit, threads: int, memory: Path) -> tuple[AnySplit, di
     return split.take(whole_N) if broken else split, broken
 
 
-def _check_enough(splits: Mapping[str, AnySplit], on_disk: SplitsOnDisk, broken: Sequence[str]) -> None:
+def _check_enough(splits: Mapping[str, AnySplit], classes: Sequence[str], images: int, broken: int) -> None:
     """Refuse a set that is too small before anything is trained on it."""
-    train, classes = splits["train"], on_disk.classes
+    train = splits["train"]
     have_K = train.labels_N.bincount(minlength=len(classes))
     if missing := [name for name, count in zip(classes, have_K.tolist(), strict=True) if not count]:
         raise DataError(
@@ -159,10 +159,9 @@ def _check_enough(splits: Mapping[str, AnySplit], on_disk: SplitsOnDisk, broken:
             "broken, tested and held-out ones are taken away. Add images of them, or lower data.val_fraction."
         )
     if not len(splits["test"]):
-        on_train = len(on_disk.splits["train"].labels_N)
         raise DataError(
-            f"No image is left to test on: {on_train} images of {len(classes)} classes"
-            f"{f', {len(broken)} broken ones' if broken else ''}, and a class with one image keeps it for training. "
+            f"No image is left to test on: {images} images of {len(classes)} classes"
+            f"{f', {broken} broken ones' if broken else ''}, and a class with one image keeps it for training. "
             "Add images, so that a class has at least two, or a test/ folder."
         )
 
@@ -201,13 +200,15 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
     train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
     test = test.take(limit(test.labels_N, recipe.test_limit, len(classes), "data.test_limit", recipe.split_seed or 0))
     train_N, val_N = hold_out(len(train), recipe.val_fraction, seed)
+    learnt, held_out = train.take(train_N), train.take(val_N)
+    _check_enough({"train": learnt, "test": test}, classes, len(train), 0)
     return ImageSet(
         name=recipe.name,
         classes=classes,
         mean=recipe.mean or mean,
         std=recipe.std or std,
-        train=train.take(train_N),
-        val=train.take(val_N),
+        train=learnt,
+        val=held_out,
         test=test,
     )
 

@@ -100,7 +100,13 @@ class FileSplit:
     def in_memory(self, threads: int) -> tuple[Split, dict[int, str]]:
         """Decode the split; gives it without broken images, and what is wrong with each of those, by position."""
         height, width = self.image_size
-        images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
+        try:
+            images_NCHW = torch.empty(len(self), 3, height, width, dtype=torch.uint8)
+        except RuntimeError as error:  # PyTorch's word for memory that is not there
+            raise DataError(
+                f"{len(self):,} images of {width} x {height} pixels are {3 * len(self) * height * width:,} bytes, "
+                'which this machine has not free. Stream them: data.cache = "off", or lower data.image_size.'
+            ) from error
 
         def fill(position: int) -> str | None:
             try:

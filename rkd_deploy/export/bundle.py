@@ -33,6 +33,7 @@ from torch import nn
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, with_checksums
+from rkd_deploy.bench.graph_facts import graph_facts
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
@@ -182,6 +183,7 @@ def export_bundle(
         reference = reference_of(model, card)
         images = batches or [random_batch(card)]
         note("proving against PyTorch")
+        card = dataclasses.replace(card, graph=graph_facts(file))
         proof, golden = prove(reference, file, card, images, tolerance)
         check_stated_accuracy(proof, card)
         card = dataclasses.replace(card, parity=parity_record(proof))

@@ -194,12 +194,19 @@ def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
             target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"No network {name!r}: {error}. {rule}") from error
+    except Exception as error:  # whatever the user's own module raises when it is imported
+        said_by_python = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = str(error) if said_by_python else f"{type(error).__name__}: {error}"
+        raise UsageError(f"No network {shortened(name)}: {reason}. {rule}") from error
     if isinstance(target, nn.Module):
         network: Any = copy.deepcopy(target)
     elif callable(target):
-        network = _called(target, num_classes)
+        try:
+            network = _called(target, num_classes)
+        except Exception as error:  # the user's own code
+            raise UsageError(
+                f"{name} could not be called: {type(error).__name__}: {error}. {rule} --debug shows where."
+            ) from error
     else:
         raise UsageError(f"{name} is of type {type(target).__name__}. {rule}")
     if not isinstance(network, nn.Module):

@@ -14,7 +14,7 @@ FILES = ("imagefolder", "imagenet", "webdataset")
 AUGMENTATIONS = ("crop", "resized_crop", "flip", "randaugment")
 
 _MOST_IMAGES = 2**31 - 1
-_LARGEST_SIDE = 2**15
+_LARGEST_SIDE = 4096
 _LARGEST_DIGITS = 256
 """Side of the largest digits in pixels: they are drawn from 8 x 8, and all of them are in memory."""
 

@@ -30,6 +30,24 @@ _SETTINGS: tuple[Column[Result], ...] = (
     Column("Batch", lambda r: str(r.batch), setting=True),
 )
 
+_SAME = 0.02
+"""Share by which the graph's numbers may differ from the trained ones and count as the same: a norm is folded."""
+
+
+def graph_macs(trained: int | None, stored: int | None) -> str | None:
+    """MACs of one image in the exported graph, in millions; None where they are those of the trained network."""
+    if trained is None or stored is None or abs(stored - trained) <= _SAME * trained:
+        return None
+    return f"{stored / 1e6:,.2f}"
+
+
+def graph_weights(trained: int | None, stored: int | None, zeros: int | None) -> str | None:
+    """Numbers that the exported graph stores, in millions, and how many of them are zero; None where none are extra."""
+    if trained is None or stored is None or zeros is None or stored <= (1 + _SAME) * trained:
+        return None
+    return f"{stored / 1e6:,.3f} ({zeros / stored:.0%})"
+
+
 RESULT_COLUMNS: tuple[Column[Result], ...] = (
     *_SETTINGS,
     Column("p50, ms", lambda r: milliseconds(r.p50_ms)),
@@ -42,6 +60,8 @@ RESULT_COLUMNS: tuple[Column[Result], ...] = (
     Column("of images", lambda r: None if r.accuracy_images is None else f"{r.accuracy_images:,}"),
     Column("MACs, M", lambda r: None if r.macs is None else f"{r.macs / 1e6:,.1f}"),
     Column("Params, M", lambda r: None if r.parameters is None else f"{r.parameters / 1e6:,.3f}"),
+    Column("Graph's MACs, M", lambda r: graph_macs(r.macs, r.graph_macs)),
+    Column("Graph's weights, M (zeros)", lambda r: graph_weights(r.parameters, r.graph_weights, r.graph_zeros)),
     Column("Engine build, s", lambda r: None if r.build_seconds is None else f"{r.build_seconds:,.1f}"),
     Column("File, MB", lambda r: f"{r.file_bytes / 1e6:,.2f}"),
     Column("Ended", lambda r: "interrupted" if cut_short(r) else None, numeric=False),

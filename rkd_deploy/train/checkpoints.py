@@ -6,6 +6,7 @@ anything but tensors and plain containers is refused, so that nothing is ever ex
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 import zipfile
@@ -49,7 +50,7 @@ class Checkpoint(NamedTuple):
 
 def weights_path(checkpoint: str) -> Path:
     """The path of a weights file that a recipe names; ``~`` is the home folder."""
-    return Path(checkpoint).expanduser()
+    return Path(os.path.expanduser(checkpoint))  # of a user who is not there Path.expanduser raises
 
 
 def check_readable(path: Path, key: str = "") -> None:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
-from rkd_deploy.errors import RecipeError
+from rkd_deploy.errors import RecipeError, UsageError, shortened
 from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
@@ -64,6 +64,9 @@ def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = 
         RkdError: What is wrong with the recipe, the data or a checkpoint; found before a run folder is made, where
             that can be.
     """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"fit was given {shortened(recipe)} and takes a Recipe: read_recipe(path) gives one.")
+    root = Path(root)
     with process_group() as group:
         if group.any(restarted()) and (
             begun := group.on_main(lambda: [run for run in runs_of(root, recipe) if not run.finished])
@@ -279,6 +282,8 @@ def _device(recipe: TrainRecipe, group: Group) -> torch.device:
         device = torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
         raise RecipeError(f"train.device = {name!r} is no PyTorch device; write auto, cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"train.device = {name!r}: training runs on cpu and cuda. Write auto, cpu, cuda or cuda:1.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"train.device = {name!r}, and PyTorch sees no CUDA device here. Write auto or cpu.")
     if device.type == "cuda" and group.size > 1:

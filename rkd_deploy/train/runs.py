@@ -215,6 +215,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         UsageError: The folder is no run.
     """
+    folder = Path(folder)
     if not os.path.isfile(folder / "recipe.toml"):
         raise UsageError(
             f"{folder} is no run folder: it holds no recipe.toml. Name a folder that rkd-deploy train made."
@@ -232,7 +233,12 @@ def newest_run(root: Path, *, finished: bool) -> Run:
     Raises:
         ModelFileError: There is none; the message says how to get one.
     """
-    runs = [Run(path.parent) for path in root.glob("*/recipe.toml")]
+    try:
+        runs = [Run(path.parent) for path in root.glob("*/recipe.toml")]
+    except OSError as error:
+        raise ModelFileError(
+            f"{root} cannot be read as a folder of runs: {error.strerror}. Name another with --runs."
+        ) from error
     chosen = [run for run in runs if run.finished == finished]
     if not chosen:
         kind = "finished run" if finished else "unfinished run to resume"

@@ -153,3 +153,15 @@ def test_what_was_left_out_is_among_the_sources(photos: Path) -> None:
     for number, name in enumerate(("a.avif", "b.avif", "notes.txt")):
         (photos / ("val" if number else "train") / "n01440764" / name).write_bytes(b"")
     assert load(photos).sources["left out"] == "2 .avif, 1 .txt"
+
+
+def test_sets_in_memory_are_held_to_an_image_of_each_class_too() -> None:
+    with pytest.raises(DataError, match=r"No training image is left of 5 of 10 classes .*lower data\.val_fraction"):
+        load_images(DataRecipe(train_limit=10, val_fraction=0.5), 0)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
+@pytest.mark.parametrize("root", ["x" * 300, "a\0b", "/dev/zero", "/etc/hostname"])
+def test_roots_that_are_no_folder(name: str, root: str) -> None:
+    with pytest.raises(DataError, match=r"There is no folder|does not hold train/ and val/"):
+        load_images(DataRecipe(name=name, root=root), 0)

@@ -154,6 +154,21 @@ def test_shards_that_are_missing_cut_off_or_compressed_are_named(photos: Path, w
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("a{0..99999999999}.tar", "stands for more than 1,000,000 shards"),
+        ("a{0..9999}{0..9999}.tar", "stands for more than 1,000,000 shards"),
+        ("a{{{{.tar", "is no brace pattern"),
+        ("x" * 300, "are no files here"),
+        ("a\0.tar", "are no files here"),
+    ],
+)
+def test_patterns_that_stand_for_no_shards(pattern: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load_images(DataRecipe(name="webdataset", root=pattern), 0)
+
+
 def test_labels_beyond_the_names_are_refused(photos: Path, write_shards: Write) -> None:
     folder = write_shards(samples(photos))
     (folder / "classes.txt").write_text("tench\nspringer\n")

@@ -70,6 +70,21 @@ def test_a_normalisation_that_nobody_published(name, error, words):
         zoo.published_normalisation(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("os:system", "could not be called: TypeError"),
+        ("..:net", r"No network '\.\.:net': TypeError"),
+        ("broken_nets:net", "No network 'broken_nets:net': SyntaxError"),
+    ],
+)
+def test_what_a_user_s_own_code_raises_is_one_error(name, words, tmp_path, monkeypatch):
+    (tmp_path / "broken_nets.py").write_text("def (")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        zoo.build(name, 3, (32, 32))
+
+
 def test_transformers_are_built_for_the_size_of_the_images():
     assert zoo.build("tv:vit_b_32", 4, (64, 64)).image_size == 64
     assert zoo.build("timm:vit_tiny_patch16_224", 4, (64, 64)).patch_embed.grid_size == (4, 4)

@@ -6,6 +6,7 @@ Letters: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ def calibration_from_folder(
     Raises:
         DataError: The folder is missing, cannot be read, or has too few images; an image is broken.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise _no_images(folder, "is no folder")
     below = images_below(folder)
     left_out = f" (left out: {left_out_in_words(below.left_out)})" if below.left_out else ""

@@ -25,9 +25,10 @@ class TritonPythonModel:
         folder = Path(__file__).parent
         sys.path.insert(0, str(folder))
         from rkd_deploy.card import ModelCard
+        from rkd_deploy.storage import read_text
 
         card = folder / "model.json"
-        self.rule = ModelCard.from_json(card.read_text(encoding="utf-8"), str(card)).preprocess
+        self.rule = ModelCard.from_json(read_text(card), str(card)).preprocess  # a named pipe is an error there
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Prepare the images of each request; what cannot be read is that request's error alone."""
