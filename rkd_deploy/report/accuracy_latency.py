@@ -143,7 +143,7 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
         axes.errorbar(
             times,
             [result.accuracy for result in group],
-            xerr=[times - ends[:, 0], ends[:, 1] - times],
+            xerr=[(times - ends[:, 0]).clip(0), (ends[:, 1] - times).clip(0)],  # a record may have been edited
             fmt="o",
             markersize=6,
             color=colour,
@@ -153,14 +153,32 @@ def _scatter(axes: Any, points: Sequence[Result]) -> None:
             zorder=3,
             label=_LEGEND.get(part or "", "other"),
         )
+        # Thinner and without caps: the interval of the accuracy is that of other test images, not of this machine.
+        for result in group:
+            axes.vlines(result.p50_ms, *accuracy_interval(result), color=colour, linewidth=1, alpha=0.5, zorder=2)
+
+
+def accuracy_interval(result: Result) -> tuple[float, float]:
+    """The 95 % interval of an accuracy in % (Wilson 1927), for other test images of the same kind.
+
+    Where the number of images is not known, both ends are the accuracy.
+    """
+    accuracy, n = result.accuracy or 0.0, result.accuracy_images
+    if not n:
+        return accuracy, accuracy
+    z, p = 1.959964, accuracy / 100
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 
 
 def _frame(axes: Any, points: Sequence[Result]) -> None:
     lows, highs = zip(*map(_ends, points), strict=True)
     fast, slow = min(lows), max(highs)
-    accuracies = [result.accuracy for result in points if result.accuracy is not None]
-    spread = max(accuracies) - min(accuracies) or 1.0
-    axes.set_ylim(min(accuracies) - 0.25 * spread, max(accuracies) + 0.25 * spread)
+    # With the intervals in it the axis never stretches one image to its full height.
+    intervals = [accuracy_interval(result) for result in points]
+    lowest, highest = min(low for low, _ in intervals), max(high for _, high in intervals)
+    room = 0.12 * (highest - lowest or 1.0)
+    axes.set_ylim(lowest - room, highest + room)
     if slow / fast >= _LOG_FROM:
         axes.set_xscale("log")
         # Room for names on both sides: a share of the span, on a logarithmic axis as a factor.

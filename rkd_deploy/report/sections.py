@@ -25,7 +25,11 @@ def sections(records: Sequence[BenchRecord]) -> list[Section]:
     named = _by_batch(results)
     colours = _colours(named)
     candidates = [
-        Section("Accuracy, latency, throughput", (), [*_accuracy(results), *_throughput(named, colours)]),
+        Section(
+            "Accuracy, latency, throughput",
+            list(_verdict(results)),
+            [*_accuracy(results), *_throughput(named, colours)],
+        ),
         *_latency(named, colours),
         *_roofline(_joined([record.roofline for record in records]), results, colours),
         *_layers([times for record in records for times in record.layers], colours),
@@ -91,6 +95,25 @@ def _colours(named: Mapping[int, Mapping[str, Result]]) -> Colours:
     return dict(zip(names, series_colours([parts[name] for name in names]), strict=True))
 
 
+def _verdict(results: Sequence[Result]) -> Iterator[str]:
+    """A sentence for each S + A: its time and accuracy beside those of the most accurate S0 run the same way."""
+    for ours in results:
+        if ours.part != "fused":
+            continue
+        alike = (ours.backend, ours.device, ours.batch, ours.threads)
+        others = [
+            other
+            for other in results
+            if other.part == "s0" and (other.backend, other.device, other.batch, other.threads) == alike
+        ]
+        if others:
+            other = max(others, key=lambda result: result.accuracy or 0.0)
+            sentence = f"{ours.model}: {ours.p50_ms / other.p50_ms:.2f} of the median latency of {other.model}"
+            if ours.accuracy is not None and other.accuracy is not None:
+                sentence += f", {ours.accuracy - other.accuracy:+.2f} points of accuracy"
+            yield f"{sentence} ({ours.backend}, batch {ours.batch})."
+
+
 def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
     known = [result for result in results if result.accuracy is not None]
     if results:
@@ -104,8 +127,8 @@ def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
         )
         figure = accuracy_latency.draw(known, size=(WIDTH, 3.9), titled=False)
         words = (
-            "Up and to the left is better. A bar is the 95 % confidence interval of the median; the dashed staircase "
-            f"is the Pareto front, of models that none beats in both: {best}."
+            "Up and to the left is better. Bars are 95 % confidence intervals, of the median and of the accuracy on "
+            f"other test images; the dashed staircase is the Pareto front, of models that none beats in both: {best}."
         )
         yield Picture(f"Accuracy against latency, batch {batch}", words, figure)
 

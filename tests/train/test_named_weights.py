@@ -159,7 +159,7 @@ def test_a_teacher_of_another_normalisation_is_refused_with_the_right_one(
             fit(tiny_recipe(*QUICK, *how), root=tmp_path / "runs")
         assert f"expects images normalised with {key} [0.31, 0.31, 0.3]" in str(caught.value)
         advice = f"data.{key}=[0.31, 0.31, 0.3]"
-        assert str(caught.value).endswith(f"--set '{advice}'")
+        assert f"Use the teacher's: --set '{advice}'" in str(caught.value)
         assert no_run_was_begun(tmp_path)
     assert fit(tiny_recipe(*QUICK, *recorded, advice), root=tmp_path / "runs").finished
 
