@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.report import plots
-from rkd_deploy.report.accuracy_latency import pareto_front
+from rkd_deploy.report.accuracy_latency import accuracy_interval, pareto_front
+from rkd_deploy.report.sections import _verdict
 from rkd_deploy.report.style import THEME, series_colours, short
 
 RED = THEME["fused"][0]
@@ -104,3 +105,33 @@ def test_a_long_name_keeps_both_ends():
     assert len(cut) <= 44
     assert cut.startswith("begin")
     assert cut.endswith("end")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "ends"),
+    [
+        (50.0, 100, (40.38, 59.62)),  # Wilson's, as tables of it have them
+        (100.0, 10, (72.25, 100.0)),
+        (0.0, 10, (0.0, 27.75)),
+        (93.0, None, (93.0, 93.0)),
+    ],
+)
+def test_an_accuracy_has_the_interval_of_its_images(accuracy, images, ends):
+    result = SimpleNamespace(accuracy=accuracy, accuracy_images=images)
+    assert accuracy_interval(result) == pytest.approx(ends, abs=0.01)
+
+
+def test_a_page_begins_with_s_and_a_beside_the_best_s0_that_ran_alike():
+    def result(model, part, p50_ms, accuracy, batch=1):
+        run = {"backend": "onnxruntime", "device": "cpu", "batch": batch, "threads": 1}
+        return SimpleNamespace(model=model, part=part, p50_ms=p50_ms, accuracy=accuracy, **run)
+
+    s0, better, other_batch = (
+        result("S0", "s0", 2.0, 90.0),
+        result("S0, DKD", "s0", 4.0, 91.0),
+        result("S0", "s0", 9.0, 99.0, 8),
+    )
+    ours = result("S + A", "fused", 3.0, 92.5)
+    (sentence,) = _verdict([s0, better, other_batch, ours])
+    assert sentence == "S + A: 0.75 of the median latency of S0, DKD, +1.50 points of accuracy (onnxruntime, batch 1)."
+    assert list(_verdict([ours, other_batch])) == []
