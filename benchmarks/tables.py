@@ -3,7 +3,7 @@
     uv run python benchmarks/tables.py           # write them
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`,
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`, `gpu`,
 `recipes`, `runtimes`, `preprocessing`, or the file of a record.
 """
 
@@ -151,6 +151,26 @@ def quickstart() -> str:
     return "\n".join(rows) + f"\n\n{record['verdict']} In {where}\n"
 
 
+LAYOUTS = ("side_by_side, wide", "trunk, wide", "trunk, tail", "branches, wide", "branches, tail")
+"""Layout and level of fusion of S + A, as benchmarks/gpu.py has them."""
+
+
+def gpu() -> str:
+    """What S + A takes of S0's time on a GPU in each layout, device-resident, by the newest record of gpu.py."""
+    record = json.loads(max(HERE.glob("gpu_*.json")).read_text(encoding="utf-8"))
+    head = ("network", "runtime, precision", "batch", "S0, ms", *LAYOUTS)
+    rows = ["| " + " | ".join(head) + " |", "| --- | --- " + "| ---: " * (len(head) - 2) + "|"]
+    for part, content in record["parts"].items():
+        for row in content["rows"] if part.startswith("latency") else ():
+            if "device_ms" in row and not row.get("options"):
+                times = row["device_ms"]
+                ratios = [f"{times[layout] / times['S0']:.2f}" if layout in times else "" for layout in LAYOUTS]
+                what = (part.removeprefix("latency "), f"{row['backend']}, {row['precision']}", str(row["batch"]))
+                rows.append("| " + " | ".join((*what, f"{times['S0']:.3f}", *ratios)) + " |")
+    facts = next(row for row in record["parts"]["machine"]["rows"] if row["key"] == "facts")
+    return "\n".join(rows) + f"\n\n{facts['gpu']}, torch {facts['torch']}; ratios to S0, inputs on the device.\n"
+
+
 def of_record(path: Path) -> str:
     """The table of one record: a comparison, or a rung of the ladder."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -281,6 +301,7 @@ def render(text: str) -> str:
         "claims": claims,
         "headlines": headlines,
         "quickstart": quickstart,
+        "gpu": gpu,
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,
