@@ -24,10 +24,11 @@ def test_the_recipe_learns_and_its_export_is_the_same_network(cifar_root, shared
             "data.test_limit=2000",
             f"teacher.checkpoint={shared_data}/weights/cifar100_resnet56.pth",
             "student.baseline=false",
-            "student.control=false",
-            "train.epochs=4",
+            "train.epochs=3",
+            "train.assistant_epochs=1",
             "train.batch_size=32",
-            "train.lr=0.05",
+            "train.lr=0.1",
+            "train.schedule=cosine",
         ],
     )
     run = fit(recipe, root=tmp_path)

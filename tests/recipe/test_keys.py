@@ -216,7 +216,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     elif method.scheme == "end_to_end" and tables["student"].assistants > 1:
         method = dataclasses.replace(method, step_decay=draw(FIELDS["method"]["step_decay"]))
     elif method.scheme == "progressive":  # reads neither latency nor inherited weights
-        keys = ("layout", "backend", "latency_batches", "latency_threads")
+        keys = ("layout", "backend", "latency_batches", "latency_threads", "latency_device")
         fresh = dict.fromkeys(keys) | {"budget": "params", "weights": "fresh"}
         tables["student"] = dataclasses.replace(tables["student"], **fresh)
     return Recipe(name=draw(names), method=method, **tables)

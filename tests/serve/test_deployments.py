@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -117,8 +118,10 @@ def test_the_same_application_answers_the_golden_photo(engine, engines, photo_bu
         assert found["probability"] == pytest.approx(expected["probability"], abs=1e-3)
         assert server.ask("/v2/models/tiny-s-a").json["name"] == "tiny-s-a"
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it died: what it said is the error above
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, 20)
         for left_over in alive:
             left_over.kill()

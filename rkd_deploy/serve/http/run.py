@@ -67,6 +67,8 @@ class Server:
         options = {
             "lifespan": "on",
             "ws": "none",
+            # Uvicorn's own set-up closes every logging handler of the process, and absl's closes the stream behind it.
+            "log_config": None,
             "log_level": "warning",
             "access_log": False,
             "server_header": False,
