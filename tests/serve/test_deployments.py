@@ -98,7 +98,9 @@ def test_the_same_application_answers_the_golden_photo(engine, engines, photo_bu
     environment = {
         "BUNDLE": str(photo_bundle), "PYTHONPATH": f"{REPO}{os.pathsep}{SERVE}",
         "PATH": f"{engines.parent}{os.pathsep}{os.defpath}",
-        "HOME": short, "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "BENTOML_DO_NOT_TRACK": "True",
+        "HOME": short, "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # tests run under uv run, this script does not
+            "BENTOML_DO_NOT_TRACK": "True",
         "BENTOML_HOME": short, "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     log = tmp_path / "log"
