@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -108,7 +107,7 @@ def search(rung: Rung, rows: Sequence[Row], epochs: int, until: float) -> list[d
         began = time.perf_counter()
         joint = rung.joint(rows[start : start + rung.together], 0, rung.kept)
         recorded = time.perf_counter() - began
-        seconds = [s for _, s in joint.train(epochs, math.inf)]
+        seconds = [s for _, s in joint.train(epochs)]
         for learner in joint.learners:
             top1 = right(learner.network, rung.held, rung.device).float().mean().item() * 100
             line = {**asdict(learner.row), "kind": learner.row.kind, "held_out": top1, "macs": rung.macs(learner.row)}
@@ -132,7 +131,7 @@ def best(lines: Sequence[dict[str, Any]], kind: str, limit: float) -> list[Row]:
 def final(rung: Rung, rows: Sequence[Row], seed: int, epochs: int, split: Split) -> list[dict[str, Any]]:
     """Train rows with one seed; classify the test images once."""
     joint = rung.joint(rows, seed, split)
-    seconds = [s for _, s in joint.train(epochs, math.inf)]
+    seconds = [s for _, s in joint.train(epochs)]
     print(f"seed {seed}: {epochs} epochs of {len(rows)} rows took {sum(seconds):.1f} s", flush=True)
     return [_judged(rung, learner, seed, seconds) for learner in joint.learners]
 

@@ -228,7 +228,7 @@ class Joint:
         self.given.maps[0].copy_(maps[-1])
         self.given.logits_NK.copy_(z)
 
-    def train(self, epochs: int, until: float) -> Iterator[tuple[int, float]]:
+    def train(self, epochs: int) -> Iterator[tuple[int, float]]:
         """Train; yields epoch and seconds."""
         steps = self.images.steps
         for epoch in range(epochs):
@@ -243,8 +243,6 @@ class Joint:
             if self.images.device.type == "cuda":
                 torch.cuda.synchronize()
             yield epoch, time.perf_counter() - began
-            if time.time() > until:
-                return
 
     def _step(self, share: float) -> None:
         for learner in self.learners:

@@ -27,7 +27,7 @@ def sections(records: Sequence[BenchRecord]) -> list[Section]:
     candidates = [
         Section(
             "Accuracy, latency, throughput",
-            list(_verdict(results)),
+            list(verdict_sentences(results)),
             [*_accuracy(results), *_throughput(named, colours)],
         ),
         *_latency(named, colours),
@@ -95,7 +95,7 @@ def _colours(named: Mapping[int, Mapping[str, Result]]) -> Colours:
     return dict(zip(names, series_colours([parts[name] for name in names]), strict=True))
 
 
-def _verdict(results: Sequence[Result]) -> Iterator[str]:
+def verdict_sentences(results: Sequence[Result]) -> Iterator[str]:
     """A sentence for each S + A: its time and accuracy beside those of the most accurate S0 run the same way."""
     for ours in results:
         if ours.part != "fused":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.report import plots
 from rkd_deploy.report.accuracy_latency import accuracy_interval, pareto_front
-from rkd_deploy.report.sections import _verdict
+from rkd_deploy.report.sections import verdict_sentences
 from rkd_deploy.report.style import THEME, series_colours, short
 
 RED = THEME["fused"][0]
@@ -132,6 +132,6 @@ def test_a_page_begins_with_s_and_a_beside_the_best_s0_that_ran_alike():
         result("S0", "s0", 9.0, 99.0, 8),
     )
     ours = result("S + A", "fused", 3.0, 92.5)
-    (sentence,) = _verdict([s0, better, other_batch, ours])
+    (sentence,) = verdict_sentences([s0, better, other_batch, ours])
     assert sentence == "S + A: 0.75 of the median latency of S0, DKD, +1.50 points of accuracy (onnxruntime, batch 1)."
-    assert list(_verdict([ours, other_batch])) == []
+    assert list(verdict_sentences([ours, other_batch])) == []
