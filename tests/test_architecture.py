@@ -15,7 +15,7 @@ import pytest
 import rkd_deploy
 
 REPO = Path(__file__).parents[1]
-PAGE = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
+PAGE = (REPO / "docs/reference/architecture.md").read_text(encoding="utf-8")
 # The backend that is PyTorch; what runs inside Triton.
 INSIDE_OF_OTHERS = ("backends/pytorch*.py", "serve/triton/model.py", "serve/triton/pixels.py")
 
@@ -103,8 +103,8 @@ def defined(source):
 
 
 def untrue(page):
-    """Links `[`name`](../file)` of a page whose file does not define the name."""
-    links = re.findall(r"\[`(\w+)`\]\(\.\./([^)]+)\)", page)
+    """Links `[`name`](../../file)` of a page whose file does not define the name."""
+    links = re.findall(r"\[`(\w+)`\]\((?:\.\./)+([^)]+)\)", page)
     return [(name, file) for name, file in links if name not in defined((REPO / file).read_text(encoding="utf-8"))]
 
 

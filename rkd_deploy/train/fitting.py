@@ -44,8 +44,8 @@ from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 def fit(recipe: Recipe, *, root: Path = DEFAULT_ROOT, display: Display | None = None) -> Run:
     """Train what a recipe asks for.
 
-    Under torchrun every process calls this, and only the first one writes and shows anything (docs/distributed.md). A
-    command that torchrun or Slurm started again goes on with the run that it began.
+    Under torchrun every process calls this, and only the first writes and shows anything (docs/guides/distributed.md).
+    A command that torchrun or Slurm started again goes on with the run that it began.
 
     Args:
         recipe: What to train (`rkd_deploy.recipe`).
