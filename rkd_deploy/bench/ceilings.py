@@ -33,7 +33,7 @@ from rkd_deploy.errors import BackendError, RkdError, require
 
 ARITHMETIC = ("float32", "float16", "int8")
 """Types of multiply-adds that a ceiling can be measured for."""
-BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino", "tensorrt", "tensorrt-rtx")
+CEILING_BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino", "tensorrt", "tensorrt-rtx")
 """Backends whose ceilings can be measured: those that run an ONNX file. PyTorch's runs exported programs."""
 SMALLEST, LARGEST = 1 << 22, 1 << 27
 """Bounds of the bytes that one run moves: below, the call itself would be measured; above, caches are full anyway."""
@@ -70,7 +70,7 @@ def measure_ceilings(
     """Measure ceilings in a process of their own: about 0.2 s for each kernel and footprint, and the process's start.
 
     Args:
-        run_on: Where; the backend is one of `BACKENDS`.
+        run_on: Where; the backend is one of `CEILING_BACKENDS`.
         arithmetic: One of `ARITHMETIC`.
         footprints: Bytes that one run reads and writes together.
 

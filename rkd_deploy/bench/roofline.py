@@ -24,7 +24,7 @@ from typing import Any
 
 from rkd_deploy.backends import ENGINE_BACKENDS, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
-from rkd_deploy.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
+from rkd_deploy.bench.ceilings import ARITHMETIC, CEILING_BACKENDS, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import GraphCost, graph_cost
 from rkd_deploy.bench.layers import LayerTimes, layer_times
 from rkd_deploy.bench.loading import Case
@@ -107,7 +107,7 @@ def predict_roofline(
     subjects = [_subject(path, shape) for path in models]
     cases = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
     costs = [cost for *_, cost, _ in cases if cost is not None]
-    ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in BACKENDS else {}
+    ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in CEILING_BACKENDS else {}
     ran_on = next((measured.device for measured in ceilings.values()), run_on.where)
     predictions = tuple(
         LatencyBound(

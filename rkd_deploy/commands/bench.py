@@ -74,7 +74,7 @@ def report(
 
 
 Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]
-Shape = Annotated[
+ShapeOption = Annotated[
     str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
 ]
 Data = Annotated[
@@ -103,7 +103,7 @@ def bench(
         bool,
         typer.Option("--cuda-graph/--no-cuda-graph", help="Engines: capture the runs, or launch kernel by kernel."),
     ] = True,
-    shape: Shape = None,
+    shape: ShapeOption = None,
     min_seconds: Annotated[
         float, typer.Option("--seconds", help="Time each model at each batch at least so long.")
     ] = 2.0,

@@ -312,7 +312,7 @@ def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
     results = [network.results for network in group]
     accuracies = [result.test_top1 for result in results]
     top1, images = statistics.fmean(accuracies), results[0].test_images
-    phases = [_own_phases(network) for network in group]
+    phases = [_phases_of(network) for network in group]
     part = group[0].part
     return NetworkRow(
         name=name,
@@ -334,7 +334,7 @@ def _row(name: str, group: Sequence[_Network]) -> NetworkRow:
     )
 
 
-def _own_phases(network: _Network) -> list[PhaseMetrics]:
+def _phases_of(network: _Network) -> list[PhaseMetrics]:
     """The log's summary of the phases that trained a network, in order; none where its weights were given."""
     phases = network.metrics.phases
     if network.part in ("teacher", "s0"):

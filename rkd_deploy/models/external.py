@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.models.foreign import check_ends_in_logits, check_rows, plain
+from rkd_deploy.models.foreign import check_ends_in_logits, check_independent_rows, plain
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
 from rkd_deploy.models.tracing import Holder, Reader, Traced
@@ -211,7 +211,7 @@ class External(FeatureNetwork):
                 "Wrap it in a module that gives the logits alone."
             )
         check_ends_in_logits(source.network, x_NCHW, _name(source))
-        check_rows(source.network, x_NCHW, _name(source))
+        check_independent_rows(source.network, x_NCHW, _name(source))
         return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:

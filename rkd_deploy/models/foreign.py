@@ -157,7 +157,7 @@ def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
         raise UsageError(_refusal(name, f"its last operation is a {kind}"))
 
 
-def check_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
+def check_independent_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
     """Refuse a classifier whose answer for an image depends on what else is in the batch.
 
     Args:

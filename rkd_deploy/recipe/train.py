@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import MOST_THREADS, check_keys, key, rising
+from rkd_deploy.fields import MOST_THREADS
+from rkd_deploy.recipe.rules import check_keys, key, rising
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ from rkd_deploy.report.style import (
     LINE,
     OTHER,
     QUIET,
-    drawing,
     frame,
     log_scale,
     new_figure,
+    plot_style,
     short,
     write_png,
 )
@@ -46,7 +46,7 @@ _FAR = 9
 """Printer's points between a point and its name from which a line joins them."""
 
 
-def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> None:
+def write_plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> None:
     """Write accuracy against median latency, the 95 % confidence interval of the median as a bar.
 
     Args:
@@ -62,11 +62,11 @@ def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> 
     write_png(draw(results, batch), path)
 
 
-@drawing()
+@plot_style()
 def draw(
     results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8), titled: bool = True
 ) -> Any:
-    """The matplotlib Figure of `plot`, so many inches wide and high; without a title where a page has one."""
+    """The matplotlib Figure of `write_plot`, so many inches wide and high; without a title where a page has one."""
     points = _points(results, batch)
     figure = new_figure(*size)
     axes = figure.subplots()
@@ -213,7 +213,7 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
         )
 
 
-def names(points: Sequence[Result | Case]) -> list[str]:
+def point_names(points: Sequence[Result | Case]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
     unique = [result.model for result in points]
     for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
@@ -236,7 +236,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     bars = [_bar_box(axes, result) for result in points]
     texts: list[Any] = []
     lines = [spot for line in axes.lines if line.get_label() == _FRONT for spot in _along_stairs(axes, line)]
-    for result, name, bar in zip(points, names(points), bars, strict=True):
+    for result, name, bar in zip(points, point_names(points), bars, strict=True):
         text = axes.annotate(
             f"{short(name)}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
             (result.p50_ms, result.accuracy),

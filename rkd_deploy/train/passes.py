@@ -137,7 +137,7 @@ class FastPasses:
         except RuntimeError:
             return False
         with self._autocast():
-            return _alike(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
+            return _nearly_equal(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
 
     @torch.no_grad()
     def _fused_networks(self, x_NCHW: Tensor) -> dict[FeatureNetwork, fx.GraphModule]:
@@ -159,7 +159,7 @@ class FastPasses:
                     maps = passes(x_NCHW)
                 except (RuntimeError, OSError):  # no NVRTC, or one that refuses the source
                     continue
-                if _alike(maps, network.features(x_NCHW), 0.1):
+                if _nearly_equal(maps, network.features(x_NCHW), 0.1):
                     fused[network] = passes
         layers = [layer for p in fused.values() for layer in p.modules() if isinstance(layer, BatchNormAddReLU)]
         self._norm_sums = Sums(4 * sum(layer.norm.num_features for layer in layers), self._device)
@@ -235,7 +235,7 @@ def aside(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-def _alike(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
+def _nearly_equal(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
     """Whether maps differ from others by no more than a share of them; those that are no numbers differ."""
     return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(maps, wanted, strict=True))
 

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.backends import Backend, infer_many, load_backend
+from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, GateError
 from rkd_deploy.export.precision.options import Gates
 from rkd_deploy.images import as_input
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
