@@ -81,6 +81,8 @@ def measure_ceilings(
     require("onnx", "export")
     backend = run_on.backend
     wanted = {"backend": backend, "device": run_on.device, "threads": run_on.threads, "arithmetic": arithmetic}
+    # In a process of its own: what this one has loaded (thread pools, arenas, warmed caches) would be in the way, and
+    # what the probes take goes back when they end.
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer; _answer()"],
         input=json.dumps({**wanted, "footprints": list(footprints)}),
@@ -136,6 +138,7 @@ def _measured(
         side, images, channels = (8192, 32, 256) if cuda else (1024, 1, 128)
         square, maps, kernel = (side, side), (images, channels, 56, 56), (channels, channels, 3, 3)
         product, window = macs("MatMul", square, square, square), macs("Conv", maps, kernel, maps)
+        # Two shapes of work, because a library may be tuned for one of them alone: the ceiling is the better.
         int8 = arithmetic == "int8"
         kernels[f"matrix product, side {side}"] = rate(product, "MatMul", square, square, square, as_int8=int8)
         kernels[f"3x3 convolution of {'x'.join(map(str, maps))}"] = rate(
@@ -144,6 +147,7 @@ def _measured(
         for size in footprints:
             copied, read = size // 2 // dtype.itemsize, size // 1024 // dtype.itemsize
             copies[size] = max(
+                # A copy reads and writes, a matrix times a vector reads alone; either may be badly tuned in a runtime.
                 rate(size, "Relu", (1, copied), (1, copied)),
                 rate(size, "MatMul", (1, 1024), (1, read), (1024, read)),
             )

@@ -126,6 +126,8 @@ def predict_roofline(
 
 def _ceilings(run_on: RunOn, costs: Sequence[GraphCost], progress: Progress | None) -> dict[str, Ceilings]:
     """Ceilings by arithmetic; float32's too where those of another type cannot be measured."""
+    # A rate for each size: what fits a cache moves faster than what does not, and one rate would flatter large models
+    # or blame small ones.
     sizes = sorted({footprint(cost.least_bytes) for cost in costs})
     ceilings: dict[str, Ceilings] = {}
 
@@ -192,6 +194,8 @@ def _bounded(cost: GraphCost, ceilings: Mapping[str, Ceilings], backend: str) ->
                 f"{kind} is bounded by the peak of float32, which it may exceed: its own could not be measured"
             )
         seconds += macs / ceilings.get(kind, ceilings.get("float32", next(iter(ceilings.values())))).macs_per_s
+    # The best of all types: bytes are moved alike whatever they mean, and one of the measurements may have been
+    # disturbed.
     rate = max(measured.bytes_per_s[footprint(cost.least_bytes)] for measured in ceilings.values())
     peak = cost.macs / seconds if seconds else max(measured.macs_per_s for measured in ceilings.values())
     bound_ms, limit = bound(cost.macs, cost.least_bytes, peak, rate)

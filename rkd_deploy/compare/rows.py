@@ -11,7 +11,6 @@ several runs (one teacher, one S0) make one row.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import statistics
@@ -25,6 +24,7 @@ from rkd_deploy.bench.roofline import Roofline
 from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
+from rkd_deploy.storage import sha256_of
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
 from rkd_deploy.train.networks import PARTS, phase_of
 from rkd_deploy.train.runs import Run
@@ -207,7 +207,7 @@ def _networks(run: Run) -> Iterable[_Network]:
 
 def _sha256(run: Run, phase: str) -> str:
     """Checksum of the weights that a phase gave; of given weights, that of the run's own copy."""
-    return hashlib.sha256(run.weights(phase).read_bytes()).hexdigest()
+    return sha256_of(run.weights(phase))
 
 
 def _distinct(networks: Iterable[_Network]) -> list[_Network]:

@@ -127,6 +127,8 @@ class ExportStopwatch:
             return measure_workloads(
                 {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
                 limits,
+                # Of all threads of this process: with one thread it is the model's, with several it would add up what
+                # runs side by side.
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
             )
 

@@ -169,12 +169,15 @@ def check_independent_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> Non
         UsageError: One image alone is answered in another way, or by another shape.
     """
     with torch.no_grad(), in_mode(network, False):
+        # The first alone and in company: whatever looks at the whole batch (statistics, a random draw, a squeeze) shows
+        # in it.
         together_NK, alone_NK = network(x_NCHW), network(x_NCHW[:1])
     if alone_NK.shape != together_NK[:1].shape:
         raise UsageError(
             f"{name} gives a tensor {tuple(alone_NK.shape)} for one image, and {tuple(together_NK.shape)} for "
             f"{len(x_NCHW)}. A squeeze() that names no dimension drops that of the batch: use flatten(1)."
         )
+    # Not exactly equal: kernels for one image and for several sum in another order.
     if not torch.allclose(alone_NK, together_NK[:1], rtol=1e-3, atol=1e-3 * float(together_NK.abs().max())):
         raise UsageError(
             f"{name} answers the same image in another way when it is alone than in a batch of {len(x_NCHW)}. A layer "

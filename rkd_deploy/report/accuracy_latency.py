@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from rkd_deploy.bench.statistics import Z_95
 from rkd_deploy.errors import DataError
 from rkd_deploy.report.style import (
     COLOURS,
@@ -166,7 +167,7 @@ def accuracy_interval(result: Result) -> tuple[float, float]:
     accuracy, n = result.accuracy or 0.0, result.accuracy_images
     if not n:
         return accuracy, accuracy
-    z, p = 1.959964, accuracy / 100
+    z, p = Z_95, accuracy / 100
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 

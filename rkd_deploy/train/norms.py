@@ -41,6 +41,7 @@ class Sums:
     def take(self, count: int) -> Tensor:
         """Zeros that nobody else has in this step."""
         self._taken += count
+        # A step with more layers than were counted still gets right sums, only one kernel more.
         if self._taken > len(self._values):
             return self._values.new_zeros(count)
         return self._values[self._taken - count : self._taken]
@@ -131,6 +132,8 @@ def fused_passes(network: FeatureNetwork) -> fx.GraphModule | None:
         return None
     modules = dict(passes.named_modules())
     for node in list(passes.graph.nodes):
+        # A norm is fused with what alone reads it: a sum that another operation reads as well has to stay in memory as
+        # it is.
         if node.op != "call_module" or not _is_norm(modules[str(node.target)]):
             continue
         others: list[Any] = []
