@@ -151,7 +151,7 @@ def bench(
         require_all("export", "onnx")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import check_backend
-    from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.bench.mlperf import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
     from rkd_deploy.bench.roofline import Analysis

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_deploy.backends.files import ONNX_NAME, check_files
-from rkd_deploy.backends.tensorrt.build import read_source
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.decoding import DecodingError, read_json
 from rkd_deploy.errors import StorageError
 from rkd_deploy.serve.kserve import file_name, service_text

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.backends.tensorrt.build import OnnxSource, read_source
+from rkd_deploy.backends.tensorrt.source import OnnxSource, read_source
 from rkd_deploy.errors import StorageError, UsageError
 from rkd_deploy.serve.kserve import file_name, service_text
 from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface

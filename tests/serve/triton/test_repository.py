@@ -18,8 +18,8 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.images import to_array
 from rkd_deploy.serve.kserve import service_name
