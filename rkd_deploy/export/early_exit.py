@@ -43,9 +43,8 @@ from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.proving import Array, Batches, reference_of
 from rkd_deploy.images import normalise
-from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.residual import Adapter, ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, pool
 from rkd_deploy.serve.early_exit import check_threshold, exit_steps
 from rkd_deploy.storage import write_bytes
