@@ -102,7 +102,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the least of everything: figures mean nothing")
     parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -193,7 +192,6 @@ def start(how: argparse.Namespace, group: Group, folder: Path, out: Path) -> sub
     command += ["--device", how.device, "--pixels", str(how.pixels), "--epochs", str(how.epochs)]
     command += ["--teacher-epochs", str(how.teacher_epochs), "--batch", str(how.batch)]
     command += ["--tiny"] if how.tiny else []
-    command += ["--threads", str(max(1, (os.cpu_count() or 1) // how.jobs))]
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     environment = {**os.environ, "PYTHONPATH": ":".join(paths), "PYTHONUNBUFFERED": "1"}
     print(f"begins: {group.key}, {len(group.rows)} rows", flush=True)
@@ -206,6 +204,7 @@ def collect(record: dict[str, Any], study: Study, group: Group, file: Path, took
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
     record["lines"] += result.pop("lines")
+    record["labels"] = result.pop("labels", None) or record.get("labels")
     record["refused"] |= result.pop("refused")
     record["groups"][group.key] = result | {"seconds": took}
     if group.key == "T":
@@ -250,11 +249,13 @@ def learn(how: argparse.Namespace, group: Group) -> None:
     """Train the rows of a group and classify the held-out and the test photos once with each."""
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 4
     torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(how.threads)
+    torch.set_num_threads(1)  # where processes share cores, threads that wait for each other cost a hundredfold
     began, scale, device = time.time(), scale_of(how), torch.device(how.device)
     result: dict[str, Any] = {"lines": [], "refused": {}}
     try:
         images = images_of(how, scale)
+        held, test = (cast(Split, split).labels_N.tolist() for split in (images.val, images.test))
+        result["labels"] = {"held": held, "test": test}
         photos = Photos(images, scale.batch, device)
         builder, T = Builder(scale.pixels, len(images.classes)), None
         if group.needs_teacher:

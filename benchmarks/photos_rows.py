@@ -211,10 +211,8 @@ def _chosen(key: str, lines: Sequence[Mapping[str, Any]], kinds: Sequence[Row], 
 
 def _early(name: str, lines: Sequence[Mapping[str, Any]], seed: int) -> Iterator[Group]:
     """S + A that also answer early, and S0 at smaller widths, by the settings that were chosen for S0 and S + A."""
-    rows = []
-    for layout in ("branches", "trunk"):
-        if (row := best(lines, Row(name, layout).place)) is not None:
-            rows.append(replace(row, kind=f"early {layout}", x_student=1.0))
+    cut = {layout: best(lines, Row(name, layout).place) for layout in ("branches", "trunk")}
+    rows = [replace(row, kind=f"early {layout}", x_student=1.0) for layout, row in cut.items() if row is not None]
     if (row := best(lines, Row(name, "distilled").place)) is not None:
         rows += [replace(row, kind="narrowed", fraction=fraction) for fraction in FRACTIONS]
     if rows:
