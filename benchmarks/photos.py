@@ -49,6 +49,8 @@ from rkd_deploy.storage import write_json
 
 RECORD = "photos.json"
 SPLIT_SEED, HELD_OUT = 0, 0.2
+MOST_BROKEN = 1
+"""Rows of a group that may be trained step by step, because no CUDA graph can be made of them."""
 _LARGEST_FILE = 12 * 2**20
 """Bytes of one file of T's weights: what comes back from a lent machine comes in pieces."""
 
@@ -119,6 +121,8 @@ def conduct(how: argparse.Namespace) -> None:
     source = how.resume or out
     if (source / RECORD).exists():
         record: dict[str, Any] = json.loads((source / RECORD).read_text(encoding="utf-8"))
+        # What failed is tried again, and what was refused: a later version of the package may cut more networks.
+        record["groups"] = {key: group for key, group in record["groups"].items() if group["trained"]}
         if source != out:
             for file in source.glob("teacher-*.safetensors"):
                 (out / file.name).write_bytes(file.read_bytes())
@@ -158,7 +162,7 @@ def conduct(how: argparse.Namespace) -> None:
 def startable(record: dict[str, Any], study: Study, running: dict[str, Any], ends: float) -> list[Group]:
     """Groups that can be trained now, by worth, and would be done in time as far as that is known."""
     T = "T" in record["groups"]
-    took = [group["seconds"] for key, group in record["groups"].items() if not key.startswith("T")]
+    took = [group["seconds"] for group in record["groups"].values() if group["trained"] > 1]
     if time.time() + 0.7 * (statistics.median(took) if took else 0) > ends:
         return []
     return [
@@ -203,6 +207,8 @@ def collect(record: dict[str, Any], study: Study, group: Group, file: Path, took
     result: dict[str, Any] = {"lines": [], "refused": {}, "error": "it ended without a result"}
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
+    result["trained"] = len(result["lines"])
+    record["scale"]["train"] = result.pop("train", None) or record["scale"].get("train")
     record["lines"] += result.pop("lines")
     record["labels"] = result.pop("labels", None) or record.get("labels")
     record["refused"] |= result.pop("refused")
@@ -256,6 +262,7 @@ def learn(how: argparse.Namespace, group: Group) -> None:
         images = images_of(how, scale)
         held, test = (cast(Split, split).labels_N.tolist() for split in (images.val, images.test))
         result["labels"] = {"held": held, "test": test}
+        result["train"] = len(images.train)
         photos = Photos(images, scale.batch, device)
         builder, T = Builder(scale.pixels, len(images.classes)), None
         if group.needs_teacher:
@@ -274,11 +281,14 @@ def learn(how: argparse.Namespace, group: Group) -> None:
                 continue
             for row in rows:  # one seed: the same weights at first, whatever the settings
                 joint.add(row, copy.deepcopy(network))
+        broken = {learner.row.name: learner.broken for learner in joint.learners if learner.broken}
+        if len(broken) > MOST_BROKEN:  # step by step they would take the time of all that comes after them
+            raise RuntimeError(f"{len(broken)} steps cannot be recorded as CUDA graphs: {broken}")
         built = time.time() - began
-        epochs = scale.teacher_epochs if group.of_teacher else scale.epochs
-        seconds = joint.train(group.seed, epochs)
-        result |= {"built_s": built, "epoch_s": statistics.median(seconds), "epochs": epochs}
-        result["broken"] = {learner.row.name: learner.broken for learner in joint.learners if learner.broken}
+        epochs = group.epochs or (scale.teacher_epochs if group.of_teacher else scale.epochs)
+        seconds = joint.train(group.seed, epochs) if joint.learners else [0.0]
+        result |= {"built_s": built, "epoch_s": statistics.median(seconds), "epochs": epochs, "broken": broken}
+        torch.backends.cudnn.benchmark = False
         for learner in joint.learners:
             line = {"row": asdict(learner.row), "seed": group.seed, "epochs": epochs, "macs": macs[learner.row.place]}
             line["parameters"] = sum(p.numel() for p in learner.network.parameters())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ import onnxruntime as ort
 import torch
 from ladder_early import THRESHOLDS, folded_head
 from photos_loop import Builder
-from photos_rows import LAYOUTS, Row, best, row_of
+from photos_rows import TITLES, Row, best, row_of
 from record import FOLDER, hardware
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ Array = npt.NDArray[np.float32]
 CLASSES = 10
 LEVELS = ("tail", "wide")
 ROUNDS, TURN_S = 40, 0.05
-"""How often each network has its turn, and how long a turn is at least."""
+"""Turns of each network, and seconds of one."""
 
 
 class First(nn.Module):
@@ -110,7 +109,7 @@ def measure(path: Path) -> Path:
     lines = trained["lines"]
     chosen = {place: cast(Row, best(lines, place)) for place in dict.fromkeys(row_of(line).place for line in lines)}
     T = row_of({"row": trained["teacher"]})
-    chosen = {place: row for place, row in chosen.items() if row.kind != "T" or row == T}
+    chosen = {place: row for place, row in chosen.items() if row.kind in TITLES and (row.kind != "T" or row == T)}
     timed = timings(trained, list(chosen.values()))
     calls = trained["calls"]
     record: dict[str, Any] = {key: trained[key] for key in ("theme", "scale", "teacher", "groups", "refused")}
@@ -119,6 +118,7 @@ def measure(path: Path) -> Path:
     keys = ("row", "seed", "epochs", "macs", "parameters", "loss", "held_out", "held_out_student")
     record["search"] = [{key: line[key] for key in keys if key in line} for line in lines if line["seed"] == 0]
     ours = [line for line in lines if chosen.get(row_of(line).place) == row_of(line)]
+    record["refused"] = {place: reason for place, reason in trained["refused"].items() if place not in chosen}
     record["rows"] = [tested(line, trained["labels"], keys) for line in ours]
     record["early"] = [
         exit_curve(line, trained["labels"])
@@ -222,11 +222,3 @@ def exit_point(line: Mapping[str, Any], split: str, labels: Sequence[int], thres
     asked = (p / p.sum(1, keepdims=True)).max(1) < threshold
     right = np.where(asked, z.argmax(1), z_S.argmax(1)) == np.array(labels)
     return 100 * float(right.mean()), float(asked.mean())
-
-
-def newest() -> Path:
-    """The newest record of the study."""
-    return max(FOLDER.glob("photos_*.json"), key=lambda path: re.sub(r".*_", "", path.stem))
-
-
-__all__ = ["LAYOUTS", "measure", "newest"]

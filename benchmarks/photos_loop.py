@@ -26,7 +26,7 @@ from rkd_deploy.models.trunk import parted
 from rkd_deploy.train.capture import captured, new_stream
 from rkd_deploy.train.frozen import folded_copy
 
-MOMENTUM, WEIGHT_DECAY, LARGEST_NORM, WARM_UP = 0.9, 1e-3, 5.0, 0.05
+MOMENTUM, LARGEST_NORM, WARM_UP = 0.9, 5.0, 0.05
 MIXUP, CUTMIX = 0.2, 1.0
 
 
@@ -187,7 +187,7 @@ class Learner:
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
             torch._foreach_mul_(gradients, (LARGEST_NORM / norm.clamp_min(1e-6)).clamp_max(1.0))
             decayed = [gradients[i] for i in self.decayed]
-            torch._foreach_add_(decayed, [self.parameters[i] for i in self.decayed], alpha=WEIGHT_DECAY)
+            torch._foreach_add_(decayed, [self.parameters[i] for i in self.decayed], alpha=self.row.weight_decay)
             torch._foreach_mul_(self.velocity, MOMENTUM)
             torch._foreach_add_(self.velocity, gradients)
             torch._foreach_add_(gradients, self.velocity, alpha=MOMENTUM)

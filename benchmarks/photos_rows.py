@@ -9,6 +9,10 @@ from typing import Any
 from ladder_rows import Row as Losses
 
 LAYOUTS = ("branches", "side_by_side", "trunk")
+KINDS = ("distilled", "control", "branches", "side_by_side")
+"""What every S0 is trained as."""
+PARTS = {"whole": ("distilled", "control"), "cut": ("branches", "side_by_side"), "trunk": ("trunk",)}
+"""Kinds whose settings are searched in one group."""
 OWN_HEAD = ("T", "cross-entropy", "distilled", "narrowed")
 """Kinds whose networks keep a head of their own; the others have an adapter and T's head, which learns along."""
 FRACTIONS = (0.7, 0.5, 0.3)
@@ -25,7 +29,7 @@ TITLES = {
     "early trunk": "S + A, trunk, early exit",
     "narrowed": "S0 narrowed + best loss",
 }
-"""Kinds in words."""
+"""Kinds in words. Beside them there are N epochs: S0 by cross-entropy, for how long and fast it should learn."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Row:
         x_student: Weight of the task loss on S, as a share of x.
         distance: Weight of D.
         lr: Peak learning rate.
+        weight_decay: On convolutions and matrices.
         mixed: Whether its images and labels are mixed (mixup, cutmix).
         fraction: S0 is narrowed to this share of its MACs.
     """
@@ -51,13 +56,14 @@ class Row:
     x_student: float = 0.0
     distance: float = 1.0
     lr: float = 0.1
+    weight_decay: float = 1e-3
     mixed: bool = False
     fraction: float | None = None
 
     @property
     def own_head(self) -> bool:
         """Whether the network keeps its head."""
-        return self.kind in OWN_HEAD
+        return self.kind in OWN_HEAD or self.kind.endswith("epochs")
 
     @property
     def layout(self) -> str | None:
@@ -74,7 +80,7 @@ class Row:
     def name(self) -> str:
         """Place and settings."""
         mixed = ", mixed" if self.mixed else ""
-        return f"{self.place}: {self.task}, x {self.x:g}, lr {self.lr:g}{mixed}"
+        return f"{self.place}: {self.task}, x {self.x:g}, lr {self.lr:g}, decay {self.weight_decay:g}{mixed}"
 
     @property
     def losses(self) -> Losses:
@@ -92,12 +98,14 @@ class Group:
         rows: At most a dozen.
         seed: Of weights, order and augmentation.
         of_teacher: Whether these are candidates for T, which learn longer.
+        epochs: Default: those of the study.
     """
 
     key: str
     rows: tuple[Row, ...]
     seed: int
     of_teacher: bool = False
+    epochs: int | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -114,6 +122,7 @@ class Study:
         s0: Networks that are cut into S and A.
         others: What a reader would take instead.
         seeds: Of every row that was chosen; the first also chooses.
+        epochs: Lengths of training that are tried for the defaults of `rkd-deploy train` on a folder of photos.
     """
 
     teachers: tuple[str, ...] = ("tv:resnet34", "tv:resnet50")
@@ -125,9 +134,10 @@ class Study:
         "timm:ghostnet_100",
     )
     seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: tuple[int, ...] = (30, 60, 120)
 
 
-TINY = Study(("resnet8",), ("tv:mobilenet_v3_small",), ("timm:lcnet_050",), (0, 1))
+TINY = Study(("resnet8",), ("tv:mobilenet_v3_small",), ("timm:lcnet_050",), (0, 1), (1,))
 """A study that tries the whole path in minutes on a CPU."""
 
 
@@ -169,19 +179,20 @@ def groups(study: Study, lines: Sequence[Mapping[str, Any]], done: Container[str
         alone.append(Group(f"cross-entropy {start // 3}", rows, 0))
     yield from alone
     baselines = all(group.key in done for group in alone)
-    kinds = ("distilled", "control", *LAYOUTS)
-    searched = []
+    searched: dict[str, list[str]] = {}  # kinds by network
     for name in study.s0:
-        whole = Group(f"{name} whole", tuple(row for kind in kinds[:2] for row in candidates(name, kind)), 0)
-        cut = Group(f"{name} cut", tuple(row for kind in kinds[2:] for row in candidates(name, kind)), 0)
-        yield from (whole, cut)
-        if whole.key in done and cut.key in done:
-            searched.append(name)
+        for part, kinds in PARTS.items():
+            group = Group(f"{name} {part}", tuple(row for kind in kinds for row in candidates(name, kind)), 0)
+            yield group
+            if group.key in done:
+                searched.setdefault(name, []).extend(kinds)
     for seed in study.seeds[1:]:
-        for name in searched if baselines else ():
-            yield from _chosen(
-                f"{name} seed {seed}", lines, [Row(name, kind) for kind in ("cross-entropy", *kinds)], seed
-            )
+        for name, known in searched.items():
+            if baselines and set(KINDS) <= {*known}:
+                places = [Row(name, kind) for kind in ("cross-entropy", *KINDS)]
+                yield from _chosen(f"{name} seed {seed}", lines, places, seed)
+            if "trunk" in known:  # a group of its own: some networks could not be cut so at first
+                yield from _chosen(f"{name} trunk, seed {seed}", lines, [Row(name, "trunk")], seed)
     others = Group("others", tuple(row for name in study.others for row in candidates(name, "distilled")[:2]), 0)
     yield others
     for seed in study.seeds:
@@ -194,6 +205,13 @@ def groups(study: Study, lines: Sequence[Mapping[str, Any]], done: Container[str
     if T := chosen_teacher(study, lines):
         for seed in study.seeds[1:]:
             yield Group(f"T seed {seed}", (T,), seed, of_teacher=True)
+    for epochs in study.epochs:
+        rows = tuple(
+            Row(study.s0[0], f"{epochs} epochs", "ce", lr=lr, weight_decay=decay)
+            for lr in (0.03, 0.1, 0.3)
+            for decay in (5e-4, 2e-3)
+        )
+        yield Group(f"{epochs} epochs", rows, 0, epochs=epochs)
 
 
 def chosen_teacher(study: Study, lines: Sequence[Mapping[str, Any]]) -> Row | None:
@@ -211,12 +229,14 @@ def _chosen(key: str, lines: Sequence[Mapping[str, Any]], kinds: Sequence[Row], 
 
 def _early(name: str, lines: Sequence[Mapping[str, Any]], seed: int) -> Iterator[Group]:
     """S + A that also answer early, and S0 at smaller widths, by the settings that were chosen for S0 and S + A."""
-    cut = {layout: best(lines, Row(name, layout).place) for layout in ("branches", "trunk")}
-    rows = [replace(row, kind=f"early {layout}", x_student=1.0) for layout, row in cut.items() if row is not None]
-    if (row := best(lines, Row(name, "distilled").place)) is not None:
-        rows += [replace(row, kind="narrowed", fraction=fraction) for fraction in FRACTIONS]
-    if rows:
-        yield Group(f"{name} early, seed {seed}", tuple(rows), seed)
+    for layout in ("branches", "trunk"):
+        rows = []
+        if (row := best(lines, Row(name, layout).place)) is not None:
+            rows = [replace(row, kind=f"early {layout}", x_student=1.0)]
+        if layout == "branches" and (row := best(lines, Row(name, "distilled").place)) is not None:
+            rows += [replace(row, kind="narrowed", fraction=fraction) for fraction in FRACTIONS]
+        if rows:
+            yield Group(f"{name} early {layout}, seed {seed}", tuple(rows), seed)
 
 
 def as_json(group: Group) -> dict[str, Any]:
