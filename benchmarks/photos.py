@@ -119,16 +119,13 @@ def conduct(how: argparse.Namespace) -> None:
     ends, out = time.time() + 60 * how.minutes, how.out
     out.mkdir(parents=True, exist_ok=True)
     source = how.resume or out
-    if (source / RECORD).exists():
-        record: dict[str, Any] = json.loads((source / RECORD).read_text(encoding="utf-8"))
-        # What failed is tried again, and what was refused: a later version of the package may cut more networks.
-        record["groups"] = {key: group for key, group in record["groups"].items() if group["trained"]}
-        if source != out:
-            for file in source.glob("teacher-*.safetensors"):
-                (out / file.name).write_bytes(file.read_bytes())
-    else:
-        record = {"theme": "photos", "groups": {}, "lines": [], "refused": {}, "scale": asdict(scale_of(how))}
-        record["calls"] = []
+    record = begun(source)
+    if record is None:
+        record = {"theme": "photos", "groups": {}, "lines": [], "refused": {}, "calls": []}
+        record["scale"] = asdict(scale_of(how))
+    elif source != out:
+        for file in source.glob("teacher-*.safetensors"):
+            (out / file.name).write_bytes(file.read_bytes())
     record["calls"].append(asdict(provenance()))
     study = TINY if how.tiny else Study()
     with tempfile.TemporaryDirectory(prefix="rkd-photos-") as scratch:
@@ -157,6 +154,15 @@ def conduct(how: argparse.Namespace) -> None:
         group.key for group in groups(study, record["lines"], record["groups"]) if group.key not in record["groups"]
     ]
     print(json.dumps({"record": str(out / RECORD), "left": left}), flush=True)
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder, without what failed or was refused: another version may do what this one could not."""
+    if not (folder / RECORD).exists():
+        return None
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record["groups"] = {key: group for key, group in record["groups"].items() if group["trained"]}
+    return record
 
 
 def startable(record: dict[str, Any], study: Study, running: dict[str, Any], ends: float) -> list[Group]:
