@@ -31,10 +31,10 @@ PAGES = (
     HERE.parent / "README.md",
     HERE / "README.md",
     RECIPES / "README.md",
-    HERE.parent / "docs" / "runtimes.md",
-    HERE.parent / "docs" / "networks.md",
-    HERE.parent / "docs" / "ladder.md",
-    HERE.parent / "docs" / "results.md",
+    HERE.parent / "docs" / "reference" / "runtimes.md",
+    HERE.parent / "docs" / "reference" / "networks.md",
+    HERE.parent / "docs" / "results" / "ladder.md",
+    HERE.parent / "docs" / "results" / "measurements.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -66,7 +66,7 @@ def headlines() -> str:
             _figure(tightest, "value"),
             _figure(tightest, "limit"),
         )
-        rows.append(f"| [{record['theme']}](../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
+        rows.append(f"| [{record['theme']}](../../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 

@@ -18,8 +18,7 @@ import numpy as np
 
 from rkd_deploy.backends.onnx_bytes import has_16_bit_weights
 from rkd_deploy.backends.protocol import Array
-from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.backends.runtimes import RunOn, require_runtime
 
 OPTIONS: dict[str, str] = {}
 """More options of the CUDA provider, for every session that is opened; benchmarks/gpu.py compares some."""

@@ -144,7 +144,7 @@ def bench(
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, throughput and memory of models; docs/bench.md says how. Ctrl-C keeps what was measured."""
+    """Measure latency, throughput and memory of models (docs/guides/bench.md). Ctrl-C keeps what was measured."""
     if resident and end_to_end:
         raise UsageError("--resident and --end-to-end leave nothing to measure together. Leave both out for both.")
     if roofline:

@@ -15,8 +15,17 @@ from rkd_deploy.card import Preprocess
 from rkd_deploy.data.files import find_broken, refuse_broken, remember_broken
 from rkd_deploy.data.folders import LabelledImages, SplitsOnDisk, scan_folder, scan_imagenet
 from rkd_deploy.data.shards import scan_shards
-from rkd_deploy.data.splits import AnySplit, FileSplit, ImageSet, Split, on_device
-from rkd_deploy.data.subsets import channel_statistics, hold_out, limit, split_off_test
+from rkd_deploy.data.splits import (
+    AnySplit,
+    FileSplit,
+    ImageSet,
+    Split,
+    channel_statistics,
+    hold_out,
+    limit,
+    on_device,
+    split_off_test,
+)
 from rkd_deploy.errors import DataError, RecipeError, require
 from rkd_deploy.image_folders import left_out_in_words
 from rkd_deploy.recipe import DataRecipe

@@ -33,7 +33,7 @@ from torch import nn
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, with_checksums
-from rkd_deploy.bench.graph_facts import graph_facts
+from rkd_deploy.bench.graph_cost import graph_facts
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
@@ -62,8 +62,7 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import as_input, normalise
-from rkd_deploy.models.logits import check_ends_in_logits, check_rows
-from rkd_deploy.models.plain import check_real, plain
+from rkd_deploy.models.foreign import check_ends_in_logits, check_real, check_rows, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 

@@ -35,7 +35,7 @@ from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.convert import PrecisionRecord
 from rkd_deploy.images import as_input, to_array
-from rkd_deploy.models.logits import check_logits
+from rkd_deploy.models.foreign import check_logits
 from rkd_deploy.storage import write_bytes, write_json
 
 TOLERANCE = 1e-4

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.models.logits import check_ends_in_logits, check_rows
-from rkd_deploy.models.plain import plain
+from rkd_deploy.models.foreign import check_ends_in_logits, check_rows, plain
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
 from rkd_deploy.models.tracing import Holder, Reader, Traced

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import CheckpointError, UsageError, require, shortened, unknown_name
 from rkd_deploy.models.external import External
 from rkd_deploy.models.families import cifar_resnet, mobilenet, resnet50, shufflenet, vgg, wide_resnet
-from rkd_deploy.models.plain import check_real, with_current_norms
+from rkd_deploy.models.foreign import check_real, with_current_norms
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 
 PREFIXES = ("tv", "timm")

@@ -14,9 +14,8 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line, unknown_name
 from rkd_deploy.models import zoo
-from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
-from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone, with_norms
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.models.trunk import parted

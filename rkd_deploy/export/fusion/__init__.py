@@ -1,7 +1,7 @@
 """Fuses S and A into one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
 
 Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
-    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/adapters.py`)
+    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/residual.py`)
     P_A a = U_A a + c_A     U_A [C_T, C_A]
     h(v)  = W v + b         W   [K, C_T]
 
@@ -58,9 +58,8 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
-from rkd_deploy.models.adapters import as_convolution
 from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
-from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent, StudentAlone, as_convolution
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
