@@ -274,8 +274,8 @@ def learn(how: argparse.Namespace, group: Group) -> None:
         if group.needs_teacher:
             record = json.loads((how.out / RECORD).read_text(encoding="utf-8"))
             T = teacher(how.out, builder, row_of({"row": record["teacher"]}))
-            builder = Builder(scale.pixels, len(images.classes), T.channels, cast(nn.Module, T.fc))
-        joint, macs = Joint(photos, T), {}
+            builder = Builder(scale.pixels, len(images.classes), T)
+        joint, macs = Joint(photos, copy.deepcopy(T)), {}
         for place in dict.fromkeys(row.place for row in group.rows):
             rows = [row for row in group.rows if row.place == place]
             try:

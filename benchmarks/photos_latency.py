@@ -135,7 +135,7 @@ def timings(trained: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """Milliseconds of every network as it ships, by place; of early exit the graphs that answer first and second."""
     pixels = trained["scale"]["pixels"]
     teacher = Builder(pixels, CLASSES).create(trained["teacher"]["network"]).eval()
-    builder = Builder(pixels, CLASSES, teacher.channels, cast(nn.Module, teacher.fc))
+    builder = Builder(pixels, CLASSES, teacher)
     preprocess = Preprocess(height=pixels, width=pixels, mean=(0.5,) * 3, std=(0.5,) * 3, embedded=False)
     x: Array = np.random.default_rng(0).standard_normal((1, 3, pixels, pixels), dtype=np.float32)
     timed, shown = Timed(), {}

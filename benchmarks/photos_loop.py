@@ -36,12 +36,12 @@ class Builder:
     Args:
         pixels: Side of the images.
         classes: K.
-        channels: C_T.
-        head: T's classifier, copied into what is trained under it; None: a fresh linear layer.
+        T: Its classifier is copied into what is trained under it; None: nothing is.
     """
 
-    def __init__(self, pixels: int, classes: int, channels: int = 0, head: nn.Module | None = None) -> None:
-        self.pixels, self.classes, self.channels, self.head = pixels, classes, channels, head
+    def __init__(self, pixels: int, classes: int, T: FeatureNetwork | None = None) -> None:
+        self.pixels, self.classes, self.T = pixels, classes, T
+        self.channels = 0 if T is None else T.channels
         self.original, self.narrowable = functools.cache(self.create), functools.cache(self._narrowable)
         self.separation = functools.cache(self._separation)
 
@@ -72,13 +72,15 @@ class Builder:
         if layout is not None:
             separation = self.separation(row.network, layout)
         torch.manual_seed(seed)
+        if row.inherits:
+            return self._inherited(cast(float, row.fraction))
         if row.own_head and row.fraction is None:
             return self.create(row.network)
         s0 = self.narrowable(row.network)
         if row.fraction is not None:
             widths = narrow(s0, row.fraction, num_classes=self.classes, input_size=size)
             return s0.rebuilt(widths, self.classes)
-        head = copy.deepcopy(self.head)
+        head = self._head()
         if layout is None:
             return ResidualStudent(s0.rebuilt(s0.widths, None), (), self.channels, self.classes, head)
         S = s0.rebuilt(separation.student.widths, None)
@@ -86,6 +88,23 @@ class Builder:
         if separation.shared_stages:
             return parted(S, [A], separation.shared_stages, self.channels, self.classes, head)
         return ResidualStudent(S, [A], self.channels, self.classes, head)
+
+    def _head(self) -> nn.Module:
+        assert self.T is not None
+        return copy.deepcopy(cast(nn.Module, self.T.fc))
+
+    def _inherited(self, fraction: float) -> nn.Module:
+        """S + A of a share of T's MACs that begin with its weights."""
+        assert self.T is not None
+        cut = separate(
+            self.T,
+            num_classes=self.classes,
+            input_size=self.pixels,
+            channels=self.channels,
+            fraction=fraction,
+            weights="inherited",
+        )
+        return ResidualStudent(cut.student, cut.assistants, self.channels, self.classes, self._head())
 
 
 class Photos:

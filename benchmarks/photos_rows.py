@@ -29,7 +29,8 @@ TITLES = {
     "early trunk": "S + A, trunk, early exit",
     "narrowed": "S0 narrowed + best loss",
 }
-"""Kinds in words. Beside them there are N epochs: S0 by cross-entropy, for how long and fast it should learn."""
+"""Kinds in words. Beside them, for how long and how fast a folder of photos should be learnt by default: "N epochs", S0
+by cross-entropy from scratch, and "inherited, N epochs", S + A of half of T's MACs, which begin with T's weights."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ class Row:
     @property
     def own_head(self) -> bool:
         """Whether the network keeps its head."""
-        return self.kind in OWN_HEAD or self.kind.endswith("epochs")
+        return self.kind in OWN_HEAD or (self.kind.endswith("epochs") and not self.inherits)
+
+    @property
+    def inherits(self) -> bool:
+        """Whether S and A are cut from the trained T, weights included."""
+        return self.kind.startswith("inherited")
 
     @property
     def layout(self) -> str | None:
@@ -123,6 +129,7 @@ class Study:
         others: What a reader would take instead.
         seeds: Of every row that was chosen; the first also chooses.
         epochs: Lengths of training that are tried for the defaults of `rkd-deploy train` on a folder of photos.
+        inherited_epochs: The same, for networks that begin with T's weights.
     """
 
     teachers: tuple[str, ...] = ("tv:resnet34", "tv:resnet50")
@@ -135,9 +142,10 @@ class Study:
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: tuple[int, ...] = (30, 60, 120)
+    inherited_epochs: tuple[int, ...] = (15, 30, 60)
 
 
-TINY = Study(("resnet8",), ("tv:mobilenet_v3_small",), ("timm:lcnet_050",), (0, 1), (1,))
+TINY = Study(("resnet8",), ("tv:mobilenet_v3_small",), ("timm:lcnet_050",), (0, 1), (1,), (1,))
 """A study that tries the whole path in minutes on a CPU."""
 
 
@@ -212,6 +220,11 @@ def groups(study: Study, lines: Sequence[Mapping[str, Any]], done: Container[str
             for decay in (5e-4, 2e-3)
         )
         yield Group(f"{epochs} epochs", rows, 0, epochs=epochs)
+    if T:
+        for epochs in study.inherited_epochs:
+            place = Row(T.network, f"inherited, {epochs} epochs", fraction=0.5)
+            rows = tuple(replace(place, lr=lr) for lr in (0.01, 0.03, 0.1))
+            yield Group(f"inherited, {epochs} epochs", rows, 0, epochs=epochs)
 
 
 def chosen_teacher(study: Study, lines: Sequence[Mapping[str, Any]]) -> Row | None:

@@ -93,9 +93,10 @@ def test_rows_learn_side_by_side_from_one_batch_and_from_what_the_teacher_says_o
     data = images(13)
     shown = Photos(data, 4, torch.device("cpu"))
     T = zoo.create("resnet8", 3).eval()
-    builder = Builder(16, 3, T.channels, T.fc)
+    builder = Builder(16, 3, T)
     joint = Joint(shown, T)
     rows = (Row("resnet8", "distilled", "kd"), Row("resnet8", "branches"), Row("resnet8", "T", "ce", mixed=True))
+    rows += (Row("resnet8", "inherited, 2 epochs", fraction=1.0),)
     for row in rows:
         joint.add(row, builder(row, 0))
     before = [[p.clone() for p in learner.parameters] for learner in joint.learners]
