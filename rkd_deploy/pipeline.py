@@ -28,7 +28,7 @@ from rkd_deploy.data.splits import evaluation_batch
 from rkd_deploy.errors import DataError, RkdError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
-from rkd_deploy.export.measuring import Target
+from rkd_deploy.export.levels import Target
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof

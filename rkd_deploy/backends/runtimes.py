@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rkd_deploy.errors import (
     MissingDependencyError,
     UsageError,
     install_line,
+    installed_version,
     require,
     unknown_name,
 )
@@ -280,12 +280,5 @@ def _status(name: str) -> BackendStatus:
     except (ImportError, OSError) as error:
         # Installed and broken, a CUDA library missing say: a status has to report that, not to die of it.
         reason = f"{runtime.package} is installed but cannot be imported ({error}). Install it again with: {install}"
-        return BackendStatus(name, False, _version(runtime.package), (), reason, install)
+        return BackendStatus(name, False, installed_version(runtime.package), (), reason, install)
     return BackendStatus(name, True, str(library.__version__), devices, None, install)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

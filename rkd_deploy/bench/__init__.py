@@ -15,7 +15,8 @@ from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import machine
 from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, folder_top1
 from rkd_deploy.bench.loading import Loaded, device_in_use, load_all, random_input, resolve_batches
-from rkd_deploy.bench.machine import Pace, cores
+from rkd_deploy.bench.machine import cores
+from rkd_deploy.bench.pace import Pace
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import BenchSettings, PathLike, check_models
 from rkd_deploy.bench.statistics import Timing

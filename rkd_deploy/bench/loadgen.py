@@ -88,7 +88,7 @@ class Load:
 
 
 def check_scenarios(names: Sequence[str]) -> None:
-    """Refuse a scenario that LoadGen does not have, and all where LoadGen is not installed.
+    """Refuse a scenario that LoadGen does not have, and any where LoadGen is not installed.
 
     Raises:
         UsageError: Unknown scenario.
@@ -97,8 +97,7 @@ def check_scenarios(names: Sequence[str]) -> None:
     for name in names:
         if name not in SCENARIOS:
             raise UsageError(unknown_name("scenario", name, SCENARIOS))
-    if names:
-        require("mlperf_loadgen", "loadgen")
+    require("mlperf_loadgen", "loadgen")
 
 
 def library(backend: Backend, card: ModelCard | None, seed: int, shape: Sequence[int] | None = None) -> list[Array]:

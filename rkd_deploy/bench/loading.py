@@ -106,7 +106,7 @@ def _load(
         # An engine is built by the first stream alone, and comes out of the cache for the others.
         load_seconds=(seconds - (info.build_seconds or 0)) / len(backends),
         build_seconds=info.build_seconds,
-        engine_kept=file.parent.name if file.parent.parent == cache_folder() else None,
+        engine_kept=file.parent.name if run_on.runs_engines and file.parent.parent == cache_folder() else None,
         resident_load_bytes=None if before is None or after is None else after - before,
     )
 

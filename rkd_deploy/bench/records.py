@@ -68,7 +68,8 @@ def record_bench(
         KeyboardInterrupt: Ctrl-C or SIGTERM before anything was measured; nothing is written.
         StorageError: The record could not be written.
     """
-    check_scenarios(scenarios)
+    if scenarios:
+        check_scenarios(scenarios)
     results: list[Result] = []
     reported: list[ScenarioResult] = []
     more: dict[str, Any] = {}

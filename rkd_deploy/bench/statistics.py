@@ -35,7 +35,7 @@ class Timing:
     streams: int = 1
     """Number of callers at once."""
     paces_ms: tuple[float, ...] = ()
-    """The machine's pace (`machine.Pace`) just before each turn; empty where it was not taken."""
+    """The machine's pace (`pace.Pace`) just before each turn; empty where it was not taken."""
     complete: bool = True
     """Whether the limits were reached; False after an interruption."""
 

@@ -287,7 +287,7 @@ def measure_workloads(
         workloads: Workloads by name.
         limits: How long each of them is timed.
         clock: Nanoseconds.
-        pace: Called before each turn; gives how fast the machine itself is, in ms: a `machine.Pace`.
+        pace: Called before each turn; gives how fast the machine itself is, in ms: a `pace.Pace`.
         progress: Called with each name, and the share of its measurement that is done.
 
     Raises:

@@ -15,7 +15,7 @@ from rkd_deploy.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from rkd_deploy.backends.tensorrt.settings import EngineSettings
-    from rkd_deploy.export.measuring import Target
+    from rkd_deploy.export.levels import Target
     from rkd_deploy.export.precision.options import PrecisionOptions
     from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
@@ -345,7 +345,7 @@ def _fusion_target(
                 )
         return None
     from rkd_deploy.backends import RunOn, check_backend
-    from rkd_deploy.export.measuring import Target
+    from rkd_deploy.export.levels import Target
 
     chosen = backend or (precision.runs_on[0] if precision.is_lower else "onnxruntime")
     check_backend(chosen)

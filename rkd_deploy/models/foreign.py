@@ -16,8 +16,23 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkd_deploy.errors import DivergenceError, UsageError
+from rkd_deploy.errors import CheckpointError, DivergenceError, UsageError
 from rkd_deploy.models.staged import in_mode
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse a network with a weight or a statistic that is NaN or infinite.
+
+    Raises:
+        CheckpointError: There is such a weight; the message names the tensor and counts.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{count} of the {tensor.numel()} values of {name} are NaN or infinite; a network is exported only "
+                "where all are finite. Take an earlier checkpoint, or train again with a lower train.lr."
+            )
 
 
 def check_real(network: nn.Module, name: str) -> None:

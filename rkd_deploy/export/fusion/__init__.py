@@ -30,7 +30,7 @@ as many multiplications more as the weights got zeros. With p_S, p_A the places 
     z = V GAP(m) + (b + W (c_S + c_A)),    V[:, p_S] = W U_S,  V[:, p_A] = W U_A
 
 `wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
-level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`export/measuring.py`).
+level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`export/levels.py`).
 
 Batch norm is folded into the convolution before it in every level (`batch_norm.py`); where a network cannot be traced,
 or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
@@ -263,7 +263,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     Args:
         model: S with its assistants (`ResidualStudent`, `ProgressiveStudent`), S alone, or any classifier, of which
             only batch norm is folded. Left as it is.
-        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `measuring.choose_level`.
+        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `levels.choose_level`.
 
     Raises:
         UsageError: Unknown level, or a level that these branches cannot be brought to.

@@ -1,6 +1,6 @@
 """Searches the widest networks that are no slower than S0, by measurement.
 
-What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.measuring`). Here is only the search. It
+What is measured, and how, is the business of a `Stopwatch` (`rkd_deploy.export.stopwatch`). Here is only the search. It
 moves along one number, the fraction of S0's MACs that a candidate may cost, because along it latency rises steadily, if
 not exactly: fraction 1 first, then where a line through what was measured meets the target, until the last one that
 fits and the first one that does not are neighbours. That is done by short measurements, and among many of these the
