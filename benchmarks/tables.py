@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import photos_shown
 
 from rkd_deploy.compare.report import comparison_markdown
 from rkd_deploy.compare.rows import Comparison, NetworkRow
@@ -176,7 +177,7 @@ def of_record(path: Path) -> str:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("theme") == "ladder_joint":
         return ladder(record)
-    return comparison(record)
+    return photos_shown.tables(record) if record.get("theme") == "photos" else comparison(record)
 
 
 KINDS = {
