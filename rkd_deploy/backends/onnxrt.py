@@ -313,8 +313,8 @@ class TensorRtProviderBackend(OnnxRuntimeBackend):
         listed = PROVIDERS["tensorrt"] in require_runtime("onnxruntime", "gpu").get_available_providers()
         if listed and not has_tensorrt():
             raise BackendError(
-                f"The {self.name} backend needs TensorRT's library {_TENSORRT}, which cannot be loaded here. Install it "
-                "(pip install tensorrt-cu12, and its folder in LD_LIBRARY_PATH), or take backend 'tensorrt' or "
+                f"The {self.name} backend needs TensorRT's library {_TENSORRT}, which cannot be loaded here. Install "
+                "it (pip install tensorrt-cu12, and its folder in LD_LIBRARY_PATH), or take backend 'tensorrt' or "
                 "'onnxruntime' on the same device."
             )
         return "tensorrt"

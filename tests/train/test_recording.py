@@ -288,7 +288,7 @@ def test_a_learning_rate_on_the_device_is_the_number() -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("speedups", [PLAIN, Speedups()], ids=["plain", "fast"])
 def test_on_a_gpu_recorded_steps_learn_what_eager_steps_learn(name: str, speedups: Speedups) -> None:
-    """In float64: nine steps make much of float32's rounding. Batch norm's statistics too: a warm-up leaves no trace."""
+    """In float64: nine steps make much of float32's rounding. Batch norm's statistics too: warm-ups leave no trace."""
     ours = recorded(made(name).cuda().double(), speedups, loader("cuda"))
     theirs = eagerly(made(name).cuda().double())
     assert_close({key: ours[key].cpu() for key in ours}, {key: theirs[key].cpu() for key in theirs}, 1e-4)
