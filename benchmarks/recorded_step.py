@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("recorded_step.json"))
+    parser.add_argument("--only", nargs="*", metavar="LINE", help="these lines alone, e.g. recorded compiled")
     options = parser.parse_args()
     end = time.perf_counter() + options.seconds
     device = torch.device("cuda")
@@ -72,6 +73,8 @@ def main() -> None:
                 speedups = replace(Speedups(channels_last=True), **switches)
                 tasks[name] = partial(_recorded, case, batch, device, speedups, whole=False)
         for name, task in tasks.items():
+            if options.only and name not in options.only:
+                continue
             if time.perf_counter() > end:
                 row[name] = "no time"
                 continue

@@ -259,8 +259,8 @@ def _early(record: dict[str, Any]) -> str:
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + (
         "\n\nTop-1 in % (mean MACs, mean time of S0's). S answers where its largest probability reaches the threshold: "
-        "at 0 always, above 1 never. These networks were trained without the held-out images. ONNX Runtime, batch 1, one "
-        "thread.\n"
+        "at 0 always, above 1 never. These networks were trained without the held-out images. ONNX Runtime, "
+        "batch 1, one thread.\n"
     )
 
 
