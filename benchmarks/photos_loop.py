@@ -233,7 +233,7 @@ class Joint:
         photos.take(0)
         if T is not None:
             dtype = torch.bfloat16 if self.cuda else torch.float32
-            self.T = folded_copy(T.eval(), dtype, None)
+            self.T = folded_copy(T.eval(), dtype, False)
             assert self.T is not None
             self.T.to(photos.device)
             if self.cuda:
