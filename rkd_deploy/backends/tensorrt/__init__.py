@@ -122,6 +122,13 @@ class TensorRtBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Run one batch, host to host: upload, run and download as one enqueued piece; threads take turns."""
+        return self._outputs(x, self._info.outputs[:1])[0]
+
+    def infer_all(self, x: Array) -> tuple[Array, ...]:
+        """Run one batch as `infer` does, and give every output."""
+        return self._outputs(x, self._info.outputs)
+
+    def _outputs(self, x: Array, names: Sequence[str]) -> tuple[Array, ...]:
         with self._lock:
             stream = self._live()
             self._input.check(x)
@@ -133,7 +140,7 @@ class TensorRtBackend(Backend):
             except BackendError:
                 self._infer.release()  # the next call starts with memory and a graph of its own
                 raise
-            return self._infer.logits_host.copy()
+            return tuple(self._infer.output_host(name).copy() for name in names)
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Copy `x` to device memory of its own, held until the backend is closed; each call enqueues one run."""

@@ -177,10 +177,9 @@ class EngineRun:
         """Pinned memory that the input is uploaded from."""
         return self._buffers[self._engine.input.name].host
 
-    @property
-    def logits_host(self) -> Array:
-        """Pinned memory that the logits are downloaded to."""
-        return self._buffers[self._engine.output_names[0]].host
+    def output_host(self, name: str) -> Array:
+        """Pinned memory that an output is downloaded to."""
+        return self._buffers[name].host
 
     def fit(self, shape: tuple[int, ...], x: Array | None = None) -> None:
         """Make ready for an input shape; does nothing where the shape is that of the last run.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rkd_deploy.backends import Array, Backend, infer_many, load_backend
-from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.statistics import paired_interval
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, GateError
 from rkd_deploy.export.precision.options import Gates
 from rkd_deploy.images import as_input
+from rkd_deploy.serve.early_exit import every_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +102,6 @@ class HeldOut:
                 "Judge on images of the classes that the network was trained for."
             )
 
-    def logits(self, proto: Any, backend: str) -> Array:
-        """Logits [N, K] of a graph in memory for these images."""
-        return logits_of(proto, self.inputs, backend)
-
     def judge(self, logits_NK: Array, gates: Gates) -> GateResult:
         """Hold a file's logits against the reference's."""
         # In float64: an overflow of float16 logits is to be seen as infinite, not to overflow again here.
@@ -164,11 +161,19 @@ def _allowed(share: float, count: int) -> int:
 
 def logits_of(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
     """Logits [N, K] of a graph in memory for batches [n, ...] as it takes them."""
-    with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder:
-        file = Path(folder) / ONNX_NAME
-        file.write_bytes(proto.SerializeToString())
-        with load_backend(backend, file) as candidate:
-            return np.concatenate([infer_many(candidate, x) for x in inputs])
+    logits_NK: Array = logits_of_steps([proto], inputs, backend)[0]
+    return logits_NK
+
+
+def logits_of_steps(protos: Sequence[Any], inputs: Iterable[Array], backend: str) -> Array:
+    """Logits [k + 1, N, K] after every step (`every_step` of `serve.early_exit`) of graphs in memory, for batches."""
+    with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder, ExitStack() as opened:
+        steps = []
+        for number, proto in enumerate(protos):
+            file = Path(folder) / f"{number}.onnx"
+            file.write_bytes(proto.SerializeToString())
+            steps.append(opened.enter_context(load_backend(backend, file)))
+        return np.concatenate([every_step(steps, x) for x in inputs], axis=1)
 
 
 def gate_error(result: GateResult, precision: str, float32_layers: Sequence[str], report: Path) -> GateError:
