@@ -284,6 +284,19 @@ def _explained_runs() -> Iterator[None]:
         raise failed_run(error) from error
 
 
+_TENSORRT = "libnvinfer.so.10"
+"""Library that ONNX Runtime's TensorRT provider is linked to; the provider is listed without it too."""
+
+
+def has_tensorrt() -> bool:
+    """Whether the library of the TensorRT execution provider can be loaded."""
+    try:
+        ctypes.CDLL(_TENSORRT)
+    except OSError:
+        return False
+    return True
+
+
 class TensorRtProviderBackend(OnnxRuntimeBackend):
     """An ONNX file on CUDA by the TensorRT execution provider, which builds its engine when the model is loaded.
 
@@ -296,6 +309,13 @@ class TensorRtProviderBackend(OnnxRuntimeBackend):
         if kind == "cpu":
             raise BackendError(
                 f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only."
+            )
+        listed = PROVIDERS["tensorrt"] in require_runtime("onnxruntime", "gpu").get_available_providers()
+        if listed and not has_tensorrt():
+            raise BackendError(
+                f"The {self.name} backend needs TensorRT's library {_TENSORRT}, which cannot be loaded here. Install "
+                "it (pip install tensorrt-cu12, and its folder in LD_LIBRARY_PATH), or take backend 'tensorrt' or "
+                "'onnxruntime' on the same device."
             )
         return "tensorrt"
 

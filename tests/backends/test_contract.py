@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends import available, load_backend
+from rkd_deploy.backends.onnxrt import has_tensorrt
 from rkd_deploy.backends.protocol import infer_all_many
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench import bench
@@ -31,6 +32,8 @@ ON_CUDA = [*SIMULATED, "onnxruntime", "onnxruntime:tensorrt", "pytorch", "pytorc
 
 def on_a_gpu(name):
     absent = pytest.mark.skipif(name.split(":")[0] not in WITH_CUDA, reason=f"{name} finds no GPU on this machine")
+    if name == "onnxruntime:tensorrt" and not has_tensorrt():
+        absent = pytest.mark.skip(reason=f"{name} finds no TensorRT library on this machine")
     return pytest.param(f"{name} on cuda", marks=[pytest.mark.gpu, absent])
 
 
