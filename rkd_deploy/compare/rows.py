@@ -23,6 +23,7 @@ from rkd_deploy.bench.layers import LayerTimes
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.roofline import Roofline
 from rkd_deploy.bench.settings import BenchSettings
+from rkd_deploy.compare.exits import ExitCurve
 from rkd_deploy.errors import UsageError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
@@ -99,6 +100,7 @@ class Comparison:
         roofline: The bounds of the rows' networks, where asked for.
         layers: Times of their layers, where asked for.
         verdicts: For every S + A whether it beats the best control of these rows.
+        exits: For every S + A that can leave early what that gives, where asked for.
     """
 
     data: str
@@ -111,6 +113,7 @@ class Comparison:
     roofline: Roofline | None = None
     layers: tuple[LayerTimes, ...] | None = None
     verdicts: tuple[Verdict, ...] = ()
+    exits: tuple[ExitCurve, ...] = ()
 
 
 @dataclass(frozen=True)
