@@ -54,7 +54,7 @@ GRACE = 20
 """Seconds after the end in which a group that takes longer than others did may still be done."""
 MOST_BROKEN = 1
 """Rows of a group that may be trained step by step, because no CUDA graph can be made of them."""
-_LARGEST_FILE = 12 * 2**20
+_LARGEST_FILE = 15 * 2**20
 """Bytes of one file of T's weights: what comes back from a lent machine comes in pieces."""
 
 
