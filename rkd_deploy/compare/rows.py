@@ -19,6 +19,7 @@ from rkd_deploy.bench.layers import LayerTimes
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.roofline import Roofline
 from rkd_deploy.bench.settings import BenchSettings
+from rkd_deploy.compare.exits import ExitCurve
 from rkd_deploy.compare.identity import (
     TrainedNetwork,
     check_same_test,
@@ -103,6 +104,7 @@ class Comparison:
         roofline: The bounds of the rows' networks, where asked for.
         layers: Times of their layers, where asked for.
         verdicts: For every S + A whether it beats the best control of these rows.
+        exits: For every S + A that can leave early what that gives, where asked for.
     """
 
     data: str
@@ -115,6 +117,7 @@ class Comparison:
     roofline: Roofline | None = None
     layers: tuple[LayerTimes, ...] | None = None
     verdicts: tuple[Verdict, ...] = ()
+    exits: tuple[ExitCurve, ...] = ()
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:

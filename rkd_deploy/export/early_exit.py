@@ -52,7 +52,7 @@ from rkd_deploy.serve.early_exit import TRUNK_MAP, check_threshold, every_step, 
 from rkd_deploy.storage import write_bytes
 
 # The last is above 1, because the softmax of a sure network rounds to exactly 1.
-THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
+THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
 """Thresholds of the table; the first is S alone, the last S + A for every image."""
 
 
@@ -100,8 +100,8 @@ class ExitReport:
         macs: MACs of each.
         threshold: Confidence at which an image leaves.
         chosen_on: Where the threshold comes from, in words.
-        held_out: A row for each of `THRESHOLDS` on held-out images; empty without any.
-        test: Rows for S alone, the threshold and all branches on the test images; empty without any.
+        held_out: Rows for `THRESHOLDS` and the threshold, in rising order, on held-out images; empty without any.
+        test: The same on the test images; empty without any.
         conversion: How the graphs got a lower precision; None for float32.
     """
 
@@ -307,14 +307,14 @@ class ExitGraphs:
         requested = request.threshold
         threshold = held_out.lowest_without_loss() if requested is None else requested
         test, macs = self._logits(request.test), self._macs
-        of_test = (THRESHOLDS[0], threshold, THRESHOLDS[-1])
+        rows = sorted({*THRESHOLDS, threshold})
         return ExitReport(
             files=tuple(self._files),
             macs=tuple(macs),
             threshold=threshold,
             chosen_on=f"{held_out.images} held-out images" if requested is None else "given",
-            held_out=tuple(held_out.row(value, macs) for value in THRESHOLDS) if held_out.images else (),
-            test=tuple(test.row(value, macs) for value in of_test) if test.images else (),
+            held_out=tuple(held_out.row(value, macs) for value in rows) if held_out.images else (),
+            test=tuple(test.row(value, macs) for value in rows) if test.images else (),
             conversion=self._conversion,
         )
 

@@ -137,7 +137,7 @@ def test_the_report_counts_what_runs(bundle: tuple[ResidualStudent, Path]) -> No
     whole, grid = report["held_out"][-1]["top1"], np.arange(0, report["threshold"], 0.01)
     accuracy = [100 * (z[exit_steps(z[:, :20], t), np.arange(20)].argmax(1) == TRUTH[:20]).mean() for t in grid]
     assert all(value < whole for value in accuracy)
-    assert report["test"][1]["threshold"] == report["threshold"]
+    assert report["threshold"] in [row["threshold"] for row in report["test"]]
 
 
 def test_behind_a_trunk_only_what_s_leaves_unsure_goes_on(
