@@ -332,7 +332,7 @@ def _exit_section(comparison: Comparison) -> list[Section]:
     return [Section("Early exit", [curve.sentence() for curve in comparison.exits], [picture, *curves])]
 
 
-@drawing()
+@plot_style()
 def exit_figure(comparison: Comparison) -> Any:
     """The matplotlib Figure of accuracy over mean time: a line for each S + A, a point for each control."""
     figure = new_figure(WIDTH, 3.4)
