@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from ladder_loop import BATCH, MEAN, STD, Images, Joint, Learner, shipped_macs
-from ladder_rows import BASELINES, EARLY, SEARCH, Row
+from ladder_rows import BASELINES, EARLY, SAME_TRUNK, SEARCH, Row
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR100
@@ -72,6 +72,7 @@ class Rung:
         device: Where everything runs.
         out: Folder of the record and of weights.
         together: Rows that learn at the same time.
+        batch: Images a step.
     """
 
     pair: str
@@ -83,6 +84,7 @@ class Rung:
     device: torch.device
     out: Path
     together: int
+    batch: int
 
     @property
     def s0(self) -> str:
@@ -91,7 +93,7 @@ class Rung:
 
     def joint(self, rows: Sequence[Row], seed: int, split: Split) -> Joint:
         """Rows about to learn."""
-        return Joint(rows, self.s0, seed, self.T, Images(split.pixels, split.labels, self.device))
+        return Joint(rows, self.s0, seed, self.T, Images(split.pixels, split.labels, self.device, self.batch))
 
     def macs(self, row: Row) -> int:
         """MACs of a row as it ships."""
@@ -174,7 +176,7 @@ def rung_of(how: argparse.Namespace) -> Rung:
     count_held = min(HELD_OUT, len(order) // 4)
     held, kept = train[order[:count_held]], train[order[count_held:]]
     T = T.eval().to(device).to(memory_format=torch.channels_last)
-    return Rung(how.pair, T, train, kept, held, test, device, how.out, how.together)
+    return Rung(how.pair, T, train, kept, held, test, device, how.out, how.together, how.batch)
 
 
 def arguments() -> argparse.Namespace:
@@ -189,12 +191,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search-epochs", type=int, default=9)
     parser.add_argument("--search-minutes", type=float, default=2.5)
     parser.add_argument("--epochs", type=int, default=18)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=BATCH, help="images a step; the rates follow it")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--limit", type=int, help="fewer images, to try it out")
     parser.add_argument("--chosen", type=Path, help="record of a search that is done: it is not done again")
-    parser.add_argument("--kinds", nargs="*", default=["sum", "timed", "control", "no A", "baseline"])
-    parser.add_argument("--early", action="store_true", help="train what early exit is judged by, too")
+    parser.add_argument("--kinds", nargs="*", default=["sum", "timed", "control", "no A", "same trunk", "baseline"])
+    parser.add_argument(
+        "--early",
+        nargs="*",
+        metavar="PART",
+        help="train what early exit is judged by, too: rows with one of these in their name",
+    )
     return parser.parse_args()
 
 
@@ -204,7 +212,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     how.out.mkdir(parents=True, exist_ok=True)
     rung = rung_of(how)
-    record: dict[str, Any] = {"theme": "ladder_joint", "provenance": asdict(provenance()), "batch": BATCH}
+    record: dict[str, Any] = {"theme": "ladder_joint", "provenance": asdict(provenance()), "batch": how.batch}
     record["settings"] = {key: str(value) for key, value in vars(how).items() if key not in ("data", "teacher", "out")}
 
     def write() -> None:
@@ -216,13 +224,13 @@ def main() -> None:
         record["search"] = search(rung, SEARCH[how.pair], how.search_epochs, began + 60 * how.search_minutes)
     write()
     limit = rung.macs(Row("S0", own_head=True)) * 1.001
-    chosen = [row for kind in how.kinds if kind != "baseline" for row in best(record["search"], kind, limit)]
+    fixed = {"baseline": BASELINES, "same trunk": SAME_TRUNK[how.pair]}
+    chosen = [row for kind in how.kinds for row in fixed.get(kind) or best(record["search"], kind, limit)]
     record["rows"], took = [], 0.0
-    plans = [
-        (chosen + list(BASELINES if "baseline" in how.kinds else ()), rung.train, seed) for seed in range(how.seeds)
-    ]
-    if how.early:
-        plans = [*plans[:1], *((list(EARLY), rung.kept, seed) for seed in range(how.seeds)), *plans[1:]]
+    plans = [(chosen, rung.train, seed) for seed in how.seeds]
+    if how.early is not None:
+        early = [row for row in EARLY if not how.early or any(part in row.name for part in how.early)]
+        plans = [*plans[:1], *((early, rung.kept, seed) for seed in how.seeds), *plans[1:]]
     for rows, split, seed in plans:
         if not rows or (start := time.time()) + took > began + 60 * how.minutes:
             continue

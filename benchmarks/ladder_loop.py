@@ -85,18 +85,19 @@ def method_of(row: Row, network: nn.Module, teacher: nn.Module, device: torch.de
 class Images:
     """Training images on the device, and one batch of them in place."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, device: torch.device) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, device: torch.device, batch: int = BATCH) -> None:
+        self.batch = batch
         self.padded = nn.functional.pad(pixels, (0, 0, 4, 4, 4, 4)).to(device)
         self.labels, self.device, self.count = labels.to(device), device, len(pixels)
-        self.steps = self.count // BATCH
+        self.steps = self.count // batch
         self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (MEAN, STD))
         self.step = torch.zeros((), dtype=torch.long, device=device)
-        self.offset, self.range = torch.arange(BATCH, device=device), torch.arange(32, device=device)
-        self.order = torch.zeros(self.steps * BATCH, dtype=torch.long, device=device)
-        self.shift = torch.zeros(2, self.steps * BATCH, dtype=torch.long, device=device)
-        self.flip = torch.zeros(self.steps * BATCH, dtype=torch.bool, device=device)
-        self.x = torch.zeros(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-        self.y = torch.zeros(BATCH, dtype=torch.long, device=device)
+        self.offset, self.range = torch.arange(batch, device=device), torch.arange(32, device=device)
+        self.order = torch.zeros(self.steps * batch, dtype=torch.long, device=device)
+        self.shift = torch.zeros(2, self.steps * batch, dtype=torch.long, device=device)
+        self.flip = torch.zeros(self.steps * batch, dtype=torch.bool, device=device)
+        self.x = torch.zeros(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+        self.y = torch.zeros(batch, dtype=torch.long, device=device)
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Draw order, crops and mirror images of an epoch."""
@@ -109,7 +110,7 @@ class Images:
 
     def take(self) -> None:
         """The next batch into x and y; nothing here waits for the device."""
-        at = self.step * BATCH + self.offset
+        at = self.step * self.batch + self.offset
         index, (dy, dx), flip = self.order[at], self.shift[:, at], self.flip[at]
         rows = self.range + dy[:, None]
         columns = torch.where(flip[:, None], 31 - self.range, self.range) + dx[:, None]
@@ -245,6 +246,7 @@ class Joint:
             yield epoch, time.perf_counter() - began
 
     def _step(self, share: float) -> None:
+        share *= self.images.batch / BATCH  # rates were chosen at BATCH; linear scaling, arXiv 1706.02677
         for learner in self.learners:
             learner.lr.fill_(learner.row.lr * share)
         self.shared()

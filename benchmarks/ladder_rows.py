@@ -43,8 +43,8 @@ class Row:
         """What the row competes as: each kind has its own best settings."""
         if self.own_head:
             return "baseline"
-        if self.name.startswith(("timed", "early")):
-            return self.name[:5]
+        if self.name.startswith(("timed", "early", "same trunk")):
+            return self.name.partition(":")[0]
         if self.assistant is not None:
             return "sum"
         return "control" if self.student == S0_WIDTHS else "no A"
@@ -68,10 +68,10 @@ def control(**more: Any) -> Row:
     return replace(Row(f"S0, same losses{told}"), **more)
 
 
-def whole(*widths: int, **more: Any) -> Row:
+def whole(*widths: int, name: str = "no A: ", **more: Any) -> Row:
     """A network of a trunk's shape with one wide end, and no A."""
     told = "".join(f", {key} {value:g}" for key, value in more.items())
-    return replace(Row(f"no A: {' '.join(map(str, widths))}{told}", widths), **more)
+    return replace(Row(f"{name}{' '.join(map(str, widths))}{told}", widths), **more)
 
 
 BASELINES = (
@@ -129,9 +129,15 @@ SEARCH = {"resnet56_resnet20": _R20, "resnet20_resnet8": _R8}
 """Held-out images choose among these, each kind by its own settings. "timed": cut to be no slower than S0 where a
 channel count is padded to 16 (ONNX Runtime on AVX-512)."""
 
+SAME_TRUNK = {"resnet56_resnet20": (), "resnet20_resnet8": (whole(16, 8, 32, 91, name="same trunk: ", x=2),)}
+"""No A, on the trunk of the S + A that held-out images chose, where the best row without A has another trunk."""
+
 EARLY = (
     trunk((16, 16, 32), 64, 64, "early: ", x=2, x_student=1.0),
     trunk((16, 16, 16), 48, 80, "early: ", x=2, x_student=0.5),
     trunk((16, 16, 32), 32, 64, "early: ", x=2, x_student=0.5),
+    trunk((16, 8, 32), 56, 64, "early: ", x=2, x_student=0.5),
+    trunk((16, 8, 32), 48, 64, "early: ", x=2, x_student=1.0),
+    trunk((16, 8, 32), 32, 80, "early: ", x=2, x_student=0.5),
 )
 """Where S answers first: trained without the held-out images, which then set the threshold."""

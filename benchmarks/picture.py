@@ -1,4 +1,4 @@
-"""Draws docs/ladder.png, the README's picture, from the newest record of the ladder: accuracy against multiply-adds.
+"""Draws docs/results/ladder.png, the README's picture, from the newest record of the ladder.
 
 uv run python benchmarks/picture.py
 """
@@ -35,7 +35,7 @@ def main() -> None:
     axes.set_xlabel("top-1 on CIFAR-100, %, at S0's multiply-adds (dots: three seeds)")
     axes.set_title("ResNet-56 teaches ResNet-20, 18 epochs", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE.parent / "docs" / "ladder.png", dpi=130, metadata={"Software": None})
+    figure.savefig(HERE.parent / "docs" / "results" / "ladder.png", dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":

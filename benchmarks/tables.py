@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import photos_shown
 
 from rkd_deploy.compare.report import comparison_markdown
 from rkd_deploy.compare.rows import Comparison, NetworkRow
@@ -31,11 +32,11 @@ PAGES = (
     HERE.parent / "README.md",
     HERE / "README.md",
     RECIPES / "README.md",
-    HERE.parent / "docs" / "runtimes.md",
-    HERE.parent / "docs" / "networks.md",
-    HERE.parent / "docs" / "ladder.md",
-    HERE.parent / "docs" / "results.md",
-    HERE.parent / "docs" / "serving.md",
+    HERE.parent / "docs" / "reference" / "runtimes.md",
+    HERE.parent / "docs" / "reference" / "networks.md",
+    HERE.parent / "docs" / "results" / "ladder.md",
+    HERE.parent / "docs" / "results" / "measurements.md",
+    HERE.parent / "docs" / "guides" / "serving.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -67,7 +68,7 @@ def headlines() -> str:
             _figure(tightest, "value"),
             _figure(tightest, "limit"),
         )
-        rows.append(f"| [{record['theme']}](../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
+        rows.append(f"| [{record['theme']}](../../benchmarks/{record['theme']}.py) | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -229,13 +230,14 @@ def of_record(path: Path) -> str:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("theme") == "ladder_joint":
         return ladder(record)
-    return comparison(record)
+    return photos_shown.tables(record) if record.get("theme") == "photos" else comparison(record)
 
 
 KINDS = {
     "sum": "**S + A, trunk**",
     "timed": "S + A, trunk, cut for S0's time",
     "no A": "no A: the trunk under one wide end",
+    "same trunk": "no A: S + A's own trunk under one wide end",
     "control": "S0, same losses",
 }
 """Rows of a rung of the ladder, by what they compete as."""
@@ -289,31 +291,38 @@ def _gain(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
     return f"{gain.points:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
 
 
+EARLY_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 1.01)
+"""Of those in the record, the ones that the table shows."""
+
+
 def _early(record: dict[str, Any]) -> str:
-    """Early exit: means over seeds, at each threshold."""
+    """Early exit: means over seeds; accuracy, mean MACs and mean time at some thresholds."""
     if "early" not in record:
         return ""
-    text = ["", "| early exit: network | threshold | asks A | top-1, % | mean MACs of S0's | mean time of S0's |"]
-    text.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    head = ("early exit: widths of the trunk, of S + A", "seeds", *(f"threshold {t:g}" for t in EARLY_THRESHOLDS))
+    text = ["", "| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in record["early"]:
         rows.setdefault(line["name"], []).append(line)
     for name, lines in rows.items():
+        cells = [name.removeprefix("early: trunk "), str(len(lines))]
         for place, point in enumerate(lines[0]["curve"]):
-            points = [line["curve"][place] for line in lines]
-            asks = [point_of_seed["asked"] for point_of_seed in points]
-            macs = fmean(
-                (line["first_macs"] + a * line["second_macs"]) / line["s0_macs"]
-                for line, a in zip(lines, asks, strict=True)
-            )
-            times = fmean(line["first_time"] + a * line["second_time"] for line, a in zip(lines, asks, strict=True))
-            top1 = fmean(point_of_seed["test"] for point_of_seed in points)
-            text.append(
-                f"| {name.removeprefix('early: ') if place == 0 else ''} | {point['threshold']:g} | {fmean(asks):.2f} "
-                f"| {top1:.2f} | {macs:.2f} | {times:.2f} |"
-            )
-    seeds = len({line["seed"] for line in record["early"]})
-    return "\n".join(text) + f"\n\nMeans of {seeds} seeds; ONNX Runtime, batch 1, one thread.\n"
+            if point["threshold"] in EARLY_THRESHOLDS:
+                cells.append(_point([(line, line["curve"][place]) for line in lines]))
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + (
+        "\n\nTop-1 in % (mean MACs, mean time of S0's). S answers where its largest probability reaches the threshold: "
+        "at 0 always, above 1 never. These networks were trained without the held-out images. ONNX Runtime, "
+        "batch 1, one thread.\n"
+    )
+
+
+def _point(lines: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Means over seeds at one threshold."""
+    top1 = fmean(point["test"] for _, point in lines)
+    macs = fmean((line["first_macs"] + point["asked"] * line["second_macs"]) / line["s0_macs"] for line, point in lines)
+    time = fmean(line["first_time"] + point["asked"] * line["second_time"] for line, point in lines)
+    return f"{top1:.2f} ({macs:.2f}, {time:.2f})"
 
 
 def comparison(record: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / "rkd_deploy"
-PAGES = (REPO / "docs" / "architecture.md", REPO / "docs" / "recipe.md")
+PAGES = (REPO / "docs/reference/architecture.md", REPO / "docs/reference/recipe.md")
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # What these files are for stands nowhere inside them.
@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "CONTRIBUTING.md": "Rules of code, words and evidence.",
     "LICENSE": "Apache-2.0.",
     "README.md": "The front page.",
-    "docs/ladder.png": "S + A beside S0 by every loss, as a picture (docs/ladder.md).",
+    "docs/results/ladder.png": "S + A beside S0 by every loss, as a picture (docs/results/ladder.md).",
     "examples/browser/icon.svg": "The icon of the page.",
     "examples/browser/index.html": "The page.",
     "pyproject.toml": "Package, extras, pins, every linter, the contracts of imports.",
@@ -48,7 +48,11 @@ DESCRIPTIONS = {
 }
 FOLDERS = {
     "benchmarks": "Every claim about speed or accuracy: a script each, and its records (`THEME_HARDWARE_DATE.json`).",
-    "docs": "What the README is too short for.",
+    "docs": "What the README is too short for; what a site is made of.",
+    "docs/guides": "How to do one thing.",
+    "docs/method": "Why it works.",
+    "docs/reference": "To look up: much of it made from the code.",
+    "docs/results": "What was measured.",
     "examples": "Small apps that embed a bundle.",
     "export": "Which export for what; run, not imported.",
     "rkd_deploy": "The package, a room a folder.",

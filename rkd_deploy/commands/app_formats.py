@@ -36,6 +36,6 @@ def write_app(output_format: str, model: Path, output: Path | None, as_json: boo
             parity = export_executorch(bundle, folder)
     console_for(as_json).print(
         f"{folder} is proven: logits differ from the bundle's by at most {parity.max_abs_diff:.2g} "
-        f"(tolerance {parity.tolerance:g}) over {parity.n} inputs. docs/embedding.md says how an app loads it."
+        f"(tolerance {parity.tolerance:g}) over {parity.n} inputs. docs/guides/embedding.md says how an app loads it."
     )
     return {output_format: {"folder": str(folder), "parity": parity.to_dict()}}

@@ -1,6 +1,6 @@
 """A bundle unchanged in runtimes that this package has no part in: their answers are those of golden.npz.
 
-What else was tried, by benchmarks/runtimes.py, is in docs/runtimes.md.
+What else was tried, by benchmarks/runtimes.py, is in docs/reference/runtimes.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rkd_deploy.errors import DataError, RkdError, UsageError
+from rkd_deploy.errors import DataError, RkdError, UsageError, installed_version
 from rkd_deploy.serve.classifier import Classifier, load
 from rkd_deploy.serve.http.metrics import Metrics, SharedCounts
 from rkd_deploy.serve.http.model import Reply, ServedModel
@@ -76,12 +75,12 @@ class _Application:
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="model")
         self._running = 0
         self._model.warm_up()
-        interface = self._model.interface
+        interface, version = self._model.interface, installed_version("rkd-deploy") or "unknown"
         self._documents: dict[str, Any] = {
-            "/v2": {"name": "rkd-deploy", "version": _version(), "extensions": list(EXTENSIONS)},
+            "/v2": {"name": "rkd-deploy", "version": version, "extensions": list(EXTENSIONS)},
             "/v2/health/live": {"live": True},
             "/v2/health/ready": {"ready": True},
-            "/openapi.json": describe(interface, limits, _version()),
+            "/openapi.json": describe(interface, limits, version),
             "/card.json": self._card,
         }
         for name in (f"/v2/models/{interface.model}", f"/v2/models/{interface.model}/versions/{VERSION}"):
@@ -230,13 +229,6 @@ class _Counting:
             self._metrics.count(endpoint, code)
             if endpoint != "other":
                 self._metrics.observe("request", perf_counter() - start)
-
-
-def _version() -> str:
-    try:
-        return version("rkd-deploy")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def _page_files() -> dict[str, tuple[str, bytes]]:

@@ -19,8 +19,8 @@ import yaml
 from deployment_schemas import faults
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.images import to_array
 from rkd_deploy.serve.kserve import service_name
