@@ -137,33 +137,49 @@ class _Application:
         if self._running >= self._limits.requests:
             raise _overloaded(f"All {self._limits.requests} places for requests are taken")
         self._running += 1
-        task: asyncio.Future[Reply] | None = None
+        waiting: asyncio.Future[Reply] | None = None
         try:
             async with asyncio.timeout(self._limits.seconds):
                 body = await self._body(request)
-                task = asyncio.get_running_loop().run_in_executor(self._threads, work, body)
-                # A thread cannot be stopped: its place is free when it has ended, not when its client gives up.
-                reply = await asyncio.shield(task)
+                waiting = asyncio.get_running_loop().create_future()
+                self._threads.submit(self._work, work, body, waiting)
+                reply = await waiting
         except TimeoutError as error:
-            if task is None:
+            if waiting is None:
                 late = f"The request was not here after {self._limits.seconds:g} s."
                 raise HTTPException(408, late, {"connection": "close"}) from error
             raise _overloaded(f"There was no answer after {self._limits.seconds:g} s") from error
         finally:
-            if task is None or task.done():
-                self._leave(task)
-            else:
-                task.add_done_callback(self._leave)
+            if waiting is None:
+                self._running -= 1
         for name, seconds in reply.seconds.items():
             self._metrics.observe(name, seconds)
         if isinstance(reply.body, dict):
             return _json(reply.body, headers=reply.headers)
         return Response(reply.body, headers=reply.headers)
 
-    def _leave(self, task: asyncio.Future[Reply] | None) -> None:
+    def _work(self, work: Callable[[bytes], Reply], body: bytes, waiting: asyncio.Future[Reply]) -> None:
+        """Run in a thread of the pool, which hands the outcome to the event loop.
+
+        In one step: `loop.run_in_executor` under a `shield` takes two futures more, and 40 us of each request.
+        """
+        reply: Reply | None = None
+        failure: BaseException | None = None
+        try:
+            reply = work(body)
+        except BaseException as error:
+            failure = error
+        waiting.get_loop().call_soon_threadsafe(self._finish, waiting, reply, failure)
+
+    def _finish(self, waiting: asyncio.Future[Reply], reply: Reply | None, failure: BaseException | None) -> None:
+        # A thread cannot be stopped: its place is free when it has ended, not when its client gives up.
         self._running -= 1
-        if task is not None and not task.cancelled():
-            task.exception()  # of a request that nobody waits for any more
+        if waiting.done():  # given up
+            return
+        if failure is not None:
+            waiting.set_exception(failure)
+        elif reply is not None:
+            waiting.set_result(reply)
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, no byte more than the limit.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.engines import FLAVOURS
+from tests.support.engine_backends import FLAVOURS
 
 
 @pytest.fixture(params=list(FLAVOURS))

@@ -16,7 +16,7 @@ from rkd_deploy.bench.records import record_bench
 from rkd_deploy.errors import BackendError, MissingDependencyError, UsageError
 from rkd_deploy.report.writing import bench_markdown
 from tests.support.benching import bench_settings
-from tests.support.engines import FLAVOURS, calls
+from tests.support.engine_backends import FLAVOURS, calls
 
 
 def test_a_new_shape_runs_once_and_is_captured_then_one_launch_is_a_run(gpu, flavour, model, zoo):

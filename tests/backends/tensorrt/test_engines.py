@@ -12,7 +12,7 @@ from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, check
 from rkd_deploy.bench import bench
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError
 from tests.support.benching import bench_settings
-from tests.support.engines import FLAVOURS, calls
+from tests.support.engine_backends import FLAVOURS, calls
 
 
 def test_an_engine_is_built_once_and_kept_by_file_gpu_version_and_settings(gpu, flavour, model, zoo):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+from deployment_schemas import faults
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.serve.kserve import service_name
@@ -75,6 +76,7 @@ def test_the_kserve_resource(serving, model_format, gpus):
         "metadata": {"name": "foo-1-2"},
         "spec": {"predictor": {"model": model}},
     }
+    assert faults("kserve_inferenceservice", resource) == []
 
 
 @pytest.mark.parametrize("name", ["a", "Foo_1.2", "7up", "x" * 100, "a." + "-" * 80, "0", "NO", "1e3"])
