@@ -62,7 +62,7 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import as_input, normalise
-from rkd_deploy.models.foreign import check_ends_in_logits, check_real, check_rows, plain
+from rkd_deploy.models.foreign import check_classifier, check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -157,8 +157,7 @@ def export_bundle(
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
     check_real(model, f"the network {type(model).__name__}")
     model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
-    check_ends_in_logits(model, noise_NCHW, f"the network {type(model).__name__}")
-    check_rows(model, noise_NCHW, f"the network {type(model).__name__}")
+    check_classifier(model, noise_NCHW, f"the network {type(model).__name__}")
     onnx = require("onnx", "export")
     preprocess = card.preprocess
     branches = None if early_exit is None else require_branches(model, early_exit)
