@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError
-from rkd_deploy.image_folders import FORMATS, FORMATS_IN_WORDS
+from rkd_deploy.image_folders import FORMATS_IN_WORDS, IMAGE_FORMATS
 from rkd_deploy.storage import open_regular
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def decoded(
                 source = opened.enter_context(open_regular(source, limit=FILE_LIMIT))
             # Without a list Pillow tries all formats it knows, and starts Ghostscript for an EPS, whatever its suffix.
             try:
-                image = opened.enter_context(Image.open(source, formats=tuple(FORMATS)))
+                image = opened.enter_context(Image.open(source, formats=tuple(IMAGE_FORMATS)))
             except UnidentifiedImageError as error:
                 source.seek(0)
                 raise OSError(_content(source)) from error

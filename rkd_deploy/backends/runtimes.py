@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,11 @@ from rkd_deploy.errors import (
     MissingDependencyError,
     UsageError,
     install_line,
+    installed_version,
     require,
     unknown_name,
 )
-from rkd_deploy.fields import check_number
+from rkd_deploy.fields import MOST_THREADS, check_number
 
 # No runtime may call home, nor write an identifier into the home folder. ONNX Runtime reads this variable when it is
 # imported. OpenVINO has none: it sends an event as soon as it is imported, through the package openvino_telemetry, and
@@ -52,8 +52,6 @@ def _without_telemetry() -> Iterator[None]:
         sys.modules.pop(_OPENVINO_TELEMETRY, None)
 
 
-MOST_THREADS = 4096
-"""More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
 MOST_MEMORY = 1 << 50
 """More bytes than any GPU has: a larger limit is a slip."""
 
@@ -280,12 +278,5 @@ def _status(name: str) -> BackendStatus:
     except (ImportError, OSError) as error:
         # Installed and broken, a CUDA library missing say: a status has to report that, not to die of it.
         reason = f"{runtime.package} is installed but cannot be imported ({error}). Install it again with: {install}"
-        return BackendStatus(name, False, _version(runtime.package), (), reason, install)
+        return BackendStatus(name, False, installed_version(runtime.package), (), reason, install)
     return BackendStatus(name, True, str(library.__version__), devices, None, install)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -16,8 +16,23 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkd_deploy.errors import DivergenceError, UsageError
+from rkd_deploy.errors import CheckpointError, DivergenceError, UsageError
 from rkd_deploy.models.staged import in_mode
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse a network with a weight or a statistic that is NaN or infinite.
+
+    Raises:
+        CheckpointError: There is such a weight; the message names the tensor and counts.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{count} of the {tensor.numel()} values of {name} are NaN or infinite; a network is exported only "
+                "where all are finite. Take an earlier checkpoint, or train again with a lower train.lr."
+            )
 
 
 def check_real(network: nn.Module, name: str) -> None:
@@ -140,6 +155,8 @@ def check_classifier(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
     with torch.no_grad(), in_mode(network, False):
         with _LastOperation() as operations:
             together_NK = network(x_NCHW)
+        # The first alone and in company: whatever looks at the whole batch (statistics, a random draw, a squeeze) shows
+        # in it.
         alone_NK = network(x_NCHW[:1])
     if (kind := _PROBABILITIES.get(operations.of(together_NK))) is not None:
         raise UsageError(_refusal(name, f"its last operation is a {kind}"))
@@ -149,6 +166,7 @@ def check_classifier(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
             f"{len(x_NCHW)}. A squeeze() that names no dimension drops that of the batch: use flatten(1)."
         )
     check_logits(together_NK, name)
+    # Not exactly equal: kernels for one image and for several sum in another order.
     if not torch.allclose(alone_NK, together_NK[:1], rtol=1e-3, atol=1e-3 * float(together_NK.abs().max())):
         raise UsageError(
             f"{name} answers the same image in another way when it is alone than in a batch of {len(x_NCHW)}. A layer "

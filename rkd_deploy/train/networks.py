@@ -54,8 +54,8 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
     residual = ("fused", "student") if method.residual else ()
     control = ("control",) if recipe.has_control else ()
     s0 = ("s0",) if recipe.student.baseline else ()
-    taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
-    return residual + control + s0 + (("teacher",) if taught else ())
+    needs_teacher = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
+    return residual + control + s0 + (("teacher",) if needs_teacher else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:
