@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
