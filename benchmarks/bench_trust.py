@@ -36,7 +36,7 @@ from record import Claim, save
 from rkd_deploy.backends import Array, RunOn, load_backend
 from rkd_deploy.bench.compare import measure_ratios
 from rkd_deploy.bench.loading import random_input
-from rkd_deploy.bench.machine import Pace
+from rkd_deploy.bench.pace import Pace
 from rkd_deploy.bench.timing import measure
 
 BATCH = 8

@@ -7,7 +7,7 @@ AVX-512 ask for, 16 and more, where the network is wide enough for two branches 
 channels) is not and has 8. A session loads the networks afresh and lets them take turns of 0.1 s on one backend, one
 thread and one batch size; its ratio is the median over the turns of the ratio within a turn, which a neighbour on the
 core for some of the turns does not move. Told is the median over the sessions: a network that is loaded twice is not
-equally fast twice. `auto` is the level that its rule (`rkd_deploy/export/measuring.py`) takes from these; beside it
+equally fast twice. `auto` is the level that its rule (`rkd_deploy/export/levels.py`) takes from these; beside it
 stands S + A of layout side_by_side at level wide. S + A under a latency budget are in separation.py. Each export runs
 in a process of its own: uint8 in, 64 random images through the gate, at level tail.
 """
@@ -40,7 +40,7 @@ from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.measuring import fastest_level
+from rkd_deploy.export.levels import fastest_level
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.separate import separate

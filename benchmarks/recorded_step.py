@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("recorded_step.json"))
+    parser.add_argument("--only", nargs="*", metavar="LINE", help="these lines alone, e.g. recorded compiled")
     options = parser.parse_args()
     end = time.perf_counter() + options.seconds
     device = torch.device("cuda")
@@ -65,13 +66,15 @@ def main() -> None:
             "floor": partial(_floor, case, batch, device),
             "eager": partial(_eager, case, batch, device),
             "recorded": partial(_recorded, case, batch, device, Speedups()),
-            "with kernels": partial(_recorded, case, batch, device, Speedups(channels_last=True, kernels=True)),
+            "compiled": partial(_recorded, case, batch, device, Speedups(channels_last=True, compiled=True)),
         }
         if case == CASES[1]:
             for name, switches in VARIANTS.items():
                 speedups = replace(Speedups(channels_last=True), **switches)
                 tasks[name] = partial(_recorded, case, batch, device, speedups, whole=False)
         for name, task in tasks.items():
+            if options.only and name not in options.only:
+                continue
             if time.perf_counter() > end:
                 row[name] = "no time"
                 continue
@@ -148,7 +151,6 @@ def _recorded(case: str, batch: int, device: torch.device, speedups: Speedups, *
         "layouts": steps.replay_ms,
         "channels_last": steps.channels_last,
         "copies": steps.passes.copies,
-        "fused_norms": steps.passes.fused_norms,
     }
     if whole:
         seconds = []

@@ -16,7 +16,7 @@ from record import Claim, save
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.errors import BudgetError
-from rkd_deploy.export.measuring import ExportStopwatch
+from rkd_deploy.export.stopwatch import ExportStopwatch
 from rkd_deploy.models import zoo
 from rkd_deploy.models.separation.latency import ROUNDING
 from rkd_deploy.models.separation.separate import separate

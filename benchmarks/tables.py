@@ -4,7 +4,7 @@
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`, `gpu`,
-`recipes`, `runtimes`, `preprocessing`, or the file of a record.
+`recipes`, `runtimes`, `preprocessing`, `serving`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import photos_shown
 
 from rkd_deploy.compare.report import comparison_markdown
 from rkd_deploy.compare.rows import Comparison, NetworkRow
@@ -35,6 +36,7 @@ PAGES = (
     HERE.parent / "docs" / "reference" / "networks.md",
     HERE.parent / "docs" / "results" / "ladder.md",
     HERE.parent / "docs" / "results" / "measurements.md",
+    HERE.parent / "docs" / "guides" / "serving.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -171,18 +173,71 @@ def gpu() -> str:
     return "\n".join(rows) + f"\n\n{facts['gpu']}, torch {facts['torch']}; ratios to S0, inputs on the device.\n"
 
 
+SERVERS = {
+    "bare": ("ONNX Runtime and `rkd_deploy.images`, called by as many threads", ""),
+    "classify": ("`rkd-deploy serve`, `/v1/classify`", "rkd-deploy serve"),
+    "infer": ("`rkd-deploy serve`, `/v2/.../infer`", "rkd-deploy serve"),
+    "ray, classify": ("Ray Serve, `/v1/classify`", "ray"),
+    "bentoml, classify": ("BentoML, `/v1/classify`", "bentoml"),
+    "triton, infer": ("Triton, python backend, `/v2/.../infer`", "triton"),
+}
+"""Ways to ask of benchmarks/serving.py, in words, and the server whose memory is told."""
+
+GROWTH = "resident memory, largest after the first minute over its end"
+"""Claim of benchmarks/serving_soak.py."""
+
+
+def serving() -> str:
+    """What each server made of its cores beside bare ONNX Runtime, and the soak, by the newest records."""
+    path = max(path for path in HERE.glob("serving_*.json") if "soak" not in path.name)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    values = {claim["what"]: claim["value"] for claim in record["claims"]}
+    clients = sorted({int(match[1]) for what in values if (match := re.search(r", (\d+) clients:", what))})
+    columns = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
+    text = []
+    for network, title in (("resnet20", "ResNet-20, 32 x 32"), ("resnet18", "ResNet-18, 224 x 224")):
+        text += [f"| {title}: images per s (p99, ms) | {' | '.join(columns)} | CPU of an image, ms | memory, MB |"]
+        text += ["| --- |" + " ---: |" * (len(clients) + 2)]
+        for way, (words, server) in SERVERS.items():
+            what = f"{network}, {way}, "
+            if f"{what}{clients[0]} clients: throughput" not in values:
+                continue
+            cells = [
+                f"{values[f'{what}{count} clients: throughput']:.0f} "
+                f"({values[f'{what}{count} clients: p99 of a request']:.3g})"
+                for count in clients
+            ]
+            cells.append(f"{values[f'{what}{clients[-2]} clients: CPU of a request']:.2f}")
+            memory = values.get(f"{network}: {server}: memory of its own")
+            text.append(f"| {words} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
+        text.append("")
+    text.append(f"{record['provenance']['cpu']}, one core for the server and one for the clients.")
+    return "\n".join(text) + "\n" + "".join(map(_soak, sorted(HERE.glob("serving_soak_*.json"))[-1:]))
+
+
+def _soak(path: Path) -> str:
+    values = {claim["what"]: claim["value"] for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
+    return (
+        f"\nTen minutes at 80 % of capacity: {values['requests answered']:,} requests, {values['wrong answers']} "
+        f"answers wrong or lost, p99 {values['p99 of a request']:.0f} ms; resident memory "
+        f"{values['resident memory at the end']:.0f} MB, at most {values[GROWTH]:.3f} times that of the first minute's "
+        "end.\n"
+    )
+
+
 def of_record(path: Path) -> str:
     """The table of one record: a comparison, or a rung of the ladder."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("theme") == "ladder_joint":
         return ladder(record)
-    return comparison(record)
+    return photos_shown.tables(record) if record.get("theme") == "photos" else comparison(record)
 
 
 KINDS = {
     "sum": "**S + A, trunk**",
     "timed": "S + A, trunk, cut for S0's time",
     "no A": "no A: the trunk under one wide end",
+    "same trunk": "no A: S + A's own trunk under one wide end",
     "control": "S0, same losses",
 }
 """Rows of a rung of the ladder, by what they compete as."""
@@ -236,31 +291,38 @@ def _gain(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
     return f"{gain.points:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
 
 
+EARLY_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 1.01)
+"""Of those in the record, the ones that the table shows."""
+
+
 def _early(record: dict[str, Any]) -> str:
-    """Early exit: means over seeds, at each threshold."""
+    """Early exit: means over seeds; accuracy, mean MACs and mean time at some thresholds."""
     if "early" not in record:
         return ""
-    text = ["", "| early exit: network | threshold | asks A | top-1, % | mean MACs of S0's | mean time of S0's |"]
-    text.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    head = ("early exit: widths of the trunk, of S + A", "seeds", *(f"threshold {t:g}" for t in EARLY_THRESHOLDS))
+    text = ["", "| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in record["early"]:
         rows.setdefault(line["name"], []).append(line)
     for name, lines in rows.items():
+        cells = [name.removeprefix("early: trunk "), str(len(lines))]
         for place, point in enumerate(lines[0]["curve"]):
-            points = [line["curve"][place] for line in lines]
-            asks = [point_of_seed["asked"] for point_of_seed in points]
-            macs = fmean(
-                (line["first_macs"] + a * line["second_macs"]) / line["s0_macs"]
-                for line, a in zip(lines, asks, strict=True)
-            )
-            times = fmean(line["first_time"] + a * line["second_time"] for line, a in zip(lines, asks, strict=True))
-            top1 = fmean(point_of_seed["test"] for point_of_seed in points)
-            text.append(
-                f"| {name.removeprefix('early: ') if place == 0 else ''} | {point['threshold']:g} | {fmean(asks):.2f} "
-                f"| {top1:.2f} | {macs:.2f} | {times:.2f} |"
-            )
-    seeds = len({line["seed"] for line in record["early"]})
-    return "\n".join(text) + f"\n\nMeans of {seeds} seeds; ONNX Runtime, batch 1, one thread.\n"
+            if point["threshold"] in EARLY_THRESHOLDS:
+                cells.append(_point([(line, line["curve"][place]) for line in lines]))
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + (
+        "\n\nTop-1 in % (mean MACs, mean time of S0's). S answers where its largest probability reaches the threshold: "
+        "at 0 always, above 1 never. These networks were trained without the held-out images. ONNX Runtime, "
+        "batch 1, one thread.\n"
+    )
+
+
+def _point(lines: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Means over seeds at one threshold."""
+    top1 = fmean(point["test"] for _, point in lines)
+    macs = fmean((line["first_macs"] + point["asked"] * line["second_macs"]) / line["s0_macs"] for line, point in lines)
+    time = fmean(line["first_time"] + point["asked"] * line["second_time"] for line, point in lines)
+    return f"{top1:.2f} ({macs:.2f}, {time:.2f})"
 
 
 def comparison(record: dict[str, Any]) -> str:
@@ -306,6 +368,7 @@ def render(text: str) -> str:
         "preprocessing": preprocessing,
         "runtimes": runtimes,
         "separable": separable,
+        "serving": serving,
     }
 
     def table(match: re.Match[str]) -> str:

@@ -129,6 +129,16 @@ class GateError(RkdError):
     exit_code = 3
 
 
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution; None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and every command imports this file
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rkd_deploy.errors import DataError
 
-FORMATS: Mapping[str, tuple[str, ...]] = {
+IMAGE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
     "BMP": (".bmp",),
@@ -29,7 +29,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 No others: Pillow would start Ghostscript for an EPS, and AVIF is in some of its builds alone.
 """
 FORMATS_IN_WORDS = "JPEG, PNG, BMP, WebP, TIFF, GIF or PPM"
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 
 # Folders that systems make beside people's own: of macOS archives, Synology (thumbnails), Windows, ext4.
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError
-from rkd_deploy.image_folders import FORMATS, FORMATS_IN_WORDS
+from rkd_deploy.image_folders import FORMATS_IN_WORDS, IMAGE_FORMATS
 from rkd_deploy.storage import open_regular
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ def decoded(
             if isinstance(source, str | os.PathLike):
                 source = opened.enter_context(open_regular(source, limit=FILE_LIMIT))
             # Without a list Pillow tries all formats it knows, and starts Ghostscript for an EPS, whatever its suffix.
-            return _upright(opened.enter_context(Image.open(source, formats=tuple(FORMATS))), channels, max_pixels)
+            return _upright(
+                opened.enter_context(Image.open(source, formats=tuple(IMAGE_FORMATS))), channels, max_pixels
+            )
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except Exception as error:  # what Pillow's decoders raise on broken files is of any type

@@ -49,7 +49,7 @@ print(json.dumps({package: imported(package) for package in sys.argv[1:]}))
 """
 
 NEEDED = {
-    "torch": ("train", "models", "data", "export", "pipeline", "compare", "backends.pytorch", "backends.pytorch_cuda"),
+    "torch": ("train", "models", "data", "export", "pipeline", "compare", "backends.pytorch"),
     "torchvision": ("data", "train", "pipeline", "compare"),
     "safetensors": ("train", "pipeline", "compare"),
     "starlette": ("serve.http",),

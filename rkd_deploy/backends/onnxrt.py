@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from rkd_deploy.backends.files import broken_model, model_path
-from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, kept_from_terminal
+from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, quiet_terminal
 from rkd_deploy.backends.onnxrt_session import (
     PROVIDERS,
     check_provider,
@@ -37,8 +37,7 @@ from rkd_deploy.backends.protocol import (
     logits_first,
     parse_device,
 )
-from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.backends.runtimes import RunOn, require_runtime
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
@@ -116,7 +115,7 @@ class OnnxRuntimeBackend(Backend):
             yield
             return
         self._shapes.add(shape)
-        with kept_from_terminal() as lines:
+        with quiet_terminal() as lines:
             yield
         self._error_lines += lines()
 
@@ -141,6 +140,19 @@ class OnnxRuntimeBackend(Backend):
         if self._kind == "cpu" and x.nbytes <= SMALL_INPUT_BYTES and logits.dtype != object:
             self._local.bound = _BoundRun(session, self._input.name, x, self._logits[0], logits)
         return logits
+
+    def infer_all(self, x: Array) -> tuple[Array, ...]:
+        """Run one batch, host to host, and give every output."""
+        session = self._live()
+        self._input.check(x)
+        try:
+            with self._choosing_kernels(x.shape):
+                outputs: tuple[Array, ...] = tuple(session.run(list(self._info.outputs), {self._input.name: x}))
+        except Exception as error:  # ONNX Runtime's own exceptions have no other base
+            raise failed_run(error) from error
+        for output in outputs:
+            check_rows(output.shape, len(x))
+        return outputs
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Bind a copy of `x` on the device; ONNX Runtime waits for each run before the call returns."""
@@ -234,6 +246,10 @@ class GraphedOnnxRuntimeBackend(OnnxRuntimeBackend):
                 check_rows(run.shape, len(x))
             return run.infer(x)
 
+    def infer_all(self, x: Array) -> tuple[Array, ...]:
+        """Refused where there is more than the logits: what is captured gives them alone."""
+        return Backend.infer_all(self, x)
+
     def prepare(self, x: Array) -> Callable[[], None]:
         """Capture a graph of its own for this input; ONNX Runtime waits for each launch to end."""
         self._live()
@@ -268,6 +284,19 @@ def _explained_runs() -> Iterator[None]:
         raise failed_run(error) from error
 
 
+_TENSORRT = "libnvinfer.so.10"
+"""Library that ONNX Runtime's TensorRT provider is linked to; the provider is listed without it too."""
+
+
+def has_tensorrt() -> bool:
+    """Whether the library of the TensorRT execution provider can be loaded."""
+    try:
+        ctypes.CDLL(_TENSORRT)
+    except OSError:
+        return False
+    return True
+
+
 class TensorRtProviderBackend(OnnxRuntimeBackend):
     """An ONNX file on CUDA by the TensorRT execution provider, which builds its engine when the model is loaded.
 
@@ -280,6 +309,13 @@ class TensorRtProviderBackend(OnnxRuntimeBackend):
         if kind == "cpu":
             raise BackendError(
                 f"Device 'cpu' was asked for; the {self.name} backend runs on device='cuda' or 'cuda:N' only."
+            )
+        listed = PROVIDERS["tensorrt"] in require_runtime("onnxruntime", "gpu").get_available_providers()
+        if listed and not has_tensorrt():
+            raise BackendError(
+                f"The {self.name} backend needs TensorRT's library {_TENSORRT}, which cannot be loaded here. Install "
+                "it (pip install tensorrt-cu12, and its folder in LD_LIBRARY_PATH), or take backend 'tensorrt' or "
+                "'onnxruntime' on the same device."
             )
         return "tensorrt"
 

@@ -18,8 +18,7 @@ import numpy as np
 
 from rkd_deploy.backends.onnx_bytes import has_16_bit_weights
 from rkd_deploy.backends.protocol import Array
-from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.backends.runtimes import RunOn, require_runtime
 
 OPTIONS: dict[str, str] = {}
 """More options of the CUDA provider, for every session that is opened; benchmarks/gpu.py compares some."""
@@ -69,7 +68,7 @@ def provider_options(file: Path, index: int, run_on: RunOn, *, graph: bool) -> d
 
 
 @contextlib.contextmanager
-def kept_from_terminal() -> Iterator[Callable[[], int]]:
+def quiet_terminal() -> Iterator[Callable[[], int]]:
     """Keep cuDNN's error lines from the terminal inside the block; everything else that is written comes after it.
 
     They are written by C++ to the process's standard error, one for each convolution that it has no plan for, and

@@ -14,8 +14,7 @@ import numpy as np
 from rkd_deploy.backends import onnxrt_cuda
 from rkd_deploy.backends.files import failed_load, too_new
 from rkd_deploy.backends.protocol import Array, InputSpec, LayerRun, LayerTime
-from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.backends.runtimes import RunOn, require_runtime
 from rkd_deploy.errors import BackendError, install_line
 
 CPU_FACTS = Path("/proc/cpuinfo")

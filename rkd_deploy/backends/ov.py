@@ -25,8 +25,7 @@ from rkd_deploy.backends.protocol import (
     closed_backend,
     logits_first,
 )
-from rkd_deploy.backends.runtimes import RunOn
-from rkd_deploy.backends.telemetry import require_runtime
+from rkd_deploy.backends.runtimes import RunOn, require_runtime
 from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
@@ -60,7 +59,7 @@ class OpenVinoBackend(Backend):
         self._input = _only_input(file, model.inputs)
         names = [output.get_any_name() for output in model.outputs]
         outputs = logits_first(file, names)
-        self._logits_index = names.index(outputs[0])
+        self._indices = [names.index(name) for name in outputs]
         metadata = _onnx_metadata(model)
         card = metadata.get(METADATA_KEY)
         self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
@@ -88,16 +87,11 @@ class OpenVinoBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Run one batch, host to host, in this thread's own request."""
-        request = self._request()
-        self._input.check(x)
-        try:
-            # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
-            _run(request, np.ascontiguousarray(x))
-            logits: Array = self._result(request, len(x)).copy()
-        except BackendError:
-            self._local.request = None  # a request whose run broke off fails at valid inputs, too
-            raise
-        return logits
+        return self._outputs(x, self._indices[:1])[0]
+
+    def infer_all(self, x: Array) -> tuple[Array, ...]:
+        """Run one batch, host to host, and give every output."""
+        return self._outputs(x, self._indices)
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Copy `x` into a request once; each call of what is returned runs it to its end."""
@@ -115,7 +109,7 @@ class OpenVinoBackend(Backend):
             self._live()
             _run(request, None)
             if not checked:
-                self._result(request, len(x))
+                self._result(request, self._indices[0], len(x))
                 checked = True
 
         return run
@@ -146,17 +140,28 @@ class OpenVinoBackend(Backend):
             raise closed_backend(self.name)
         return self._compiled
 
-    def _result(self, request: Any, batch: int) -> Array:
-        """The logits of a run, in memory that belongs to the request and is overwritten by its next run."""
-        logits: Array = request.get_output_tensor(self._logits_index).data
+    def _outputs(self, x: Array, indices: Sequence[int]) -> tuple[Array, ...]:
+        request = self._request()
+        self._input.check(x)
+        try:
+            # Shared in, where the memory allows it; out as a copy, because the request writes its own memory again.
+            _run(request, np.ascontiguousarray(x))
+            return tuple(self._result(request, index, len(x)).copy() for index in indices)
+        except BackendError:
+            self._local.request = None  # a request whose run broke off fails at valid inputs, too
+            raise
+
+    def _result(self, request: Any, index: int, batch: int) -> Array:
+        """An output of a run, in memory that belongs to the request and is overwritten by its next run."""
+        result: Array = request.get_output_tensor(index).data
         # OpenVINO 2026.4 raises nothing then, and the time of such a run would be measured as if it were one.
-        if logits.size == 0:
+        if result.size == 0:
             raise BackendError(
-                f"OpenVINO gave an empty result {list(logits.shape)} for a batch of {batch}, as it does where memory "
+                f"OpenVINO gave an empty result {list(result.shape)} for a batch of {batch}, as it does where memory "
                 "runs out. Use a smaller batch, or fewer streams, or free memory."
             )
-        check_rows(logits.shape, batch)
-        return logits
+        check_rows(result.shape, batch)
+        return result
 
     def _request(self) -> Any:
         """The infer request of this thread: one request runs one batch at a time."""

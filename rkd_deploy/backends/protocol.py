@@ -105,6 +105,23 @@ class Backend(Protocol):
         """
         ...
 
+    def infer_all(self, x: Array) -> tuple[Array, ...]:
+        """Run once, host to host, and give every output, in the order of `info.outputs`.
+
+        Args:
+            x: As for `infer`.
+
+        Raises:
+            UsageError: `x` has another type or shape.
+            BackendError: As for `infer`; or the file has several outputs, and this backend gives the logits alone.
+        """
+        if len(self.info.outputs) > 1:
+            raise BackendError(
+                f"{self.info.file} has the outputs {', '.join(self.info.outputs)}, of which the {self.name} backend "
+                "gives the first alone. Run it on onnxruntime, openvino or tensorrt."
+            )
+        return (self.infer(x),)
+
     def prepare(self, x: Array) -> Callable[[], None]:
         """Copy `x` to the device once; each call of what is returned enqueues one run there.
 
@@ -217,13 +234,29 @@ def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Arra
     Raises:
         UsageError: `x` does not fit the model.
     """
-    info = backend.info
+    (logits_NK,) = _in_chunks(lambda chunk: (backend.infer(chunk),), backend.info, x, max_batch)
+    return logits_NK
+
+
+def infer_all_many(backend: Backend, x: Array) -> tuple[Array, ...]:
+    """Every output of a model for any number of inputs, in chunks as `infer_many` has them.
+
+    Raises:
+        UsageError: `x` does not fit the model.
+        BackendError: The backend gives logits alone.
+    """
+    return _in_chunks(backend.infer_all, backend.info, x, None)
+
+
+def _in_chunks(
+    run: Callable[[Array], tuple[Array, ...]], info: ModelInfo, x: Array, max_batch: int | None
+) -> tuple[Array, ...]:
     fixed = info.input_shape[0]
     max_batch = max_batch or min(256, max(1, _CHUNK_NUMBERS // math.prod(x.shape[1:])))
     max_batch = min(max_batch, info.max_batch or max_batch)
     count = len(x)
     if count <= max_batch if fixed is None else count == fixed:
-        return backend.infer(x)
+        return run(x)
     size = fixed or max_batch
     parts = []
     for start in range(0, count, size):
@@ -231,10 +264,10 @@ def infer_many(backend: Backend, x: Array, max_batch: int | None = None) -> Arra
         missing = 0 if fixed is None else fixed - len(chunk)
         if missing:
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        parts.append(backend.infer(chunk)[: size - missing])
+        parts.append([output[: size - missing] for output in run(chunk)])
     if not parts:
         raise UsageError("A batch of 0 inputs was given; a model takes at least 1.")
-    return np.concatenate(parts)
+    return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
 
 
 def parse_device(device: str) -> tuple[str, int]:

@@ -3,8 +3,8 @@
 Three ways to run one: eagerly (`pytorch`), compiled by torch.compile (`pytorch:compile`), and recorded as a CUDA graph
 (`pytorch:cuda-graphs`), which is how a small network is launched once and not kernel by kernel.
 
-This file and `pytorch_cuda.py` are the only ones of `backends` that import torch; they are loaded by name, so nothing
-else reaches torch through them.
+This file, `pytorch_cuda.py` and `pytorch_profile.py` are the only ones of `backends` that import torch; they are loaded
+by name, so nothing else reaches torch through them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from rkd_deploy.backends.protocol import (
     Backend,
     InputSpec,
     LayerRun,
-    LayerTime,
     ModelInfo,
     check_rows,
     closed_backend,
     parse_device,
 )
-from rkd_deploy.backends.pytorch_cuda import RecordedRun, kernel_us, limit_memory, new_stream, on_stream
+from rkd_deploy.backends.pytorch_cuda import RecordedRun, limit_memory, on_stream
+from rkd_deploy.backends.pytorch_profile import profile_operators
 from rkd_deploy.backends.runtimes import RunOn
 from rkd_deploy.errors import BackendError
 
@@ -94,8 +94,9 @@ class PyTorchBackend(Backend):
         with contextlib.suppress(NotImplementedError):  # what torch.export wrote has its mode fixed
             self._module.eval()
         # Streams of callers run side by side only where each has a stream of the device.
-        self._stream = new_stream(self._place)
-        if self._stream is not None:
+        self._stream: torch.cuda.Stream | None = None
+        if self._place.type == "cuda":
+            self._stream = torch.cuda.Stream(self._place)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(self._place))  # the weights are copied on that
 
     @classmethod
@@ -137,18 +138,18 @@ class PyTorchBackend(Backend):
         """Run one batch, host to host, in inference mode."""
         module = self._live()
         self._input.check(x)
-        with on_stream(self._stream):
+        with self._on_device():
             return _to_numpy(_run(module, self._tensor(x)))
 
     def prepare(self, x: Array) -> Callable[[], None]:
         """Copy `x` to the device once; each call of what is returned starts one run there."""
         self._live()
         self._input.check(x)
-        with on_stream(self._stream):
+        with self._on_device():
             resident = self._tensor(x).clone()
 
         def run() -> None:
-            with on_stream(self._stream):
+            with self._on_device():
                 _run(self._live(), resident)
 
         return run
@@ -159,21 +160,8 @@ class PyTorchBackend(Backend):
         self._input.check(x)
         if not isinstance(module, torch.fx.GraphModule):
             return []
-        interpreter = _Named(module)
-        with on_stream(self._stream), _explained(len(x)), torch.inference_mode(), torch.profiler.profile() as profile:
-            tensor = self._tensor(x)
-            for interpreter.run_number in range(count):
-                interpreter.run(tensor)
-            self.synchronize()
-        runs: list[LayerRun] = [[] for _ in range(count)]
-        for event in sorted(profile.events(), key=lambda event: event.time_range.start):
-            run, _, name = event.name.partition(" ")
-            # Of an annotated operator a GPU's profile has a second event, of the device, under the same name.
-            if name in interpreter.kinds and run.isdecimal() and event.device_type.name == "CPU":
-                total = event.cpu_time_total if self._stream is None else kernel_us(event)
-                op, precision = interpreter.kinds[name]
-                runs[int(run)].append(LayerTime(name, op, total / 1000, precision))
-        return runs
+        with self._on_device(), _explained(len(x)):
+            return profile_operators(module, self._tensor(x), count)
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was enqueued; on a CPU every run has ended already."""
@@ -186,6 +174,10 @@ class PyTorchBackend(Backend):
         self._module = None
         if self._place.type == "cuda":  # else the next backend's memory would be hidden in what PyTorch has kept
             torch.cuda.empty_cache()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Enqueue what runs inside on the backend's stream, with exact float32; on a CPU there is nothing to say."""
+        return contextlib.nullcontext() if self._stream is None else on_stream(self._stream)
 
     def _live(self) -> nn.Module:
         if self._module is None:
@@ -260,7 +252,7 @@ class GraphedPyTorchBackend(PyTorchBackend):
         """Replay the graph of this input shape on one batch, host to host; record it first where it is new."""
         module = self._live()
         self._input.check(x)
-        with self._lock, on_stream(self._stream):
+        with self._lock, self._on_device():
             tensor = self._tensor(x)
             if self._recorded is None or self._recorded.shape != tensor.shape:
                 self._recorded = None  # gives its memory back first
@@ -271,12 +263,12 @@ class GraphedPyTorchBackend(PyTorchBackend):
         """Record a graph of its own for `x`; each call of what is returned replays it."""
         module = self._live()
         self._input.check(x)
-        with on_stream(self._stream):
+        with self._on_device():
             recorded = _record(module, self._tensor(x))
 
         def run() -> None:
             self._live()
-            with on_stream(self._stream):
+            with self._on_device():
                 recorded.replay()
 
         return run
@@ -285,26 +277,6 @@ class GraphedPyTorchBackend(PyTorchBackend):
         """Let go of the module and of the recorded graph."""
         self._recorded = None
         super().close()
-
-
-class _Named(torch.fx.Interpreter):
-    """Runs a program operator by operator, each under its name and the number of the run in PyTorch's profile."""
-
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.run_number = 0
-        self.kinds: dict[str, tuple[str, str]] = {}
-        """Operator type and number type of each node, by the node's name."""
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run one operator of the graph inside of a profiler record that bears its name."""
-        if not isinstance(n.target, torch._ops.OpOverload):
-            return super().run_node(n)
-        with torch.profiler.record_function(f"{self.run_number} {n.name}"):
-            result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.kinds[n.name] = (n.target.overloadpacket.__name__, str(result.dtype).removeprefix("torch."))
-        return result
 
 
 def devices() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""PyTorch on CUDA: exact float32, captured graphs, times of kernels, limits of memory."""
+"""PyTorch on CUDA: exact float32, captured graphs, limits of memory."""
 
 from __future__ import annotations
 
@@ -102,29 +102,9 @@ class RecordedRun:
         self._graph.replay()
 
 
-def kernel_us(event: Any) -> float:
-    """Microseconds of the kernels that an operator launched, each counted once.
-
-    PyTorch's profile has the span of an annotated operator on the device as one more kernel, of the annotation's name.
-
-    Args:
-        event: A torch.autograd.profiler_util.FunctionEvent of the host.
-    """
-    launched_us = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
-    return float(launched_us + sum(kernel_us(child) for child in event.cpu_children))
-
-
-def new_stream(place: torch.device) -> torch.cuda.Stream | None:
-    """A stream of a CUDA device; None on a CPU."""
-    return torch.cuda.Stream(place) if place.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
 @contextlib.contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Enqueue what runs inside on this stream, with exact float32; None: on a CPU, where there is nothing to say."""
-    if stream is None:
-        yield
-        return
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Enqueue what runs inside on this stream, with exact float32."""
     with torch.cuda.stream(stream), exact_float32:
         yield
 

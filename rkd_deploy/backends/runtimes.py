@@ -1,28 +1,57 @@
-"""The backends by name, and `RunOn`: which of them runs a model, and where."""
+"""The backends by name, their libraries, and `RunOn`: which of them runs a model, and where."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from types import ModuleType
 from typing import Any, cast
 
 from rkd_deploy.backends.files import ENGINE_SUFFIXES, model_path, program_path
 from rkd_deploy.backends.protocol import Backend, parse_device
-from rkd_deploy.backends.telemetry import require_runtime
 from rkd_deploy.errors import (
     BackendError,
     MissingDependencyError,
     UsageError,
     install_line,
+    installed_version,
+    require,
     unknown_name,
 )
-from rkd_deploy.fields import check_number
+from rkd_deploy.fields import MOST_THREADS, check_number
 
-MOST_THREADS = 4096
-"""More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
+# No runtime may call home, nor write an identifier into the home folder. ONNX Runtime reads this variable when it is
+# imported. OpenVINO has none: it sends an event as soon as it is imported, through the package openvino_telemetry, and
+# takes a stub of its own where that cannot be imported. A program that imports a runtime before this package decides
+# for itself.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+_OPENVINO_TELEMETRY = "openvino_telemetry"
+
+
+def require_runtime(package: str, extra: str) -> ModuleType:
+    """Import a runtime's library with its telemetry off; arguments and errors as for `errors.require`."""
+    if package in sys.modules:
+        return require(package, extra)
+    with _without_telemetry():
+        return require(package, extra)
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    if _OPENVINO_TELEMETRY in sys.modules:
+        yield
+        return
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]  # Python's own way to say: cannot be imported
+    try:
+        yield
+    finally:
+        sys.modules.pop(_OPENVINO_TELEMETRY, None)
+
+
 MOST_MEMORY = 1 << 50
 """More bytes than any GPU has: a larger limit is a slip."""
 
@@ -249,12 +278,5 @@ def _status(name: str) -> BackendStatus:
     except (ImportError, OSError) as error:
         # Installed and broken, a CUDA library missing say: a status has to report that, not to die of it.
         reason = f"{runtime.package} is installed but cannot be imported ({error}). Install it again with: {install}"
-        return BackendStatus(name, False, _version(runtime.package), (), reason, install)
+        return BackendStatus(name, False, installed_version(runtime.package), (), reason, install)
     return BackendStatus(name, True, str(library.__version__), devices, None, install)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -15,7 +15,8 @@ from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import machine
 from rkd_deploy.bench.accuracy import Accuracy, card_accuracy, folder_top1
 from rkd_deploy.bench.loading import Loaded, device_in_use, load_all, random_input, resolve_batches
-from rkd_deploy.bench.machine import Pace, cores
+from rkd_deploy.bench.machine import cores
+from rkd_deploy.bench.pace import Pace
 from rkd_deploy.bench.results import Result
 from rkd_deploy.bench.settings import BenchSettings, PathLike, check_models
 from rkd_deploy.bench.statistics import Timing
@@ -52,11 +53,14 @@ def bench(
     """
     settings = settings or BenchSettings()
     check_models(models, settings.run_on)
+    # Read before any model is loaded: what they add to it is theirs.
     schedule = _Schedule(settings, machine.resident_bytes())
     results = []
     for run_on in settings.run_on:
         report = _prefixed(progress, run_on if len(settings.run_on) > 1 else None)
         with ExitStack() as stack:
+            # Anew at each place: the models of the one before have been let go of by now, but for what their runtime
+            # keeps.
             device_before = device_in_use(run_on)
             loaded = load_all(models, run_on, stack, settings.batches, report)
             sizes, accuracies = resolve_batches(loaded, settings.batches), {}

@@ -163,6 +163,7 @@ def folder_top1(backend: Backend, card: ModelCard | None, folder: Path, progress
             "prepared, is unknown. Leave --data out, or export the model with rkd-deploy export."
         )
     files, labels_N = labelled_images(folder, card.labels)
+    # Through the classifier that apps embed, so that its decoding and resizing are judged along with the model.
     classifier = Classifier(backend, card, max_batch=min(_AT_ONCE, backend.info.max_batch or _AT_ONCE))
     right = 0
     for start in range(0, len(files), _AT_ONCE):

@@ -1,4 +1,4 @@
-"""Counts the multiply-adds and bytes of an ONNX file at the least, from its shapes alone.
+"""Counts what an ONNX file multiplies, stores and moves at the least, and how much of it is zeros.
 
 One multiply and one add are one MAC. Counted are the operators that are sums of products, ONNX Runtime's own among
 them; what else a graph does (activations, pooling, sums) costs bytes and no MACs here. What cannot be counted is named,
@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rkd_deploy.backends.files import broken_model, model_path
 from rkd_deploy.backends.onnx_bytes import DEFAULT_DOMAINS
 from rkd_deploy.bench.fused_operators import multiplies_nothing, standardised
+from rkd_deploy.card import GraphFacts
 from rkd_deploy.errors import UsageError, require
 
 Shape = tuple[int, ...]
@@ -124,7 +127,10 @@ def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = 
         if model.functions:
             model = require("onnx.inliner", "export").inline_local_functions(model)
         _fix_input(model.graph, batch, image, str(file))
-        inferred = onnx.shape_inference.infer_shapes(standardised(model, onnx), data_prop=True)
+        # Only ONNX Runtime's own operators need replacing, and replacing copies the model, weights and all.
+        foreign = any(node.domain.encode() not in DEFAULT_DOMAINS for node in model.graph.node)
+        readable = standardised(model, onnx) if foreign else model
+        inferred = onnx.shape_inference.infer_shapes(readable, data_prop=True)
         for described in (model.graph.value_info, model.graph.output):
             del described[:]
         model.graph.value_info.extend(inferred.graph.value_info)
@@ -283,3 +289,46 @@ def macs(op: str, x: Shape, weight: Shape, y: Shape, *, transposed: bool = False
     if op.endswith(("Conv", "ConvInteger")):  # each output value is one window of one group
         return math.prod(y) * math.prod(weight[1:])
     return math.prod(y) * (x[0] if transposed else x[-1])
+
+
+def graph_facts(path: str | os.PathLike[str]) -> GraphFacts | None:
+    """Count what one image costs in an exported file, zeros included.
+
+    Layers of S and A that lie side by side are one layer whose weights between the two are zeros: it multiplies and
+    stores more than was trained.
+
+    Args:
+        path: Bundle folder or ONNX file with one input and images of a fixed size.
+
+    Returns:
+        The counts; None where the graph has an operator whose MACs cannot be told, or its shapes cannot.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+        ModelFileError: The file is no ONNX file.
+    """
+    onnx = require("onnx", "export")
+    try:
+        cost = graph_cost(path, batch=1)
+    except UsageError:
+        return None
+    if cost.uncounted:
+        return None
+    graph = onnx.load(str(model_path(path))).graph
+    constants = [*graph.initializer]
+    constants += [
+        attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    ]
+    weights = zeros = 0
+    for constant in constants:
+        values = onnx.numpy_helper.to_array(constant)
+        # Whole numbers of 64 bits are shapes, and one number alone is a scale or a setting.
+        if values.dtype == np.int64 or values.size == 1:
+            continue
+        weights += values.size
+        zeros += int((values.astype(np.float32) == 0).sum()) if values.dtype.kind == "V" else int((values == 0).sum())
+    return GraphFacts(macs=cost.macs, weights=weights, zeros=zeros)

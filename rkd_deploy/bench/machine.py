@@ -1,4 +1,4 @@
-"""The machine of a bench: versions, clocks, memory, and its pace beside a measurement.
+"""The machine of a bench: versions, clocks, load and memory.
 
 Clocks, limits and load are what makes two honest tools disagree about one model. They are read from /proc and /sys
 (Linux) and from nvidia-smi; what a machine does not tell, as virtual ones do not tell temperatures, is None.
@@ -7,22 +7,18 @@ Clocks, limits and load are what makes two honest tools disagree about one model
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
+from rkd_deploy.errors import installed_version
 
 PACKAGES = (
     "rkd-deploy",
@@ -87,7 +83,7 @@ def provenance() -> Provenance:
     return Provenance(
         command=command_without_folders(sys.argv),
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: installed_version(name) for name in PACKAGES},
         python=platform.python_version(),
         platform=platform.platform(),
         cpu=cpu_model(),
@@ -105,13 +101,6 @@ def command_without_folders(argv: list[str]) -> str:
         return ""
     arguments = [re.sub(r"(^|[=:,])[~/][^=:,]*", lambda path: path[1] + Path(path[0]).name, a) for a in argv[1:]]
     return " ".join([Path(argv[0]).name, *arguments])
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cores() -> int:
@@ -328,6 +317,8 @@ def device_used_bytes(device: str) -> int | None:
     number = int(index or 0)
     if not facts or number >= len(facts):
         return None
+    # nvidia-smi and not the runtime's own count: memory of other processes and of the driver's contexts is in use as
+    # well.
     mebibytes = re.match(r"(\d+) MiB", facts[number].get("memory.used", ""))
     return int(mebibytes[1]) * 2**20 if mebibytes else None
 
@@ -342,64 +333,3 @@ def _kilobytes(file: Path, name: str) -> int | None:
     except OSError:
         return None
     return int(line[1]) * 1024 if line else None
-
-
-_SIDE = 1 << 16
-"""Numbers in one pass of `Pace`: 512 KB with the result, which the second level of caches holds."""
-_PASSES, _REPEATS = 8, 5
-
-
-class Pace:
-    """The machine's own pace: the time of one fixed piece of work, on several threads at once.
-
-    It is reported beside a measurement and changes no figure: a neighbour that takes part of a core shows in it, which
-    a virtual machine shows in no clock. Two paces compare only within one bench.
-
-    Args:
-        threads: As many as the model has, callers included; no more than there are cores.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._threads = min(threads, cores())
-        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
-        self._arrays = [_aligned() for _ in range(self._threads)]
-
-    def __call__(self) -> float:
-        """Do the work once and time it.
-
-        Returns:
-            Time of the slowest thread in ms, each thread's the median of `_REPEATS`.
-        """
-        run = map if self._pool is None else self._pool.map
-        return max(run(_timed, self._arrays))
-
-    def close(self) -> None:
-        """End the threads that do the work."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-def _aligned() -> tuple[np.ndarray, np.ndarray]:
-    """Input and output of `Pace`'s work, float32 [_SIDE], at places in memory that are equally fast in every process.
-
-    Each begins with a cache line, and they lie at different places of their pages. Where NumPy puts them, vectors
-    straddle lines, and the work takes a third longer in one process than in another.
-    """
-    line, page = 64 // 4, 4096 // 4
-    memory = np.empty(2 * _SIDE + page, np.float32)
-    first = -(memory.ctypes.data // 4) % line
-    second = first + _SIDE + page // 2
-    x, y = memory[first : first + _SIDE], memory[second : second + _SIDE]
-    x[:] = np.linspace(-1, 1, _SIDE)
-    return x, y
-
-
-def _timed(arrays: tuple[np.ndarray, np.ndarray]) -> float:
-    x, y = arrays
-    times = []
-    for _ in range(_REPEATS):  # of several the median: an interruption of one would be taken for the machine's pace
-        start = time.perf_counter()
-        for _ in range(_PASSES):
-            np.exp(x, out=y)  # vector instructions, and without the interpreter's lock
-        times.append(1000 * (time.perf_counter() - start))
-    return median(times)

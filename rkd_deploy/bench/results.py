@@ -57,7 +57,7 @@ class Figures:
         warmup_runs: Number of untimed calls before.
         warmup_seconds: Time in them.
         complete: False where the measurement was interrupted; the figures are those of the samples until then.
-        pace_ms: Time that a fixed piece of work took beside the turns (`machine.Pace`), their median; None: not taken.
+        pace_ms: Time that a fixed piece of work took beside the turns (`pace.Pace`), their median; None: not taken.
         round_medians_ms: Median of each turn of 0.1 s, in order: the machine drifts between turns, hardly within one.
         samples_ms: Every sample, in the order they were measured.
     """

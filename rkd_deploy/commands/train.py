@@ -175,6 +175,9 @@ def compare(
     ] = "1",
     threads: Threads = None,
     min_seconds: Annotated[float, typer.Option("--seconds", help="Time each network at least so long.")] = 1.0,
+    early_exit: Annotated[
+        bool, typer.Option("--early-exit", help="Measure S + A with A on demand too, over thresholds.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for table, plot, record. Default: runs/compare-TIME.")
     ] = None,
@@ -206,6 +209,8 @@ def compare(
     from rkd_deploy.report.tables import print_line
     from rkd_deploy.train.runs import newest_run, open_run
 
+    if early_exit and not latency:
+        raise UsageError("--early-exit measures time, and --no-latency forbids that. Leave one of them out.")
     comparison = compare_runs([open_run(run) for run in runs] if runs else [newest_run(root, finished=True)])
     if latency:
         require_all("export", "onnx", "onnxscript")
@@ -216,7 +221,7 @@ def compare(
             min_seconds=min_seconds,
         )
         with status(f"Comparing on {backend}") as update:
-            comparison = timed(comparison, settings, studied=report is not None, progress=update)
+            comparison = timed(comparison, settings, studied=report is not None, early_exit=early_exit, progress=update)
     console = console_for(as_json)
     with output_folder(chosen_folder, root, "compare") as folder:
         written = write_comparison(comparison, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.bench.reading import BenchRecord, bench_record, damaged, read_record
 from rkd_deploy.bench.settings import BenchSettings
+from rkd_deploy.compare.exits import EXIT_COLUMNS, ExitCurve
 from rkd_deploy.compare.rows import Comparison, NetworkRow
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import MissingDependencyError
@@ -17,12 +19,12 @@ from rkd_deploy.report import tables
 from rkd_deploy.report.columns import graph_macs, graph_weights
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
 from rkd_deploy.report.sections import sections
-from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
+from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, frame, new_figure, plot_style, short, write_png
 from rkd_deploy.report.tables import Column, milliseconds, print_line
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
 from rkd_deploy.text import markdown, visible
-from rkd_deploy.train.verdict import Verdict
+from rkd_deploy.train.verdict import CONTROLS, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 _Value = Callable[[NetworkRow], float | None]
 
 
-def plot(comparison: Comparison, path: Path) -> None:
+def write_comparison_plot(comparison: Comparison, path: Path) -> None:
     """Write the picture of a comparison as PNG.
 
     Raises:
@@ -41,9 +43,9 @@ def plot(comparison: Comparison, path: Path) -> None:
     write_png(comparison_figure(comparison), path)
 
 
-@drawing()
+@plot_style()
 def comparison_figure(comparison: Comparison, *, narrow: bool = False) -> Any:
-    """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
+    """The matplotlib Figure of a comparison: for a page that a phone shows too, its panels one below the other."""
     rows = comparison.rows
     values: list[tuple[str, _Value]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
     if any(row.p50_ms is not None for row in rows):
@@ -113,7 +115,7 @@ def _bars(axes: Any, rows: Sequence[NetworkRow], value: _Value, label: str) -> N
     axes.set_xlabel(label, color=INK)
 
 
-SCHEMA = 1
+COMPARISON_SCHEMA = 1
 NOTE = (
     "Top-1 is of the last epoch, on the test images, which nothing was chosen on. +- is the standard deviation over "
     "seeds where there are several, else (in brackets) the standard error that so many test images leave. Against S0: "
@@ -171,6 +173,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     tables.print_table(COLUMNS, comparison.rows, console)
     for verdict in comparison.verdicts:
         print_line(verdict.sentence(), console)
+    for curve in comparison.exits:
+        tables.print_table(EXIT_COLUMNS, curve.points, console)
+        print_line(curve.sentence(), console)
     print_line(NOTE, console, style="dim")
     for sentence in comparison.missing:
         print_line(f"Missing: {sentence}", console, style="yellow")
@@ -181,14 +186,18 @@ def comparison_markdown(comparison: Comparison) -> str:
     missing = "".join(f"\nMissing: {markdown(sentence)}\n" for sentence in comparison.missing)
     head = f"{markdown(comparison.data)}, {comparison.test_images:,} test images.\n\n"
     verdicts = "".join(f"\n{markdown(verdict.sentence())}\n" for verdict in comparison.verdicts)
-    return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + f"\n{NOTE}\n" + missing
+    exits = "".join(
+        f"\n{markdown(curve.sentence())}\n\n{tables.markdown_table(EXIT_COLUMNS, curve.points)}"
+        for curve in comparison.exits
+    )
+    return head + tables.markdown_table(COLUMNS, comparison.rows) + verdicts + exits + f"\n{NOTE}\n" + missing
 
 
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison, with or without latencies, as its record has it; provenance is added where it is written."""
     roofline, layers = comparison.roofline, comparison.layers
     return {
-        "schema": SCHEMA,
+        "schema": COMPARISON_SCHEMA,
         "kind": "compare",
         "data": comparison.data,
         "test_images": comparison.test_images,
@@ -197,6 +206,7 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
         **({} if roofline is None else {"roofline": roofline.to_record()}),
         **({} if layers is None else {"layers": [times.to_record() for times in layers]}),
         "verdicts": [{**asdict(verdict), "outcome": verdict.outcome} for verdict in comparison.verdicts],
+        **({"early_exit": [asdict(curve) for curve in comparison.exits]} if comparison.exits else {}),
         "missing": list(comparison.missing),
         "settings": _settings_record(comparison.settings),
     }
@@ -227,7 +237,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Files:
     write_text(table, comparison_markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:
-        plot(comparison, folder / "compare.png")
+        write_comparison_plot(comparison, folder / "compare.png")
     except MissingDependencyError:
         picture = None
     return Files(record, table, picture)
@@ -261,7 +271,8 @@ def recorded_comparison(content: Mapping[str, Any]) -> RecordedComparison:
         DecodingError: The record is damaged.
     """
     names = ("data", "test_images", "rows", "missing", "verdicts")
-    stored = decode(_Stored, {name: content[name] for name in names if name in content})
+    exits = {"exits": content["early_exit"]} if "early_exit" in content else {}
+    stored = decode(_Stored, {name: content[name] for name in names if name in content} | exits)
     if not stored.rows:
         raise DecodingError("rows is empty")
     comparison = Comparison(**vars(stored), networks=())
@@ -277,6 +288,7 @@ class _Stored:
     rows: tuple[NetworkRow, ...]
     missing: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    exits: tuple[ExitCurve, ...] = ()
 
 
 def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages:
@@ -293,7 +305,9 @@ def write_comparison_report(recorded: RecordedComparison, folder: Path) -> Pages
     comparison, bench = recorded.comparison, recorded.bench
     facts = {"Data": comparison.data, "Test images": f"{comparison.test_images:,}", **facts_of([bench])}
     title = f"Comparison of {len(comparison.rows)} networks on {comparison.data}"
-    return write_pages(title, facts, [_section(comparison), *sections([bench])], folder, "compare")
+    return write_pages(
+        title, facts, [_section(comparison), *_exit_section(comparison), *sections([bench])], folder, "compare"
+    )
 
 
 def _section(comparison: Comparison) -> Section:
@@ -305,3 +319,34 @@ def _section(comparison: Comparison) -> Section:
     return Section(
         "Networks", [*verdicts, NOTE, *(f"Missing: {control}" for control in comparison.missing)], [table, picture]
     )
+
+
+def _exit_section(comparison: Comparison) -> list[Section]:
+    if not comparison.exits:
+        return []
+    words = (
+        "S + A at each threshold, from S alone to S + A for every image, beside the networks that it is held against."
+    )
+    picture = Picture("Accuracy over mean time", words, exit_figure(comparison))
+    curves = [table_of(curve.network, EXIT_COLUMNS, curve.points) for curve in comparison.exits]
+    return [Section("Early exit", [curve.sentence() for curve in comparison.exits], [picture, *curves])]
+
+
+@plot_style()
+def exit_figure(comparison: Comparison) -> Any:
+    """The matplotlib Figure of accuracy over mean time: a line for each S + A, a point for each control."""
+    figure = new_figure(WIDTH, 3.4)
+    axes = figure.subplots()
+    for curve, style in zip(comparison.exits, itertools.cycle(("-", "--", ":"))):
+        times, accuracies = ([getattr(point, name) for point in curve.points] for name in ("mean_ms", "top1"))
+        axes.plot(
+            times, accuracies, style, marker="o", markersize=4, color=COLOURS["fused"], label=short(curve.network)
+        )
+    for row in comparison.rows:
+        if row.part in CONTROLS and row.p50_ms is not None:
+            axes.plot(row.p50_ms, row.top1, "s", markersize=6, color=COLOURS[row.part], label=short(row.name))
+    frame(axes)
+    axes.set_xlabel("Mean time of one image, ms", color=INK)
+    axes.set_ylabel("Top-1, %", color=INK)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+    return figure

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from rkd_deploy.backends import describe_model
 from rkd_deploy.bench import BenchSettings, bench
 from rkd_deploy.bench.roofline import Analysis
 from rkd_deploy.bench.timing import Progress
-from rkd_deploy.compare.rows import Comparison
+from rkd_deploy.compare.exits import ExitCurve, exit_curve
+from rkd_deploy.compare.rows import Comparison, NetworkRow
+from rkd_deploy.errors import UsageError
 from rkd_deploy.pipeline import export_run
 
 
@@ -18,6 +23,7 @@ def timed(
     settings: BenchSettings | None = None,
     *,
     studied: bool = False,
+    early_exit: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure latencies, and add them to a comparison.
@@ -30,29 +36,37 @@ def timed(
         settings: One place to run and the batch sizes, of which the rows have the first. Default: ONNX Runtime on the
             CPU, single images, 1 s for each network.
         studied: Whether the roofline and the time of each layer are wanted too.
+        early_exit: Whether S + A are measured leaving early too, image by image: the test images are classified again.
         progress: Told what is being exported or measured, and how far it is.
 
     Raises:
         GateError: An exported graph does not do what the network does.
         BackendError: The backend cannot run here.
+        UsageError: Early exit was asked for on PyTorch, which has no program of its graphs.
     """
     settings = settings or BenchSettings(batches=(1,), min_seconds=1.0)
     (run_on,), batches = settings.run_on, settings.batches or (1,)
     with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
-        bundles = []
+        bundles, left_out = [], []
+        program = run_on.backend.startswith("pytorch")
+        if program and early_exit:
+            raise UsageError(f"Early exit is timed on ONNX files, which {run_on.backend} does not run. Name a runtime.")
         for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
             if progress is not None:
                 progress(f"exporting {row.name}", number / len(comparison.rows))
-            program = run_on.backend.startswith("pytorch")
-            exported = export_run(
-                run, part=part, test_images=False, with_pytorch=program, folder=Path(folder) / str(number)
-            )
+            export = partial(export_run, run, part=part, with_pytorch=program, folder=Path(folder) / str(number))
+            try:
+                exported = export(test_images=early_exit, early_exit=early_exit and part == "fused")
+            except UsageError as error:
+                left_out.append(f"early exit of {row.name}: {error}")
+                exported = export(test_images=False)
             bundles.append(exported.folder)
         names = [row.name for row in comparison.rows]
         analysis = Analysis(bundles, [run_on], batches, names=names)
         if studied:
             analysis.predict(progress)
         results = bench(bundles, settings, progress=progress)
+        exits = tuple(_exits(comparison.rows, bundles, settings, progress)) if early_exit else ()
         if studied:
             analysis.profile(progress)
     # A bench gives its results batch size by batch size, within each in the order of the models.
@@ -86,7 +100,21 @@ def timed(
         roofline=analysis.roofline,
         layers=None if analysis.layers is None else tuple(analysis.layers),
         verdicts=verdicts,
+        exits=exits,
+        missing=(*comparison.missing, *left_out),
     )
+
+
+def _exits(
+    rows: Sequence[NetworkRow], bundles: Sequence[Path], settings: BenchSettings, progress: Progress | None
+) -> Iterable[ExitCurve]:
+    """A curve for every S + A whose bundle has graphs for early exit; its times are held against S0's."""
+    s0 = next(
+        ((row.macs, file) for row, file in zip(rows, bundles, strict=True) if row.part in ("s0", "control")), None
+    )
+    for row, bundle in zip(rows, bundles, strict=True):
+        if describe_model(bundle).early_exit:
+            yield exit_curve(row.name, bundle, s0, settings.run_on[0], settings.limits, progress)
 
 
 def _ratio(ours: float | None, others: float | None) -> float | None:

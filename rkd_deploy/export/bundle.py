@@ -24,7 +24,7 @@ import io
 import json
 import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,22 @@ from torch import nn
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.backends.files import CARD_NAME, ONNX_NAME, with_checksums
-from rkd_deploy.bench.graph_facts import graph_facts
+from rkd_deploy.backends.pytorch import PyTorchBackend
+from rkd_deploy.bench.graph_cost import graph_facts
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import CheckpointError, UsageError, require
+from rkd_deploy.errors import UsageError, installed_version, require
 from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, append_card, to_onnx, to_program
-from rkd_deploy.export.measuring import Choice, Target, choose_level
+from rkd_deploy.export.levels import Choice, Target, choose_level, target_of_files
 from rkd_deploy.export.precision.convert import convert, convert_ungated, require_passed
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.precision.options import AUTO, PrecisionOptions
 from rkd_deploy.export.proving import (
     TOLERANCE,
-    Array,
     Batches,
     Proof,
     check_stated_accuracy,
@@ -61,25 +61,9 @@ from rkd_deploy.export.proving import (
     write_photo,
 )
 from rkd_deploy.fields import check_number
-from rkd_deploy.images import as_input, normalise
-from rkd_deploy.models.logits import check_ends_in_logits, check_rows
-from rkd_deploy.models.plain import check_real, plain
+from rkd_deploy.images import normalise
+from rkd_deploy.models.foreign import check_ends_in_logits, check_finite, check_independent_rows, check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a network with a weight or a statistic that is NaN or infinite.
-
-    Raises:
-        CheckpointError: There is such a weight; the message names the tensor and counts.
-    """
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{count} of the {tensor.numel()} values of {name} are NaN or infinite; a network is exported only "
-                "where all are finite. Take an earlier checkpoint, or train again with a lower train.lr."
-            )
 
 
 def trim_memory() -> None:
@@ -93,7 +77,7 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-PACKAGES = ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
+CARD_PACKAGES = ("rkd-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
 """Packages whose versions the card names."""
 
 
@@ -146,22 +130,9 @@ def export_bundle(
     """
     note = note or (lambda stage: None)
     check_number("--tolerance", tolerance, 0)
-    if with_pytorch and job is not None:
-        raise UsageError(
-            f"model.pt2 would be float32 and model.onnx {job.options.precision}. Leave one of --with-pytorch and "
-            "--precision out."
-        )
-    if job is not None and early_exit is not None:
-        _check_named_layers(job.options, level)
-    check_finite(model)
-    # Two random images tell in a moment what would fail after minutes of converting and proving.
-    noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
-    check_real(model, f"the network {type(model).__name__}")
-    model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
-    check_ends_in_logits(model, noise_NCHW, f"the network {type(model).__name__}")
-    check_rows(model, noise_NCHW, f"the network {type(model).__name__}")
-    onnx = require("onnx", "export")
-    preprocess = card.preprocess
+    if job is not None:
+        _check_job(job.options, level, with_pytorch=with_pytorch, early_exit=early_exit)
+    model = _checked(model, card)
     branches = None if early_exit is None else require_branches(model, early_exit)
     with new_folder(folder) as temporary:
         note("fusing and converting to ONNX")
@@ -171,61 +142,137 @@ def export_bundle(
             outputs=tuple(outputs),
             fusion=choice.level if card.part in ("fused", "student") else "none",
             fusion_search=_search_summary(choice, job),
-            versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            versions={
+                "python": platform.python_version(),
+                **{name: installed_version(name) or "not installed" for name in CARD_PACKAGES},
+            },
         )
-        file = temporary / ONNX_NAME
-        _write(choice.proto, file)
+        _write(choice.proto, temporary / ONNX_NAME)
         # A proof takes memory enough without two more copies of the network: what needs the graph reads it back.
         fused, choice = choice.network, dataclasses.replace(choice, network=model, proto=None)
-        graph = ExportGraph(fused, preprocess, outputs).eval() if job is not None or with_pytorch else None
+        graph = ExportGraph(fused, card.preprocess, outputs).eval() if job is not None or with_pytorch else None
         del fused
         trim_memory()
-        reference = reference_of(model, card)
-        images = batches or [random_batch(card)]
         note("proving against PyTorch")
-        card = dataclasses.replace(card, graph=graph_facts(file))
-        proof, golden = prove(reference, file, card, images, tolerance)
-        check_stated_accuracy(proof, card)
-        card = dataclasses.replace(card, parity=parity_record(proof))
+        draft = _Draft(temporary, card, reference_of(model, card), batches or [random_batch(card)])
+        draft.prove(tolerance)
+        exits = None
         if branches is not None:
             note("converting each branch, for early exit")
-        exits = None if branches is None else ExitGraphs(temporary, branches, card, images, tolerance)
+            exits = ExitGraphs(temporary, branches, draft.card, draft.images, tolerance)
         if job is not None:
-            note(f"converting to {job.options.precision} and judging on held-out images")
-            inputs = _calibration_inputs(job, card)
-            held_out = HeldOut(reference, job.held_out, card)
             assert graph is not None
-            converted = convert(graph, onnx.load(file), preprocess, inputs, held_out, job.options)
-            require_passed(converted, job, card, folder)
-            _write(converted.proto, file)
-            conversion = converted.record(job)
-            proof, golden = prove_converted(proof, golden, conversion, file, card, images)
-            record = {**conversion.to_record(), "test_top1": proof.converted_top1}
-            card = dataclasses.replace(card, precision=job.options.precision, lowering=record)
-            if exits is not None:
-                require_passed(exits.convert(job, inputs), job, card, folder)
+            note(f"converting to {job.options.precision} and judging on held-out images")
+            draft.convert(graph, job, exits, folder)
         if exits is not None and early_exit is not None:
             note("measuring what early exit saves")
-            card = dataclasses.replace(card, early_exit=exits.report(early_exit).to_record())
+            draft.card = dataclasses.replace(draft.card, early_exit=exits.report(early_exit).to_record())
         note("writing and verifying the bundle")
-        # The card comes last: it has what was measured of the file that it is appended to.
-        append_card(file, card)
-        write_text(temporary / "labels.txt", "".join(f"{label}\n" for label in card.labels))
-        write_text(temporary / "preprocessor_config.json", json.dumps(preprocess.to_hugging_face(), indent=2) + "\n")
-        write_bytes(temporary / GOLDEN_NAME, npz(golden))
-        with reference if job is None else RunOn(job.options.prover).load(file) as source:
-            write_photo(temporary, card, source.infer, float(golden["tolerance"]))
         if with_pytorch and graph is not None:
             buffer = io.BytesIO()
-            torch.export.save(to_program(graph, preprocess), buffer)
+            torch.export.save(to_program(graph, card.preprocess), buffer)
             write_bytes(temporary / "model.pt2", buffer.getvalue())
         if choice.search is not None:
             write_json(temporary / "fusion.json", choice.search.to_record())
-        write_text(temporary / CARD_NAME, with_checksums(card, temporary))
-        # From the files alone, as whoever gets the bundle would prove it.
+        return draft.finish(job)
+
+
+def _check_job(options: PrecisionOptions, level: str, *, with_pytorch: bool, early_exit: EarlyExit | None) -> None:
+    """Refuse a lower precision beside what does not go with it."""
+    if with_pytorch:
+        raise UsageError(
+            f"model.pt2 would be float32 and model.onnx {options.precision}. Leave one of --with-pytorch and "
+            "--precision out."
+        )
+    if early_exit is not None and level != "tail" and options.keep not in ((), (AUTO,)):
+        raise UsageError(
+            f"--keep {','.join(options.keep)} names layers of level {level}, and the graphs for early exit have those "
+            "of level tail. Use --fuse tail, or --keep auto."
+        )
+
+
+def _checked(model: nn.Module, card: ModelCard) -> nn.Module:
+    """The network as everything here takes it; what would fail after minutes of converting is refused in a moment."""
+    require("onnx", "export")
+    name = f"the network {type(model).__name__}"
+    check_finite(model)
+    check_real(model, name)
+    model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
+    noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
+    check_ends_in_logits(model, noise_NCHW, name)
+    check_independent_rows(model, noise_NCHW, name)
+    return model
+
+
+@dataclass
+class _Draft:
+    """A bundle in the making: with each step its folder and its card know more.
+
+    Attributes:
+        folder: Holds model.onnx; what else belongs to the bundle is written into it.
+        card: What is known of the network so far.
+        reference: The unfused network, which the file is held against.
+        images: What it is proven on, gone through once a step.
+    """
+
+    folder: Path
+    card: ModelCard
+    reference: PyTorchBackend
+    images: Batches
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / ONNX_NAME
+
+    def prove(self, tolerance: float) -> None:
+        """Hold the float32 file against PyTorch, and PyTorch's accuracy against what the card states."""
+        self.card = dataclasses.replace(self.card, graph=graph_facts(self._file))
+        self._proof, self._golden = prove(self.reference, self._file, self.card, self.images, tolerance)
+        check_stated_accuracy(self._proof, self.card)
+        self.card = dataclasses.replace(self.card, parity=parity_record(self._proof))
+
+    def convert(self, graph: ExportGraph, job: PrecisionJob, exits: ExitGraphs | None, final: Path) -> None:
+        """Replace the file, and the graphs for early exit, by those of lower precision, each held to its gate.
+
+        Args:
+            graph: What the file was exported from.
+            job: Which precision, calibrated and judged on what.
+            exits: The graphs for early exit.
+            final: The bundle's folder to be: a report of what failed is left beside it.
+        """
+        inputs, held_out = job.inputs(self.card.preprocess), HeldOut(self.reference, job.held_out, self.card)
+        proto = require("onnx", "export").load(self._file)
+        converted = convert(graph, proto, self.card.preprocess, inputs, held_out, job.options)
+        require_passed(converted, job, self.card, final)
+        _write(converted.proto, self._file)
+        conversion = converted.record(job)
+        self._proof, self._golden = prove_converted(
+            self._proof, self._golden, conversion, self._file, self.card, self.images
+        )
+        record = {**conversion.to_record(), "test_top1": self._proof.converted_top1}
+        self.card = dataclasses.replace(self.card, precision=job.options.precision, lowering=record)
+        if exits is not None:
+            require_passed(exits.convert(job, inputs), job, self.card, final)
+
+    def finish(self, job: PrecisionJob | None) -> Proof:
+        """Write what goes beside the file, and verify the whole from the files alone, as who gets the bundle would.
+
+        Args:
+            job: Why the file is of a lower precision, if it is.
+        """
+        folder, card = self.folder, self.card
         prover = "onnxruntime" if job is None else job.options.prover
-        gate(verify(temporary, prover), f"{ONNX_NAME} against its golden data", card.precision)
-    return proof
+        # The card comes last: it has what was measured of the file that it is appended to.
+        append_card(self._file, card)
+        write_text(folder / "labels.txt", "".join(f"{label}\n" for label in card.labels))
+        rule = card.preprocess.to_hugging_face()
+        write_text(folder / "preprocessor_config.json", json.dumps(rule, indent=2) + "\n")
+        write_bytes(folder / GOLDEN_NAME, npz(self._golden))
+        with self.reference if job is None else RunOn(prover).load(self._file) as source:
+            write_photo(folder, card, source.infer, float(self._golden["tolerance"]))
+        write_text(folder / CARD_NAME, with_checksums(card, folder))
+        gate(verify(folder, prover), f"{ONNX_NAME} against its golden data", card.precision)
+        return self._proof
 
 
 def _write(proto: Any, file: Path) -> None:
@@ -258,13 +305,13 @@ def _fused(
         return Choice(level, network, float32(network))
     if job is None:
         return choose_level(model, float32, target or Target(), progress)
-    options, inputs = job.options, _calibration_inputs(job, card)
+    options, inputs = job.options, job.inputs(card.preprocess)
 
     def converted(network: nn.Module) -> Any:
         graph = ExportGraph(network, card.preprocess, outputs).eval()
         return convert_ungated(graph, to_onnx(graph, card.preprocess, unfused=model), card.preprocess, inputs, options)
 
-    choice = choose_level(model, converted, _measured_on(target, options), progress)
+    choice = choose_level(model, converted, target_of_files(target, options), progress)
     return dataclasses.replace(choice, proto=float32(choice.network))
 
 
@@ -274,41 +321,3 @@ def _search_summary(choice: Choice, job: PrecisionJob | None) -> dict[str, Any]:
         return {}
     lower = {} if job is None else {"precision": job.options.precision, "target": job.options.runtime}
     return choice.search.to_summary() | lower
-
-
-def _measured_on(target: Target | None, options: PrecisionOptions) -> Target:
-    """What level auto measures files of lower precision on."""
-    target = target or Target(RunOn(options.runs_on[0]))
-    if target.run_on.backend not in options.runs_on:
-        raise UsageError(
-            f"Level auto would measure on {target.run_on.backend} files that are written for --target {options.runtime}"
-            f", which {' or '.join(options.runs_on)} is to run. Measure on that, on the machine it is for, or name a "
-            "level."
-        )
-    if options.keep not in ((), (AUTO,)):
-        raise UsageError(
-            f"--keep {','.join(options.keep)} names layers of one fusion level, and level auto compares several. Name "
-            "the level too, or use --keep auto."
-        )
-    return target
-
-
-def _calibration_inputs(job: PrecisionJob, card: ModelCard) -> Array | None:
-    """Images to calibrate on, as the graph takes them; None where the precision needs none."""
-    return None if job.calibration is None else as_input(job.calibration.images_NHWC, card.preprocess)
-
-
-def _check_named_layers(options: PrecisionOptions, level: str) -> None:
-    """Refuse layers to keep by names that the graphs for early exit, which have level tail, do not share."""
-    if level != "tail" and options.keep not in ((), (AUTO,)):
-        raise UsageError(
-            f"--keep {','.join(options.keep)} names layers of level {level}, and the graphs for early exit have those "
-            "of level tail. Use --fuse tail, or --keep auto."
-        )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "not installed"

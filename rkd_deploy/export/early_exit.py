@@ -8,10 +8,12 @@ The tail is linear (`fusion`), so that logits are a sum of what each branch adds
     z_i = z_{i-1} + W U_i GAP(a_i) + W c_i         and its assistants, one by one
 
 Each branch is thus a graph of its own, from images to what it adds to the logits, and z_k is the value of the fused
-network: whoever runs them all pays what the fused graph costs, and who stops earlier saves the rest. An image leaves
-after step i when its confidence, the largest softmax probability of z_i, reaches the threshold: 0 is S alone, anything
-above 1 is S + A for every image. The threshold is given or chosen on held-out images, the lowest that loses nothing
-there; what it saves and costs is then measured once on the test images.
+network: whoever runs them all pays what the fused graph costs, and who stops earlier saves the rest. Behind a trunk S's
+graph gives the trunk's map beside its logits, and the assistants' graphs take that map, so that this holds there too.
+
+An image leaves after step i when its confidence, the largest softmax probability of z_i, reaches the threshold: 0 is S
+alone, anything above 1 is S + A for every image. The threshold is given or chosen on held-out images, the lowest that
+loses nothing there; what it saves and costs is then measured once on the test images.
 
 The graphs may be of lower precision. Each z_i is then another network's than PyTorch's, so each is held to the limits
 of the precision, on held-out images and against PyTorch's own z_i: with any of them an image may leave. The threshold
@@ -23,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,27 +33,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.backends import infer_many, load_backend
+from rkd_deploy.backends import Array, load_backend
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.parity import compare_logits, gate
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.export.fusion import fuse_branch
-from rkd_deploy.export.graph import ExportGraph, to_onnx
+from rkd_deploy.export.graph import ExportGraph, MapInput, to_onnx
 from rkd_deploy.export.precision.convert import Converted, Exportable, PrecisionRecord, convert_sum
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import PrecisionJob
-from rkd_deploy.export.proving import Array, Batches, reference_of
+from rkd_deploy.export.proving import Batches, reference_of
 from rkd_deploy.images import normalise
-from rkd_deploy.models.adapters import Adapter
-from rkd_deploy.models.cost import count
+from rkd_deploy.models.cost import count, count_end
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import FeatureNetwork, pool
-from rkd_deploy.serve.early_exit import check_threshold, exit_steps
+from rkd_deploy.models.staged import pool, stage_shapes
+from rkd_deploy.serve.early_exit import TRUNK_MAP, check_threshold, every_step, exit_steps, first_step
 from rkd_deploy.storage import write_bytes
 
 # The last is above 1, because the softmax of a sure network rounds to exactly 1.
-THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
+THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)
 """Thresholds of the table; the first is S alone, the last S + A for every image."""
 
 
@@ -99,8 +100,8 @@ class ExitReport:
         macs: MACs of each.
         threshold: Confidence at which an image leaves.
         chosen_on: Where the threshold comes from, in words.
-        held_out: A row for each of `THRESHOLDS` on held-out images; empty without any.
-        test: Rows for S alone, the threshold and all branches on the test images; empty without any.
+        held_out: Rows for `THRESHOLDS` and the threshold, in rising order, on held-out images; empty without any.
+        test: The same on the test images; empty without any.
         conversion: How the graphs got a lower precision; None for float32.
     """
 
@@ -157,7 +158,7 @@ class ExitLogits:
             graphs = [opened.enter_context(load_backend(backend, file)) for file in files]
             for images_NHWC, labels_n in batches:
                 x = images_NHWC if preprocess.embedded else normalise(images_NHWC, preprocess)
-                z = np.cumsum([infer_many(graph, x) for graph in graphs], axis=0)
+                z = every_step(graphs, x)
                 if expected is not None:
                     model, tolerance = expected
                     parity = compare_logits(_rows(_reference(model, images_NHWC, preprocess)), _rows(z), tolerance)
@@ -168,19 +169,18 @@ class ExitLogits:
             self.z_kNK, self.labels_N = list(np.concatenate(z_parts, axis=1)), np.concatenate(labels)
         self.images = len(self.labels_N)
 
-    def row(self, threshold: float, macs: Sequence[int], fused_macs: int) -> ExitRow:
+    def row(self, threshold: float, macs: Sequence[int]) -> ExitRow:
         """What a threshold saves and costs.
 
         Args:
             threshold: Confidence at which an image leaves.
             macs: MACs of each graph.
-            fused_macs: MACs of the fused graph: behind a trunk less than of all graphs, each of which runs it again.
         """
         step_N = exit_steps(self.z_kNK, threshold)
         shares = [float((step_N == step).mean()) for step in range(len(macs))]
         # Who leaves after step i has paid for the graphs 0 .. i: hence the running sum.
         mean = sum(share * total for share, total in zip(shares, np.cumsum(macs).tolist(), strict=True))
-        return ExitRow(threshold, tuple(shares), mean, 1 - mean / fused_macs, self._top1(threshold))
+        return ExitRow(threshold, tuple(shares), mean, 1 - mean / sum(macs), self._top1(threshold))
 
     def lowest_without_loss(self) -> float:
         """The lowest threshold, to 0.01, at which no fewer images are right than with all assistants."""
@@ -277,7 +277,7 @@ class ExitGraphs:
         self._prover = "onnxruntime"
         self._conversion: PrecisionRecord | None = None
         self._macs: list[int] = []
-        self.branches = [self._branch(*pair, number) for number, pair in enumerate(model.branches())]
+        self.branches = [self._branch(number) for number in range(len(self._files))]
         self._write([branch.proto for branch in self.branches])
         self._logits(images, tolerance)
 
@@ -295,7 +295,8 @@ class ExitGraphs:
             HeldOut(reference_of(FirstBranches(self._model, step), self._card), job.held_out, self._card)
             for step in range(len(self.branches))
         ]
-        converted = convert_sum(self.branches, self._card.preprocess, inputs, held_out, job.options)
+        branches = self.branches if inputs is None else self._calibrated(inputs)
+        converted = convert_sum(branches, held_out, job.options)
         self._prover, self._conversion = job.options.prover, converted.record(job)
         self._write(converted.protos)
         return converted
@@ -305,35 +306,40 @@ class ExitGraphs:
         held_out = self._logits(request.held_out)
         requested = request.threshold
         threshold = held_out.lowest_without_loss() if requested is None else requested
-        test, macs, fused_macs = self._logits(request.test), self._macs, self._fused_macs()
-        of_test = (THRESHOLDS[0], threshold, THRESHOLDS[-1])
+        test, macs = self._logits(request.test), self._macs
+        rows = sorted({*THRESHOLDS, threshold})
         return ExitReport(
             files=tuple(self._files),
             macs=tuple(macs),
             threshold=threshold,
             chosen_on=f"{held_out.images} held-out images" if requested is None else "given",
-            held_out=tuple(held_out.row(value, macs, fused_macs) for value in THRESHOLDS) if held_out.images else (),
-            test=tuple(test.row(value, macs, fused_macs) for value in of_test) if test.images else (),
+            held_out=tuple(held_out.row(value, macs) for value in rows) if held_out.images else (),
+            test=tuple(test.row(value, macs) for value in rows) if test.images else (),
             conversion=self._conversion,
         )
 
-    def _fused_macs(self) -> int:
-        """MACs of the fused graph, which runs a trunk once, where each of these graphs runs it again."""
-        total = sum(self._macs)
-        if (trunk := self._model.trunk) is not None:
-            preprocess = self._card.preprocess
-            total -= (len(self._macs) - 1) * count(trunk, (preprocess.height, preprocess.width)).macs
-        return total
-
-    def _branch(self, backbone: FeatureNetwork, adapter: Adapter, number: int) -> Exportable:
+    def _branch(self, number: int) -> Exportable:
         """A branch as it runs: its adapter and the head are one matrix."""
         preprocess, head = self._card.preprocess, cast(nn.Linear, copy.deepcopy(self._model.head))
         if number:
             nn.init.zeros_(head.bias)  # z_0 has b already
-        network = fuse_branch(backbone, adapter, head, self._model.trunk)
-        self._macs.append(count(network, (preprocess.height, preprocess.width)).macs)
-        graph = ExportGraph(network, preprocess).eval()
-        return Exportable(graph, to_onnx(graph, preprocess))
+        network, image_size = fuse_branch(self._model, number, head), (preprocess.height, preprocess.width)
+        if self._model.trunk is None or number == 0:
+            outputs = ("logits",) if self._model.trunk is None else ("logits", TRUNK_MAP)
+            self._macs.append(count(network, image_size).macs)
+            graph = ExportGraph(network, preprocess, outputs).eval()
+            return Exportable(graph, to_onnx(graph, preprocess), preprocess)
+        map_shape = stage_shapes(self._model.trunk, image_size)[-1]
+        self._macs.append(count_end(network, map_shape).macs)
+        graph = ExportGraph(network, takes := MapInput(map_shape)).eval()
+        return Exportable(graph, to_onnx(graph, takes), takes)
+
+    def _calibrated(self, inputs: Array) -> list[Exportable]:
+        """The graphs with what each is calibrated on: the images, or the trunk's maps of them by its float32 graph."""
+        with load_backend("onnxruntime", self._folder / self._files[0]) as graph:
+            _, carried = first_step(graph, inputs)
+        student, *assistants = self.branches
+        return [replace(student, inputs=inputs), *(replace(assistant, inputs=carried) for assistant in assistants)]
 
     def _write(self, protos: Iterable[Any]) -> None:
         for file, proto in zip(self._files, protos, strict=True):

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from rkd_deploy.card import METADATA_KEY, ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require, unknown_name
-from rkd_deploy.export.fusion import SummedBranches
+from rkd_deploy.export.fusion import SummedBranches, TrunkAndStudent
 from rkd_deploy.export.unsupported import unsupported
 from rkd_deploy.models.staged import pool
+from rkd_deploy.serve.early_exit import TRUNK_MAP
 from rkd_deploy.storage import append_bytes
 
 OPSET = 18
@@ -30,22 +32,37 @@ OUTPUTS = ("logits", "probabilities", "features")
 MAX_BATCH = 4096
 
 
+@dataclass(frozen=True)
+class MapInput:
+    """The input of a graph that takes a map in place of images: the end of a network behind its trunk.
+
+    Attributes:
+        input_shape: (C, H, W) of the map.
+        input_dtype: NumPy name of its type.
+    """
+
+    input_shape: tuple[int, int, int]
+    input_dtype: str = "float32"
+
+
 class ExportGraph(nn.Module):
     """What is exported: (x / 255 - mean) / std, the network, and the outputs asked for.
 
     Args:
         network: Normalised float images [N, C, H, W] to logits [N, K]; the result of `fuse`.
-        preprocess: Whether the graph normalises uint8 [N, H, W, C] itself.
-        outputs: Any of `OUTPUTS`, logits among them.
+        preprocess: Whether the graph normalises uint8 [N, H, W, C] itself. A map is taken as it is.
+        outputs: Any of `OUTPUTS`, logits among them. Of a trunk with S behind it: the logits and `TRUNK_MAP`.
 
     Raises:
         UsageError: Unknown outputs, or features of a network that has no summed map.
     """
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess, outputs: Sequence[str] = ("logits",)) -> None:
+    def __init__(
+        self, network: nn.Module, preprocess: Preprocess | MapInput, outputs: Sequence[str] = ("logits",)
+    ) -> None:
         super().__init__()
         for name in outputs:
-            if name not in OUTPUTS:
+            if name not in OUTPUTS and not isinstance(network, TrunkAndStudent):
                 raise UsageError(unknown_name("output", name, OUTPUTS))
         if "logits" not in outputs or len(set(outputs)) != len(outputs):
             raise UsageError(f"outputs = {list(outputs)} must hold logits, and each name once.")
@@ -54,8 +71,11 @@ class ExportGraph(nn.Module):
                 "The summed features f_S + f_A do not exist in this graph: fusion level tail folds them away, and a "
                 "network without adapters has none. Export S + A with --fuse sum."
             )
-        self.network, self.embedded, self.outputs = network, preprocess.embedded, tuple(outputs)
+        self.network, self.outputs = network, tuple(outputs)
         self.dtype = torch.float32
+        self.embedded = isinstance(preprocess, Preprocess) and preprocess.embedded
+        if not isinstance(preprocess, Preprocess):
+            return
         # (x / 255 - mean) / std as one multiplication and one addition, whose factors are rounded once, from float64.
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
@@ -73,6 +93,8 @@ class ExportGraph(nn.Module):
             network = cast(SummedBranches, self.network)
             results["features"] = network.summed_map(x)
             results["logits"] = network.head(pool(results["features"]))
+        elif TRUNK_MAP in self.outputs:
+            results["logits"], results[TRUNK_MAP] = self.network(x)
         else:
             results["logits"] = self.network(x)
         results = {name: value.float() for name, value in results.items()}
@@ -91,18 +113,20 @@ class ExportGraph(nn.Module):
         return converted
 
 
-def example_input(preprocess: Preprocess, batch: int = 2) -> Tensor:
+def example_input(preprocess: Preprocess | MapInput, batch: int = 2) -> Tensor:
     """Zeros of the graph's input type and shape; a batch of 2, because torch.export specialises 0 and 1."""
     return torch.zeros(batch, *preprocess.input_shape, dtype=getattr(torch, preprocess.input_dtype))
 
 
-def to_program(graph: ExportGraph, preprocess: Preprocess) -> torch.export.ExportedProgram:
+def to_program(graph: ExportGraph, preprocess: Preprocess | MapInput) -> torch.export.ExportedProgram:
     """The graph as a PyTorch program with a dynamic batch, which torch.export.load reads without this package."""
     with torch.no_grad():
         return torch.export.export(graph.eval(), (example_input(preprocess),), dynamic_shapes=_dynamic_batch())
 
 
-def to_onnx(graph: ExportGraph, preprocess: Preprocess, opset: int = OPSET, *, unfused: nn.Module | None = None) -> Any:
+def to_onnx(
+    graph: ExportGraph, preprocess: Preprocess | MapInput, opset: int = OPSET, *, unfused: nn.Module | None = None
+) -> Any:
     """Convert to an ONNX model in memory and check it.
 
     Args:

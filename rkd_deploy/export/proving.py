@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.backends import RunOn, infer_many
+from rkd_deploy.backends import Array, RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
@@ -35,7 +34,7 @@ from rkd_deploy.errors import GateError
 from rkd_deploy.export.graph import ExportGraph
 from rkd_deploy.export.precision.convert import PrecisionRecord
 from rkd_deploy.images import as_input, to_array
-from rkd_deploy.models.logits import check_logits
+from rkd_deploy.models.foreign import check_logits
 from rkd_deploy.storage import write_bytes, write_json
 
 TOLERANCE = 1e-4
@@ -44,7 +43,6 @@ TOLERANCE = 1e-4
 ALLOWED_PER_10000 = 2
 """Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
 
-Array = npt.NDArray[Any]
 Golden = dict[str, Any]
 """Arrays of golden.npz by name."""
 Batches = Iterable[tuple[Array, Array]]

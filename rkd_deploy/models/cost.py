@@ -63,6 +63,16 @@ def count(module: nn.Module, input_size: int | tuple[int, int]) -> NetworkCost:
     return _counted(module, (1, 3, height, width))
 
 
+def count_end(end: nn.Module, map_shape: tuple[int, int, int]) -> NetworkCost:
+    """Cost of the end of a network for one image's map.
+
+    Args:
+        end: Left as it is.
+        map_shape: (C, H, W) of the map that it takes.
+    """
+    return _counted(end, (1, *map_shape))
+
+
 def count_head(head: nn.Module, channels: int) -> NetworkCost:
     """Cost of a head for one image's pooled map [1, C].
 

@@ -2,7 +2,7 @@
 
 The network is wrapped, not rewritten: its modules, weights and names stay, its logits are its own. Where its stages end
 is found by running it once (`stage_maps.py`) or named by the user. The maps come from its traced graph (`tracing.py`);
-from hooks on its modules (`Hooked`) where it cannot be traced, and then only modules can be stages.
+from hooks on its modules (`hooks.py`) where it cannot be traced, and then only modules can be stages.
 """
 
 from __future__ import annotations
@@ -11,87 +11,18 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.models.logits import check_ends_in_logits, check_rows
-from rkd_deploy.models.plain import plain
+from rkd_deploy.models.foreign import check_ends_in_logits, check_independent_rows, plain
+from rkd_deploy.models.hooks import Hooked
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
-from rkd_deploy.models.tracing import Holder, Reader, Traced
-
-
-class Hooked:
-    """Reads stage maps by forward hooks, for networks that `tracing.Traced` cannot trace: only modules have names.
-
-    Args:
-        network: The network to read; its weights stay where they are.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    single_output = True
-    """Whether the network gives one tensor; taken for granted, because only a run in training could tell."""
-
-    def knows(self, stage: str) -> bool:
-        """Whether the network has a module of this name."""
-        return bool(stage) and stage in dict(self.network.named_modules())
-
-    def reader(self, stages: Sequence[str], answer: bool) -> Reader:
-        """A function from (holder, images) to the maps of some stages, the network's answer last if it is wanted."""
-
-        def read(holder: nn.Module, x_NCHW: Tensor) -> tuple[Any, ...]:
-            network: nn.Module = holder.get_submodule("network")
-            outputs, result = _run(network, stages, x_NCHW)
-            last = dict(outputs)
-            return (*(last[stage] for stage in stages), *([result] if answer else []))
-
-        return read
-
-    def steps(self, x_NCHW: Tensor, stages: Sequence[str], answer: bool) -> list[Step]:
-        """Run the network in eval mode; gives the outputs of all modules, in the order of their calls."""
-        modules = dict(self.network.named_modules())
-        with in_mode(self.network, False):
-            outputs, _ = _run(self.network, list(modules), x_NCHW)
-        return [
-            Step(name, type(modules[name]).__name__, tuple(value.shape), True)
-            for name, value in outputs
-            if isinstance(value, Tensor) and name
-        ]
-
-    def used_modules(self, x_NCHW: Tensor, stages: Sequence[str]) -> set[str]:
-        """Paths of the modules that are called until some stages have given their maps, and of all loose tensors."""
-        with in_mode(self.network, False):
-            outputs, _ = _run(self.network, [name for name, _ in self.network.named_modules()], x_NCHW)
-        called = [name for name, _ in outputs]
-        end = max(index for index, name in enumerate(called) if name in stages)
-        loose = {name for name, tensor in self.network.named_parameters() if "." not in name}
-        return {*called[: end + 1], *loose}
-
-    def tail(self, stage: str) -> nn.Module | None:
-        """No function: hooks do not show how the logits follow from a map."""
-        return None
-
-
-def _run(network: nn.Module, paths: Sequence[str], x_NCHW: Tensor) -> tuple[list[tuple[str, Any]], Any]:
-    outputs: list[tuple[str, Any]] = []
-
-    def note(path: str) -> Any:
-        return lambda module, inputs, output: outputs.append((path, output))
-
-    handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in dict.fromkeys(paths)]
-    try:
-        result = network(x_NCHW)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs, result
-
+from rkd_deploy.models.tracing import Holder, Traced
 
 _ENLARGED = 64
 """Least height and width in pixels at which stages are looked for: on smaller images the deep maps of several
@@ -212,7 +143,7 @@ class External(FeatureNetwork):
                 "Wrap it in a module that gives the logits alone."
             )
         check_ends_in_logits(source.network, x_NCHW, _name(source))
-        check_rows(source.network, x_NCHW, _name(source))
+        check_independent_rows(source.network, x_NCHW, _name(source))
         return maps[-1].shape[1], shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import MOST_THREADS, check_keys, key, rising
+from rkd_deploy.fields import MOST_THREADS
+from rkd_deploy.recipe.rules import check_keys, key, rising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,10 @@ class TrainRecipe:
     compile: bool = False
     """torch.compile of the method's forward and backward passes. Costs a minute per phase at the start and needs a C++
     compiler on a CPU; of use for long runs."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     """Record a whole training step as a CUDA graph and replay it, frozen networks folded, in the layout that is faster
     by measurement; best with amp. Only on CUDA, one process, accumulate = 1, without compile. A step that
-    cannot be recorded is made eagerly, and the log says why."""
+    cannot be recorded is made eagerly, and the log says why. Default: wherever all that holds."""
     sync_batchnorm: bool = False
     """Batch norm over the images of all processes instead of each one's share. Only on CUDA."""
     device: str = "auto"
@@ -90,6 +91,12 @@ class TrainRecipe:
             raise RecipeError('train.ship = "ema" needs an average to ship: set train.ema_decay, e.g. 0.999.')
         if self.cuda_graphs:
             self._check_graphs()
+
+    def records_steps(self, device: str, processes: int) -> bool:
+        """Whether steps are recorded as CUDA graphs on a device of this type, "cpu" or "cuda"."""
+        if self.cuda_graphs is not None:
+            return self.cuda_graphs
+        return device == "cuda" and processes == 1 and self.accumulate == 1 and not self.compile
 
     def _check_graphs(self) -> None:
         if self.device == "cpu":

@@ -1,13 +1,16 @@
 """Runs the student's graph for every image, an assistant's for those it leaves unsure.
 
 Letters: N batch, K classes, z_i the logits after step i. An image leaves after the first step whose confidence, the
-largest softmax probability of z_i, is at least the threshold; after the last step every image leaves.
+largest softmax probability of z_i, is at least the threshold; after the last step every image leaves. Where S and its
+assistants share a trunk, S's graph runs it and gives its map too, which the assistants' graphs take for their input:
+the trunk is run once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +20,13 @@ import numpy.typing as npt
 
 from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.backends.files import model_path, read_card
-from rkd_deploy.backends.protocol import ModelInfo
+from rkd_deploy.backends.protocol import ModelInfo, infer_all_many
 from rkd_deploy.decoding import DecodingError, decode
 from rkd_deploy.errors import ModelFileError, UsageError
 from rkd_deploy.fields import check_number
+
+TRUNK_MAP = "trunk_map"
+"""Output of S's graph that the assistants' graphs take as their input, where there is a trunk."""
 
 
 def confidence(z_NK: Array) -> npt.NDArray[np.float64]:
@@ -36,6 +42,29 @@ def exit_steps(z_kNK: Sequence[Array], threshold: float) -> npt.NDArray[np.int64
     sure_kN[-1] = True
     steps_N: npt.NDArray[np.int64] = sure_kN.argmax(axis=0)
     return steps_N
+
+
+def first_step(student: Backend, x: Array) -> tuple[Array, Array]:
+    """What S's graph answers.
+
+    Args:
+        student: S's graph.
+        x: Any number of inputs.
+
+    Returns:
+        z_0 [N, K], and what the assistants' graphs take: the trunk's map, or, without a trunk, the same inputs.
+    """
+    if TRUNK_MAP not in student.info.outputs:
+        return infer_many(student, x), x
+    z_NK, map_NCHW = infer_all_many(student, x)
+    return z_NK, map_NCHW
+
+
+def every_step(steps: Sequence[Backend], x: Array) -> Array:
+    """The logits after every step, z_0 .. z_k, [k + 1, N, K], where no image leaves."""
+    z_NK, carried = first_step(steps[0], x)
+    z_kNK: Array = np.cumsum([z_NK, *(infer_many(step, carried) for step in steps[1:])], axis=0)
+    return z_kNK
 
 
 class EarlyExitBackend(Backend):
@@ -55,6 +84,7 @@ class EarlyExitBackend(Backend):
         self.name, self.device, self.precision = first.name, first.device, first.precision
         self._info = replace(first.info, outputs=("logits",))
         self.left = [0] * len(self._steps)
+        self._counting = threading.Lock()
 
     @property
     def info(self) -> ModelInfo:
@@ -63,17 +93,26 @@ class EarlyExitBackend(Backend):
 
     def infer(self, x: Array) -> Array:
         """Logits [N, K] after the step at which each image left."""
-        # A copy, since assistants' logits are added to it: what a backend answers is its own.
-        z_NK = np.array(self._steps[0].infer(x))
-        there = np.arange(len(z_NK))
+        z_NK, carried = first_step(self._steps[0], x)
+        left, count = [0] * len(self._steps), len(z_NK)
+        there: Any = slice(None)
+        # Of one image all arrays are small, and each call of NumPy costs a share of a small network's own time: where
+        # none leaves, or all do, nothing is gathered.
         for number, step in enumerate(self._steps[1:]):
             stays = confidence(z_NK[there]) < self.threshold
-            self.left[number] += int((~stays).sum())
-            there = there[stays]
-            if not len(there):
-                return z_NK
-            z_NK[there] += infer_many(step, x[there])
-        self.left[-1] += len(there)
+            staying = int(np.count_nonzero(stays))
+            left[number] = count - staying
+            if staying < count:
+                there, carried = np.arange(len(z_NK))[there][stays], carried[stays]
+            count = staying
+            if not count:
+                break
+            if number == 0:
+                z_NK = z_NK.copy()  # what a backend answers is its own, and the assistants' logits are added to it
+            z_NK[there] += infer_many(step, carried)
+        left[-1] = count
+        with self._counting:  # threads may share this backend
+            self.left = [total + more for total, more in zip(self.left, left, strict=True)]
         return z_NK
 
     def prepare(self, x: Array) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Judges networks on a split: what they answer, on which images, and a run's final results."""
+"""Judges networks on a split: what they answer, whether they guess, and a run's final results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import hashlib
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.data.loader import Normaliser
 from rkd_deploy.data.splits import AnySplit, evaluation_batch
+from rkd_deploy.errors import DataError
 from rkd_deploy.models.cost import count
-from rkd_deploy.models.logits import check_logits
+from rkd_deploy.models.foreign import check_logits
+from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import networks
-from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunMetrics
-from rkd_deploy.train.log import read_epochs
+from rkd_deploy.train.facts import PartMetrics, PhaseMetrics, RunFacts, RunMetrics
+from rkd_deploy.train.log import EpochRow, read_epochs
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.verdict import CONTROLS, pairs_of
@@ -175,3 +178,66 @@ def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+_FEW = 20  # held-out images: of fewer, a good network too may get hardly any right
+
+
+def near_chance(top1: float, classes: int) -> bool:
+    """Whether an accuracy is hardly better than guessing.
+
+    That is below three times chance; where classes are few and chance is high, below a fifth of the way from chance to
+    100 %.
+
+    Args:
+        top1: In %.
+        classes: K; chance is 100 / K %.
+    """
+    chance = 100 / classes
+    return top1 < min(3 * chance, chance + (100 - chance) / 5)
+
+
+def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known: bool) -> None:
+    """Refuse a loaded network that guesses on the data: it is fed wrongly, and hours of imitating it would be lost.
+
+    Args:
+        what: Which network, from where, for the message.
+        top1: Accuracy of the network in %.
+        images: How many images that was measured on.
+        facts: Classes and normalisation of the data.
+        known: Whether the normalisation it expects is known.
+
+    Raises:
+        DataError: The accuracy is near chance.
+    """
+    if not near_chance(top1, len(facts.classes)):
+        return
+    normalisation = "" if known else f"; its normalisation is not recorded, the data's is mean {list(facts.mean)}"
+    raise DataError(
+        f"{what} classifies {top1:.1f} % of {images} training images right, chance is "
+        f"{100 / len(facts.classes):.1f} %: it was trained on other classes, another order of them, or another "
+        f"normalisation{normalisation}. State the right ones in [data] (mean, std, name), or the order of the "
+        "checkpoint's classes: timm sorts folder 2 before 10, and a file with its class names, one a line, is "
+        "teacher.labels or student.labels."
+    )
+
+
+def teacher_warning(row: EpochRow, images: int, classes: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+    """The warning of log and terminal about a teacher that was trained here and guesses; empty where it does not.
+
+    Args:
+        row: The teacher's last epoch, a line of the log.
+        images: How many are held out; with a few or none, nothing can be said.
+        classes: Names of the classes.
+        recipe: What the teacher was trained by.
+    """
+    top1 = row.val_top1_ema if recipe.train.ship == "ema" else row.val_top1
+    if top1 is None or images < _FEW or not near_chance(top1, len(classes)):
+        return {}
+    chance = 100 / len(classes)
+    text = (
+        f"The teacher classifies {top1:.1f} % of {images:,} held-out images right, and chance is {chance:.1f} %: what "
+        "S and A imitate is no better than noise. Train it for longer or at another rate (--set "
+        f"teacher.epochs={2 * row.epoch}, teacher.lr), or give one that is trained (--set teacher.checkpoint=FILE)."
+    )
+    return {"phase": row.phase, "text": text, "val_top1": top1, "chance": chance}

@@ -21,14 +21,15 @@ from rkd_deploy.bench.machine import provenance
 from rkd_deploy.data.loader import Loader, Normaliser, Share, train_loader
 from rkd_deploy.data.sources import AnySplit, ImageSet, load_images, on_device
 from rkd_deploy.errors import RecipeError, UsageError, shortened
-from rkd_deploy.models.adapters import with_norms
+from rkd_deploy.models.residual import with_norms
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
-from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
+from rkd_deploy.train.curves import draw_curves
+from rkd_deploy.train.display import Silent, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
-from rkd_deploy.train.evaluation import evaluate, split_top1
+from rkd_deploy.train.evaluation import evaluate, refuse_guessing, split_top1, teacher_warning
 from rkd_deploy.train.facts import RunFacts, WeightsFacts
 from rkd_deploy.train.log import read_epochs
 from rkd_deploy.train.loop import Display, train_phase
@@ -36,12 +37,7 @@ from rkd_deploy.train.networks import Networks, Originals
 from rkd_deploy.train.phases import PlannedPhase, Planner
 from rkd_deploy.train.preparation import check_named_files, data_of, gather_facts
 from rkd_deploy.train.runs import DEFAULT_ROOT, Run, RunLock, create_run, runs_of
-from rkd_deploy.train.starting_weights import (
-    load_published_weights,
-    load_weights_from,
-    refuse_guessing,
-    teacher_warning,
-)
+from rkd_deploy.train.starting_weights import load_published_weights, load_weights_from
 from rkd_deploy.train.state import Phase
 from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 

@@ -10,14 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.models.staged import FeatureNetwork
-from rkd_deploy.train import kernels
 
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RELUS = (torch.relu, torch.relu_, functional.relu)
 
 
@@ -81,11 +79,12 @@ class FoldedCopy(FeatureNetwork):
 
     @torch.no_grad()
     def _run(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        # Weights are cast already: autocast would cast them at every pass, which is what the copy saves.
         with torch.autocast(x_NCHW.device.type, enabled=False):
             return tuple(self.passes(x_NCHW.to(self.dtype)))
 
 
-class MapsAndLogits(nn.Module):
+class _MapsAndLogits(nn.Module):
     """The stage maps of a network, and its logits behind them where they are wanted, as a module: to be traced.
 
     Args:
@@ -105,20 +104,21 @@ class MapsAndLogits(nn.Module):
         return (*maps, logits_NK)
 
 
-def folded_copy(network: FeatureNetwork, dtype: torch.dtype, fused: str | None) -> FoldedCopy | None:
+def folded_copy(network: FeatureNetwork, dtype: torch.dtype, fused: bool) -> FoldedCopy | None:
     """The copy of a frozen network in eval mode; None where its passes cannot be traced.
 
     Args:
         network: T, or a branch that stands still.
         dtype: Of the copy's weights and maps.
-        fused: What makes sum and ReLU behind a convolution one operation: ``"cudnn"``, ``"kernel"`` (`ConvAddReLU`),
-            or nothing.
+        fused: Whether sum and ReLU behind a convolution are one operation with it (`ConvAddReLU`).
     """
+    # First with the head: its logits come out of the same pass. A head that cannot be traced is left to the network
+    # itself.
     for logits in (True, False):
-        passes = fold_batch_norms(MapsAndLogits(network, logits).eval())
+        passes = fold_batch_norms(_MapsAndLogits(network, logits).eval())
         if isinstance(passes, fx.GraphModule):
-            if fused is not None:
-                fuse_relus(passes, fused)
+            if fused:
+                fuse_relus(passes)
             for module in passes.modules():
                 # A norm that could not be folded keeps the statistics of its layer in float32, as autocast has it.
                 if dtype.itemsize > 2 or not isinstance(module, _BatchNorm):
@@ -134,18 +134,15 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class ConvAddReLU(nn.Module):
-    """The operation relu(conv(x) + z): one kernel of cuDNN, or its convolution and one kernel; on a CPU its parts.
+    """The operation relu(conv(x) + z): one kernel of cuDNN; on a CPU its parts.
 
     Args:
         conv: With a bias, of zero padding.
-        fused: ``"cudnn"`` or ``"kernel"``.
     """
 
-    def __init__(self, conv: nn.Conv2d, fused: str) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.conv, self.fused = conv, fused
-        assert conv.bias is not None
-        self._bias = conv.bias.detach().float()
+        self.conv = conv
         self._zeros: dict[torch.Size, Tensor] = {}
 
     def forward(self, x_NCHW: Tensor, z_NCHW: Tensor | None = None) -> Tensor:
@@ -154,21 +151,13 @@ class ConvAddReLU(nn.Module):
         if not x_NCHW.is_cuda:
             out = conv(x_NCHW)
             return torch.relu(out if z_NCHW is None else out + z_NCHW)
+        # cuDNN's kernel reads z even where its factor is 0, and 0 times what lies in fresh memory may be no number:
+        # cudnn_convolution_relu hands it such memory, so zeros are added here instead.
+        z = self._zeros_like_output(x_NCHW) if z_NCHW is None else z_NCHW
         padding = cast(tuple[int, ...], conv.padding)
-        if self.fused == "cudnn":
-            # cuDNN's kernel reads z even where its factor is 0, and 0 times what lies in fresh memory may be no number:
-            # cudnn_convolution_relu hands it such memory, so zeros are added here instead.
-            z = self._zeros_like_output(x_NCHW) if z_NCHW is None else z_NCHW
-            return torch.cudnn_convolution_add_relu(
-                x_NCHW, conv.weight, z, 1.0, conv.bias, conv.stride, padding, conv.dilation, conv.groups
-            )
-        out = conv2d(x_NCHW, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups)
-        if not (kernels.fits(out) and out.is_contiguous(memory_format=torch.channels_last)):
-            raise RuntimeError(f"no kernel for maps of {tuple(out.shape)} in {out.dtype}")
-        z = out if z_NCHW is None else z_NCHW.contiguous(memory_format=torch.channels_last)
-        channels = out.shape[1]
-        kernels.launch("add_relu", out.numel() // channels, channels, out, z, self._bias, int(z_NCHW is not None))
-        return out
+        return torch.cudnn_convolution_add_relu(
+            x_NCHW, conv.weight, z, 1.0, conv.bias, conv.stride, padding, conv.dilation, conv.groups
+        )
 
     def _zeros_like_output(self, x_NCHW: Tensor) -> Tensor:
         if x_NCHW.shape not in self._zeros:
@@ -176,21 +165,22 @@ class ConvAddReLU(nn.Module):
         return self._zeros[x_NCHW.shape]
 
 
-def fuse_relus(passes: fx.GraphModule, fused: str) -> None:
+def fuse_relus(passes: fx.GraphModule) -> None:
     """Make relu(conv(x)) and relu(conv(x) + z) one operation, in place, where nothing else reads what lies between."""
     modules = dict(passes.named_modules())
     for node in list(passes.graph.nodes):
-        if not is_relu(node, modules) or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
+        if not _is_relu(node, modules) or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
             continue
         before = node.args[0]
         conv: Any = before
         others: list[Any] = []
-        if before.op == "call_function" and before.target in ADDITIONS and len(before.args) == 2 and not before.kwargs:
+        if before.op == "call_function" and before.target in _ADDITIONS and len(before.args) == 2 and not before.kwargs:
+            # Either side of the sum may be the convolution; of two, the first takes the other's result as z.
             conv, *others = sorted(before.args, key=lambda argument: not _is_conv(argument, modules))
         if not _is_conv(conv, modules) or any(not isinstance(other, fx.Node) or other is conv for other in others):
             continue
         name = f"fused_{node.name}"
-        passes.add_module(name, ConvAddReLU(cast(nn.Conv2d, modules[str(conv.target)]), fused))
+        passes.add_module(name, ConvAddReLU(cast(nn.Conv2d, modules[str(conv.target)])))
         with passes.graph.inserting_before(node):
             operation = passes.graph.call_module(name, (conv.args[0], *others))
         node.replace_all_uses_with(operation)
@@ -199,7 +189,7 @@ def fuse_relus(passes: fx.GraphModule, fused: str) -> None:
     passes.recompile()
 
 
-def is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether an operation is a ReLU, as a module, a function or a method."""
     if node.op == "call_module":
         return type(modules[str(node.target)]) is nn.ReLU

@@ -92,7 +92,7 @@ class _PhaseRun:
         self.stepper = Stepper(phase.method, recipe, group)
         eager = EagerSteps(self.stepper, loader)
         self.steps: EagerSteps | RecordedSteps = eager
-        if recipe.cuda_graphs:
+        if recipe.records_steps(next(phase.method.parameters()).device.type, group.size):
             self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, otherwise=eager)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()

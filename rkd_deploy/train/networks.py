@@ -14,9 +14,8 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line, unknown_name
 from rkd_deploy.models import zoo
-from rkd_deploy.models.adapters import with_norms
 from rkd_deploy.models.progressive import ProgressiveStudent, progressive_student
-from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent, StageAdapters, StudentAlone, with_norms
 from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.models.trunk import parted
@@ -54,8 +53,8 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
     residual = ("fused", "student") if method.residual else ()
     control = ("control",) if recipe.has_control else ()
     s0 = ("s0",) if recipe.student.baseline else ()
-    taught = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
-    return residual + control + s0 + (("teacher",) if taught else ())
+    needs_teacher = method.name != "cross_entropy" or (recipe.student.fraction is not None and recipe.student.inherits)
+    return residual + control + s0 + (("teacher",) if needs_teacher else ())
 
 
 def phase_of(recipe: Recipe, part: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +20,6 @@ from rkd_deploy.models.staged import FeatureNetwork
 from rkd_deploy.train.capture import captured, new_stream, replay_ms
 from rkd_deploy.train.frozen import FoldedCopy, folded_copy
 from rkd_deploy.train.methods.base import Losses, Method
-from rkd_deploy.train.norms import BatchNormAddReLU, Sums, fused_passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,7 @@ class Speedups:
         fused: Their convolutions, sums and ReLUs are one kernel of cuDNN, where that is faster.
         meanwhile: They are computed on streams of their own beside what trains.
         cast_once: With amp, weights are cast to bfloat16 by one kernel, and gradients back by another.
-        kernels: Those of `kernels.py`: batch norm, sum and ReLU of what trains; sum and ReLU of what is frozen, where
-            that is faster. With amp and channels_last.
+        compiled: The passes of what trains are compiled by torch.compile.
         counted_once: The counters of all batch norms are moved by one kernel.
         cudnn_benchmark: cuDNN measures its algorithms.
         channels_last: The layout of maps and weights; None: the faster one, by measurement.
@@ -43,7 +41,7 @@ class Speedups:
     fused: bool = True
     meanwhile: bool = True
     cast_once: bool = True
-    kernels: bool = False
+    compiled: bool = False
     counted_once: bool = True
     cudnn_benchmark: bool = True
     channels_last: bool | None = None
@@ -74,21 +72,14 @@ class FastPasses:
         self._copies: list[FoldedCopy] = []
         self.copies: dict[str, float] = {}
         self._weights: dict[str, Tensor] = {}
-        self._fused: dict[FeatureNetwork, fx.GraphModule] = {}
-        self._norm_sums: Sums | None = None
+        self._compiled: dict[FeatureNetwork, Callable[[Tensor], tuple[Tensor, ...]]] = {}
         self._aside, *self._streams = (new_stream() for _ in (None, *method.frozen_networks()))
 
     def prepare(self, x_NCHW: Tensor) -> None:
         """Get ready for batches of this shape and layout, of which this is one; statistics of batch norm move."""
         self._weights = self._cast_weights() if self._amp and self._speedups.cast_once else {}
         self._copies = self._stand_ins(x_NCHW)
-        fits = self._speedups.kernels and x_NCHW.is_contiguous(memory_format=torch.channels_last)
-        self._fused = self._fused_networks(x_NCHW) if fits else {}
-
-    @property
-    def fused_norms(self) -> int:
-        """How many batch norms have kernels of `norms.py`."""
-        return sum(isinstance(layer, BatchNormAddReLU) for p in self._fused.values() for layer in p.modules())
+        self._compiled = self._compiled_passes() if self._speedups.compiled else {}
 
     def _cast_weights(self) -> dict[str, Tensor]:
         """A bfloat16 tensor for each weight that autocast would cast at every use, by its name in the method."""
@@ -112,20 +103,17 @@ class FastPasses:
         chosen: dict[FeatureNetwork, FoldedCopy] = {}
         for number, network in enumerate(self._method.frozen_networks() if self._speedups.folded else ()):
             best = float("inf")
-            for fused in self._fusions():
+            for fused in (True, False) if self._speedups.fused else (False,):
                 copy = folded_copy(network, self.dtype, fused)
                 if copy is None or not self._agrees(copy, network, x_NCHW):
                     continue
                 graph = captured(functools.partial(copy.features, x_NCHW), self._aside)
                 milliseconds = replay_ms(graph)
-                self.copies[f"{number}, {fused or 'folded'}"] = milliseconds
+                self.copies[f"{number}, {'cudnn' if fused else 'folded'}"] = milliseconds
                 if milliseconds < best:
                     best, chosen[network] = milliseconds, copy
         self._method.stand_in(chosen)
         return list(chosen.values())
-
-    def _fusions(self) -> list[str | None]:
-        return [*(["kernel"] if self._speedups.kernels else []), *(["cudnn"] if self._speedups.fused else []), None]
 
     @torch.no_grad()
     def _agrees(self, copy: FoldedCopy, network: FeatureNetwork, x_NCHW: Tensor) -> bool:
@@ -137,35 +125,20 @@ class FastPasses:
         except RuntimeError:
             return False
         with self._autocast():
-            return _alike(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
+            # bfloat16 has 8 bits, and over tens of layers two orders of summation drift per cents apart. What is looked
+            # for, a kernel that leaves something out, is off by as much as the maps themselves.
+            return _nearly_equal(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
 
-    @torch.no_grad()
-    def _fused_networks(self, x_NCHW: Tensor) -> dict[FeatureNetwork, fx.GraphModule]:
-        """Passes with fused norms of the networks that train, of those that give the same."""
-        fused: dict[FeatureNetwork, fx.GraphModule] = {}
-        self._norm_sums = None
-        for network in self._method.modules():
-            trains = network.training and any(parameter.requires_grad for parameter in network.parameters())
-            if not trains or not isinstance(network, FeatureNetwork) or _has_networks(network):
-                continue
-            passes = fused_passes(network)
-            if passes is None:
-                continue
-            layers = [layer for layer in passes.modules() if isinstance(layer, BatchNormAddReLU)]
-            for layer in layers:
-                layer.sums = Sums(0, self._device)  # its own zeros, for once
-            with self._autocast():
-                try:
-                    maps = passes(x_NCHW)
-                except (RuntimeError, OSError):  # no NVRTC, or one that refuses the source
-                    continue
-                if _alike(maps, network.features(x_NCHW), 0.1):
-                    fused[network] = passes
-        layers = [layer for p in fused.values() for layer in p.modules() if isinstance(layer, BatchNormAddReLU)]
-        self._norm_sums = Sums(4 * sum(layer.norm.num_features for layer in layers), self._device)
-        for layer in layers:
-            layer.sums = self._norm_sums
-        return fused
+    def _compiled_passes(self) -> dict[FeatureNetwork, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """Compiled passes of the networks that train."""
+        return {
+            network: torch.compile(network.features, dynamic=False)
+            for network in self._method.modules()
+            if isinstance(network, FeatureNetwork)
+            and not _has_networks(network)
+            and network.training
+            and any(parameter.requires_grad for parameter in network.parameters())
+        }
 
     def __call__(self, x_NCHW: Tensor, y_N: Tensor, note: Callable[[Losses], None]) -> Losses:
         """Losses, without their autograd graph, and gradients in the parameters' `grad`.
@@ -184,11 +157,9 @@ class FastPasses:
             if self._speedups.meanwhile:
                 for copy, stream in zip(self._copies or (), self._streams, strict=False):
                     stack.enter_context(copy.started(x_NCHW, stream))
-            if self._speedups.counted_once or self._fused:
+            if self._speedups.counted_once:
                 stack.enter_context(_counted_once(self._method))
-            if self._norm_sums is not None:
-                self._norm_sums.clear()
-            for network, passes in self._fused.items():
+            for network, passes in self._compiled.items():
                 stack.enter_context(_passing(network, passes))
             stack.enter_context(self._autocast())
             losses: Losses = functional_call(self._method, self._weights, (x_NCHW, y_N))
@@ -198,6 +169,8 @@ class FastPasses:
         known = losses._replace(total=losses.total.detach())  # kept losses would keep the graph of this capture
         with aside(self._aside) if self._speedups.meanwhile else contextlib.nullcontext():
             note(known)
+        # A parameter that this phase's loss does not read has no gradient, as after backward(): the update leaves it
+        # alone.
         gradients = torch.autograd.grad(losses.total, list(uses.values()), allow_unused=True)
         self._keep(dict(zip((named[name] for name in uses), gradients, strict=True)))
         if self._speedups.meanwhile:  # a capture must not wait for a stream that it did not lead to
@@ -235,7 +208,7 @@ def aside(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-def _alike(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
+def _nearly_equal(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
     """Whether maps differ from others by no more than a share of them; those that are no numbers differ."""
     return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(maps, wanted, strict=True))
 
@@ -255,8 +228,9 @@ def _has_networks(network: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _passing(network: nn.Module, passes: nn.Module) -> Iterator[None]:
+def _passing(network: nn.Module, passes: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[None]:
     """While the block runs, other passes give the network's stage maps."""
+    # Past nn.Module.__setattr__, which would register the passes as a child: every parameter would be there twice.
     network.__dict__["features"] = passes
     try:
         yield

@@ -14,7 +14,7 @@ from rkd_deploy.data.files import LISTED
 from rkd_deploy.data.sources import ImageSet
 from rkd_deploy.errors import RecipeError
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.measuring import ExportStopwatch
+from rkd_deploy.export.stopwatch import ExportStopwatch
 from rkd_deploy.models.external import External
 from rkd_deploy.models.progressive import paired_channels
 from rkd_deploy.models.residual import ResidualStudent

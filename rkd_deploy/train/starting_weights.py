@@ -1,20 +1,18 @@
-"""Loads the weights that T and S0 start from; refuses those that make no sense on the data."""
+"""Loads the weights that T and S0 start from, in the order of the data's classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 from torch import nn
 
-from rkd_deploy.errors import CheckpointError, DataError, RecipeError
+from rkd_deploy.errors import CheckpointError, RecipeError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.external import External
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.checkpoints import load_checkpoint, read_labels, reorder_classes, weights_path
 from rkd_deploy.train.facts import RunFacts
-from rkd_deploy.train.log import EpochRow
 from rkd_deploy.train.weights import load_weights
 
 
@@ -114,66 +112,3 @@ def check_normalisation(what: str, expected: Mapping[str, Sequence[float] | None
                 f"Use the {what.split()[0]}'s: --set 'data.{key}={list(value)}'; published weights bring theirs where "
                 "[data] has neither mean, std nor normalisation."
             )
-
-
-_FEW = 20  # held-out images: of fewer, a good network too may get hardly any right
-
-
-def near_chance(top1: float, classes: int) -> bool:
-    """Whether an accuracy is hardly better than guessing.
-
-    That is below three times chance; where classes are few and chance is high, below a fifth of the way from chance to
-    100 %.
-
-    Args:
-        top1: In %.
-        classes: K; chance is 100 / K %.
-    """
-    chance = 100 / classes
-    return top1 < min(3 * chance, chance + (100 - chance) / 5)
-
-
-def refuse_guessing(what: str, top1: float, images: int, facts: RunFacts, known: bool) -> None:
-    """Refuse a loaded network that guesses on the data: it is fed wrongly, and hours of imitating it would be lost.
-
-    Args:
-        what: Which network, from where, for the message.
-        top1: Accuracy of the network in %.
-        images: How many images that was measured on.
-        facts: Classes and normalisation of the data.
-        known: Whether the normalisation it expects is known.
-
-    Raises:
-        DataError: The accuracy is near chance.
-    """
-    if not near_chance(top1, len(facts.classes)):
-        return
-    normalisation = "" if known else f"; its normalisation is not recorded, the data's is mean {list(facts.mean)}"
-    raise DataError(
-        f"{what} classifies {top1:.1f} % of {images} training images right, chance is "
-        f"{100 / len(facts.classes):.1f} %: it was trained on other classes, another order of them, or another "
-        f"normalisation{normalisation}. State the right ones in [data] (mean, std, name), or the order of the "
-        "checkpoint's classes: timm sorts folder 2 before 10, and a file with its class names, one a line, is "
-        "teacher.labels or student.labels."
-    )
-
-
-def teacher_warning(row: EpochRow, images: int, classes: Sequence[str], recipe: Recipe) -> dict[str, Any]:
-    """The warning of log and terminal about a teacher that was trained here and guesses; empty where it does not.
-
-    Args:
-        row: The teacher's last epoch, a line of the log.
-        images: How many are held out; with a few or none, nothing can be said.
-        classes: Names of the classes.
-        recipe: What the teacher was trained by.
-    """
-    top1 = row.val_top1_ema if recipe.train.ship == "ema" else row.val_top1
-    if top1 is None or images < _FEW or not near_chance(top1, len(classes)):
-        return {}
-    chance = 100 / len(classes)
-    text = (
-        f"The teacher classifies {top1:.1f} % of {images:,} held-out images right, and chance is {chance:.1f} %: what "
-        "S and A imitate is no better than noise. Train it for longer or at another rate (--set "
-        f"teacher.epochs={2 * row.epoch}, teacher.lr), or give one that is trained (--set teacher.checkpoint=FILE)."
-    )
-    return {"phase": row.phase, "text": text, "val_top1": top1, "chance": chance}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rkd_deploy.backends import available, infer_many, load_backend, model_path, telemetry
+from rkd_deploy.backends import available, infer_many, load_backend, model_path, runtimes
 from rkd_deploy.backends.files import failed_load, model_name, read_card
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
@@ -209,10 +209,10 @@ def test_a_backend_leaves_nothing_in_the_home_folder(backend, bundle, tmp_path):
 
 
 def test_a_program_that_wants_a_runtimes_telemetry_can_have_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", telemetry)
-    with telemetry._without_telemetry():
-        assert sys.modules["openvino_telemetry"] is telemetry
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", runtimes)
+    with runtimes._without_telemetry():
+        assert sys.modules["openvino_telemetry"] is runtimes
     monkeypatch.delitem(sys.modules, "openvino_telemetry")
-    with telemetry._without_telemetry(), pytest.raises(ImportError):
+    with runtimes._without_telemetry(), pytest.raises(ImportError):
         importlib.import_module("openvino_telemetry")
     assert "openvino_telemetry" not in sys.modules

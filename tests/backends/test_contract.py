@@ -9,6 +9,8 @@ import torch
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends import available, load_backend
+from rkd_deploy.backends.onnxrt import has_tensorrt
+from rkd_deploy.backends.protocol import infer_all_many
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench import bench
 from rkd_deploy.bench.reading import read_bench
@@ -30,6 +32,8 @@ ON_CUDA = [*SIMULATED, "onnxruntime", "onnxruntime:tensorrt", "pytorch", "pytorc
 
 def on_a_gpu(name):
     absent = pytest.mark.skipif(name.split(":")[0] not in WITH_CUDA, reason=f"{name} finds no GPU on this machine")
+    if name == "onnxruntime:tensorrt" and not has_tensorrt():
+        absent = pytest.mark.skip(reason=f"{name} finds no TensorRT library on this machine")
     return pytest.param(f"{name} on cuda", marks=[pytest.mark.gpu, absent])
 
 
@@ -68,6 +72,26 @@ def test_answers_are_exact_at_batch_1_and_7(backend, zoo):
     np.testing.assert_array_equal(logits, zoo.answer(x))
     for row in range(7):
         np.testing.assert_array_equal(backend.infer(x[row : row + 1])[0], logits[row])
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt", "onnxruntime:cuda-graphs"])
+def test_every_output_is_given_or_refused(name, zoo, tmp_path, monkeypatch, request):
+    monkeypatch.setenv("RKD_DEPLOY_CACHE", str(tmp_path))
+    device = "cuda" if name in SIMULATED else None
+    if name in SIMULATED:
+        request.getfixturevalue(SIMULATED[name])
+    x = zoo.pixels(600)
+    with load_backend(name, zoo.build(tmp_path / "m.onnx", extra=True), device=device) as loaded:
+        if name == "onnxruntime:cuda-graphs":
+            with pytest.raises(BackendError, match=r"has the outputs logits, sums, of which .* gives the first alone"):
+                loaded.infer_all(x[:2])
+            return
+        logits, sums = infer_all_many(loaded, x)
+        np.testing.assert_array_equal(logits, zoo.answer(x))
+        np.testing.assert_array_equal(sums, x.astype(np.float32).sum((1, 2)))
+    with load_backend(name, zoo.build(tmp_path / "one.onnx"), device=device) as loaded:
+        (logits,) = loaded.infer_all(x[:3])
+        np.testing.assert_array_equal(logits, zoo.answer(x[:3]))
 
 
 def test_takes_read_only_and_strided_arrays(backend, zoo):

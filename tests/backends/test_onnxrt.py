@@ -42,6 +42,14 @@ def test_the_tensorrt_provider_needs_the_gpu_build_and_a_gpu(bundle):
         load_backend("onnxruntime:tensorrt", bundle, device="cpu")
 
 
+def test_a_listed_tensorrt_provider_without_its_library_is_an_error_before_anything_is_loaded(bundle, monkeypatch):
+    """The GPU build lists it on every machine, and fails inside a session's set-up where the library is missing."""
+    listed = [*onnxruntime.get_available_providers(), "TensorrtExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    with pytest.raises(BackendError, match=r"needs TensorRT's library libnvinfer\.so\.10.*pip install tensorrt-cu12"):
+        load_backend("onnxruntime:tensorrt", bundle)
+
+
 def test_what_forbids_a_fallback_is_a_setting_that_onnxruntime_knows(bundle):
     """It keeps `onnxruntime:tensorrt` from running a part on the CPU; asked for with the CPU it contradicts."""
     options = onnxruntime.SessionOptions()

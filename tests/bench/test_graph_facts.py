@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper
 
 from rkd_deploy.backends import describe_model
-from rkd_deploy.bench.graph_facts import graph_facts
+from rkd_deploy.bench.graph_cost import graph_facts
 from rkd_deploy.card import GraphFacts, ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.models.cost import count

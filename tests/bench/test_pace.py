@@ -11,7 +11,7 @@ import pytest
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench import _pace, bench
 from rkd_deploy.bench.compare import recorded_ratio, recorded_ratios
-from rkd_deploy.bench.machine import Pace, _aligned
+from rkd_deploy.bench.pace import Pace, _aligned
 from rkd_deploy.bench.results import Figures, Result, result_of_row
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.report.conditions import pace_lines

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rkd_deploy.data import subsets
+from rkd_deploy.data import splits
 from rkd_deploy.data.sources import FileSplit, ImageSet, Split, load_images
-from rkd_deploy.data.subsets import channel_statistics
+from rkd_deploy.data.splits import channel_statistics
 from rkd_deploy.errors import DataError, RecipeError
 from rkd_deploy.recipe import DataRecipe
 
@@ -98,7 +98,7 @@ def test_normalisation_is_measured_over_the_training_images(photos: Path) -> Non
 def test_large_sets_are_measured_over_a_sample_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split(images_NCHW=torch.randint(0, 256, (60, 3, 4, 4), dtype=torch.uint8), labels_N=torch.arange(60))
     whole = channel_statistics(split, 0)
-    monkeypatch.setattr(subsets, "SAMPLE", 20)
+    monkeypatch.setattr(splits, "SAMPLE", 20)
     samples = [channel_statistics(split, seed) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
     assert whole not in samples

@@ -1,6 +1,7 @@
 """Early exit in lower precision: what ships is judged, each partial sum of it, and the threshold is chosen by it."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -18,9 +19,12 @@ from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs
 from rkd_deploy.export.precision.convert import convert_sum
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.proving import reference_of
+from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import StudentAlone
+from rkd_deploy.models.trunk import parted
 from rkd_deploy.serve.early_exit import exit_steps
 from rkd_deploy.train.networks import load_part
+from tests.support.adapters import learnt
 
 FILES = ["student.onnx", "assistant_1.onnx"]
 
@@ -110,13 +114,16 @@ def branches(trained, model, lowered, tmp_path_factory):
     return exits.branches, [HeldOut(one, trained.held_out, trained.card) for one in references]
 
 
+def calibrated(trained, branches):
+    return [dataclasses.replace(branch, inputs=trained.calibration.images_NHWC) for branch in branches]
+
+
 def test_s_alone_is_judged_though_the_whole_sum_passes(trained, branches):
     branches, (alone, whole) = branches
 
     def judged(held_out, limit):
         options = trained.job(precision="int8", agreement=limit, drop=100.0).options
-        images = trained.calibration.images_NHWC
-        return convert_sum(branches, trained.card.preprocess, images, held_out, options)
+        return convert_sum(calibrated(trained, branches), held_out, options)
 
     right, wrong = judged([alone, whole], 0.0), judged([whole, whole], 0.0)  # S held against itself, and against S + A
     limit = (min(one.agreement for one in right.results) + wrong.results[0].agreement) / 2
@@ -141,7 +148,7 @@ def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
     held_out = [HeldOut(reference, trained.held_out, trained.card) for reference in references]
     branches = ExitGraphs(tmp_path, uneven, trained.card, [trained.held_out[0]], 1e-2).branches
     options = trained.job(precision="int8", target="tensorrt", agreement=95.0, drop=100.0, keep=("auto",)).options
-    actual = convert_sum(branches, trained.card.preprocess, trained.calibration.images_NHWC, held_out, options)
+    actual = convert_sum(calibrated(trained, branches), held_out, options)
     assert actual.passed
     assert actual.float32_layers == ("branches.backbones.1.layer2.0.conv2",)
     assert next(iter(actual.sensitivities)) == actual.float32_layers[0]
@@ -150,10 +157,9 @@ def test_layers_are_sought_in_all_graphs_at_once(trained, model, tmp_path):
 
 def test_a_layer_has_one_name_in_every_graph(trained, model, branches, tmp_path):
     branches, held_out = branches
-    images, preprocess = trained.calibration.images_NHWC, trained.card.preprocess
     name = "branches.backbones.1.layer1.0.conv1"
     options = trained.job(precision="int8", agreement=0.0, drop=100.0, keep=(name,)).options
-    S, A = convert_sum(branches, preprocess, images, held_out, options).protos
+    S, A = convert_sum(calibrated(trained, branches), held_out, options).protos
     float32_tensors = {tensor.name for tensor in A.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     assert "network.branches.backbones.0.layer1.0.conv1.weight" in float32_tensors
     assert "network.branches.backbones.0.layer1.0.conv2.weight" not in float32_tensors
@@ -168,3 +174,28 @@ def test_a_layer_has_one_name_in_every_graph(trained, model, branches, tmp_path)
             job=trained.job(precision="int8", keep=(name,)),
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_behind_a_trunk_the_lowered_map_is_what_the_lowered_end_takes(trained, tmp_path, precision):
+    """An end is calibrated on maps, whose range is not that of images; what is judged is the chain that ships."""
+    torch.manual_seed(0)
+    classes = len(trained.card.labels)
+    S, A = (CifarResNet(8, (8, 8, 8, width), None) for width in (16, 8))
+    model = parted(S, [A], 2, 12, classes)
+    learnt(model.assistant_adapters[0], std=0.5)
+    x, _ = trained.held_out[0]
+    job = trained.job(precision=precision, agreement=50.0, drop=50.0)
+    request = EarlyExit(threshold=0.5)
+    export_bundle(model.eval(), trained.card, tmp_path / "bundle", early_exit=request, job=job)
+    S, A = (onnxruntime.InferenceSession(tmp_path / "bundle" / file) for file in FILES)
+    z_0, trunk_map = S.run(["logits", "trunk_map"], {"input": x})
+    assert trunk_map.dtype == np.float32
+    assert trunk_map.shape[1:] == (8, *(side // 2 for side in x.shape[1:3]))
+    z_1 = z_0 + A.run(None, {"input": trunk_map})[0]
+    steps = json.loads((tmp_path / "bundle" / "model.json").read_text())["early_exit"]["lowering"]["steps"]
+    for actual, expected, step in zip((z_0, z_1), by_torch(trained, model, x), steps, strict=True):
+        assert step["agreement"] == pytest.approx(100 * (actual.argmax(1) == expected.argmax(1)).mean())
+        assert step["max_abs_diff"] == pytest.approx(np.abs(actual - expected).max(), rel=1e-3)
+    with load(tmp_path / "bundle", exit_threshold=1.01) as classifier:
+        np.testing.assert_allclose(classifier.logits(x), z_1, atol=1e-4)

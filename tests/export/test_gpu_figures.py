@@ -13,7 +13,8 @@ from rkd_deploy.bench.sessions import SESSIONS
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import BudgetError
 from rkd_deploy.export.graph import ExportGraph, to_onnx
-from rkd_deploy.export.measuring import ExportStopwatch, Target, choose_level, fastest_level, judge_levels
+from rkd_deploy.export.levels import Target, choose_level, fastest_level, judge_levels
+from rkd_deploy.export.stopwatch import ExportStopwatch
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent

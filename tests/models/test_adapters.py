@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rkd_deploy.models.adapters import Adapter, as_convolution, with_norms
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.residual import Adapter, ResidualStudent, as_convolution, with_norms
 from tests.support.adapters import adapted, learnt
 
 

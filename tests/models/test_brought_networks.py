@@ -20,7 +20,7 @@ from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
-from rkd_deploy.models.plain import check_real, plain, with_current_norms
+from rkd_deploy.models.foreign import check_real, plain, with_current_norms
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.separate import Separation, separate
 from tests.support.networks import GeM, Hidden, Shared, Tutorial, body

@@ -10,7 +10,7 @@ from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import DivergenceError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.models.external import External
-from rkd_deploy.models.logits import check_ends_in_logits, check_logits
+from rkd_deploy.models.foreign import check_ends_in_logits, check_logits
 from rkd_deploy.train.evaluation import predictions
 from tests.support.networks import Answering, GeM, Normalised
 

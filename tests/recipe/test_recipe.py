@@ -311,3 +311,27 @@ def test_the_former_default_of_dkd_beta_in_an_earlier_run_is_kept_where_it_is_re
     (tmp_path / "recipe.toml").write_text(f"[method]\n{method}\ndkd_beta = 8.0\n")
     (tmp_path / "facts.json").write_text("{}")
     assert read_recipe(tmp_path / "recipe.toml").method.dkd_beta == beta
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "processes", "recorded"),
+    [
+        ({}, "cuda", 1, True),
+        ({}, "cpu", 1, False),
+        ({}, "cuda", 2, False),
+        ({"accumulate": 2}, "cuda", 1, False),
+        ({"compile": True}, "cuda", 1, False),
+        ({"cuda_graphs": False}, "cuda", 1, False),
+        ({"cuda_graphs": True}, "cuda", 1, True),
+    ],
+)
+def test_steps_are_recorded_by_default_wherever_that_can_be_done(
+    keys: dict[str, object], device: str, processes: int, recorded: bool
+) -> None:
+    assert TrainRecipe(**keys).records_steps(device, processes) is recorded  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"accumulate": 2}, {"device": "cpu"}])
+def test_cuda_graphs_do_not_go_with(other: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"train\.cuda_graphs = true.*train\.(compile|accumulate|device).*Leave one"):
+        TrainRecipe(cuda_graphs=True, **other)  # type: ignore[arg-type]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,18 @@ import pytest
 import torch
 
 from rkd_deploy import load
+from rkd_deploy.backends.onnxrt import OnnxRuntimeBackend
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import GateError, ModelFileError, UsageError
 from rkd_deploy.export import early_exit
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.early_exit import EarlyExit
+from rkd_deploy.export.fusion import fuse_branch
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.stage_run import joined
+from rkd_deploy.models.trunk import parted
 from rkd_deploy.serve.early_exit import confidence, exit_steps, load_early_exit
 from tests.support.adapters import learnt
 
@@ -30,10 +36,11 @@ TRUTH = np.arange(40) % 4
 PREPROCESS = Preprocess(height=8, width=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
 
-def network_of(assistants: int) -> ResidualStudent:
+def network_of(assistants: int, *, trunk: bool = False) -> ResidualStudent:
     torch.manual_seed(3)
-    chain = [CifarResNet(8, (4, 4, 6, 5), None) for _ in range(assistants)]
-    model = ResidualStudent(CifarResNet(8, (8, 8, 8, 12), None), chain, 10, len(LABELS))
+    S = CifarResNet(8, (8, 8, 8, 12), None)
+    chain = [CifarResNet(8, (8, 8, 8, 5) if trunk else (4, 4, 6, 5), None) for _ in range(assistants)]
+    model = parted(S, chain, 2, 10, len(LABELS)) if trunk else ResidualStudent(S, chain, 10, len(LABELS))
     for adapter in model.assistant_adapters:
         learnt(adapter, std=0.5)
     for parameter in model.head.parameters():
@@ -41,10 +48,11 @@ def network_of(assistants: int) -> ResidualStudent:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[2])  # each export takes a second
+@pytest.fixture(scope="module", params=["branches", "trunk"])  # each export takes a second
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ResidualStudent, Path]:
-    """S with one or two assistants, exported."""
-    model, folder = network_of(request.param), tmp_path_factory.mktemp("exits") / "bundle"
+    """S with two assistants, exported: branches from the image on, and behind a trunk."""
+    model = network_of(2, trunk=request.param == "trunk")
+    folder = tmp_path_factory.mktemp("exits") / "bundle"
     card = ModelCard(name="exits", labels=LABELS, preprocess=PREPROCESS)
     arguments = EarlyExit(
         held_out=[(IMAGES[:20], TRUTH[:20])], test=[(IMAGES[:25], TRUTH[:25]), (IMAGES[25:], TRUTH[25:])]
@@ -107,9 +115,13 @@ def test_the_report_counts_what_runs(bundle: tuple[ResidualStudent, Path]) -> No
     report = json.loads((folder / "model.json").read_text())["early_exit"]
     k = len(model.assistants)
     assert report["files"] == ["student.onnx", *[f"assistant_{i}.onnx" for i in range(1, k + 1)]]
-    branches = [model.student, *model.assistants]
-    macs = [count(branch, 8).macs + branch.channels * len(LABELS) for branch in branches]  # adapters are folded away
+    # Each network counted whole, with its own share of the one matrix that adapters and head fold into; the trunk once.
+    widths = [(8, 8, 8, 12), *[(4, 4, 6, 5) if model.trunk is None else (8, 8, 8, 5)] * k]
+    macs = [count(CifarResNet(8, w, None), 8).macs + w[-1] * len(LABELS) for w in widths]
+    if model.trunk is not None:
+        macs[1:] = [value - count(model.trunk, 8).macs for value in macs[1:]]
     assert report["macs"] == macs
+    assert sum(macs) == json.loads((folder / "model.json").read_text())["graph"]["macs"]
     z = np.stack([by_torch(model, i) for i in range(k + 1)])
     for name, part in (("held_out", slice(20)), ("test", slice(40))):
         for row in report[name]:
@@ -125,7 +137,64 @@ def test_the_report_counts_what_runs(bundle: tuple[ResidualStudent, Path]) -> No
     whole, grid = report["held_out"][-1]["top1"], np.arange(0, report["threshold"], 0.01)
     accuracy = [100 * (z[exit_steps(z[:, :20], t), np.arange(20)].argmax(1) == TRUTH[:20]).mean() for t in grid]
     assert all(value < whole for value in accuracy)
-    assert report["test"][1]["threshold"] == report["threshold"]
+    assert report["threshold"] in [row["threshold"] for row in report["test"]]
+
+
+def test_behind_a_trunk_only_what_s_leaves_unsure_goes_on(
+    bundle: tuple[ResidualStudent, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = bundle
+    taken: dict[str, list[tuple[int, ...]]] = {}
+
+    class Counting(OnnxRuntimeBackend):
+        def infer(self, x: np.ndarray) -> np.ndarray:
+            assert self.info.file is not None
+            taken.setdefault(self.info.file.name, []).append(x.shape)
+            return super().infer(x)
+
+    monkeypatch.setattr("rkd_deploy.backends.onnxrt.OnnxRuntimeBackend", Counting)
+    z = [by_torch(model, i) for i in range(3)]
+    threshold = float(np.sort(softmax(z[0]).max(1))[13:15].mean())
+    with load_early_exit(folder, threshold, "onnxruntime") as loaded:
+        loaded.infer(IMAGES)
+    steps = exit_steps(z, threshold)
+    shape = (8, 8, 3) if model.trunk is None else (8, 4, 4)  # an image, or the map that the trunk made of it
+    for number in (1, 2):
+        count_of_those = int((steps >= number).sum())
+        assert taken.get(f"assistant_{number}.onnx", []) == ([(count_of_those, *shape)] if count_of_those else [])
+
+
+def test_threads_share_one_classifier(bundle: tuple[ResidualStudent, Path]) -> None:
+    with load(bundle[1], exit_threshold=0.5, threads=1) as classifier, ThreadPoolExecutor(4) as pool:
+        expected = classifier.logits(IMAGES)
+        left = classifier.exits
+        for actual in pool.map(lambda _: classifier.logits(IMAGES), range(12)):
+            np.testing.assert_allclose(actual, expected, atol=1e-6)
+        assert classifier.exits == tuple(13 * count for count in left)
+
+
+@torch.no_grad()
+def test_the_parts_add_up_to_the_whole_in_float64() -> None:
+    model = network_of(2, trunk=True).double()
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    z, trunk_map = fuse_branch(model, 0, model.head)(x)
+    torch.testing.assert_close(z, StudentAlone(model)(x), atol=1e-10, rtol=0)
+    no_bias = copy.deepcopy(model.head)
+    torch.nn.init.zeros_(no_bias.bias)
+    z = z + sum(fuse_branch(model, number, no_bias)(trunk_map) for number in (1, 2))
+    torch.testing.assert_close(z, model(x), atol=1e-10, rtol=0)
+
+
+def test_a_bundle_of_before_whose_graphs_run_the_trunk_each_is_read(tmp_path: Path) -> None:
+    model = network_of(1, trunk=True)
+    assert model.trunk is not None
+    ends = [joined(model.trunk, end) for end in (model.student, *model.assistants)]  # type: ignore[arg-type]
+    before = ResidualStudent(ends[0], ends[1:], 10, len(LABELS), model.head)
+    before.student_adapter, before.assistant_adapters = model.student_adapter, model.assistant_adapters
+    card = ModelCard(name="x", labels=LABELS, preprocess=PREPROCESS)
+    export_bundle(before.eval(), card, tmp_path / "b", early_exit=EarlyExit(threshold=0.5))
+    with load(tmp_path / "b", exit_threshold=1.01) as classifier:
+        np.testing.assert_allclose(classifier.logits(IMAGES), by_torch(model, 1), atol=1e-5)
 
 
 def test_confidence_is_the_largest_probability() -> None:

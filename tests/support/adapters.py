@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.models.adapters import Adapter
+from rkd_deploy.models.residual import Adapter
 
 
 def learnt(adapter: Adapter, std: float = 1.0) -> Adapter:

@@ -12,11 +12,11 @@ from rkd_deploy.errors import DataError
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train import fitting
 from rkd_deploy.train.display import Silent
+from rkd_deploy.train.evaluation import near_chance, refuse_guessing, teacher_warning
 from rkd_deploy.train.facts import RunFacts, SplitSizes
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.log import EpochRow, read_log
 from rkd_deploy.train.runs import Run, newest_run
-from rkd_deploy.train.starting_weights import near_chance, refuse_guessing, teacher_warning
 
 
 class Noting(Silent):

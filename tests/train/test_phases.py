@@ -15,8 +15,8 @@ from torch import nn
 
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, RecipeError, UsageError
 from rkd_deploy.models import zoo
-from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import NetworkCost, count
+from rkd_deploy.models.residual import Adapter
 from rkd_deploy.models.separation.separate import separate
 from rkd_deploy.pipeline import export_run
 from rkd_deploy.recipe import Recipe

@@ -104,12 +104,13 @@ def ended(method: Method, rows: list[dict[str, float]], optimizer: torch.optim.O
 
 def eagerly(method: Method, epochs: int = 3, **how: Any) -> dict[str, Tensor]:
     stepper, rows = Stepper(method, recipe(**how)), []
-    batches = loader(str(next(method.parameters()).device))
+    parameter = next(method.parameters())
+    batches = loader(str(parameter.device))
     for epoch in range(epochs):
         stepper.start_epoch(epoch + 1)
         sums = EpochSums()
         for step, (x, y) in enumerate(batches.epoch(epoch)):
-            sums.add(stepper.step(x, y, rates(epoch)[step]), y, step + 1)
+            sums.add(stepper.step(x.to(parameter.dtype), y, rates(epoch)[step]), y, step + 1)
         rows.append(sums.means())
     return ended(method, rows, stepper.optimizer)
 
@@ -240,14 +241,22 @@ def test_an_epoch_goes_on_where_it_was_left(graphs: list[Any]) -> None:
     assert halves.means() == sums.means()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_compiled_passes_learn_what_eager_ones_learn() -> None:
+    ours = recorded(made("student").cuda().double(), Speedups(compiled=True), loader("cuda"))
+    theirs = eagerly(made("student").cuda().double())
+    assert_close({key: ours[key].cpu() for key in ours}, {key: theirs[key].cpu() for key in theirs}, 1e-4)
+
+
 def test_a_copy_that_gives_other_maps_is_not_used(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a fused kernel that cuDNN gets wrong: the plain folded copy stands in."""
     monkeypatch.setattr(ConvAddReLU, "forward", lambda self, x, z=None: torch.full_like(self.conv(x), torch.nan))
     assert_close(recorded(made("kd"), Speedups(), loader()), eagerly(made("kd")), 1e-3)
 
 
-@pytest.mark.parametrize("fused", ["cudnn", None])
-def test_a_folded_copy_gives_the_maps_and_logits_of_its_network(fused: str | None) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_folded_copy_gives_the_maps_and_logits_of_its_network(fused: bool) -> None:
     torch.manual_seed(0)
     network = shaken(CifarResNet(14, (4, 4, 8, 8), CLASSES)).double().eval()
     copy = folded_copy(network, torch.float64, fused)
@@ -279,7 +288,7 @@ def test_a_learning_rate_on_the_device_is_the_number() -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("speedups", [PLAIN, Speedups()], ids=["plain", "fast"])
 def test_on_a_gpu_recorded_steps_learn_what_eager_steps_learn(name: str, speedups: Speedups) -> None:
-    """Batch norm's statistics too: the warm-up before a recording must leave no trace."""
-    ours = recorded(made(name).cuda(), speedups, loader("cuda"))
-    theirs = eagerly(made(name).cuda())
-    assert_close({key: ours[key].cpu() for key in ours}, {key: theirs[key].cpu() for key in theirs}, 1e-2)
+    """In float64: nine steps make much of float32's rounding. Batch norm's statistics too: warm-ups leave no trace."""
+    ours = recorded(made(name).cuda().double(), speedups, loader("cuda"))
+    theirs = eagerly(made(name).cuda().double())
+    assert_close({key: ours[key].cpu() for key in ours}, {key: theirs[key].cpu() for key in theirs}, 1e-4)

@@ -1,7 +1,7 @@
 """Fuses S and A into one graph, equal in value to h(GAP(P_S f_S + P_A f_A)).
 
 Letters: s = f_S(x) [N, C_S, H, W], a = f_A(x) [N, C_A, H, W], GAP the mean over H and W, and
-    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/adapters.py`)
+    P_S s = U_S s + c_S     U_S [C_T, C_S] at every position, the batch norm of P folded in (`models/residual.py`)
     P_A a = U_A a + c_A     U_A [C_T, C_A]
     h(v)  = W v + b         W   [K, C_T]
 
@@ -30,7 +30,7 @@ as many multiplications more as the weights got zeros. With p_S, p_A the places 
     z = V GAP(m) + (b + W (c_S + c_A)),    V[:, p_S] = W U_S,  V[:, p_A] = W U_A
 
 `wide-grouped` is the same with grouped convolutions, which have no zeros, wherever the pair has equal widths. Which
-level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`export/measuring.py`).
+level is fastest depends on the machine, on the batch and on the widths: level `auto` measures (`export/levels.py`).
 
 Batch norm is folded into the convolution before it in every level (`batch_norm.py`); where a network cannot be traced,
 or has a batch norm of its own making, that is left to the ONNX exporter. One that follows an addition (in a Wide
@@ -58,9 +58,8 @@ from torch import Tensor, nn
 from rkd_deploy.errors import UsageError, unknown_name
 from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.fusion.wide import Merged, merge
-from rkd_deploy.models.adapters import Adapter, as_convolution
 from rkd_deploy.models.progressive import BranchStage, ProgressiveStudent
-from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.residual import ResidualStudent, StudentAlone, as_convolution
 from rkd_deploy.models.staged import FeatureNetwork, pool
 
 
@@ -191,6 +190,21 @@ class FoldedTail(nn.Module):
         return cast(Tensor, self.head(torch.cat(pooled, dim=1)))
 
 
+class TrunkAndStudent(FoldedTail):
+    """Level `tail` of S alone, behind a trunk whose map is given too, for the assistants: z_0 and t.
+
+    Args:
+        branches: Images to S's last map and the trunk's.
+        adapters: P_S.
+        head: C_T to K.
+    """
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Map normalised images [N, C, H, W] to logits [N, K] and the trunk's map [N, C', H', W']."""
+        student_map, trunk_map = self.branches(x_NCHW)
+        return self.head(pool(student_map)), trunk_map
+
+
 class WideBranches(nn.Module):
     """Level `wide`: all branches as one backbone, with the tail of level `tail`.
 
@@ -235,16 +249,19 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 class _LastMaps(nn.Module):
-    """Branches as one function from images to their last stage maps."""
+    """Branches as one function from images to their last stage maps, and, if asked for, the trunk's behind them."""
 
-    def __init__(self, backbones: Sequence[FeatureNetwork], trunk: FeatureNetwork | None) -> None:
+    def __init__(
+        self, backbones: Sequence[FeatureNetwork], trunk: FeatureNetwork | None, *, shows_trunk: bool = False
+    ) -> None:
         super().__init__()
-        self.trunk, self.backbones = trunk, nn.ModuleList(backbones)
+        self.trunk, self.backbones, self.shows_trunk = trunk, nn.ModuleList(backbones), shows_trunk
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
         if self.trunk is not None:
             x_NCHW = self.trunk.features(x_NCHW)[-1]
-        return tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
+        maps = tuple(backbone.features(x_NCHW)[-1] for backbone in self.backbones)  # type: ignore[operator]
+        return (*maps, x_NCHW) if self.shows_trunk else maps
 
 
 class _LastMap(nn.Module):
@@ -264,7 +281,7 @@ def fuse(model: nn.Module, level: str = "tail") -> nn.Module:
     Args:
         model: S with its assistants (`ResidualStudent`, `ProgressiveStudent`), S alone, or any classifier, of which
             only batch norm is folded. Left as it is.
-        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `measuring.choose_level`.
+        level: One of `LEVELS`. `auto` is no level of a network but a choice: see `levels.choose_level`.
 
     Raises:
         UsageError: Unknown level, or a level that these branches cannot be brought to.
@@ -304,8 +321,18 @@ def _wide(model: ResidualStudent | StudentAlone | ProgressiveStudent, *, grouped
         return WideBranches(merged, adapters, model.head).eval()
 
 
-def fuse_branch(
-    backbone: FeatureNetwork, adapter: Adapter, head: nn.Module, trunk: FeatureNetwork | None = None
-) -> nn.Module:
-    """One branch alone under a head, in eval mode: images to h(U GAP(f) + c)."""
-    return FoldedTail(fold_batch_norms(_LastMaps([backbone], trunk).eval()), [as_convolution(adapter)], head).eval()
+def fuse_branch(model: ResidualStudent, number: int, head: nn.Module) -> nn.Module:
+    """One branch alone at level `tail`, in eval mode: images to h(U GAP(f) + c).
+
+    Behind a trunk S's gives the trunk's map beside its logits, and an assistant's takes that in place of the images.
+
+    Args:
+        model: S with its assistants; left as it is.
+        number: b = 0 (S), 1, ..
+        head: h.
+    """
+    backbone, adapter = model.branches()[number]
+    trunk = model.trunk if number == 0 else None
+    maps = fold_batch_norms(_LastMaps([backbone], trunk, shows_trunk=trunk is not None).eval())
+    kind = FoldedTail if trunk is None else TrunkAndStudent
+    return kind(maps, [as_convolution(adapter)], head).eval()

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from rkd_deploy.backends import Array
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require
-from rkd_deploy.export.graph import OPSET, ExportGraph, to_onnx
-from rkd_deploy.export.precision.gate import GateResult, HeldOut, gate_error
+from rkd_deploy.export.graph import OPSET, ExportGraph, MapInput, to_onnx
+from rkd_deploy.export.precision.gate import GateResult, HeldOut, gate_error, logits_of_steps
 from rkd_deploy.export.precision.images import PrecisionJob
 from rkd_deploy.export.precision.int8 import Int8Quantiser, fewest_kept, sensitivities
 from rkd_deploy.export.precision.layers import WEIGHTED, branch_layers, preprocessing, quantisable, resolve_layers
@@ -33,10 +32,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BF16_OPSET = 22
 """The first opset whose convolutions are defined for bf16."""
 
-Array = npt.NDArray[Any]
 
-
-def to_half(graph: ExportGraph, preprocess: Preprocess, precision: str) -> Any:
+def to_half(graph: ExportGraph, preprocess: Preprocess | MapInput, precision: str) -> Any:
     """Export a graph again with its network in 16 bits.
 
     Args:
@@ -92,10 +89,19 @@ def to_fp8(proto: Any, inputs: Array, keep: Sequence[str] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Exportable:
-    """A network as PyTorch has it, and the float32 ONNX graph that was made of it."""
+    """A network to convert.
+
+    Attributes:
+        graph: The network as PyTorch has it.
+        proto: The float32 ONNX graph that was made of it.
+        preprocess: How the graph takes images, or the map that it takes.
+        inputs: What it is calibrated on for int8 and fp8, as the graph takes it.
+    """
 
     graph: ExportGraph
     proto: Any
+    preprocess: Preprocess | MapInput
+    inputs: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -194,23 +200,15 @@ def convert(
         held_out: Images to judge on.
         options: Precision, target, layers to keep, limits.
     """
-    return convert_sum([Exportable(graph, proto)], preprocess, inputs, [held_out], options)
+    return convert_sum([Exportable(graph, proto, preprocess, inputs)], [held_out], options)
 
 
-def convert_sum(
-    branches: Sequence[Exportable],
-    preprocess: Preprocess,
-    inputs: Array | None,
-    held_out: Sequence[HeldOut],
-    options: PrecisionOptions,
-) -> Converted:
+def convert_sum(branches: Sequence[Exportable], held_out: Sequence[HeldOut], options: PrecisionOptions) -> Converted:
     """Convert networks whose logits add up to a lower precision, and judge every partial sum.
 
     Args:
-        branches: The networks, or a single one; left as they are.
-        preprocess: How the graphs take images.
-        inputs: Calibration images as the graphs take them, for int8 and fp8.
-        held_out: For each partial sum, images and the reference's answers to them.
+        branches: The networks, or a single one, in the order of `serve.early_exit.every_step`; left as they are.
+        held_out: For each partial sum, the same images with its reference's answers to them.
         options: Precision, target, layers to keep, limits.
 
     Raises:
@@ -218,14 +216,13 @@ def convert_sum(
         MissingDependencyError: What converts to it, or runs it here, is not installed.
     """
     if options.precision not in QUANTISED:
-        protos = [to_half(branch.graph, preprocess, options.precision) for branch in branches]
+        protos = [to_half(branch.graph, branch.preprocess, options.precision) for branch in branches]
         return _judged(protos, held_out, options)
-    assert inputs is not None  # PrecisionJob refuses quantisation without calibration images
     if options.precision == "int8":
-        return _int8(branches, inputs, held_out, options)
+        return _int8(branches, held_out, options)
     layers = [branch_layers(quantisable(branch.proto, WEIGHTED), number) for number, branch in enumerate(branches)]
     excluded = resolve_layers(layers, options.keep)
-    protos = [to_fp8(branch.proto, inputs, nodes) for branch, nodes in zip(branches, excluded, strict=True)]
+    protos = [to_fp8(branch.proto, _inputs(branch), nodes) for branch, nodes in zip(branches, excluded, strict=True)]
     return _judged(protos, held_out, options, options.keep)
 
 
@@ -264,11 +261,16 @@ def convert_ungated(
         return quantiser.quantised()
 
 
-def _int8(
-    branches: Sequence[Exportable], inputs: Array, held_out: Sequence[HeldOut], options: PrecisionOptions
-) -> Converted:
+def _inputs(branch: Exportable) -> Array:
+    assert branch.inputs is not None  # PrecisionJob refuses quantisation without calibration images
+    return branch.inputs
+
+
+def _int8(branches: Sequence[Exportable], held_out: Sequence[HeldOut], options: PrecisionOptions) -> Converted:
     with ExitStack() as stack:
-        quantisers = [stack.enter_context(Int8Quantiser(branch.proto, inputs, options.runtime)) for branch in branches]
+        quantisers = [
+            stack.enter_context(Int8Quantiser(branch.proto, _inputs(branch), options.runtime)) for branch in branches
+        ]
         layers = [branch_layers(quantiser.nodes, number) for number, quantiser in enumerate(quantisers)]
 
         def attempt(keep: Sequence[str]) -> Converted:
@@ -278,7 +280,7 @@ def _int8(
 
         if options.keep != (AUTO,):
             return attempt(options.keep)
-        return _searched(attempt, lambda: _ranked(branches, quantisers, layers, inputs, options))
+        return _searched(attempt, lambda: _ranked(branches, quantisers, layers, options))
 
 
 def _searched(attempt: Callable[[Sequence[str]], Converted], ranked: Callable[[], dict[str, float]]) -> Converted:
@@ -299,13 +301,14 @@ def _ranked(
     branches: Sequence[Exportable],
     quantisers: Sequence[Int8Quantiser],
     layers: Sequence[dict[str, str]],
-    inputs: Array,
     options: PrecisionOptions,
 ) -> dict[str, float]:
     """Sensitivities of all layers, the largest first; a name that graphs share, as that of the head, has their sum."""
+    # A trunk's layers are ranked by what they do to S's logits; what they do to the assistants' is left out, and the
+    # gate judges it all the same.
     total: dict[str, float] = defaultdict(float)
     for branch, quantiser, nodes in zip(branches, quantisers, layers, strict=True):
-        for name, value in sensitivities(quantiser, nodes, branch.proto, inputs, options.prover).items():
+        for name, value in sensitivities(quantiser, nodes, branch.proto, _inputs(branch), options.prover).items():
             total[name] += value
     # Equal sensitivities are ordered by name, or two exports of one run could keep other layers.
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
@@ -314,8 +317,7 @@ def _ranked(
 def _judged(
     protos: Sequence[Any], held_out: Sequence[HeldOut], options: PrecisionOptions, keep: Sequence[str] = ()
 ) -> Converted:
-    parts = [images.logits(proto, options.prover) for proto, images in zip(protos, held_out, strict=True)]
     # An image may leave after any branch, so each partial sum is a network of its own that has to pass.
-    sums = np.cumsum(parts, axis=0)
+    sums = logits_of_steps(protos, held_out[0].inputs, options.prover)
     results = [images.judge(z_NK, options.gates) for images, z_NK in zip(held_out, sums, strict=True)]
     return Converted(tuple(protos), tuple(results), tuple(keep))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.backends import Backend, infer_many, load_backend
-from rkd_deploy.backends.files import ONNX_NAME
+from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.bench.accuracy import top1
+from rkd_deploy.bench.statistics import paired_interval
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, GateError
 from rkd_deploy.export.precision.options import Gates
 from rkd_deploy.images import as_input
-
-Array = npt.NDArray[Any]
+from rkd_deploy.serve.early_exit import every_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +102,14 @@ class HeldOut:
                 "Judge on images of the classes that the network was trained for."
             )
 
-    def logits(self, proto: Any, backend: str) -> Array:
-        """Logits [N, K] of a graph in memory for these images."""
-        return logits_of(proto, self.inputs, backend)
-
     def judge(self, logits_NK: Array, gates: Gates) -> GateResult:
         """Hold a file's logits against the reference's."""
+        # In float64: an overflow of float16 logits is to be seen as infinite, not to overflow again here.
         difference = np.abs(logits_NK.astype(np.float64) - self.logits_NK)
         finite = bool(np.isfinite(difference).all())
         same_N = logits_NK.argmax(1) == self.logits_NK.argmax(1)
         agreement = 100 * float(same_N.mean())
+        # All or nothing: an accuracy over the labelled part would be of other images than the agreement.
         known = bool((self.labels_N >= 0).all())
         before = top1(self.logits_NK.argmax(1), self.labels_N) if known else None
         after = top1(logits_NK.argmax(1), self.labels_N) if known else None
@@ -146,18 +144,9 @@ def _limit(requested: float, effective: float, unit: str, images: int) -> str:
 
 
 def _drop_interval(was_right_N: npt.NDArray[np.bool_], is_right_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """95 % interval of a drop of accuracy, in points, between two classifiers of the same images.
-
-    Wald's interval for matched proportions with half an image added to each of the four cells, which keeps its coverage
-    where few images change (Agresti and Min, Statistics in Medicine 24, 2005, "Simple improved confidence intervals for
-    comparing matched proportions").
-    """
-    lost = float((was_right_N & ~is_right_N).sum()) + 0.5
-    gained = float((~was_right_N & is_right_N).sum()) + 0.5
-    count = len(was_right_N) + 2
-    drop = (lost - gained) / count
-    half = 1.959964 * math.sqrt((lost + gained) / count - drop**2) / math.sqrt(count)
-    return 100 * (drop - half), 100 * (drop + half)
+    """95 % interval of a drop of accuracy, in points, between two classifiers of the same images."""
+    lost, gained = int((was_right_N & ~is_right_N).sum()), int((~was_right_N & is_right_N).sum())
+    return paired_interval(lost, gained, len(was_right_N))
 
 
 def _images(share: float, count: int) -> int:
@@ -172,11 +161,19 @@ def _allowed(share: float, count: int) -> int:
 
 def logits_of(proto: Any, inputs: Iterable[Array], backend: str) -> Array:
     """Logits [N, K] of a graph in memory for batches [n, ...] as it takes them."""
-    with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder:
-        file = Path(folder) / ONNX_NAME
-        file.write_bytes(proto.SerializeToString())
-        with load_backend(backend, file) as candidate:
-            return np.concatenate([infer_many(candidate, x) for x in inputs])
+    logits_NK: Array = logits_of_steps([proto], inputs, backend)[0]
+    return logits_NK
+
+
+def logits_of_steps(protos: Sequence[Any], inputs: Iterable[Array], backend: str) -> Array:
+    """Logits [k + 1, N, K] after every step (`every_step` of `serve.early_exit`) of graphs in memory, for batches."""
+    with tempfile.TemporaryDirectory(prefix="rkd-deploy-") as folder, ExitStack() as opened:
+        steps = []
+        for number, proto in enumerate(protos):
+            file = Path(folder) / f"{number}.onnx"
+            file.write_bytes(proto.SerializeToString())
+            steps.append(opened.enter_context(load_backend(backend, file)))
+        return np.concatenate([every_step(steps, x) for x in inputs], axis=1)
 
 
 def gate_error(result: GateResult, precision: str, float32_layers: Sequence[str], report: Path) -> GateError:

@@ -20,14 +20,12 @@ from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words
-from rkd_deploy.images import to_array
+from rkd_deploy.images import Pixels, as_input, to_array
 
 COUNT = 256
 """Images to calibrate on, unless another number is asked for."""
 LEAST = 16
 """Fewer say too little about the ranges that other images reach."""
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -136,3 +134,7 @@ class PrecisionJob:
     def __post_init__(self) -> None:
         if self.options.precision in QUANTISED and self.calibration is None:
             raise UsageError(f"--precision {self.options.precision} needs images to calibrate on. Give a folder.")
+
+    def inputs(self, preprocess: Preprocess) -> npt.NDArray[Any] | None:
+        """Images to calibrate on, as a graph of this pre-processing takes them; None where none are needed."""
+        return None if self.calibration is None else as_input(self.calibration.images_NHWC, preprocess)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.external import External
-from rkd_deploy.models.plain import plain
+from rkd_deploy.models.foreign import plain
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.separation.pruning import Pruned, indices_of
 from rkd_deploy.models.staged import FeatureNetwork

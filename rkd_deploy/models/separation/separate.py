@@ -111,7 +111,7 @@ def separate(
         channels: C_T, the channels that the adapters lead to. Default: those of the model's last map.
         fraction: S0 is not the model itself but the model narrowed to this fraction of its cost.
         weights: ``"fresh"``, or ``"inherited"``: S and the assistants begin with weights of the model.
-        stopwatch: Measures, where the budget is latency: an `rkd_deploy.export.measuring.ExportStopwatch`.
+        stopwatch: Measures, where the budget is latency: an `rkd_deploy.export.stopwatch.ExportStopwatch`.
         head: h, from C_T channels. Default: a linear layer.
         stage_channels: C_T of every stage, where S and A exchange their maps at each (scheme progressive): P_S and P_A
             then stand for all the adapters of `rkd_deploy.models.progressive`, and `channels` is the last of these.
@@ -233,7 +233,7 @@ def _check(
     if (budget == "latency") != (stopwatch is not None):
         raise UsageError(
             f'budget = {budget!r} and a stopwatch {"is" if stopwatch else "is not"} given; the budget "latency" needs '
-            "one and no other budget does: pass stopwatch=rkd_deploy.export.measuring.ExportStopwatch(...)."
+            "one and no other budget does: pass stopwatch=rkd_deploy.export.stopwatch.ExportStopwatch(...)."
         )
 
 

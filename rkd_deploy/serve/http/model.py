@@ -80,12 +80,11 @@ class ServedModel:
         """Encoded images as pixels of the model's size, [N, H, W, C]."""
         rule, limit = self.classifier.card.preprocess, self._limits.pixels
         names = ["The image"] if len(images) == 1 else [f"Image {number}" for number in range(len(images))]
-        return np.stack(
-            [
-                fitted(decoded(io.BytesIO(image), name, rule.channels, max_pixels=limit), rule)
-                for name, image in zip(names, images, strict=True)
-            ]
-        )
+        pixels = [
+            fitted(decoded(io.BytesIO(image), name, rule.channels, max_pixels=limit), rule)
+            for name, image in zip(names, images, strict=True)
+        ]
+        return pixels[0][np.newaxis] if len(pixels) == 1 else np.stack(pixels)
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

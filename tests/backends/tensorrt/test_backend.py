@@ -103,7 +103,7 @@ def test_a_prepared_run_copies_once_and_lives_beside_other_shapes(gpu, flavour, 
         assert calls(gpu.device) == ["GraphLaunch", "StreamSynchronize"]
         prepared._buffers["logits"].download(backend._stream)
         backend.synchronize()
-        np.testing.assert_array_equal(prepared.logits_host, zoo.answer(zoo.pixels(2)))
+        np.testing.assert_array_equal(prepared.output_host("logits"), zoo.answer(zoo.pixels(2)))
 
 
 def test_logits_are_found_by_name(gpu, zoo, tmp_path):

@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from deployment_schemas import faults
 from onnx import TensorProto, helper
 
-from rkd_deploy.backends.tensorrt.build import read_source
 from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.errors import BackendError, ModelFileError, StorageError, UsageError
 from rkd_deploy.images import to_array
 from rkd_deploy.serve.kserve import service_name
@@ -380,6 +381,7 @@ def test_the_kserve_resource(serving, model_format, gpus):
         "metadata": {"name": "foo-1-2"},
         "spec": {"predictor": {"model": model}},
     }
+    assert faults("kserve_inferenceservice", resource) == []
 
 
 @pytest.mark.parametrize("name", ["a", "Foo_1.2", "7up", "x" * 100, "a." + "-" * 80, "0", "NO", "1e3"])

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.residual import Adapter, ResidualStudent, StudentAlone
 from rkd_deploy.train.methods.base import Method, match_size
 from rkd_deploy.train.methods.residual import AssistantStep, HeadStep, StudentStep, explained_variance, mse
 from tests.support.adapters import adapted, learnt

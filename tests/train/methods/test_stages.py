@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.models.adapters import Adapter
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.models.residual import ResidualStudent, StageAdapters
+from rkd_deploy.models.residual import Adapter, ResidualStudent, StageAdapters
 from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights

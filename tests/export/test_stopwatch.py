@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rkd_deploy.backends import RunOn
 from rkd_deploy.bench.sessions import SESSIONS
-from rkd_deploy.export.measuring import ExportStopwatch
+from rkd_deploy.export.stopwatch import ExportStopwatch
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 
 

@@ -1,16 +1,109 @@
-"""Checks that a classifier answers logits: finite, and no probabilities."""
+"""Holds a foreign network to what everything here takes: real float32 weights, and logits row by row.
+
+Weights are brought to that form (`plain`); answers are checked, because nothing turns probabilities into logits again.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkd_deploy.errors import DivergenceError, UsageError
+from rkd_deploy.errors import CheckpointError, DivergenceError, UsageError
 from rkd_deploy.models.staged import in_mode
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse a network with a weight or a statistic that is NaN or infinite.
+
+    Raises:
+        CheckpointError: There is such a weight; the message names the tensor and counts.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{count} of the {tensor.numel()} values of {name} are NaN or infinite; a network is exported only "
+                "where all are finite. Take an earlier checkpoint, or train again with a lower train.lr."
+            )
+
+
+def check_real(network: nn.Module, name: str) -> None:
+    """Refuse complex weights.
+
+    Args:
+        network: Any module.
+        name: What messages call it.
+
+    Raises:
+        UsageError: It has some; the message names the first.
+    """
+    for path, tensor in network.state_dict().items():
+        if tensor.is_complex():
+            raise UsageError(
+                f"{name} has complex weights ({path}, {tensor.dtype}), which no file format and no runtime here takes. "
+                "Write it with real ones: a product of complex numbers is four of real ones."
+            )
+
+
+def with_current_norms(network: nn.Module, name: str) -> nn.Module:
+    """The network with the hooks of torch.nn.utils.weight_norm, which is deprecated, replaced by parametrisations.
+
+    What a hook computes is no weight that could be copied. State dicts of before still load.
+
+    Args:
+        network: Changed in place.
+        name: What messages call it.
+
+    Raises:
+        UsageError: It has hooks of torch.nn.utils.spectral_norm, whose state dicts would not load any more.
+    """
+    for path, module in list(network.named_modules()):
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, SpectralNorm):
+                raise UsageError(
+                    f"{name}: layer {path} has the hook of torch.nn.utils.spectral_norm, which is deprecated and "
+                    "cannot be copied. Use torch.nn.utils.parametrizations.spectral_norm."
+                )
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+                parametrizations.weight_norm(module, hook.name, hook.dim)
+    return network
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The network with float32 weights and without parametrisations, e.g. weight norm: each gives its result for good.
+
+    Args:
+        network: Left as it is.
+
+    Returns:
+        A copy, or the network itself where it is so already.
+    """
+    parametrised = any(parametrize.is_parametrized(module) for module in network.modules())
+    tensors = (*network.parameters(), *network.buffers())
+    if not parametrised and all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point()):
+        return network
+    network = copy.deepcopy(network).float()
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module):
+            # Not remove_parametrizations: it takes the weight away from the class, which the original shares.
+            weights = {
+                name: getattr(module, name).detach().clone() for name in cast(nn.ModuleDict, module.parametrizations)
+            }
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight))
+    return network
+
 
 _PROBABILITIES: Mapping[Any, str] = {
     torch.ops.aten._softmax.default: "softmax",
@@ -64,7 +157,7 @@ def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
         raise UsageError(_refusal(name, f"its last operation is a {kind}"))
 
 
-def check_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
+def check_independent_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
     """Refuse a classifier whose answer for an image depends on what else is in the batch.
 
     Args:
@@ -76,12 +169,15 @@ def check_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
         UsageError: One image alone is answered in another way, or by another shape.
     """
     with torch.no_grad(), in_mode(network, False):
+        # The first alone and in company: whatever looks at the whole batch (statistics, a random draw, a squeeze) shows
+        # in it.
         together_NK, alone_NK = network(x_NCHW), network(x_NCHW[:1])
     if alone_NK.shape != together_NK[:1].shape:
         raise UsageError(
             f"{name} gives a tensor {tuple(alone_NK.shape)} for one image, and {tuple(together_NK.shape)} for "
             f"{len(x_NCHW)}. A squeeze() that names no dimension drops that of the batch: use flatten(1)."
         )
+    # Not exactly equal: kernels for one image and for several sum in another order.
     if not torch.allclose(alone_NK, together_NK[:1], rtol=1e-3, atol=1e-3 * float(together_NK.abs().max())):
         raise UsageError(
             f"{name} answers the same image in another way when it is alone than in a batch of {len(x_NCHW)}. A layer "

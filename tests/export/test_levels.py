@@ -12,9 +12,9 @@ from rkd_deploy.bench.parity import verify
 from rkd_deploy.bench.sessions import SESSIONS
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import UsageError
-from rkd_deploy.export import measuring
+from rkd_deploy.export import levels
 from rkd_deploy.export.bundle import export_bundle
-from rkd_deploy.export.measuring import Target, fastest_level, judge_levels
+from rkd_deploy.export.levels import Target, fastest_level, judge_levels
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.residual import StudentAlone
@@ -94,7 +94,7 @@ def test_files_of_lower_precision_are_measured_as_they_would_ship(model, card, t
         measured.extend(onnx.load(file) for file in files if len(measured) < 3)
         return bench(files, settings, **how)
 
-    monkeypatch.setattr(measuring, "bench", bench_of)  # looks at the files on their way
+    monkeypatch.setattr(levels, "bench", bench_of)  # looks at the files on their way
     folder = tmp_path / "bundle"
     target = Target(RunOn(threads=1), batches=(1, 2), min_seconds=0.01)
     export_bundle(model, card, folder, level="auto", target=target, job=job)
