@@ -215,8 +215,8 @@ def serving() -> str:
 
 def _served(values: dict[str, float], what: str) -> str:
     """Images per second, their share of what bare ONNX Runtime did, and the 99th percentile in ms."""
-    over = values.get(f"{what}bare throughput over it", 1.0)
-    return f"{values[f'{what}throughput']:.0f}, {1 / over:.2f}, {values[f'{what}p99 of a request']:.3g} ms"
+    over, p99 = values.get(f"{what}bare throughput over it", 1.0), values[f"{what}p99 of a request"]
+    return f"{values[f'{what}throughput']:.0f}, {1 / over:.2f}, {p99:{'.3g' if p99 < 100 else '.0f'}} ms"
 
 
 def _soak(path: Path) -> str:
