@@ -229,6 +229,25 @@ def _soak(path: Path) -> str:
     )
 
 
+def recorded() -> str:
+    """Milliseconds of a training step on a GPU, eager and recorded, by the newest record of recorded_step.py."""
+    record = json.loads(max(HERE.glob("recorded_step_*.json")).read_text(encoding="utf-8"))
+    cases = [case for case in record["cases"] if case["case"] == "student step"]
+    batches = [case["batch"] for case in cases]
+    rows = ["| student step | " + " | ".join(f"batch {batch}, ms" for batch in batches) + " |"]
+    rows.append("| --- " + "| ---: " * len(batches) + "|")
+    for line in [key for key, value in cases[0].items() if isinstance(value, dict)]:
+        times = [
+            next(case[line][key] for key in ("floor_ms", "step_ms", "replay_ms") if key in case[line]) for case in cases
+        ]
+        rows.append(f"| {line} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |")
+    whole = ", ".join(f"{case['recorded']['whole_ms']:.2f}" for case in cases)
+    return (
+        "\n".join(rows)
+        + f"\n\nThe host included, a recorded step takes {whole} ms. {record['gpu']}, torch {record['torch']}.\n"
+    )
+
+
 def of_record(path: Path) -> str:
     """The table of one record: a comparison, or a rung of the ladder."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -368,6 +387,7 @@ def render(text: str) -> str:
         "headlines": headlines,
         "quickstart": quickstart,
         "gpu": gpu,
+        "recorded": recorded,
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,
