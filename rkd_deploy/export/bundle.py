@@ -37,7 +37,7 @@ from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.graph_cost import graph_facts
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
-from rkd_deploy.card import ModelCard
+from rkd_deploy.card import ModelCard, unlistable
 from rkd_deploy.errors import UsageError, installed_version, require
 from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
@@ -195,6 +195,8 @@ def _checked(model: nn.Module, card: ModelCard) -> nn.Module:
     """The network as everything here takes it; what would fail after minutes of converting is refused in a moment."""
     require("onnx", "export")
     name = f"the network {type(model).__name__}"
+    if fault := unlistable(card.labels):
+        raise UsageError(f"{fault} Give it another name.")
     check_finite(model)
     check_real(model, name)
     model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
