@@ -92,6 +92,7 @@ def _run(network: nn.Module, paths: Sequence[str], x_NCHW: Tensor) -> tuple[list
     return outputs, result
 
 
+_NO_TRUNK = 'Use student.layout = "branches", or name other stages.'
 _ENLARGED = 64
 """Least height and width in pixels at which stages are looked for: on smaller images the deep maps of several
 resolutions all come down to one position."""
@@ -114,6 +115,7 @@ class External(FeatureNetwork):
         network: The wrapped classifier itself, not a copy.
         stages: Names of the stages.
         input_size: Height and width.
+        stage_channels: Channels of every stage map.
         num_classes: K, or None without a head.
 
     Raises:
@@ -140,13 +142,13 @@ class External(FeatureNetwork):
             self._layouts = _layouts(source, x_NCHW, self.stages, head)
             self._read_maps = source.reader(self.stages, answer=False)
             self._read_all = source.reader(self.stages, answer=True) if head else None
-            self._channels, self.num_classes = self._measured(source, x_NCHW)
+            self.stage_channels, self.num_classes = self._measured(source, x_NCHW)
             self._head = self._proven_head(source) if head else None
 
     @property
     def channels(self) -> int:
         """Channels of the last stage map."""
-        return self._channels
+        return self.stage_channels[-1]
 
     @property
     def fc(self) -> nn.Module | None:
@@ -194,14 +196,51 @@ class External(FeatureNetwork):
         """Another network of the same topology, e.g. a pruned copy of this one's, seen in the same way."""
         return External(network, self.stages, input_size=self.input_size, head=self._read_all is not None)
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The network cut after every stage map: the first part takes images, each gives its map.
+
+        One after the other they are `features`; they share the network's layers, each holding those that it uses.
+
+        Raises:
+            UsageError: The network cannot be traced, or what follows one of its maps needs more than that map.
+        """
+        source, name = _source(self.network), type(self.network).__name__
+        if isinstance(source, Hooked):
+            raise UsageError(f"{name} cannot be cut into stages: its forward pass looks at values. {_NO_TRUNK}")
+        parts: list[nn.Module] = []
+        for start, end, layout in zip((None, *self.stages), self.stages, self._layouts, strict=False):
+            part = source.part(start, end)
+            if part is None or layout.order != "NCHW":
+                reason = f"needs more than the map of {start}" if part is None else f"gives no map but {layout.order}"
+                raise UsageError(f"{name} cannot be cut into stages: what leads to {end} {reason}. {_NO_TRUNK}")
+            parts.append(part.train(self.training))
+        self._check_parts(parts)
+        return tuple(parts)
+
+    @torch.no_grad()
+    def _check_parts(self, parts: Sequence[nn.Module]) -> None:
+        """Refuse parts that do not give the maps of the whole, or overwrite the map that they take."""
+        with in_mode(self, False):
+            value = _images(self.network, self.input_size)
+            expected = [value.clone(), *(stage_map.clone() for stage_map in self.features(value))]
+            for part, stage, before, after in zip(parts, self.stages, expected, expected[1:], strict=False):
+                given = before.clone()
+                with in_mode(part, False):
+                    same = torch.equal(part(given), after)
+                if not (same and torch.equal(given, before)):
+                    raise UsageError(
+                        f"{type(self.network).__name__} cannot be cut into stages: what leads to stage {stage} "
+                        f"overwrites the map that it takes, or depends on more than that. {_NO_TRUNK}"
+                    )
+
     def _as_maps(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
 
-    def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
-        """Channels C of the last map and number of classes K, measured by one pass."""
+    def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[tuple[int, ...], int | None]:
+        """Channels of every map and number of classes K, measured by one pass."""
         with in_mode(self, False):
             if self._read_all is None:
-                return self.features(x_NCHW)[-1].shape[1], None
+                return tuple(stage_map.shape[1] for stage_map in self.features(x_NCHW)), None
             maps, logits_NK = self.maps_and_logits(x_NCHW)
         shape = tuple(logits_NK.shape) if isinstance(logits_NK, Tensor) else ()
         if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.single_output:
@@ -212,7 +251,7 @@ class External(FeatureNetwork):
             )
         check_ends_in_logits(source.network, x_NCHW, _name(source))
         check_rows(source.network, x_NCHW, _name(source))
-        return maps[-1].shape[1], shape[1]
+        return tuple(stage_map.shape[1] for stage_map in maps), shape[1]
 
     def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
         """The head that reproduces the logits: path of a linear layer, or a module; None where there is none.
