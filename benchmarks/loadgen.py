@@ -18,7 +18,7 @@ from models import resnet20
 from record import Claim, save
 
 from rkd_deploy.backends import Backend, load_backend
-from rkd_deploy.bench.loadgen import Load, library, run_scenario
+from rkd_deploy.bench.mlperf import Load, library, run_scenario
 from rkd_deploy.bench.timing import measure
 
 ROUNDS = 41

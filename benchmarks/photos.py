@@ -27,6 +27,7 @@ import tarfile
 import tempfile
 import time
 import traceback
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,9 +50,11 @@ from rkd_deploy.storage import write_json
 
 RECORD = "photos.json"
 SPLIT_SEED, HELD_OUT = 0, 0.2
+GRACE = 20
+"""Seconds after the end in which a group that takes longer than others did may still be done."""
 MOST_BROKEN = 1
 """Rows of a group that may be trained step by step, because no CUDA graph can be made of them."""
-_LARGEST_FILE = 12 * 2**20
+_LARGEST_FILE = 15 * 2**20
 """Bytes of one file of T's weights: what comes back from a lent machine comes in pieces."""
 
 
@@ -72,6 +75,23 @@ class Scale:
     teacher_epochs: int
     batch: int
     limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that trains a group.
+
+    Attributes:
+        child: The process.
+        group: What it trains.
+        result: File that it writes in the end.
+        began: When it began, by `time.time`.
+    """
+
+    child: subprocess.Popen[bytes]
+    group: Group
+    result: Path
+    began: float
 
 
 def main() -> None:
@@ -123,7 +143,11 @@ def conduct(how: argparse.Namespace) -> None:
     if record is None:
         record = {"theme": "photos", "groups": {}, "lines": [], "refused": {}, "calls": []}
         record["scale"] = asdict(scale_of(how))
-    elif source != out:
+    else:  # one scale a record, whatever this call says
+        how.pixels, how.epochs, how.teacher_epochs, how.batch = (
+            record["scale"][key] for key in ("pixels", "epochs", "teacher_epochs", "batch")
+        )
+    if source != out:
         for file in source.glob("teacher-*.safetensors"):
             (out / file.name).write_bytes(file.read_bytes())
     record["calls"].append(asdict(provenance()))
@@ -131,28 +155,26 @@ def conduct(how: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="rkd-photos-") as scratch:
         folder = Path(scratch)
         how.data = unpacked(how.data, folder)
-        running: dict[str, tuple[subprocess.Popen[bytes], Group, float]] = {}
-        while True:
-            for key, (child, group, began) in list(running.items()):
-                if child.poll() is not None:
-                    del running[key]
-                    took = time.time() - began
-                    collect(record, study, group, folder / f"{file_name(key)}.result", took, out)
-            waiting = [] if time.time() > ends else startable(record, study, running, ends)
-            for group in waiting[: max(0, how.jobs - len(running))]:
-                running[group.key] = (start(how, group, folder, out), group, time.time())
-            if not running and not startable(record, study, running, ends):
-                break
-            if time.time() > ends + 5:
-                for child, _, _ in running.values():
-                    child.kill()
-                    child.wait()
-                print(f"cut off: {', '.join(running)}", flush=True)
-                break
-            time.sleep(0.2)
-    left = [
-        group.key for group in groups(study, record["lines"], record["groups"]) if group.key not in record["groups"]
-    ]
+        running: dict[str, Running] = {}
+        try:
+            while time.time() < ends + GRACE:
+                for key, process in list(running.items()):
+                    if process.child.poll() is not None:
+                        del running[key]
+                        collect(record, study, process, out)
+                waiting = startable(record, study, running, ends)
+                for group in waiting[: max(0, how.jobs - len(running))]:
+                    running[group.key] = start(how, group, folder, out)
+                if not running and not startable(record, study, running, ends):
+                    break
+                time.sleep(0.2)
+        finally:
+            for process in running.values():
+                process.child.kill()
+                process.child.wait()
+                print(f"cut off: {process.group.key}", flush=True)
+    planned = [group.key for group in groups(study, record["lines"], record["groups"])]
+    left = [key for key in planned if key not in record["groups"]]
     print(json.dumps({"record": str(out / RECORD), "left": left}), flush=True)
 
 
@@ -165,11 +187,11 @@ def begun(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def startable(record: dict[str, Any], study: Study, running: dict[str, Any], ends: float) -> list[Group]:
+def startable(record: dict[str, Any], study: Study, running: Container[str], ends: float) -> list[Group]:
     """Groups that can be trained now, by worth, and would be done in time as far as that is known."""
-    T = "T" in record["groups"]
+    T = bool(record.get("teacher"))
     took = [group["seconds"] for group in record["groups"].values() if group["trained"] > 1]
-    if time.time() + 0.7 * (statistics.median(took) if took else 0) > ends:
+    if time.time() + (statistics.median(took) if took else 0) > ends:
         return []
     return [
         group
@@ -186,14 +208,14 @@ def file_name(key: str) -> str:
 def unpacked(data: Path, folder: Path) -> Path:
     """The folder of photos."""
     if data.is_dir():
-        return data
+        return data.resolve()
     with tarfile.open(data) as archive:
         archive.extractall(folder / "data", filter="data")
     (inside,) = (folder / "data").iterdir()
     return inside
 
 
-def start(how: argparse.Namespace, group: Group, folder: Path, out: Path) -> subprocess.Popen[bytes]:
+def start(how: argparse.Namespace, group: Group, folder: Path, out: Path) -> Running:
     """A process that trains a group."""
     name = file_name(group.key)
     (folder / f"{name}.group").write_text(json.dumps(as_json(group)), encoding="utf-8")
@@ -205,11 +227,13 @@ def start(how: argparse.Namespace, group: Group, folder: Path, out: Path) -> sub
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     environment = {**os.environ, "PYTHONPATH": ":".join(paths), "PYTHONUNBUFFERED": "1"}
     print(f"begins: {group.key}, {len(group.rows)} rows", flush=True)
-    return subprocess.Popen(command, env=environment, cwd=folder)
+    child = subprocess.Popen(command, env=environment, cwd=folder)
+    return Running(child, group, folder / f"{name}.result", time.time())
 
 
-def collect(record: dict[str, Any], study: Study, group: Group, file: Path, took: float, out: Path) -> None:
-    """Take a group's lines into the record; one that failed is not tried again."""
+def collect(record: dict[str, Any], study: Study, process: Running, out: Path) -> None:
+    """Take a group's lines into the record; one that failed is not tried again in this call."""
+    group, file, took = process.group, process.result, time.time() - process.began
     result: dict[str, Any] = {"lines": [], "refused": {}, "error": "it ended without a result"}
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -223,14 +247,14 @@ def collect(record: dict[str, Any], study: Study, group: Group, file: Path, took
         T = chosen_teacher(study, record["lines"])
         record["teacher"] = None if T is None else asdict(T)
         if T is not None:
-            keep_teacher(out, group.rows.index(T))
+            keep_teacher(file.parent / f"candidate-{group.rows.index(T)}.safetensors", out)
     write_json(out / RECORD, record)
     print(f"ended: {group.key} after {took:.0f} s {result.get('error', '')}", flush=True)
 
 
-def keep_teacher(out: Path, number: int) -> None:
-    """Keep T's weights of all candidates', in half precision and in pieces."""
-    state, pieces, size = load_file(out / f"candidate-{number}.safetensors"), [{}], 0  # type: ignore[var-annotated]
+def keep_teacher(file: Path, out: Path) -> None:
+    """Keep T's weights beside the record, in half precision and in pieces."""
+    state, pieces, size = load_file(file), [{}], 0  # type: ignore[var-annotated]
     for name, value in state.items():
         half = value.half() if value.is_floating_point() else value
         if size + (nbytes := half.numel() * half.element_size()) > _LARGEST_FILE:
@@ -239,8 +263,6 @@ def keep_teacher(out: Path, number: int) -> None:
         size += nbytes
     for place, piece in enumerate(pieces):
         save_file(piece, out / f"teacher-{place}.safetensors")
-    for file in out.glob("candidate-*.safetensors"):
-        file.unlink()
 
 
 def images_of(how: argparse.Namespace, scale: Scale) -> ImageSet:
@@ -302,7 +324,7 @@ def learn(how: argparse.Namespace, group: Group) -> None:
             result["lines"].append(line | judged(learner.network, images, photos))
             print(f"{line_in_words(result['lines'][-1])}", flush=True)
             if group.key == "T":
-                save(learner.network, how.out / f"candidate-{group.rows.index(learner.row)}.safetensors")
+                save(learner.network, how.result.parent / f"candidate-{group.rows.index(learner.row)}.safetensors")
         print(f"{group.key}: built in {built:.1f} s, an epoch took {result['epoch_s']:.2f} s", flush=True)
     except Exception as error:
         traceback.print_exc()

@@ -36,7 +36,7 @@ from rkd_deploy.export.precision.gate import HeldOut, logits_of
 from rkd_deploy.export.precision.int8 import Int8Quantiser
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
-from rkd_deploy.pipeline import Batches, precision_job
+from rkd_deploy.pipeline import SplitBatches, precision_job
 from rkd_deploy.recipe import DataRecipe
 
 FILES = (
@@ -51,7 +51,7 @@ LIMITS = {"fp16": 0.1, "bf16": None, "int8": 0.5}
 """Points of accuracy on the whole test split."""
 FASTER = 1.8
 HELD_OUT_BATCHES = 2
-"""Batches of 256 training images to judge on: that network knows all of them, so more would say no more."""
+"""SplitBatches of 256 training images to judge on: that network knows all of them, so more would say no more."""
 CIFAR = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 IMAGENET = Preprocess(height=224, width=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -100,7 +100,7 @@ def accuracy(network: nn.Module, images: ImageSet, count: int) -> Iterator[Claim
     proto = to_onnx(graph, CIFAR)
     card = ModelCard(name="resnet56", labels=images.classes, preprocess=CIFAR)
     reference = PyTorchBackend(ExportGraph(network, CIFAR), input_shape=(None, 32, 32, 3), input_dtype="uint8")
-    batches = list(Batches(images.test.take(torch.arange(count))))
+    batches = list(SplitBatches(images.test.take(torch.arange(count))))
     inputs, labels_N = [x for x, _ in batches], np.concatenate([y for _, y in batches])
     expected = logits_of(proto, inputs, "onnxruntime")
     before = _top1(expected, labels_N)

@@ -4,7 +4,7 @@
     uv run python benchmarks/tables.py --check   # exit 1 when a page and the records differ
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is `claims`, `headlines`, `quickstart`, `gpu`,
-`recipes`, `runtimes`, `preprocessing`, or the file of a record.
+`recipes`, `runtimes`, `preprocessing`, `serving`, or the file of a record.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PAGES = (
     HERE.parent / "docs" / "reference" / "networks.md",
     HERE.parent / "docs" / "results" / "ladder.md",
     HERE.parent / "docs" / "results" / "measurements.md",
+    HERE.parent / "docs" / "guides" / "serving.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -170,6 +171,79 @@ def gpu() -> str:
                 rows.append("| " + " | ".join((*what, f"{times['S0']:.3f}", *ratios)) + " |")
     facts = next(row for row in record["parts"]["machine"]["rows"] if row["key"] == "facts")
     return "\n".join(rows) + f"\n\n{facts['gpu']}, torch {facts['torch']}; ratios to S0, inputs on the device.\n"
+
+
+SERVERS = {
+    "bare": ("ONNX Runtime and `rkd_deploy.images`, called by as many threads", ""),
+    "classify": ("`rkd-deploy serve`, `/v1/classify`", "rkd-deploy serve"),
+    "infer": ("`rkd-deploy serve`, `/v2/.../infer`", "rkd-deploy serve"),
+    "classify, httptools": ("with httptools installed, `/v1/classify`", "rkd-deploy serve, httptools"),
+    "infer, httptools": ("with httptools installed, `/v2/.../infer`", "rkd-deploy serve, httptools"),
+    "ray, classify": ("Ray Serve, `/v1/classify`", "ray"),
+    "bentoml, classify": ("BentoML, `/v1/classify`", "bentoml"),
+    "triton, infer": ("Triton, python backend, `/v2/.../infer`", "triton"),
+}
+"""Ways to ask of benchmarks/serving.py, in words, and the server whose memory is told."""
+
+GROWTH = "resident memory, largest after the first minute over its end"
+"""Claim of benchmarks/serving_soak.py."""
+
+
+def serving() -> str:
+    """What each server made of its cores beside bare ONNX Runtime, and the soak, by the newest records."""
+    path = max(path for path in HERE.glob("serving_*.json") if "soak" not in path.name)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    values = {claim["what"]: claim["value"] for claim in record["claims"]}
+    clients = sorted({int(match[1]) for what in values if (match := re.search(r", (\d+) clients:", what))})
+    columns = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
+    text = []
+    for network, title in (("resnet20", "ResNet-20, 32 x 32"), ("resnet18", "ResNet-18, 224 x 224")):
+        text += [f"| {title}: images per s (p99, ms) | {' | '.join(columns)} | CPU of an image, ms | memory, MB |"]
+        text += ["| --- |" + " ---: |" * (len(clients) + 2)]
+        for way, (words, server) in SERVERS.items():
+            what = f"{network}, {way}, "
+            if f"{what}{clients[0]} clients: throughput" not in values:
+                continue
+            cells = [
+                f"{values[f'{what}{count} clients: throughput']:.0f} "
+                f"({values[f'{what}{count} clients: p99 of a request']:.3g})"
+                for count in clients
+            ]
+            cells.append(f"{values[f'{what}{clients[-2]} clients: CPU of a request']:.2f}")
+            memory = values.get(f"{network}: {server}: memory of its own")
+            text.append(f"| {words} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
+        text.append("")
+    text.append(f"{record['provenance']['cpu']}, one core for the server and one for the clients.")
+    return "\n".join(text) + "\n" + "".join(map(_soak, sorted(HERE.glob("serving_soak_*.json"))[-1:]))
+
+
+def _soak(path: Path) -> str:
+    values = {claim["what"]: claim["value"] for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
+    return (
+        f"\nTen minutes at 80 % of capacity: {values['requests answered']:,} requests, {values['wrong answers']} "
+        f"answers wrong or lost, p99 {values['p99 of a request']:.0f} ms; resident memory "
+        f"{values['resident memory at the end']:.0f} MB, at most {values[GROWTH]:.3f} times that of the first minute's "
+        "end.\n"
+    )
+
+
+def recorded() -> str:
+    """Milliseconds of a training step on a GPU, eager and recorded, by the newest record of recorded_step.py."""
+    record = json.loads(max(HERE.glob("recorded_step_*.json")).read_text(encoding="utf-8"))
+    cases = [case for case in record["cases"] if case["case"] == "student step"]
+    batches = [case["batch"] for case in cases]
+    rows = ["| student step | " + " | ".join(f"batch {batch}, ms" for batch in batches) + " |"]
+    rows.append("| --- " + "| ---: " * len(batches) + "|")
+    for line in [key for key, value in cases[0].items() if isinstance(value, dict)]:
+        times = [
+            next(case[line][key] for key in ("floor_ms", "step_ms", "replay_ms") if key in case[line]) for case in cases
+        ]
+        rows.append(f"| {line} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |")
+    whole = ", ".join(f"{case['recorded']['whole_ms']:.2f}" for case in cases)
+    return (
+        "\n".join(rows)
+        + f"\n\nThe host included, a recorded step takes {whole} ms. {record['gpu']}, torch {record['torch']}.\n"
+    )
 
 
 def of_record(path: Path) -> str:
@@ -311,10 +385,12 @@ def render(text: str) -> str:
         "headlines": headlines,
         "quickstart": quickstart,
         "gpu": gpu,
+        "recorded": recorded,
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,
         "separable": separable,
+        "serving": serving,
     }
 
     def table(match: re.Match[str]) -> str:

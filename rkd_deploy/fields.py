@@ -14,6 +14,9 @@ from rkd_deploy.errors import UsageError, shortened, unknown_name
 
 _KEY = "option"
 
+MOST_THREADS = 4096
+"""More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rkd_deploy.backends import describe_model
+from rkd_deploy.backends import Array, describe_model
 from rkd_deploy.backends.files import check_files
 from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.reading import read_bench
@@ -34,6 +31,7 @@ from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
 from rkd_deploy.recipe import DataRecipe, Recipe, named_by_folder, read_recipe
 from rkd_deploy.report.writing import Tables, write_tables
+from rkd_deploy.storage import sha256_of
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
@@ -43,11 +41,9 @@ CHUNK = 256
 HELD_OUT = 2000
 """Images to judge on, at most: one of them is 0.05 points."""
 
-Array = npt.NDArray[Any]
-
 
 @dataclass(frozen=True)
-class Batches:
+class SplitBatches:
     """A split chunk by chunk, as backends take it, as often as it is asked for."""
 
     split: AnySplit
@@ -79,7 +75,7 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         calibration = calibration_from_folder(options.calibration, preprocess, options.count, options.seed)
     elif options.precision in QUANTISED:
         taken_N = draw_indices(len(images.train), options.count, options.seed, train)
-        pixels_NHWC = np.concatenate([pixels for pixels, _ in Batches(images.train.take(taken_N))])
+        pixels_NHWC = np.concatenate([pixels for pixels, _ in SplitBatches(images.train.take(taken_N))])
         calibration = Calibration(pixels_NHWC, train, options.seed)
     if len(images.val):
         pool, left_N, source = images.val, np.arange(len(images.val)), f"{images.name} validation images"
@@ -88,7 +84,7 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
         source = f"{train} not calibrated on"
     # Another stream than the one that drew the calibration images.
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
-    held_out = Batches(pool.take(chosen_N))
+    held_out = SplitBatches(pool.take(chosen_N))
     return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
 
 
@@ -165,13 +161,13 @@ def export_run(
         note("reading the run's images")
         images()
     if early_exit or exit_threshold is not None:
-        reported = Batches(images().test) if test_images else ()
-        exits = EarlyExit(threshold=exit_threshold, held_out=Batches(images().val), test=reported)
+        reported = SplitBatches(images().test) if test_images else ()
+        exits = EarlyExit(threshold=exit_threshold, held_out=SplitBatches(images().val), test=reported)
     proof = export_bundle(
         model,
         card,
         chosen,
-        batches=Batches(images().test) if test_images else None,
+        batches=SplitBatches(images().test) if test_images else None,
         level=level or _level(run, part),
         outputs=outputs,
         tolerance=tolerance,
@@ -272,7 +268,7 @@ def _card(run: Run, part: str, embedded: bool) -> ModelCard:
         source={
             "run": run.folder.name,
             "recipe": recipe.name,
-            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "weights_sha256": sha256_of(weights),
         },
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import served
+from real_servers import served
 
 from rkd_deploy.pipeline import export_run
 

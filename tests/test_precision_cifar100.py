@@ -18,7 +18,7 @@ from rkd_deploy.export.precision.convert import convert
 from rkd_deploy.export.precision.gate import HeldOut, logits_of
 from rkd_deploy.export.precision.options import PrecisionOptions
 from rkd_deploy.models.zoo import create
-from rkd_deploy.pipeline import HELD_OUT, Batches, precision_job
+from rkd_deploy.pipeline import HELD_OUT, SplitBatches, precision_job
 
 PREPROCESS = Preprocess(height=32, width=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
 
@@ -33,7 +33,7 @@ def resnet20(cifar100, shared_data):
     drawn = precision_job(cifar100, PrecisionOptions(precision="int8", count=64), PREPROCESS)
     batches = list(drawn.held_out)
     assert sum(len(labels_n) for _, labels_n in batches) == HELD_OUT
-    test = list(Batches(cifar100.test.take(torch.arange(500))))
+    test = list(SplitBatches(cifar100.test.take(torch.arange(500))))
     return SimpleNamespace(
         graph=graph,
         proto=to_onnx(graph, PREPROCESS),

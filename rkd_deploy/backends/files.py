@@ -267,6 +267,7 @@ def newest_bundle(root: Path) -> Path:
     cards = list(root.glob("*/bundle*/model.json"))
     if not cards:
         raise ModelFileError(f"There is no bundle in {root}/. Make one with: rkd-deploy train && rkd-deploy export")
+    # By the card, which is written last: of two bundles the one that was finished later.
     return max(cards, key=lambda path: path.stat().st_mtime_ns).parent
 
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from rkd_deploy.backends.files import broken_model, model_path
-from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, kept_from_terminal
+from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, quiet_terminal
 from rkd_deploy.backends.onnxrt_session import (
     PROVIDERS,
     check_provider,
@@ -115,7 +115,7 @@ class OnnxRuntimeBackend(Backend):
             yield
             return
         self._shapes.add(shape)
-        with kept_from_terminal() as lines:
+        with quiet_terminal() as lines:
             yield
         self._error_lines += lines()
 

@@ -68,7 +68,7 @@ def provider_options(file: Path, index: int, run_on: RunOn, *, graph: bool) -> d
 
 
 @contextlib.contextmanager
-def kept_from_terminal() -> Iterator[Callable[[], int]]:
+def quiet_terminal() -> Iterator[Callable[[], int]]:
     """Keep cuDNN's error lines from the terminal inside the block; everything else that is written comes after it.
 
     They are written by C++ to the process's standard error, one for each convolution that it has no plan for, and

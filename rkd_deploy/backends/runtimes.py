@@ -22,7 +22,7 @@ from rkd_deploy.errors import (
     require,
     unknown_name,
 )
-from rkd_deploy.fields import check_number
+from rkd_deploy.fields import MOST_THREADS, check_number
 
 # No runtime may call home, nor write an identifier into the home folder. ONNX Runtime reads this variable when it is
 # imported. OpenVINO has none: it sends an event as soon as it is imported, through the package openvino_telemetry, and
@@ -52,8 +52,6 @@ def _without_telemetry() -> Iterator[None]:
         sys.modules.pop(_OPENVINO_TELEMETRY, None)
 
 
-MOST_THREADS = 4096
-"""More than any machine has cores: a larger number is a slip, and every runtime would try to start so many."""
 MOST_MEMORY = 1 << 50
 """More bytes than any GPU has: a larger limit is a slip."""
 

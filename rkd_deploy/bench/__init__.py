@@ -53,11 +53,14 @@ def bench(
     """
     settings = settings or BenchSettings()
     check_models(models, settings.run_on)
+    # Read before any model is loaded: what they add to it is theirs.
     schedule = _Schedule(settings, machine.resident_bytes())
     results = []
     for run_on in settings.run_on:
         report = _prefixed(progress, run_on if len(settings.run_on) > 1 else None)
         with ExitStack() as stack:
+            # Anew at each place: the models of the one before have been let go of by now, but for what their runtime
+            # keeps.
             device_before = device_in_use(run_on)
             loaded = load_all(models, run_on, stack, settings.batches, report)
             sizes, accuracies = resolve_batches(loaded, settings.batches), {}

@@ -20,7 +20,7 @@ from rkd_deploy.backends import Array, Backend, infer_many
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, UsageError
-from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below, subfolders
+from rkd_deploy.image_folders import SUFFIXES, Visited, images_below, left_out_in_words, splits_below, subfolders
 from rkd_deploy.serve.classifier import Classifier
 
 _AT_ONCE = 64
@@ -131,8 +131,9 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
             f"{folder} was given for the model's accuracy: {holds}. It must hold one folder for each class, named by "
             f"the card's labels ({', '.join(names[:5])}, ..: rkd-deploy info MODEL shows them)."
         )
-    visited: dict[tuple[int, int], str] = {}
+    visited = Visited()
     below = {path.name: images_below(path, visited) for path in classes}
+    visited.check_links()
     files = [(Path(file), index[name]) for name, images in below.items() for file in images.paths]
     if not files:
         left_out = left_out_in_words(sum((images.left_out for images in below.values()), Counter[str]()))
@@ -163,6 +164,7 @@ def folder_top1(backend: Backend, card: ModelCard | None, folder: Path, progress
             "prepared, is unknown. Leave --data out, or export the model with rkd-deploy export."
         )
     files, labels_N = labelled_images(folder, card.labels)
+    # Through the classifier that apps embed, so that its decoding and resizing are judged along with the model.
     classifier = Classifier(backend, card, max_batch=min(_AT_ONCE, backend.info.max_batch or _AT_ONCE))
     right = 0
     for start in range(0, len(files), _AT_ONCE):

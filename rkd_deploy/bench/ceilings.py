@@ -33,7 +33,7 @@ from rkd_deploy.errors import BackendError, RkdError, require
 
 ARITHMETIC = ("float32", "float16", "int8")
 """Types of multiply-adds that a ceiling can be measured for."""
-BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino", "tensorrt", "tensorrt-rtx")
+CEILING_BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino", "tensorrt", "tensorrt-rtx")
 """Backends whose ceilings can be measured: those that run an ONNX file. PyTorch's runs exported programs."""
 SMALLEST, LARGEST = 1 << 22, 1 << 27
 """Bounds of the bytes that one run moves: below, the call itself would be measured; above, caches are full anyway."""
@@ -70,7 +70,7 @@ def measure_ceilings(
     """Measure ceilings in a process of their own: about 0.2 s for each kernel and footprint, and the process's start.
 
     Args:
-        run_on: Where; the backend is one of `BACKENDS`.
+        run_on: Where; the backend is one of `CEILING_BACKENDS`.
         arithmetic: One of `ARITHMETIC`.
         footprints: Bytes that one run reads and writes together.
 
@@ -81,6 +81,8 @@ def measure_ceilings(
     require("onnx", "export")
     backend = run_on.backend
     wanted = {"backend": backend, "device": run_on.device, "threads": run_on.threads, "arithmetic": arithmetic}
+    # In a process of its own: what this one has loaded (thread pools, arenas, warmed caches) would be in the way, and
+    # what the probes take goes back when they end.
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer; _answer()"],
         input=json.dumps({**wanted, "footprints": list(footprints)}),
@@ -136,6 +138,7 @@ def _measured(
         side, images, channels = (8192, 32, 256) if cuda else (1024, 1, 128)
         square, maps, kernel = (side, side), (images, channels, 56, 56), (channels, channels, 3, 3)
         product, window = macs("MatMul", square, square, square), macs("Conv", maps, kernel, maps)
+        # Two shapes of work, because a library may be tuned for one of them alone: the ceiling is the better.
         int8 = arithmetic == "int8"
         kernels[f"matrix product, side {side}"] = rate(product, "MatMul", square, square, square, as_int8=int8)
         kernels[f"3x3 convolution of {'x'.join(map(str, maps))}"] = rate(
@@ -144,6 +147,7 @@ def _measured(
         for size in footprints:
             copied, read = size // 2 // dtype.itemsize, size // 1024 // dtype.itemsize
             copies[size] = max(
+                # A copy reads and writes, a matrix times a vector reads alone; either may be badly tuned in a runtime.
                 rate(size, "Relu", (1, copied), (1, copied)),
                 rate(size, "MatMul", (1, 1024), (1, read), (1024, read)),
             )

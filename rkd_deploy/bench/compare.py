@@ -143,6 +143,7 @@ def recorded_ratio(a_ms: Sequence[float], b_ms: Sequence[float], confidence: flo
     # Bonferroni: two intervals of 1 - e / 2 each hold together with at least 1 - e, whatever ties them.
     each = (1 + confidence) / 2
     (a_low, a_high), (b_low, b_high) = (median_interval(medians, each) for medians in (a_ms, b_ms))
+    # The farthest corners of both intervals: records know nothing of each other, so drift cancels nowhere.
     return Judgement(median_low(b_ms) / median_low(a_ms), b_low / a_high, b_high / a_low if a_low else math.inf)
 
 

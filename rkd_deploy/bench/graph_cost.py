@@ -127,6 +127,7 @@ def graph_cost(path: str | os.PathLike[str], batch: int, image: Sequence[int] = 
         if model.functions:
             model = require("onnx.inliner", "export").inline_local_functions(model)
         _fix_input(model.graph, batch, image, str(file))
+        # Only ONNX Runtime's own operators need replacing, and replacing copies the model, weights and all.
         foreign = any(node.domain.encode() not in DEFAULT_DOMAINS for node in model.graph.node)
         readable = standardised(model, onnx) if foreign else model
         inferred = onnx.shape_inference.infer_shapes(readable, data_prop=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rkd_deploy.bench.settings import USUAL_BATCHES, PathLike
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import BackendError, UsageError
+from rkd_deploy.storage import sha256_of
 
 
 def load_model(
@@ -100,7 +100,7 @@ def _load(
         key=f"{number + 1} {name}",
         name=name,
         file=file,
-        sha256=_sha256(file),
+        sha256=sha256_of(file),
         backends=backends,
         card=card,
         # An engine is built by the first stream alone, and comes out of the cache for the others.
@@ -109,11 +109,6 @@ def _load(
         engine_kept=file.parent.name if run_on.runs_engines and file.parent.parent == cache_folder() else None,
         resident_load_bytes=None if before is None or after is None else after - before,
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def resolve_batches(models: Sequence[Loaded], batches: Sequence[int] | None) -> Sequence[int]:
@@ -172,6 +167,8 @@ def random_input(
             f"{free:,} bytes of memory that are free. Use a smaller batch."
         )
     generator = np.random.default_rng(seed)
+    # Noise, and no zeros: a network that is fed zeros computes with zeros and denormal numbers, which some
+    # processors take at another speed.
     if np.issubdtype(dtype, np.integer):
         high = min(256, np.iinfo(dtype).max + 1)
         return generator.integers(0, high, size, np.dtype(dtype.type))

@@ -317,6 +317,8 @@ def device_used_bytes(device: str) -> int | None:
     number = int(index or 0)
     if not facts or number >= len(facts):
         return None
+    # nvidia-smi and not the runtime's own count: memory of other processes and of the driver's contexts is in use as
+    # well.
     mebibytes = re.match(r"(\d+) MiB", facts[number].get("memory.used", ""))
     return int(mebibytes[1]) * 2**20 if mebibytes else None
 

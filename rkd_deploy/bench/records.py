@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.bench import bench
-from rkd_deploy.bench.loadgen import Load, ScenarioResult, check_scenarios, run_scenarios
+from rkd_deploy.bench.loadgen import ScenarioResult, run_scenarios
 from rkd_deploy.bench.machine import MachineState, machine_state, provenance
+from rkd_deploy.bench.mlperf import Load, check_scenarios
 from rkd_deploy.bench.results import Result, to_bench_record
 from rkd_deploy.bench.settings import BenchSettings
 from rkd_deploy.bench.timing import Progress
@@ -59,7 +60,7 @@ def record_bench(
         settings: As for `bench`.
         folder: Where bench.json is written; made when it is not there.
         progress: As for `bench`.
-        scenarios: Some of `loadgen.SCENARIOS`; each is run on every model, backend and thread count.
+        scenarios: Some of `mlperf.SCENARIOS`; each is run on every model, backend and thread count.
         load: How hard and how long LoadGen asks.
         analyse: Called with the results when all is measured; gives what else belongs into the record.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from rkd_deploy.backends import ENGINE_BACKENDS, RunOn
 from rkd_deploy.backends.files import model_name, model_path, read_card
-from rkd_deploy.bench.ceilings import ARITHMETIC, BACKENDS, Ceilings, footprint, measure_ceilings
+from rkd_deploy.bench.ceilings import ARITHMETIC, CEILING_BACKENDS, Ceilings, footprint, measure_ceilings
 from rkd_deploy.bench.graph_cost import GraphCost, graph_cost
 from rkd_deploy.bench.layers import LayerTimes, layer_times
 from rkd_deploy.bench.loading import Case
@@ -107,7 +107,7 @@ def predict_roofline(
     subjects = [_subject(path, shape) for path in models]
     cases = [(subject, batch, *_costed(subject, batch)) for batch in batches for subject in subjects]
     costs = [cost for *_, cost, _ in cases if cost is not None]
-    ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in BACKENDS else {}
+    ceilings = _ceilings(run_on, costs, progress) if costs and run_on.backend in CEILING_BACKENDS else {}
     ran_on = next((measured.device for measured in ceilings.values()), run_on.where)
     predictions = tuple(
         LatencyBound(
@@ -126,6 +126,8 @@ def predict_roofline(
 
 def _ceilings(run_on: RunOn, costs: Sequence[GraphCost], progress: Progress | None) -> dict[str, Ceilings]:
     """Ceilings by arithmetic; float32's too where those of another type cannot be measured."""
+    # A rate for each size: what fits a cache moves faster than what does not, and one rate would flatter large models
+    # or blame small ones.
     sizes = sorted({footprint(cost.least_bytes) for cost in costs})
     ceilings: dict[str, Ceilings] = {}
 
@@ -192,6 +194,8 @@ def _bounded(cost: GraphCost, ceilings: Mapping[str, Ceilings], backend: str) ->
                 f"{kind} is bounded by the peak of float32, which it may exceed: its own could not be measured"
             )
         seconds += macs / ceilings.get(kind, ceilings.get("float32", next(iter(ceilings.values())))).macs_per_s
+    # The best of all types: bytes are moved alike whatever they mean, and one of the measurements may have been
+    # disturbed.
     rate = max(measured.bytes_per_s[footprint(cost.least_bytes)] for measured in ceilings.values())
     peak = cost.macs / seconds if seconds else max(measured.macs_per_s for measured in ceilings.values())
     bound_ms, limit = bound(cost.macs, cost.least_bytes, peak, rate)

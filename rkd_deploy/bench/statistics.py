@@ -16,6 +16,9 @@ import numpy as np
 
 from rkd_deploy.errors import UsageError
 
+Z_95 = 1.959964
+"""97.5 % quantile of the normal distribution, for two-sided intervals of 95 %."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -101,6 +104,7 @@ class Timing:
         if not 0 < confidence < 1:
             raise UsageError(f"confidence is {confidence}; it must lie between 0 and 1, for example 0.95.")
         count = len(self._sorted)
+        # Rounded down, and the ranks stretched outward below: on doubt the interval is the wider one.
         effective = max(1, math.floor(count / self.design_effect(q)))
         low, high = interval_ranks(effective, q / 100, confidence)
         return (
@@ -159,6 +163,7 @@ def judge(ratios: Sequence[float], confidence: float = 0.95) -> Judgement:
         confidence: Above 0 and below 1.
     """
     ordered = sorted(ratios)
+    # A value that was measured, and not the mean of two: with an even number of sessions the median stays one of them.
     return Judgement(median_low(ordered), *median_interval(ordered, confidence))
 
 
@@ -185,14 +190,35 @@ def interval_ranks(count: int, share: float, confidence: float) -> tuple[int | N
     log_choose = log_factorial[count] - log_factorial[k] - log_factorial[count - k]
     cdf = np.cumsum(np.exp(log_choose + k * math.log(share) + (count - k) * math.log1p(-share)))
     tail = (1 - confidence) / 2
+    # cdf[k] is P(B <= k): the first rank that exceeds the tail is the number of ranks that do not, counted from 1.
     low = int(np.searchsorted(cdf, tail, side="right"))
     high = int(np.searchsorted(cdf, 1 - tail, side="left")) + 1
     return low or None, high if high <= count else None
 
 
+def paired_interval(first: int, second: int, images: int) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies on the same images, in points.
+
+    Wald's interval for matched proportions with half an image added to each of the four cells, which keeps its coverage
+    where few images differ (Agresti and Min, Statistics in Medicine 24, 2005, "Simple improved confidence intervals for
+    comparing matched proportions"). With b and c the images that one network alone has right, of n:
+
+        d = (b' - c') / n'      sd = sqrt((b' + c') / n' - d^2) / sqrt(n')      b' = b + 1/2, c' = c + 1/2, n' = n + 2
+
+    Args:
+        first: b, images that the first network alone classifies right.
+        second: c, images that the second network alone classifies right.
+        images: n.
+    """
+    b, c, n = first + 0.5, second + 0.5, images + 2
+    difference = (b - c) / n
+    half = Z_95 * math.sqrt((b + c) / n - difference**2) / math.sqrt(n)
+    return 100 * (difference - half), 100 * (difference + half)
+
+
 def _small_sample_factor(freedom: int) -> float:
     """(t / z)^2 at 97.5 %: Cornish and Fisher's expansion of Student's t (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
+    z = Z_95
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return float(((z + first / freedom + second / freedom**2) / z) ** 2)
 

@@ -144,6 +144,7 @@ class Runner:
     def timing(self) -> Timing:
         """The samples so far as a `Timing`."""
         return Timing(
+            # Whole nanoseconds until here: sums of them are exact, however many there are.
             samples_ms=tuple((np.asarray(self._samples, np.int64) / 1e6).tolist()),
             batch=len(self._workload.x),
             transfers=self._workload.transfers,
@@ -307,11 +308,14 @@ def measure_workloads(
             for runner in pending:
                 # Before the turn and not within it: the pace runs on the cores that the model is about to use.
                 pace_ms = None if pace is None else pace()
+                # One model alone without a pace keeps its caches: there is nothing to warm up again.
                 if len(runners) > 1 or pace is not None:
                     runner.warm_up(0, 1)
                 runner.run_round(pace_ms)
                 if progress is not None:
                     progress(runner.name, runner.done)
+            # Reversed: else one model would always run right after the same other one, and pay for what that leaves in
+            # the caches.
             pending = [runner for runner in reversed(pending) if runner.done < 1]
     except KeyboardInterrupt:
         timings = {runner.name: runner.timing() for runner in runners if runner.has_samples}

@@ -74,7 +74,7 @@ def report(
 
 
 Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]
-Shape = Annotated[
+ShapeOption = Annotated[
     str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
 ]
 Data = Annotated[
@@ -103,7 +103,7 @@ def bench(
         bool,
         typer.Option("--cuda-graph/--no-cuda-graph", help="Engines: capture the runs, or launch kernel by kernel."),
     ] = True,
-    shape: Shape = None,
+    shape: ShapeOption = None,
     min_seconds: Annotated[
         float, typer.Option("--seconds", help="Time each model at each batch at least so long.")
     ] = 2.0,
@@ -151,7 +151,7 @@ def bench(
         require_all("export", "onnx")
     chosen_folder = report_folder(report, output)
     from rkd_deploy.backends import check_backend
-    from rkd_deploy.bench.loadgen import SERVER_LATENCY_MS, Load, check_scenarios
+    from rkd_deploy.bench.mlperf import SERVER_LATENCY_MS, Load, check_scenarios
     from rkd_deploy.bench.reading import read_bench
     from rkd_deploy.bench.records import record_bench
     from rkd_deploy.bench.roofline import Analysis

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
 
-FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", "ovms", *APP_FORMATS)
+EXPORT_FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", "ovms", *APP_FORMATS)
 REPOSITORIES = ("triton", "ovms")
 
 # Help panels: they also say which options a format, or a model that is exported already, has no use for.
 BUNDLE = "The bundle of a run"
-AUTO = "Where --fuse auto measures"
+AUTO_PANEL = "Where --fuse auto measures"
 PRECISION = "Precision below float32"
 ENGINE = "Engine (--format tensorrt, tensorrt-rtx)"
 TRITON = "Model repository (--format triton; of ovms name, place and address)"
@@ -48,7 +48,7 @@ def check_options(output_format: str, changed: dict[str, str | None], *, of_mode
     """Refuse options that have no effect, by the names that were typed.
 
     Args:
-        output_format: One of `FORMATS`.
+        output_format: One of `EXPORT_FORMATS`.
         changed: Options that differ from their defaults, with their panels (`changed_options`).
         of_model: Whether a model is given that is exported already, of which no bundle is made.
 
@@ -63,7 +63,7 @@ def check_options(output_format: str, changed: dict[str, str | None], *, of_mode
                 "another --format."
             )
     if of_model:
-        unused = [flag for flag, its_panel in changed.items() if its_panel in (BUNDLE, AUTO, PRECISION)]
+        unused = [flag for flag, its_panel in changed.items() if its_panel in (BUNDLE, AUTO_PANEL, PRECISION)]
         if output_format in REPOSITORIES:  # Triton's copies have threads, and the folder is --repository
             threads = () if output_format == "ovms" else ("--threads",)
             unused = [flag for flag in unused if flag not in threads] + [flag for flag in changed if flag == "--output"]
@@ -91,7 +91,7 @@ def engine_settings(output_format: str, options: SettingsOptions[EngineSettings]
 
 
 def add_engine(
-    model: Path, flavour: str, settings: EngineSettings | None, output: Path | None, as_json: bool
+    model: Path, library: str, settings: EngineSettings | None, output: Path | None, as_json: bool
 ) -> dict[str, Any]:
     """Build an engine where one was asked for; what is known of it, for --json."""
     if settings is None:
@@ -99,12 +99,12 @@ def add_engine(
     from rkd_deploy.backends.tensorrt.cache import export_engine
     from rkd_deploy.commands.options import status
 
-    with status(f"Building the {flavour} engine of {model}") as update:
-        built = export_engine(model, flavour, settings, output=output, progress=update)
+    with status(f"Building the {library} engine of {model}") as update:
+        built = export_engine(model, library, settings, output=output, progress=update)
     record = built.record
     console_for(as_json).print(
-        f"Engine {built.file}: {flavour} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
-        f"built in {record.build_seconds:,.1f} s. Next: {command_line('bench', built.file, '--backend', flavour)}",
+        f"Engine {built.file}: {library} {record.version}, {record.precision}, {record.engine_bytes / 1e6:,.2f} MB, "
+        f"built in {record.build_seconds:,.1f} s. Next: {command_line('bench', built.file, '--backend', library)}",
         markup=False,
     )
     facts = {key: value for key, value in record.to_dict().items() if key != "layers"}
@@ -185,11 +185,15 @@ def export(
         in_panel(BUNDLE, "--exit-threshold", help="Confidence at which an image leaves. Default: by held-out images."),
     ] = None,
     backend: Annotated[
-        str | None, in_panel(AUTO, "--backend", help="Default: onnxruntime, or that of --target.")
+        str | None, in_panel(AUTO_PANEL, "--backend", help="Default: onnxruntime, or that of --target.")
     ] = None,
-    device: Annotated[str | None, in_panel(AUTO, "--device", help="Default: the backend's.")] = None,
-    batches: Annotated[str | None, in_panel(AUTO, "--batch", help="All count alike, e.g. 1,8. Default: 1.")] = None,
-    threads: Annotated[int | None, in_panel(AUTO, "--threads", help="CPU threads; also of a Triton instance.")] = None,
+    device: Annotated[str | None, in_panel(AUTO_PANEL, "--device", help="Default: the backend's.")] = None,
+    batches: Annotated[
+        str | None, in_panel(AUTO_PANEL, "--batch", help="All count alike, e.g. 1,8. Default: 1.")
+    ] = None,
+    threads: Annotated[
+        int | None, in_panel(AUTO_PANEL, "--threads", help="CPU threads; also of a Triton instance.")
+    ] = None,
     *,
     precision: SettingsOptions[PrecisionOptions],
     engine: SettingsOptions[EngineSettings],
@@ -203,7 +207,7 @@ def export(
     Default: the newest run. What is written is a bundle, proven against PyTorch; on request an engine in it, or beside
     it a model repository for Triton or OpenVINO Model Server, or what an app loads.
     """
-    one_of("format", output_format, FORMATS)
+    one_of("format", output_format, EXPORT_FORMATS)
     one_of("input", layout, ("uint8", "float32"))
     of_model = output_format != "onnx" and run is not None and _is_model(run)
     changed = changed_options(context)
@@ -235,7 +239,9 @@ def export(
     from rkd_deploy.train.runs import newest_run, open_run
 
     source = newest_run(root, finished=True) if run is None else open_run(run)
-    of_bundle = [flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO, PRECISION) and flag != "--threads"]
+    of_bundle = [
+        flag for flag, panel in changed.items() if panel in (BUNDLE, AUTO_PANEL, PRECISION) and flag != "--threads"
+    ]
     # A bundle that stands is taken as it is only where nothing was asked for that could make another one.
     usual = output is None and not of_bundle
     with_pytorch = with_pytorch or output_format == "executorch"  # which begins with that file

@@ -31,7 +31,7 @@ def write_triton(model: Path, repository: Path | None, serving: Serving, as_json
 
 def write_ovms(model: Path, repository: Path | None, serving: Serving, as_json: bool) -> dict[str, Any]:
     """Write a bundle or an ONNX file for OpenVINO Model Server, and say so; what is known of it, for --json."""
-    from rkd_deploy.serve.ovms import CONFIG_NAME, export_ovms
+    from rkd_deploy.serve.ovms import OVMS_CONFIG, export_ovms
     from rkd_deploy.serve.triton.settings import STORAGE_URI
 
     written = export_ovms(model, repository or _beside(model, "ovms"), serving)
@@ -39,7 +39,7 @@ def write_ovms(model: Path, repository: Path | None, serving: Serving, as_json: 
     console.print(f"Model repository {written.repository}: {written.name}, version {written.version}.")
     if serving.storage_uri == STORAGE_URI:
         console.print(f"For KServe, replace {STORAGE_URI} in {written.service}, or give --storage-uri.")
-    config = (written.repository / CONFIG_NAME).resolve()
+    config = (written.repository / OVMS_CONFIG).resolve()
     console.print(f"Next: {shlex.join(['ovms', '--config_path', str(config), '--rest_port', '8000'])}", markup=False)
     facts = {"name": written.name, "version": written.version}
     return {"ovms": {"repository": str(written.repository), "service": str(written.service), **facts}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
-from rkd_deploy.report.style import INK, WIDTH, drawing, new_figure
+from rkd_deploy.report.style import INK, WIDTH, new_figure, plot_style
 from rkd_deploy.report.tables import Column
 from rkd_deploy.text import visible
 from rkd_deploy.train.explanation import Explanation
@@ -64,7 +64,7 @@ def write_explanation(explanation: Explanation, facts: Mapping[str, str], page: 
     return write_pages("T, S and A on one image", facts, [section], page.parent, page.stem)
 
 
-@drawing()
+@plot_style()
 def explanation_figure(explanation: Explanation) -> Any:
     """The matplotlib Figure: the image, and five maps on one scale."""
     figure = new_figure(WIDTH, 3.7)

@@ -19,7 +19,7 @@ from rkd_deploy.report import tables
 from rkd_deploy.report.columns import graph_macs, graph_weights
 from rkd_deploy.report.page import Pages, Picture, Section, table_of, write_pages
 from rkd_deploy.report.sections import sections
-from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, drawing, frame, new_figure, short, write_png
+from rkd_deploy.report.style import COLOURS, INK, OTHER, QUIET, WIDTH, frame, new_figure, plot_style, short, write_png
 from rkd_deploy.report.tables import Column, milliseconds, print_line
 from rkd_deploy.report.writing import facts_of
 from rkd_deploy.storage import write_json, write_text
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _Value = Callable[[NetworkRow], float | None]
 
 
-def plot(comparison: Comparison, path: Path) -> None:
+def write_comparison_plot(comparison: Comparison, path: Path) -> None:
     """Write the picture of a comparison as PNG.
 
     Raises:
@@ -43,9 +43,9 @@ def plot(comparison: Comparison, path: Path) -> None:
     write_png(comparison_figure(comparison), path)
 
 
-@drawing()
+@plot_style()
 def comparison_figure(comparison: Comparison, *, narrow: bool = False) -> Any:
-    """The matplotlib Figure of `plot`; narrow: for a page that a phone shows too, its panels one below the other."""
+    """The matplotlib Figure of a comparison: for a page that a phone shows too, its panels one below the other."""
     rows = comparison.rows
     values: list[tuple[str, _Value]] = [("MACs of one image, M", lambda row: row.macs / 1e6)]
     if any(row.p50_ms is not None for row in rows):
@@ -115,7 +115,7 @@ def _bars(axes: Any, rows: Sequence[NetworkRow], value: _Value, label: str) -> N
     axes.set_xlabel(label, color=INK)
 
 
-SCHEMA = 1
+COMPARISON_SCHEMA = 1
 NOTE = (
     "Top-1 is of the last epoch, on the test images, which nothing was chosen on. +- is the standard deviation over "
     "seeds where there are several, else (in brackets) the standard error that so many test images leave. Against S0: "
@@ -197,7 +197,7 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison, with or without latencies, as its record has it; provenance is added where it is written."""
     roofline, layers = comparison.roofline, comparison.layers
     return {
-        "schema": SCHEMA,
+        "schema": COMPARISON_SCHEMA,
         "kind": "compare",
         "data": comparison.data,
         "test_images": comparison.test_images,
@@ -237,7 +237,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Files:
     write_text(table, comparison_markdown(comparison))
     picture: Path | None = folder / "compare.png"
     try:
-        plot(comparison, folder / "compare.png")
+        write_comparison_plot(comparison, folder / "compare.png")
     except MissingDependencyError:
         picture = None
     return Files(record, table, picture)
@@ -332,7 +332,7 @@ def _exit_section(comparison: Comparison) -> list[Section]:
     return [Section("Early exit", [curve.sentence() for curve in comparison.exits], [picture, *curves])]
 
 
-@drawing()
+@plot_style()
 def exit_figure(comparison: Comparison) -> Any:
     """The matplotlib Figure of accuracy over mean time: a line for each S + A, a point for each control."""
     figure = new_figure(WIDTH, 3.4)

@@ -66,6 +66,8 @@ class Mixing:
         """
         if not self.mixes:
             return x_NCHW, self._targets(y_N) if self.label_smoothing else y_N
+        # Smoothed first, then mixed: both are linear in the targets, so the order is free, and one-hot is needed either
+        # way.
         target_NK = self._targets(y_N)
         cuts = self.cutmix > 0 and (self.mixup == 0 or random.random() < 0.5)
         alpha = self.cutmix if cuts else self.mixup
@@ -89,6 +91,7 @@ def smoothed(y_N: Tensor, classes: int, epsilon: float) -> Tensor:
 
 def mixup(x: Tensor, partner: Tensor, weight: float) -> Tensor:
     """Mix images or targets with their partners: weight * x + (1 - weight) * partner."""
+    # lerp gives x itself at weight 1, bit for bit, which w x + (1 - w) p need not.
     return partner.lerp(x, weight)
 
 
@@ -105,6 +108,7 @@ def draw_box(weight: float, size: tuple[int, int], random: np.random.Generator) 
     """Draw a box of 1 - weight of the area, of the image's aspect, its centre anywhere, cut off at the edges."""
     spans = []
     for length in size:
+        # Sides of sqrt(1 - weight) of the image's: the area, not the side, is to be 1 - weight.
         centre, half = int(random.integers(length)), int(0.5 * math.sqrt(1 - weight) * length)
         spans.append((max(centre - half, 0), min(centre + half, length)))
     (top, bottom), (left, right) = spans
@@ -190,5 +194,6 @@ def resized_crop(images_NCHW: Tensor, windows_4N: Tensor) -> Tensor:
 def _sample_points(size: int, start_N1: Tensor, length_N1: Tensor) -> Tensor:
     """Point that each of `size` pixels is sampled at, in grid_sample's units of [-1, 1], within the window."""
     centres_S = torch.arange(size, device=start_N1.device) + 0.5
+    # Clamped to the window's own pixels: at its rim bilinear sampling would else read the neighbours outside of it.
     inside_NS = (centres_S * length_N1 / size - 0.5).clamp(min=0).minimum(length_N1 - 1)
     return (2 * (start_N1 + inside_NS) + 1) / size - 1

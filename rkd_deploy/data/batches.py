@@ -135,6 +135,8 @@ class Normaliser:
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.device = device
+        # Worked out in float64 and rounded once: exported graphs have the same two constants (`export/graph.py`), so
+        # that training and app see the same numbers.
         self._scale = (1 / (255 * std_C)).float().view(-1, 1, 1).to(device)
         self._shift = (-mean_C / std_C).float().view(-1, 1, 1).to(device)
 

@@ -35,7 +35,7 @@ __all__ = ["AnySplit", "FileSplit", "ImageSet", "Split", "load_images", "on_devi
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that published ImageNet weights are trained with."""
 
-DEFAULT_ROOT = Path(".data")
+DATA_ROOT = Path(".data")
 """Folder that CIFAR is downloaded into, and that holds the caches of what was learnt of files."""
 
 _SIDE, _TEST_FRACTION = 224, 0.2
@@ -203,7 +203,7 @@ def load_images(recipe: DataRecipe, seed: int) -> ImageSet:
         RecipeError: A key that the files have no use for.
     """
     if recipe.of_files:
-        return load_files(recipe, seed, DEFAULT_ROOT)
+        return load_files(recipe, seed, DATA_ROOT)
     train, test, classes = _digits(recipe.image_size or 16) if recipe.name == "digits" else _cifar(recipe)
     mean, std = IMAGENET if recipe.normalisation == "imagenet" else _NORMALISATION[recipe.name]
     train = train.take(limit(train.labels_N, recipe.train_limit, len(classes), "data.train_limit", seed))
@@ -242,7 +242,7 @@ def _cifar(recipe: DataRecipe) -> tuple[Split, Split, tuple[str, ...]]:
     """CIFAR-10 or CIFAR-100 through torchvision: read where it lies, downloaded where it does not."""
     datasets = require("torchvision.datasets", "train")
     owner = datasets.CIFAR100 if recipe.name == "cifar100" else datasets.CIFAR10
-    root = DEFAULT_ROOT if recipe.root is None else Path(recipe.root)
+    root = DATA_ROOT if recipe.root is None else Path(recipe.root)
     try:
         train, test = (_open_cifar(owner, root, train=train) for train in (True, False))
     except (OSError, RuntimeError, HTTPException) as error:

@@ -68,6 +68,8 @@ class StreamLoader:
             num_workers=split.workers,
             collate_fn=collate,
             pin_memory=normalise.device.type == "cuda",
+            # Workers live on from epoch to epoch: to start them takes seconds, each imports torch. Hence keys that hold
+            # the epoch's number, and a sampler whose list is refilled in place.
             persistent_workers=split.workers > 0,
         )
 
@@ -86,6 +88,7 @@ class StreamLoader:
         Raises:
             DataError: An image cannot be read; it could when the run began.
         """
+        # The source shuffles: tar shards are read in runs, because a disk that seeks for every image does little else.
         order_N = self._split.source.shuffled(self._split.index_N, generator_of_epoch(self._seed, number))
         batches = [order_N[self._batches.positions(batch)] for batch in range(first_batch, len(self))]
         self._keys[:] = [[(self._seed, number, position) for position in index_N.tolist()] for index_N in batches]
@@ -116,6 +119,7 @@ class _Augmented(Dataset[Tensor | DataError]):
         try:
             with seeded_image(*key):
                 return self._augmentation(key[2])
+        # Handed over as a result (`splits.collate`): raised here it would arrive inside of a worker's traceback.
         except DataError as error:
             return error
 
@@ -140,6 +144,7 @@ class _Augmentation:
         split = self._split
         photo = read_image(split.source, int(split.index_N[position]))
         if self._window is not None:
+            # On the decoded photo, before it is resized: a window of the resized image would be enlarged pixels.
             image = v2.functional.pil_to_tensor(self._window(photo))
         else:
             image = as_tensor(fitted(photo, split.preprocess))

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rkd_deploy.backends import load_backend
+from rkd_deploy.backends import Array, load_backend
 from rkd_deploy.bench.accuracy import top1
 from rkd_deploy.bench.parity import compare_logits, gate
 from rkd_deploy.card import ModelCard, Preprocess
@@ -43,7 +43,7 @@ from rkd_deploy.export.graph import ExportGraph, MapInput, to_onnx
 from rkd_deploy.export.precision.convert import Converted, Exportable, PrecisionRecord, convert_sum
 from rkd_deploy.export.precision.gate import HeldOut
 from rkd_deploy.export.precision.images import PrecisionJob
-from rkd_deploy.export.proving import Array, Batches, reference_of
+from rkd_deploy.export.proving import Batches, reference_of
 from rkd_deploy.images import normalise
 from rkd_deploy.models.cost import count, count_end
 from rkd_deploy.models.residual import ResidualStudent

@@ -26,7 +26,7 @@ from rkd_deploy.errors import ExportError, UsageError, require
 from rkd_deploy.storage import new_folder, write_bytes, write_text
 
 PROGRAM_NAME = "model.pte"
-TOLERANCE = 1e-3
+PROGRAM_TOLERANCE = 1e-3
 """Largest difference of a logit: XNNPACK adds up in another order, and on some CPUs in fused operations."""
 _INPUTS = 8
 
@@ -63,7 +63,7 @@ def export_executorch(bundle: Path, folder: Path) -> Parity:
         content = _lowered(torch.export.load(file).module(), torch.from_numpy(inputs[:1]))
         write_bytes(temporary / PROGRAM_NAME, content)
         write_text(temporary / CARD_NAME, dataclasses.replace(card, checksums={}).to_json() + "\n")
-        parity = compare_logits(logits_NK, run_program(content, inputs), TOLERANCE)
+        parity = compare_logits(logits_NK, run_program(content, inputs), PROGRAM_TOLERANCE)
         gate(parity, f"{folder / PROGRAM_NAME} against {bundle}")
     return parity
 

@@ -124,6 +124,8 @@ def choose_level(model: nn.Module, convert: Convert, target: Target, progress: P
         return Choice("tail", networks["tail"], protos["tail"])
     with tempfile.TemporaryDirectory() as folder:
         files = {level: Path(folder) / f"{level}.onnx" for level in protos}
+        # Written as they would ship and loaded from disk: a session optimises a file when it is loaded, and that is
+        # what differs between levels.
         for level, proto in protos.items():
             files[level].write_bytes(proto.SerializeToString())
         sessions = _measured_levels(files, target, progress)

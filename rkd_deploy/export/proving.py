@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from rkd_deploy.backends import RunOn, infer_many
+from rkd_deploy.backends import Array, RunOn, infer_many
 from rkd_deploy.backends.files import ONNX_NAME
 from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.accuracy import top1
@@ -44,7 +43,6 @@ TOLERANCE = 1e-4
 ALLOWED_PER_10000 = 2
 """Images in 10,000 that may be classified otherwise than by PyTorch: near ties that rounding decides."""
 
-Array = npt.NDArray[Any]
 Golden = dict[str, Any]
 """Arrays of golden.npz by name."""
 Batches = Iterable[tuple[Array, Array]]
@@ -101,7 +99,7 @@ def prove(
             labels.append(labels_n)
     expected_NK, exported_NK, labels_N = np.concatenate(expected), np.concatenate(exported), np.concatenate(labels)
     parity = compare_logits(expected_NK, exported_NK, tolerance)
-    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
+    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch", largest=float(np.abs(expected_NK).max()))
     proof = Proof(
         parity=parity,
         images=parity.n,

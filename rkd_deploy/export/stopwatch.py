@@ -25,7 +25,7 @@ from rkd_deploy.export.fusion import fuse
 from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models.separation.latency import Reading
 
-BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino")
+TIMED_BACKENDS = ("onnxruntime", "onnxruntime:cuda-graphs", "openvino")
 """Backends that can time a candidate of a latency budget: those that run an ONNX file."""
 
 _SEARCH = TimingLimits(min_seconds=0.5, min_runs=4, warmup_seconds=0.1, warmup_runs=2)
@@ -43,7 +43,7 @@ class ExportStopwatch:
     a busy one it leaves out the waiting for others. In all other cases it is wall time, which needs an idle machine.
 
     Args:
-        run_on: Where; the backend is one of `BACKENDS`.
+        run_on: Where; the backend is one of `TIMED_BACKENDS`.
         batches: Batch sizes; a candidate has to be fast at each.
         input_size: Height and width of the images in pixels.
         note: Told what is being done.
@@ -127,6 +127,8 @@ class ExportStopwatch:
             return measure_workloads(
                 {name: Workload((stack.enter_context(self._run_on.load(file)),), x) for name, file in files.items()},
                 limits,
+                # Of all threads of this process: with one thread it is the model's, with several it would add up what
+                # runs side by side.
                 clock=time.process_time_ns if self._is_cpu_time else time.perf_counter_ns,
             )
 

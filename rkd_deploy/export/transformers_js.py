@@ -26,9 +26,9 @@ INPUT = "pixel_values"
 """What Transformers.js calls an image model's input: float32 [N, C, H, W]."""
 
 _MODEL_TYPE = "resnet"
-"""Of those that its image classification knows: none of them does more than run the graph."""
+"""A model type that its image classification knows; none of these does more than run the graph."""
 _PROCESSOR = "BitImageProcessor"
-"""Its processor that resizes the shorter side and crops the centre."""
+"""The processor of Transformers.js that resizes the shorter side and crops the centre."""
 
 
 def export_transformers_js(bundle: Path, folder: Path) -> Parity:

@@ -97,7 +97,7 @@ class Staged(FeatureNetwork):
         raise UsageError(
             f"{type(self).__name__} cannot be cut into stages: it shows its stage maps, and nothing says which of its "
             'layers lie between two of them. Scheme progressive needs that of S0: use method.scheme = "sequential" or '
-            '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.names).'
+            '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.network_names).'
         )
 
     def widths_before(self, stages: int) -> tuple[int, ...]:

@@ -195,8 +195,8 @@ def _users(module_name: str, attribute: str, num_classes: int) -> nn.Module:
         for part in attribute.split("."):
             target = getattr(target, part)
     except Exception as error:  # whatever the user's own module raises when it is imported
-        said_by_python = isinstance(error, ImportError | AttributeError | ValueError)
-        reason = str(error) if said_by_python else f"{type(error).__name__}: {error}"
+        is_message_of_python = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = str(error) if is_message_of_python else f"{type(error).__name__}: {error}"
         raise UsageError(f"No network {shortened(name)}: {reason}. {rule}") from error
     if isinstance(target, nn.Module):
         network: Any = copy.deepcopy(target)
@@ -252,7 +252,7 @@ _MAKERS: dict[str, Callable[[int], Staged]] = {
 }
 
 
-def names() -> tuple[str, ...]:
+def network_names() -> tuple[str, ...]:
     """Names of all networks of the families written here."""
     return tuple(_MAKERS)
 
@@ -263,7 +263,7 @@ def create(
     """Build a network with fresh weights, or take a user's own as it is.
 
     Args:
-        name: One of `names()`, e.g. ``"resnet20"``, which give a `Staged`; or the name of an external one.
+        name: One of `network_names()`, e.g. ``"resnet20"``, which give a `Staged`; or the name of an external one.
         num_classes: K, the number of logits.
         input_size: Height and width in pixels, or one number for both. External networks are run once to be understood.
         stages: Where the stages of an external network end (`External`). Default: found.

@@ -14,7 +14,7 @@ SCHEMES = ("sequential", "progressive", "end_to_end")
 """Orders in which S, its assistants and the head are trained."""
 
 HEADS = ("teacher", "trained", "finetuned")
-DISTANCES = ("relative", "mse", "normalised_mse", "smooth_l1", "cosine")
+DISTANCE_NAMES = ("relative", "mse", "normalised_mse", "smooth_l1", "cosine")
 
 _RESIDUAL = ReadWhere('with method.name = "residual"', lambda method: method.residual)
 _END_TO_END = ReadWhere(f'{_RESIDUAL.words} and method.scheme = "end_to_end"', lambda method: method.end_to_end)
@@ -53,7 +53,7 @@ class MethodRecipe:
     """teacher: T's classifier, reused as it is. trained: a fresh one, by cross-entropy on the finished features.
     finetuned: the same, starting from T's. Under end_to_end it learns along with the rest. Default: finetuned in
     end_to_end, else teacher."""
-    distance: str = key("relative", choices=DISTANCES, read=_RESIDUAL)
+    distance: str = key("relative", choices=DISTANCE_NAMES, read=_RESIDUAL)
     """D: relative (squared error over the mean square of T's map: the share not explained), mse, normalised_mse (image
     by image over its target's square), smooth_l1 or cosine (directions only: lengths are not learnt)."""
     feature_weight: float | None = key(None, low=1e-6, read=_RESIDUAL)

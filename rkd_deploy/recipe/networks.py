@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.recipe.rules import LARGEST_DEVIATION, MOST_THREADS, ReadWhere, check_keys, key, three_channels
+from rkd_deploy.fields import MOST_THREADS
+from rkd_deploy.recipe.rules import LARGEST_DEVIATION, ReadWhere, check_keys, key, three_channels
 
 
 def _with_file(table: str) -> ReadWhere:

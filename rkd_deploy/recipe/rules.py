@@ -17,7 +17,6 @@ from rkd_deploy.fields import check_number
 
 MOST = 10**6
 """Largest number of epochs, images of a batch and the like, and largest weight of a loss: no training comes near it."""
-MOST_THREADS = 4096
 LARGEST_DEVIATION = 1e6
 """Largest mean and standard deviation of images, and the smallest of a standard deviation by its inverse."""
 _NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from rkd_deploy.bench.statistics import Z_95
 from rkd_deploy.errors import DataError
 from rkd_deploy.report.style import (
     COLOURS,
@@ -17,10 +18,10 @@ from rkd_deploy.report.style import (
     LINE,
     OTHER,
     QUIET,
-    drawing,
     frame,
     log_scale,
     new_figure,
+    plot_style,
     short,
     write_png,
 )
@@ -46,7 +47,7 @@ _FAR = 9
 """Printer's points between a point and its name from which a line joins them."""
 
 
-def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> None:
+def write_plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> None:
     """Write accuracy against median latency, the 95 % confidence interval of the median as a bar.
 
     Args:
@@ -62,11 +63,11 @@ def plot(results: Sequence[Result], path: Path, *, batch: int | None = None) -> 
     write_png(draw(results, batch), path)
 
 
-@drawing()
+@plot_style()
 def draw(
     results: Sequence[Result], batch: int | None = None, *, size: tuple[float, float] = (8, 4.8), titled: bool = True
 ) -> Any:
-    """The matplotlib Figure of `plot`, so many inches wide and high; without a title where a page has one."""
+    """The matplotlib Figure of `write_plot`, so many inches wide and high; without a title where a page has one."""
     points = _points(results, batch)
     figure = new_figure(*size)
     axes = figure.subplots()
@@ -166,7 +167,7 @@ def accuracy_interval(result: Result) -> tuple[float, float]:
     accuracy, n = result.accuracy or 0.0, result.accuracy_images
     if not n:
         return accuracy, accuracy
-    z, p = 1.959964, accuracy / 100
+    z, p = Z_95, accuracy / 100
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 
@@ -213,7 +214,7 @@ def _title(axes: Any, points: Sequence[Result], titled: bool, columns: int) -> N
         )
 
 
-def names(points: Sequence[Result | Case]) -> list[str]:
+def point_names(points: Sequence[Result | Case]) -> list[str]:
     """The model's name for each point, and where it is not the only one, the facts that tell the points apart."""
     unique = [result.model for result in points]
     for fact in ("part", "fusion", "precision", "backend", "device", "threads", "streams", "scenario"):
@@ -236,7 +237,7 @@ def _label(axes: Any, points: Sequence[Result]) -> None:
     bars = [_bar_box(axes, result) for result in points]
     texts: list[Any] = []
     lines = [spot for line in axes.lines if line.get_label() == _FRONT for spot in _along_stairs(axes, line)]
-    for result, name, bar in zip(points, names(points), bars, strict=True):
+    for result, name, bar in zip(points, point_names(points), bars, strict=True):
         text = axes.annotate(
             f"{short(name)}\n{result.accuracy:.1f} %, {result.p50_ms:.3g} ms",
             (result.p50_ms, result.accuracy),

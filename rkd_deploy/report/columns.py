@@ -197,11 +197,11 @@ def with_names(results: Sequence[Result]) -> list[Result]:
 def _name(result: Result, models: Sequence[tuple[str | None, ...]]) -> str:
     name, *facts = result.model, result.part, result.fusion, result.precision, (result.file_sha256 or "")[:8]
     # Facts are added from the most telling on, and only until the name is the only one.
-    alike = [model for model in models if model[0] == name]
+    same_name = [model for model in models if model[0] == name]
     for place, fact in enumerate(facts, start=1):
-        if len(alike) > 1 and len({model[place] for model in alike}) > 1 and fact:
+        if len(same_name) > 1 and len({model[place] for model in same_name}) > 1 and fact:
             name = f"{name}, {fact}"
-            alike = [model for model in alike if (model[place] or "")[:8] == fact[:8]]
+            same_name = [model for model in same_name if (model[place] or "")[:8] == fact[:8]]
     return name
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rkd_deploy.report import tables
-from rkd_deploy.report.style import THEME, drawing
+from rkd_deploy.report.style import THEME, plot_style
 from rkd_deploy.report.tables import Column
 from rkd_deploy.storage import write_text
 from rkd_deploy.text import markdown, visible
@@ -29,7 +29,7 @@ _NAMED = {light: name for name, (light, _) in THEME.items()}
 _ATTRIBUTES = ("clip-path", "href", "id", "style")
 
 
-@drawing()
+@plot_style()
 def inline_svg(figure: Any, identity: str, title: str, description: str) -> str:
     """The figure as an SVG element for the body of an HTML page.
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rkd_deploy.bench.layers import LayerMedian
 from rkd_deploy.bench.results import Figures, Result
-from rkd_deploy.report.style import INK, LINE, QUIET, WIDTH, drawing, frame, log_scale, new_figure, short
+from rkd_deploy.report.style import INK, LINE, QUIET, WIDTH, frame, log_scale, new_figure, plot_style, short
 from rkd_deploy.text import visible
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -23,7 +23,7 @@ Named = Mapping[str, Figures]
 """Figures by the names that they have on the page."""
 
 
-@drawing()
+@plot_style()
 def distributions(results: Named, colours: Mapping[str, str]) -> Any:
     """Share of calls that took at most so long, a staircase for each model; every sample counts."""
     figure = new_figure(WIDTH, 3.1 + 0.2 * len(results))
@@ -54,7 +54,7 @@ def distributions(results: Named, colours: Mapping[str, str]) -> Any:
     return figure
 
 
-@drawing()
+@plot_style()
 def histograms(results: Named, colours: Mapping[str, str]) -> Any:
     """How often a call took how long, one row for each model, all with the same bins; every sample counts."""
     count = len(results)
@@ -74,7 +74,7 @@ def histograms(results: Named, colours: Mapping[str, str]) -> Any:
     return figure
 
 
-@drawing()
+@plot_style()
 def throughputs(results: Mapping[str, Sequence[Result]], colours: Mapping[str, str]) -> Any:
     """Images per second over the batch size, a line for each model."""
     figure = new_figure(WIDTH, 3.1 + 0.2 * len(results))
@@ -107,7 +107,7 @@ def throughputs(results: Mapping[str, Sequence[Result]], colours: Mapping[str, s
     return figure
 
 
-@drawing()
+@plot_style()
 def layer_bars(layers: Sequence[LayerMedian], colour: str, count: int = 14) -> Any:
     """The layers that take longest, and all others together."""
     ordered = sorted(layers, key=lambda layer: -layer.ms)
@@ -135,7 +135,7 @@ def layer_bars(layers: Sequence[LayerMedian], colour: str, count: int = 14) -> A
     return figure
 
 
-@drawing()
+@plot_style()
 def roofs(
     lines: Sequence[tuple[str, float, float]],
     points: Mapping[str, Sequence[tuple[float, float, int]]],

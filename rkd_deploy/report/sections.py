@@ -74,7 +74,8 @@ def _by_batch(results: Sequence[Result]) -> dict[int, dict[str, Result]]:
     batches = distinct(sorted(result.batch for result in results))
     grouped = {batch: [result for result in results if result.batch == batch] for batch in batches}
     return {
-        batch: dict(zip(_unique(accuracy_latency.names(group)), group, strict=True)) for batch, group in grouped.items()
+        batch: dict(zip(_unique(accuracy_latency.point_names(group)), group, strict=True))
+        for batch, group in grouped.items()
     }
 
 
@@ -100,11 +101,11 @@ def verdict_sentences(results: Sequence[Result]) -> Iterator[str]:
     for ours in results:
         if ours.part != "fused":
             continue
-        alike = (ours.backend, ours.device, ours.batch, ours.threads)
+        conditions = (ours.backend, ours.device, ours.batch, ours.threads)
         others = [
             other
             for other in results
-            if other.part == "s0" and (other.backend, other.device, other.batch, other.threads) == alike
+            if other.part == "s0" and (other.backend, other.device, other.batch, other.threads) == conditions
         ]
         if others:
             other = max(others, key=lambda result: result.accuracy or 0.0)
@@ -123,7 +124,7 @@ def _accuracy(results: Sequence[Result]) -> Iterator[Picture | Table]:
         front = accuracy_latency.pareto_front([result for result in known if result.batch == batch])
         best = ", ".join(
             f"{name} ({result.accuracy:.2f} % in {milliseconds(result.p50_ms)} ms)"
-            for name, result in zip(accuracy_latency.names(front), front, strict=True)
+            for name, result in zip(accuracy_latency.point_names(front), front, strict=True)
         )
         figure = accuracy_latency.draw(known, size=(WIDTH, 3.9), titled=False)
         words = (
@@ -249,7 +250,9 @@ def _under_the_roof(measured: Sequence[Achieved]) -> dict[str, list[tuple[float,
     """MACs per byte, MAC/s and batch of each measurement, by model."""
     points: dict[str, list[tuple[float, float, int]]] = {}
     predictions = [achievement.prediction for achievement in measured]
-    for achievement, prediction, name in zip(measured, predictions, accuracy_latency.names(predictions), strict=True):
+    for achievement, prediction, name in zip(
+        measured, predictions, accuracy_latency.point_names(predictions), strict=True
+    ):
         if prediction.macs and prediction.least_bytes and achievement.p50_ms and prediction.bound_ms:
             intensity = prediction.macs / prediction.least_bytes
             points.setdefault(name, []).append(

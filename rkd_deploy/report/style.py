@@ -52,7 +52,7 @@ _STYLE = {
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
     """The style for everything drawn and written inside; also a decorator.
 
     Raises:
@@ -74,7 +74,7 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Any:
     return figure
 
 
-@drawing()
+@plot_style()
 def write_png(figure: Any, path: Path) -> None:
     """Write a figure as PNG.
 

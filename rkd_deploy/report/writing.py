@@ -9,7 +9,7 @@ from pathlib import Path
 from rkd_deploy.bench.loadgen import LABEL
 from rkd_deploy.bench.reading import BenchRecord
 from rkd_deploy.errors import DataError, MissingDependencyError
-from rkd_deploy.report.accuracy_latency import plot
+from rkd_deploy.report.accuracy_latency import write_plot
 from rkd_deploy.report.columns import (
     PERCENTILE_COLUMNS,
     RESULT_COLUMNS,
@@ -91,7 +91,7 @@ def write_tables(record: BenchRecord, folder: Path) -> Tables:
     if any(result.accuracy is not None for result in record.results):
         try:
             picture = folder / "accuracy_latency.png"
-            plot(record.results, picture)
+            write_plot(record.results, picture)
         except MissingDependencyError:  # an app's environment measures without drawing
             picture = None
     return Tables(table, picture)

@@ -21,7 +21,7 @@ from rkd_deploy.images import FILE_LIMIT, Pixels, decoded, fitted, to_array
 from rkd_deploy.serve.classifier import Classifier, Prediction
 
 STANDARD_INPUT = "-"
-BATCH = 16
+BULK_BATCH = 16
 """Images that are run at once, and decoded meanwhile for the next run: 20 MB of pixels and inputs at 224 x 224."""
 
 
@@ -92,7 +92,7 @@ def classify_all(classifier: Classifier, names: Sequence[str], top: int = 5) -> 
         BackendError: The run failed or gave numbers that are not finite.
     """
     preprocess = classifier.card.preprocess
-    batches = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
+    batches = [names[start : start + BULK_BATCH] for start in range(0, len(names), BULK_BATCH)]
     # Pillow's decoders and resize leave the interpreter's lock, so threads do for decoding.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         coming = [pool.submit(_read, name, preprocess) for name in batches[0]] if batches else []

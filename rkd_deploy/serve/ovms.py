@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_deploy.backends.files import ONNX_NAME, check_files
-from rkd_deploy.backends.tensorrt.build import read_source
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.decoding import DecodingError, read_json
 from rkd_deploy.errors import StorageError
 from rkd_deploy.serve.kserve import file_name, service_text
@@ -28,10 +28,10 @@ from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 from rkd_deploy.text import slug
 
-RUNTIME = "kserve-openvino"
+OVMS_RUNTIME = "kserve-openvino"
 """The cluster serving runtime that KServe brings for OpenVINO Model Server."""
 
-CONFIG_NAME = "config.json"
+OVMS_CONFIG = "config.json"
 PLUGIN_CONFIG = {"INFERENCE_PRECISION_HINT": "f32"}
 """On CPUs with bfloat16 units OpenVINO computes in that by itself, whatever the file says."""
 
@@ -64,13 +64,13 @@ def export_ovms(path: str | os.PathLike[str], repository: Path, serving: Serving
     check_files(path, complete=True)
     source = read_source(path)
     name = serving.name or slug(source.file.stem if source.card is None else source.card.name)
-    config = _with_model(repository / CONFIG_NAME, name)
+    config = _with_model(repository / OVMS_CONFIG, name)
     versions = [int(child.name) for child in (repository / name).glob("*") if re.fullmatch(r"[0-9]{1,18}", child.name)]
     version = max(versions, default=0) + 1
     service = repository / file_name(name)
     with new_folder(repository / name / str(version)) as temporary:
         write_bytes(temporary / ONNX_NAME, source.content)
-        write_json(repository / CONFIG_NAME, config)
+        write_json(repository / OVMS_CONFIG, config)
         write_text(service, _service(name, serving.storage_uri))
     return OvmsVersion(repository, name, version, service)
 
@@ -79,7 +79,7 @@ def _service(name: str, storage_uri: str) -> str:
     return service_text(
         name,
         comment=f"Upload the folder {name}/, which holds the versions, to storageUri",
-        runtime=RUNTIME,
+        runtime=OVMS_RUNTIME,
         model_format="onnx",
         storage_uri=storage_uri,
         # KServe starts the server with one model and no config.json.

@@ -55,6 +55,7 @@ def replay_ms(graph: torch.cuda.CUDAGraph, before: Callable[[], object] = lambda
         before: Called before each replay.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # The first two are not timed: a graph is uploaded to the device at its first replay.
     for number in range(_REPLAYS + 2):
         if number == 2:
             start.record()

@@ -53,6 +53,7 @@ class Group:
                 outcome[0] = call()
             except RkdError as error:
                 outcome[1] = error
+        # Over the CPU, by gloo: what failed on rank 0 may be its GPU, and the error has to get through.
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]
@@ -105,6 +106,7 @@ def process_group() -> Iterator[Group]:
         yield group
         return
     dist.init_process_group(
+        # Both: gradients go from GPU to GPU by NCCL, votes and errors from CPU to CPU, which only gloo can do.
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=_store(),
         rank=group.rank,
@@ -150,11 +152,13 @@ class StopVote:
             return wish
         before = self._collect()
         counted = torch.tensor([wish])
+        # The tensor is held with the work: gloo writes the outcome into it while the next step is computed.
         self._pending = (dist.all_reduce(counted, dist.ReduceOp.MAX, async_op=True), counted)
         return before
 
     def finish(self, wish: int) -> int:
         """Hand in this rank's wish at the end of an epoch; waits for and returns the highest of the last two steps."""
+        # Both answers: what `vote` gives is of the step before, and no further step will fetch that of the last one.
         return wish if self._group.size == 1 else max(self.vote(wish), self._collect())
 
     def _collect(self) -> int:

@@ -26,7 +26,8 @@ from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.storage import write_json
 from rkd_deploy.train import networks
-from rkd_deploy.train.display import Silent, draw_curves, with_tensorboard
+from rkd_deploy.train.curves import draw_curves
+from rkd_deploy.train.display import Silent, with_tensorboard
 from rkd_deploy.train.distributed import Group, process_group, restarted
 from rkd_deploy.train.evaluation import evaluate, refuse_guessing, split_top1, teacher_warning
 from rkd_deploy.train.facts import RunFacts, WeightsFacts

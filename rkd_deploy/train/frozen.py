@@ -79,6 +79,7 @@ class FoldedCopy(FeatureNetwork):
 
     @torch.no_grad()
     def _run(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        # Weights are cast already: autocast would cast them at every pass, which is what the copy saves.
         with torch.autocast(x_NCHW.device.type, enabled=False):
             return tuple(self.passes(x_NCHW.to(self.dtype)))
 
@@ -111,6 +112,8 @@ def folded_copy(network: FeatureNetwork, dtype: torch.dtype, fused: bool) -> Fol
         dtype: Of the copy's weights and maps.
         fused: Whether sum and ReLU behind a convolution are one operation with it (`ConvAddReLU`).
     """
+    # First with the head: its logits come out of the same pass. A head that cannot be traced is left to the network
+    # itself.
     for logits in (True, False):
         passes = fold_batch_norms(_MapsAndLogits(network, logits).eval())
         if isinstance(passes, fx.GraphModule):
@@ -172,6 +175,7 @@ def fuse_relus(passes: fx.GraphModule) -> None:
         conv: Any = before
         others: list[Any] = []
         if before.op == "call_function" and before.target in _ADDITIONS and len(before.args) == 2 and not before.kwargs:
+            # Either side of the sum may be the convolution; of two, the first takes the other's result as z.
             conv, *others = sorted(before.args, key=lambda argument: not _is_conv(argument, modules))
         if not _is_conv(conv, modules) or any(not isinstance(other, fx.Node) or other is conv for other in others):
             continue

@@ -125,7 +125,9 @@ class FastPasses:
         except RuntimeError:
             return False
         with self._autocast():
-            return _alike(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
+            # bfloat16 has 8 bits, and over tens of layers two orders of summation drift per cents apart. What is looked
+            # for, a kernel that leaves something out, is off by as much as the maps themselves.
+            return _nearly_equal(maps, network.features(x_NCHW), 0.1 if self._amp else 0.01)
 
     def _compiled_passes(self) -> dict[FeatureNetwork, Callable[[Tensor], tuple[Tensor, ...]]]:
         """Compiled passes of the networks that train."""
@@ -167,6 +169,8 @@ class FastPasses:
         known = losses._replace(total=losses.total.detach())  # kept losses would keep the graph of this capture
         with aside(self._aside) if self._speedups.meanwhile else contextlib.nullcontext():
             note(known)
+        # A parameter that this phase's loss does not read has no gradient, as after backward(): the update leaves it
+        # alone.
         gradients = torch.autograd.grad(losses.total, list(uses.values()), allow_unused=True)
         self._keep(dict(zip((named[name] for name in uses), gradients, strict=True)))
         if self._speedups.meanwhile:  # a capture must not wait for a stream that it did not lead to
@@ -204,7 +208,7 @@ def aside(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-def _alike(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
+def _nearly_equal(maps: Iterable[Tensor], wanted: Iterable[Tensor], limit: float) -> bool:
     """Whether maps differ from others by no more than a share of them; those that are no numbers differ."""
     return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(maps, wanted, strict=True))
 
@@ -226,6 +230,7 @@ def _has_networks(network: nn.Module) -> bool:
 @contextlib.contextmanager
 def _passing(network: nn.Module, passes: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[None]:
     """While the block runs, other passes give the network's stage maps."""
+    # Past nn.Module.__setattr__, which would register the passes as a child: every parameter would be there twice.
     network.__dict__["features"] = passes
     try:
         yield

@@ -74,6 +74,8 @@ class Planner:
             yield from self._control(nets.control)
         if nets.model is not None:
             first, *others = self._residual(nets.model)
+            # Inheriting belongs to the first phase's method, which is built at its turn: S0, the source, may be trained
+            # before.
             yield dataclasses.replace(first, method=functools.partial(self._begun, nets.model, first.method))
             yield from others
 
@@ -150,6 +152,7 @@ class Planner:
         if isinstance(s0, ReusedClassifier):
             s0.fc.load_state_dict(self._teacher_head().state_dict())
         base = self._borrowed(s0)
+        # A baseline is the published loss in its published balance, so that its row can be held against the paper's.
         ce_weight = base.loss.ce_weight if method.ce_weight is None else method.ce_weight
         # As a control S0 has a head of its own, which SimKD would leave untrained: its published weight of CE is 0.
         if method.residual:

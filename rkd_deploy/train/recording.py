@@ -154,6 +154,7 @@ class RecordedSteps:
             if self._otherwise is None:
                 raise
             self._graph, self._failure = None, str(error).partition("\n")[0]
+            # Copies and gradients were made for a graph that there will not be; plain steps begin without either.
             self._method.stand_in({})
             for parameter in self._trained:
                 parameter.grad = None
@@ -162,6 +163,7 @@ class RecordedSteps:
 
     def _choose_and_record(self) -> None:
         self._graph = None  # gives the memory of the one before back
+        # Weights of losses are Python numbers, so the graph holds them as constants. They change between epochs only.
         self._burnt_in = self._method.epoch_weights()
         with torch.cuda.device(self._device), _benchmarking(self._speedups.cudnn_benchmark):
             if self.channels_last is None:
@@ -199,6 +201,8 @@ class RecordedSteps:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self._method.to(memory_format=layout)
         for group in self._optimizer.param_groups:
+            # A tensor, which the recorded update reads at each replay: a Python number would be a constant of the
+            # graph.
             group["lr"] = self._rate
             for parameter in group["params"] if group["momentum"] else ():
                 momentum = torch.zeros_like(parameter)

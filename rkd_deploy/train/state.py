@@ -100,6 +100,7 @@ class EpochSums:
         """The sums over the images of all processes."""
         if group.size == 1 or self.totals_V is None or self._first_bad_V is None:
             return self
+        # Counts travel with the sums, in one exchange: float64 holds whole numbers up to 2^53 exactly.
         counts_2 = self.totals_V.new_tensor([self.images, 0 if self.correct is None else self.correct])
         *totals, images, correct = group.summed(torch.cat([self.totals_V, counts_2]))
         right = None if self.correct is None else correct.long()
@@ -149,6 +150,7 @@ def save(
         tensors |= _with_prefix("auxiliary/", auxiliary.state_dict())
     if average is not None:
         tensors |= _with_prefix("average/", average.state())
+    # By position: PyTorch numbers parameters in the order in which the optimizer got them, and the method fixes that.
     state = optimizer.state_dict()["state"]
     tensors |= {f"momentum/{index}": entry["momentum_buffer"] for index, entry in state.items()}
     tensors |= {

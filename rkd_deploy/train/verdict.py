@@ -1,14 +1,10 @@
 """Whether S + A is more accurate than the best control, with an interval. Needs no torch.
 
 One seed: both networks answered the same n test images, b of them right by S + A alone and c by the control alone. The
-difference of two proportions of pairs, with half a pair added to each of the four cells (Agresti and Min 2005,
-"Simple improved confidence intervals for comparing matched proportions"), which keeps its level where b + c is small:
-
-    d = (b' - c') / n'      sd = sqrt(b' + c' - (b' - c')^2 / n') / n'      b' = b + 1/2, c' = c + 1/2, n' = n + 2
-
-It says what other test images might give, of these two networks. Several seeds: Student's t interval of the differences
-seed by seed, which says what other trainings might give. Two networks of different runs and one seed are compared as if
-they had answered different images, which is the wider interval.
+interval is that of the difference of two proportions of pairs (`bench.statistics.paired_interval`). It says what other
+test images might give, of these two networks. Several seeds: Student's t interval of the differences seed by seed,
+which says what other trainings might give. Two networks of different runs and one seed are compared as if they had
+answered different images, which is the wider interval.
 """
 
 from __future__ import annotations
@@ -19,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rkd_deploy.bench.statistics import Z_95, paired_interval
 from rkd_deploy.train.facts import Pairs, RunMetrics
 
 CONTROLS = ("s0", "control", "student")
 """Parts that S + A must beat to be worth shipping: S0 with its own head, S0 with the same losses, S alone."""
 
-_Z = 1.959964
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % quantile of Student's t for 1, 2, .. degrees of freedom; beyond them the next lower one is a little wide."""
 
@@ -110,10 +106,8 @@ def gain_of_pairs(gained: int, lost: int, images: int) -> Gain:
         lost: c.
         images: n.
     """
-    b, c, n = gained + 0.5, lost + 0.5, images + 2
-    deviation = math.sqrt(b + c - (b - c) ** 2 / n) / n
-    middle, half = 100 * (b - c) / n, 100 * _Z * deviation
-    return Gain(points=100 * (gained - lost) / images, low=middle - half, high=middle + half, seeds=1)
+    low, high = paired_interval(gained, lost, images)
+    return Gain(points=100 * (gained - lost) / images, low=low, high=high, seeds=1)
 
 
 def gain_of_seeds(ours: Sequence[float], others: Sequence[float]) -> Gain:
@@ -138,7 +132,7 @@ def gain_of_samples(ours: float, others: float, images: int) -> Gain:
         others: Accuracy of the control in %.
         images: n.
     """
-    half = _Z * math.sqrt(sum(p * (100 - p) / images for p in (ours, others)))
+    half = Z_95 * math.sqrt(sum(p * (100 - p) / images for p in (ours, others)))
     return Gain(points=ours - others, low=ours - others - half, high=ours - others + half, seeds=1)
 
 

@@ -123,7 +123,7 @@ def test_libraries_are_found_in_the_nvidia_wheels_wherever_they_are(tmp_path):
 
 
 def test_cudnns_error_lines_are_counted_and_kept_from_the_terminal(capfd):
-    with onnxrt_cuda.kept_from_terminal() as count:
+    with onnxrt_cuda.quiet_terminal() as count:
         os.write(2, b"[E] [cudnn_frontend] Error: No execution plans support the graph.\nsomething else\n")
         os.write(2, b"CUDNN_FE failed\n")
         os.write(2, b"No registered plugin EP device found for 'CUDAExecutionProvider'\n")

@@ -10,7 +10,7 @@ import pytest
 
 from rkd_deploy.backends import load_backend
 from rkd_deploy.backends.protocol import ModelInfo
-from rkd_deploy.bench.loadgen import (
+from rkd_deploy.bench.mlperf import (
     LIBRARY,
     MULTI_STREAM_IMAGES,
     SCENARIOS,

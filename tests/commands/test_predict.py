@@ -109,7 +109,7 @@ def test_few_images_are_decoded_ahead(bundle, photos, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     read, most = [], 0
-    monkeypatch.setattr(bulk, "BATCH", 4)
+    monkeypatch.setattr(bulk, "BULK_BATCH", 4)
     monkeypatch.setattr(bulk, "to_array", lambda name, rule: read.append(name) or photos[name])
     with load(bundle) as classifier:
         for count, image in enumerate(bulk.classify_all(classifier, list(photos)), 1):

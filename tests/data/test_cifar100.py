@@ -130,7 +130,7 @@ def test_without_data_and_without_network_the_way_out_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10.url", CIFAR100.url)
-    monkeypatch.setattr(sources, "DEFAULT_ROOT", tmp_path / "default")
+    monkeypatch.setattr(sources, "DATA_ROOT", tmp_path / "default")
     with pytest.raises(DataError, match=rf"{name} is not whole in .*default/cifar-.*--set data\.root=FOLDER"):
         load_images(DataRecipe(name=name), 0)
 

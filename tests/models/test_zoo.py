@@ -184,7 +184,9 @@ LAYERS = {
 
 def test_every_network_has_its_sum() -> None:
     """The ResNets of depth 6n + 2 have theirs in test_cost."""
-    assert set(zoo.names()) - {name for name in zoo.names() if name.startswith("resnet")} == set(LAYERS) - {"resnet50"}
+    assert set(zoo.network_names()) - {name for name in zoo.network_names() if name.startswith("resnet")} == set(
+        LAYERS
+    ) - {"resnet50"}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -198,7 +200,7 @@ def test_cost_equals_the_sum_written_out(name: str) -> None:
 def test_every_name_stands_in_the_page_of_recipes() -> None:
     page = (Path(__file__).parents[2] / "train/README.md").read_text(encoding="utf-8")
     table = page.split("are one of:")[1].split("They are")[0]
-    assert re.findall(r"`(\w+)`", table) == list(zoo.names())
+    assert re.findall(r"`(\w+)`", table) == list(zoo.network_names())
 
 
 # Million parameters at 100 classes, as the tables of RepDistiller's and mdistiller's successors print them.

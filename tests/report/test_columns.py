@@ -11,7 +11,7 @@ from rkd_deploy.bench.results import Result, to_bench_record
 from rkd_deploy.bench.statistics import Timing
 from rkd_deploy.commands.options import console_for
 from rkd_deploy.errors import DataError
-from rkd_deploy.report.accuracy_latency import draw, plot
+from rkd_deploy.report.accuracy_latency import draw, write_plot
 from rkd_deploy.report.columns import RESULT_COLUMNS, print_bench, with_names
 from rkd_deploy.report.tables import markdown_table
 
@@ -178,7 +178,7 @@ def test_foreign_text_forges_no_line_and_no_mark_up(capsys):
 
 
 def test_the_plot_is_a_png_written_whole(tmp_path):
-    plot([result(), result("teacher", 4.0, 75.0, part="teacher")], tmp_path / "new" / "plot.png")
+    write_plot([result(), result("teacher", 4.0, 75.0, part="teacher")], tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(PNG)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plot.png"]
 
@@ -228,5 +228,5 @@ def test_the_plot_takes_one_batch_size_and_says_which():
 @pytest.mark.parametrize(("results", "batch"), [([], None), ([result(accuracy=None)], None), ([result()], 8)])
 def test_nothing_to_plot_is_an_error_that_says_why(tmp_path, results, batch):
     with pytest.raises(DataError, match="Nothing to plot"):
-        plot(results, tmp_path / "plot.png", batch=batch)
+        write_plot(results, tmp_path / "plot.png", batch=batch)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Running, served
+from real_servers import Running, served
 
 BATCH = 8
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from deployment_schemas import faults
 
 from rkd_deploy.errors import StorageError
 from rkd_deploy.serve.ovms import export_ovms
@@ -25,6 +26,7 @@ def test_versions_stand_side_by_side_and_other_models_stay(photo_bundle, tmp_pat
             {"config": {"name": name, "base_path": name, "plugin_config": hint}} for name in ("tiny-s-a", "other")
         ]
     }
+    assert faults("ovms_config", config) == []
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {
         "models/config.json",
@@ -59,6 +61,34 @@ def test_the_kserve_resource_names_its_runtime_and_the_precision(photo_bundle, t
         "storageUri": "s3://bucket/models/tiny-s-a",
         "args": ['--plugin_config={"INFERENCE_PRECISION_HINT": "f32"}'],
     }
+
+
+def test_the_resource_is_what_the_cluster_takes(photo_bundle, tmp_path):
+    resource = yaml.safe_load(export_ovms(photo_bundle, tmp_path).service.read_text())
+    assert faults("kserve_inferenceservice", resource) == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "document", "words"),
+    [
+        (
+            "ovms_config",
+            {"model_config_list": [{"config": {"name": "a", "base_pat": "a"}}]},
+            "'base_pat' was unexpected",
+        ),
+        ("ovms_config", {"model_config_list": [{"config": {"base_path": "a"}}]}, '"name" is a required property'),
+        (
+            "ovms_config",
+            {"model_config_list": [{"config": {"name": "a", "base_path": "a", "plugin_config": {"X": [1]}}}]},
+            "is not valid",
+        ),
+        ("kserve_inferenceservice", {"spec": {"predictor": {"model": {"modelFormat": {}}}}}, '"name" is a required'),
+        ("kserve_inferenceservice", {"spec": {"predictor": {"model": {"args": "x"}}}}, "is not of type"),
+        ("kserve_inferenceservice", {"spec": {"predictor": {"modle": {}}}}, "'modle' was unexpected"),
+    ],
+)
+def test_the_schemas_say_no(schema, document, words):
+    assert any(words in fault for fault in faults(schema, document)), faults(schema, document)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_config_list": 1}', '{"model_config_list": [1]}', "{}"])

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rkd_deploy.errors import StorageError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.display import Silent, TensorBoard, draw_curves, draw_phases, with_tensorboard
+from rkd_deploy.train.curves import draw_curves, draw_phases
+from rkd_deploy.train.display import Silent, TensorBoard, with_tensorboard
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.log import read_log
 from rkd_deploy.train.runs import Run, create_run

@@ -15,7 +15,7 @@ import torch
 
 from rkd_deploy.errors import CheckpointError, InterruptedTraining, ModelFileError
 from rkd_deploy.recipe import Recipe
-from rkd_deploy.train.display import draw_curves
+from rkd_deploy.train.curves import draw_curves
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.log import EpochRow, RunLog, read_epochs, read_log
 from rkd_deploy.train.runs import Run, newest_run, runs_of

@@ -6,7 +6,6 @@ into a CUDA graph it is one launch; another input shape is captured anew. No tor
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from rkd_deploy.backends.tensorrt.engine import EngineRun, LoadedEngine, load_en
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library, Profile, check_gpu, load_library
 from rkd_deploy.errors import BackendError, ModelFileError, UsageError, command_line
+from rkd_deploy.storage import sha256_of
 
 
 class TensorRtBackend(Backend):
@@ -74,6 +74,7 @@ class TensorRtBackend(Backend):
         gpu = _gpu(self.name, run_on)
         check_gpu(library, gpu.name, gpu.capability)
         self.device = f"cuda:{gpu.index}"
+        # TensorRT takes whatever device is current when a runtime or a context is made; there is no argument for it.
         call("cudaSetDevice", gpu.index)
         settings = settings or EngineSettings()
         file, plan, record, build_seconds = _engine_of(Path(path), library, gpu, settings, progress)
@@ -165,6 +166,8 @@ class TensorRtBackend(Backend):
             self._input.check(x)
             assert self._engine is not None
             known = {layer["name"]: layer for layer in self._engine.layers()}
+            # A context of its own, and no graph: the profiler is told of layers only when a context executes them one
+            # by one.
             run = EngineRun(self._engine, stream, transfers=False, capture=False)
             try:
                 run.fit(x.shape, x)
@@ -190,6 +193,8 @@ class TensorRtBackend(Backend):
             if stream is not None:
                 call("cudaSetDevice", self._gpu.index)
                 stream.synchronize()
+                # What is enqueued still reads this memory. Contexts go before the engine that made them, the stream
+                # last of all.
                 for run in self._runs:
                     run.close()
                 self._runs = []
@@ -233,7 +238,7 @@ def _engine_of(
     beside = engine_path(file, library.name)
     if path.is_dir() and beside.is_file():
         plan, record = read_engine(beside)
-        if record is not None and record.onnx_sha256 != hashlib.sha256(file.read_bytes()).hexdigest():
+        if record is not None and record.onnx_sha256 != sha256_of(file):
             raise ModelFileError(
                 f"{beside} was built of another model than the {file.name} beside it. "
                 f"Build it again with: {command_line('export', path, '--format', library.name)}"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rkd_deploy.backends.files import ONNX_NAME, model_path, update_checksums
 from rkd_deploy.backends.protocol import Progress
-from rkd_deploy.backends.tensorrt.build import build_engine, read_source
+from rkd_deploy.backends.tensorrt.build import build_engine
 from rkd_deploy.backends.tensorrt.cuda import Gpu
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine, record_path, write_engine
 from rkd_deploy.backends.tensorrt.settings import EngineSettings, Library
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.errors import ModelFileError, StorageError
 from rkd_deploy.storage import new_folder
 

@@ -82,6 +82,7 @@ def find_gpu(index: int, *, needed: bool = True) -> Gpu | None:
         BackendError: It is needed, and is not there.
     """
     try:
+        # Asked first: cudaGetDeviceProperties of a device that is not there says no more than "invalid device ordinal".
         count = gpu_count()
         if index >= count:
             raise BackendError(f"there are {count}, counted from 0.")
@@ -163,6 +164,7 @@ class Buffer:
         with _freed_on_error(self):
             self.device = int(_allocate("cudaMalloc", self.bytes))
             self._pinned = int(_allocate("cudaHostAlloc", self.bytes, runtime().cudaHostAllocDefault))
+        # A view of CUDA's memory, which NumPy neither owns nor frees.
         memory = (ctypes.c_byte * self.bytes).from_address(self._pinned)
         self.host: Array = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
@@ -178,6 +180,7 @@ class Buffer:
 
     def close(self) -> None:
         """Give the memory on device and host back; `host` must not be used afterwards."""
+        # Forgotten before they are freed: a second close, after one that failed half way, must not free twice.
         device, pinned, self.device, self._pinned = self.device, self._pinned, 0, 0
         if device:
             call("cudaFree", device)

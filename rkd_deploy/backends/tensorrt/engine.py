@@ -138,6 +138,7 @@ def _describe(engine: Any, runtime: Any, library: Library, file: Path) -> Loaded
     if shape[0] == -1:
         shapes = (engine.get_tensor_profile_shape(inputs[0], i) for i in range(engine.num_optimization_profiles))
         profiles = tuple(Profile(*(int(shape[0]) for shape in triple)) for triple in shapes)
+    # Profiles that all cover one and the same batch make it fixed, as far as a caller can tell.
     sizes = {size for profile in profiles for size in (profile.least, profile.most)}
     batch = shape[0] if not profiles else sizes.pop() if len(sizes) == 1 else None
     spec = InputSpec(inputs[0], (batch, *shape[1:]), _dtype(engine, inputs[0], file))
@@ -257,6 +258,7 @@ class EngineRun:
                 raise BackendError(f"The size of output {name!r} depends on the data ({list(output)}); logits do not.")
             if name == self._engine.output_names[0]:
                 check_rows(output, shape[0])
+            # Every output gets memory, asked for or not: an engine does not run with an address missing.
             self._buffers[name] = Buffer(output, dtype)
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.device):
@@ -274,6 +276,7 @@ class EngineRun:
     def _capturable(self) -> bool:
         if not self._engine.library.is_rtx:
             return True
+        # RTX still compiles kernels, or allocates, for some shapes at run time, which a capture cannot hold.
         return bool(self._context.is_stream_capturable(int(self._stream)))
 
     def release(self) -> None:

@@ -17,7 +17,7 @@ from rkd_deploy.backends.tensorrt.settings import Library
 from rkd_deploy.errors import BackendError, ModelFileError, command_line
 from rkd_deploy.storage import read_bytes, read_text, write_bytes, write_json
 
-SCHEMA = 1
+ENGINE_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class EngineRecord:
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON holds it; `from_json` gives the equal record back."""
         content = asdict(self)
-        return {"schema": SCHEMA, "flavour": content.pop("library"), **content}
+        return {"schema": ENGINE_SCHEMA, "flavour": content.pop("library"), **content}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineRecord:
@@ -71,9 +71,9 @@ class EngineRecord:
         try:
             content = json.loads(text)
             schema, content["library"] = content.pop("schema"), content.pop("flavour")
-            if schema != SCHEMA:
+            if schema != ENGINE_SCHEMA:
                 raise ModelFileError(
-                    f"{where} is written in engine schema {schema}; this version reads schema {SCHEMA}. "
+                    f"{where} is written in engine schema {schema}; this version reads schema {ENGINE_SCHEMA}. "
                     "Update with: pip install -U rkd-deploy"
                 )
             names = {item.name for item in fields(cls)}

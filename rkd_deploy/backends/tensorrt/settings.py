@@ -13,7 +13,7 @@ from typing import Any
 from rkd_deploy.errors import BackendError, UsageError, install_line, require, unknown_name
 from rkd_deploy.fields import check_fields, option
 
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+IMPORT_NAMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Import name of each library, by the name of its backend."""
 
 OLDEST_TENSORRT = 10
@@ -64,9 +64,9 @@ def load_library(name: str) -> Library:
         MissingDependencyError: It is not installed.
         BackendError: It is older than TensorRT 10.
     """
-    if name not in PACKAGES:
-        raise BackendError(unknown_name("engine library", name, PACKAGES))
-    trt = require(PACKAGES[name], name)
+    if name not in IMPORT_NAMES:
+        raise BackendError(unknown_name("engine library", name, IMPORT_NAMES))
+    trt = require(IMPORT_NAMES[name], name)
     messages: list[str] = []
     library = Library(name, trt, _logger(trt, messages), messages)
     if not library.is_rtx and library.major < OLDEST_TENSORRT:

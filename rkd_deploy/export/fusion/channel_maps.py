@@ -112,9 +112,9 @@ class MergedMaps:
         # Nothing at run time: the rows of a convolution that nobody has read yet are put in order. Not those of a
         # grouped one, which are bound to their group.
         for X, Y in pairs:
-            if (conv := self.own_conv(Y)) is not None and conv.groups == 1:
+            if (conv := self.changeable_conv(Y)) is not None and conv.groups == 1:
                 return X, self._relaid(Y, conv, places(X, left), places(Y, right))
-            if (conv := self.own_conv(X)) is not None and conv.groups == 1:
+            if (conv := self.changeable_conv(X)) is not None and conv.groups == 1:
                 return self._relaid(X, conv, places(Y, right), places(X, left)), Y
         # A Gather, which copies the map at every call.
         X, Y = pairs[0]
@@ -122,7 +122,7 @@ class MergedMaps:
         order[places(X, left)] = places(Y, right)
         return X, self.reordered(Y, order)
 
-    def own_conv(self, stored: Stored) -> nn.Conv2d | None:
+    def changeable_conv(self, stored: Stored) -> nn.Conv2d | None:
         """The convolution that a tensor comes from, where nobody has read that yet: it can still be changed."""
         if stored.node.op != "call_module" or stored.node.users:
             return None

@@ -199,7 +199,7 @@ class _Merger:
         norm = merge_norms(norms, p, len(stored.numbers))
         # Folding changes what the convolution gives, so nobody else may read that: not in the merged graph, and not in
         # any branch further down, which has not been walked yet.
-        conv = self.maps.own_conv(stored)
+        conv = self.maps.changeable_conv(stored)
         if conv is not None and all(operations.reads_alone(node) for node in self.nodes):
             fold_norm(conv, norm)
             return maps

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 
+from rkd_deploy.backends import Array
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError, require
 from rkd_deploy.export.graph import OPSET, ExportGraph, MapInput, to_onnx
@@ -31,8 +31,6 @@ from rkd_deploy.storage import write_json
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BF16_OPSET = 22
 """The first opset whose convolutions are defined for bf16."""
-
-Array = npt.NDArray[Any]
 
 
 def to_half(graph: ExportGraph, preprocess: Preprocess | MapInput, precision: str) -> Any:

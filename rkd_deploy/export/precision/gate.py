@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkd_deploy.backends import Backend, infer_many, load_backend
+from rkd_deploy.backends import Array, Backend, infer_many, load_backend
 from rkd_deploy.bench.accuracy import top1
+from rkd_deploy.bench.statistics import paired_interval
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, GateError
 from rkd_deploy.export.precision.options import Gates
 from rkd_deploy.images import as_input
 from rkd_deploy.serve.early_exit import every_step
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +104,12 @@ class HeldOut:
 
     def judge(self, logits_NK: Array, gates: Gates) -> GateResult:
         """Hold a file's logits against the reference's."""
+        # In float64: an overflow of float16 logits is to be seen as infinite, not to overflow again here.
         difference = np.abs(logits_NK.astype(np.float64) - self.logits_NK)
         finite = bool(np.isfinite(difference).all())
         same_N = logits_NK.argmax(1) == self.logits_NK.argmax(1)
         agreement = 100 * float(same_N.mean())
+        # All or nothing: an accuracy over the labelled part would be of other images than the agreement.
         known = bool((self.labels_N >= 0).all())
         before = top1(self.logits_NK.argmax(1), self.labels_N) if known else None
         after = top1(logits_NK.argmax(1), self.labels_N) if known else None
@@ -143,18 +144,9 @@ def _limit(requested: float, effective: float, unit: str, images: int) -> str:
 
 
 def _drop_interval(was_right_N: npt.NDArray[np.bool_], is_right_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """95 % interval of a drop of accuracy, in points, between two classifiers of the same images.
-
-    Wald's interval for matched proportions with half an image added to each of the four cells, which keeps its coverage
-    where few images change (Agresti and Min, Statistics in Medicine 24, 2005, "Simple improved confidence intervals for
-    comparing matched proportions").
-    """
-    lost = float((was_right_N & ~is_right_N).sum()) + 0.5
-    gained = float((~was_right_N & is_right_N).sum()) + 0.5
-    count = len(was_right_N) + 2
-    drop = (lost - gained) / count
-    half = 1.959964 * math.sqrt((lost + gained) / count - drop**2) / math.sqrt(count)
-    return 100 * (drop - half), 100 * (drop + half)
+    """95 % interval of a drop of accuracy, in points, between two classifiers of the same images."""
+    lost, gained = int((was_right_N & ~is_right_N).sum()), int((~was_right_N & is_right_N).sum())
+    return paired_interval(lost, gained, len(was_right_N))
 
 
 def _images(share: float, count: int) -> int:

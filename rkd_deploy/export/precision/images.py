@@ -20,14 +20,12 @@ from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import DataError, UsageError
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words
-from rkd_deploy.images import as_input, to_array
+from rkd_deploy.images import Pixels, as_input, to_array
 
 COUNT = 256
 """Images to calibrate on, unless another number is asked for."""
 LEAST = 16
 """Fewer say too little about the ranges that other images reach."""
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

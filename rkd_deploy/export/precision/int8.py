@@ -20,20 +20,20 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from rkd_deploy.backends import Array
 from rkd_deploy.errors import require
 from rkd_deploy.export.precision.gate import logits_of
 from rkd_deploy.export.precision.layers import WEIGHTED, preprocessing, quantisable
 
-BATCH = 8
+CALIBRATION_BATCH = 8
 """Images at a time: every activation of them is held in memory."""
 VALUES_PER_IMAGE = 256
 """Values drawn from each tensor for each image."""
 SHRINKAGES = np.linspace(0.2, 1.0, 41)
 """Values of a that are tried: shares of the extremes."""
-STEPS = 255
+INT8_STEPS = 255
 """Steps between the 256 values of 8 bits; symmetric int8 leaves -128 out, and has one step less."""
 
-Array = npt.NDArray[Any]
 Range = tuple[float, float]
 
 
@@ -70,7 +70,7 @@ def best_range(x: Array, extremes: Range, *, symmetric: bool) -> Range:
     x = x.astype(np.float32)
     # A grid, not a descent: E(a) falls while rounding gets finer and rises once values are cut off, with small dents.
     # Of equal errors the narrowest range wins, whose steps are finest.
-    errors = [_error(x, a * lo, a * hi, STEPS - 1 if symmetric else STEPS) for a in SHRINKAGES]
+    errors = [_error(x, a * lo, a * hi, INT8_STEPS - 1 if symmetric else INT8_STEPS) for a in SHRINKAGES]
     a = float(SHRINKAGES[int(np.argmin(errors))])
     return a * lo, a * hi
 
@@ -94,8 +94,8 @@ def _activations(proto: Any, tensors: Iterable[str], inputs: Array) -> Iterator[
     names = [name for name in tensors if name in known and known[name].type.tensor_type.elem_type == float32]
     inferred.graph.output.extend(known[name] for name in names if name not in out)
     session = onnxruntime.InferenceSession(inferred.SerializeToString(), providers=["CPUExecutionProvider"])
-    for start in range(0, len(inputs), BATCH):
-        fed = {proto.graph.input[0].name: inputs[start : start + BATCH]}
+    for start in range(0, len(inputs), CALIBRATION_BATCH):
+        fed = {proto.graph.input[0].name: inputs[start : start + CALIBRATION_BATCH]}
         yield from zip(names, session.run(names, fed), strict=True)
 
 

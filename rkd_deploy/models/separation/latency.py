@@ -24,7 +24,7 @@ from rkd_deploy.models.staged import Widths
 BranchWidths = tuple[Widths, ...]
 """Widths of every network of a candidate: S0's alone, or those of S and of its assistants."""
 
-STEPS = 50
+WIDTH_STEPS = 50
 """Number of steps of the search: candidates cost 1/50, 2/50, .. of S0's MACs, and the result is right to one step."""
 MAX_SECONDS = 120.0
 """Seconds after which nothing wider is looked for, as soon as there is a candidate that fits."""
@@ -127,7 +127,7 @@ def fastest_fitting(
 
 
 class _Search:
-    """One search; candidates have a number n from 1 to STEPS, and cost at most n / STEPS of S0's MACs."""
+    """One search; candidates have a number n from 1 to WIDTH_STEPS, and cost at most n / WIDTH_STEPS of S0's MACs."""
 
     def __init__(
         self,
@@ -144,12 +144,12 @@ class _Search:
         self._ratios: dict[BranchWidths, float] = {}  # the latest, a confirmed one in place of a short one
         self._refused: set[BranchWidths] = set()  # by a confirmation
         # By widths and not by number: neighbouring numbers often come to the same widths, which are measured once.
-        self._candidate = functools.cache(lambda number: make(number / STEPS))
+        self._candidate = functools.cache(lambda number: make(number / WIDTH_STEPS))
         self._networks: dict[BranchWidths, nn.Module] = {}
 
     def run(self) -> Fitting:
         """Search and confirm; where a confirmation fails, search on below it."""
-        narrowest, top = self._narrowest(), STEPS
+        narrowest, top = self._narrowest(), WIDTH_STEPS
         for _ in range(CONFIRMATIONS):
             number = self._widest(narrowest, top)
             reading = self._confirm(number)
@@ -166,10 +166,10 @@ class _Search:
     def _narrowest(self) -> int:
         """Least number that is of use and has a candidate."""
         # By halves: where there is no candidate of a fraction, there is none of any smaller one.
-        missing, known = int(self._above * STEPS), STEPS
-        if missing == STEPS:
+        missing, known = int(self._above * WIDTH_STEPS), WIDTH_STEPS
+        if missing == WIDTH_STEPS:
             raise BudgetError(f"Nothing wider than {self._above:.2f} of the MACs is left to try.")
-        self._candidate(STEPS)  # raises where there is none at all
+        self._candidate(WIDTH_STEPS)  # raises where there is none at all
         while known - missing > 1:
             middle = (missing + known) // 2
             try:
@@ -189,8 +189,8 @@ class _Search:
             number = self._between(low, high, low >= narrowest)
         if low < narrowest:
             raise BudgetError(
-                f"{self._best()}, and nothing narrower is left to try, down to {narrowest / STEPS:.2f} of the MACs. "
-                "Lower student.round_to, student.assistant_share or student.assistants, or train S alone."
+                f"{self._best()}, and nothing narrower is left to try, down to {narrowest / WIDTH_STEPS:.2f} of the "
+                "MACs. Lower student.round_to, student.assistant_share or student.assistants, or train S alone."
             )
         return low
 
@@ -209,16 +209,16 @@ class _Search:
 
     def _widened(self, number: int, reading: Reading) -> Fitting:
         """The confirmed candidate, or the widest neighbour above it that is confirmed as well."""
-        while number < STEPS and time.monotonic() < self._end:
+        while number < WIDTH_STEPS and time.monotonic() < self._end:
             widths = self._candidate(number).widths
-            wider = next((n for n in range(number + 1, STEPS + 1) if self._candidate(n).widths != widths), None)
+            wider = next((n for n in range(number + 1, WIDTH_STEPS + 1) if self._candidate(n).widths != widths), None)
             if wider is None or self._candidate(wider).widths in self._refused:
                 break
             longer = self._confirm(wider)
             if not self._fits(longer):
                 break
             number, reading = wider, longer
-        return Fitting(self._candidate(number).widths, self._record(number / STEPS, reading))
+        return Fitting(self._candidate(number).widths, self._record(number / WIDTH_STEPS, reading))
 
     def _fits(self, reading: Reading) -> bool:
         return reading.worst <= self._target + ROUNDING
@@ -244,7 +244,9 @@ class _Search:
         network = self._networks[candidate.widths]
         reading = self._stopwatch.compare(network, self._s0, level=candidate.level, confirm=confirm)
         widths = [list(widths) for widths in candidate.widths]
-        self._readings.append({"fraction": number / STEPS, "widths": widths, "confirm": confirm} | reading.to_record())
+        self._readings.append(
+            {"fraction": number / WIDTH_STEPS, "widths": widths, "confirm": confirm} | reading.to_record()
+        )
         return reading
 
     def _record(self, fraction: float, reading: Reading) -> dict[str, Any]:

@@ -8,28 +8,20 @@ business of `inheritance.py`.
 from __future__ import annotations
 
 import copy
-import functools
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.external import External
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
+from rkd_deploy.models.separation.trial_run import WAY_OUT, check_untied, used_positions
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
 from rkd_deploy.models.tracing import ROOT
-
-WAY_OUT = "Give another S0: a convolutional network. Any network can be the teacher."
-
-# Products of two activations: what attention is made of, and nothing else in an image classifier.
-_ATTENTION = ("bmm", "baddbmm", "_scaled_dot_product", "_native_multi_head_attention")
 
 
 class Pruner:
@@ -38,6 +30,7 @@ class Pruner:
     Args:
         network: RGB images to the output that is used; not changed. Layers that do not run stay as they are.
         input_size: Height and width in pixels.
+        output: From a copy of the network and images to the output that is used. Default: the network's answer.
 
     Attributes:
         channels: Groups of channels that can only be removed together.
@@ -47,24 +40,37 @@ class Pruner:
         UsageError: The network cannot be narrowed; the message names the module and the operator.
     """
 
-    def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        input_size: tuple[int, int],
+        output: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
         self._network = network
-        _check_untied(network)
-        used_at = _run(network, input_size, "S0 cannot be narrowed")
+        check_untied(network)
+        used_at = used_positions(network, input_size, "S0 cannot be narrowed")
+        macs = count(network, input_size).macs
         # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
         from rkd_deploy.models.separation.coupling import trace_channels
 
-        self.channels: Channels = trace_channels(network, input_size)
+        try:
+            self.channels: Channels = trace_channels(network, input_size, output)
+        except UsageError as error:
+            if error.__cause__ is not None:  # channels were lost; through an operation that no layer does, perhaps
+                _check_cost(
+                    macs, sum(weight.numel() * used_at.get(name, 0) for name, weight in network.named_parameters())
+                )
+            raise
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
         self._used_at = used_at
         self._cost_of = _CostOfWidths(network, self.channels, used_at)
         self._cost_within: dict[frozenset[str], _CostOfWidths] = {}
-        self._check_cost(input_size)
+        _check_cost(macs, self.cost(self.widths)[0])
         # What the graph did not show (a size that stands in the code) shows where as much as can be is removed.
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
-        _run(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
+        used_positions(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
 
     def __deepcopy__(self, memo: Any) -> Pruner:
         """The pruner itself, which never changes: else every copy of a narrowed network would copy the original too."""
@@ -73,14 +79,6 @@ class Pruner:
     def steps(self, round_to: int) -> Widths:
         """The step of each width: a multiple of `round_to`, and whole groups of grouped convolutions."""
         return self.channels.steps(round_to)
-
-    def _check_cost(self, input_size: tuple[int, int]) -> None:
-        macs, known = count(self._network, input_size).macs, self.cost(self.widths)[0]
-        if macs != known:
-            raise UsageError(
-                f"S0 cannot be narrowed: of its {macs:,} multiply-adds only {known:,} are in nn.Conv2d and nn.Linear "
-                f"layers. {WAY_OUT}"
-            )
 
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
         """MACs of one image, and parameters, of the network at some widths."""
@@ -207,94 +205,12 @@ def _describe(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
-def _check_untied(network: nn.Module) -> None:
-    """Refuse layers that share a weight: to go on sharing it, they would have to be narrowed alike."""
-    owners: dict[int, str] = {}
-    for path, parameter in network.named_parameters(remove_duplicate=False):
-        owner = owners.setdefault(id(parameter), path)
-        module, other = (network.get_submodule(name.rpartition(".")[0]) for name in (owner, path))
-        if module is not other:  # one module at two paths is one layer
-            raise UsageError(f"S0 cannot be narrowed: {owner} and {path} are one weight of two layers. {WAY_OUT}")
-
-
-def _run(network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
-    """Run a copy of a network without data.
-
-    Returns:
-        Number of positions at which each weight of a convolution or linear layer is used, by the weight's name.
-
-    Raises:
-        UsageError: The run fails; the message names the module and the operator.
-    """
-    try:
-        return _run_on("meta", network, input_size, complaint)
-    except UsageError as error:
-        if not isinstance(error.__cause__, RuntimeError | NotImplementedError):
-            raise
-        try:  # a tensor that a forward makes has data, and runs on the CPU alone
-            return _run_on("cpu", network, input_size, complaint)
-        except UsageError:
-            raise error from error.__cause__
-
-
-def _run_on(device: str, network: nn.Module, input_size: tuple[int, int], complaint: str) -> dict[str, int]:
-    shadow = copy.deepcopy(network).to(device).float().eval()
-    used_at: Counter[str] = Counter()
-    for path, layer in shadow.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(functools.partial(_note_positions, used_at, f"{path}.weight"))
-        elif type(layer) is nn.BatchNorm2d:  # without data it runs as a dozen operators, half of the time here
-            layer.forward = functools.partial(_as_it_is, layer.num_features)  # type: ignore[method-assign]
-    tracker, operators = ModuleTracker(), _Operators()
-    with tracker:
-        try:
-            with torch.no_grad(), operators:
-                shadow(torch.zeros(1, 3, *input_size, device=device))
-        except _AttentionError:
-            reason, cause = "attention: transformers cannot be narrowed", None
-        except _ValueError:
-            reason, cause = "it reads a value of a map, and chooses its way by it: no graph can be made of that", None
-        except Exception as error:  # whatever a foreign forward raises
-            reason, cause = " ".join(str(error).split()), error
-        else:
-            return used_at
-        where = max(tracker.parents - {"Global"}, key=lambda name: name.count("."), default=type(network).__name__)
-    raise UsageError(f"{complaint}: module {where}, operator {operators.latest} ({reason}). {WAY_OUT}") from cause
-
-
-def _as_it_is(channels: int, x_NCHW: Tensor) -> Tensor:
-    if x_NCHW.shape[1] != channels:
-        raise ValueError(f"batch norm of {channels} channels is given {x_NCHW.shape[1]}")
-    return x_NCHW
-
-
-def _note_positions(used_at: Counter[str], name: str, layer: nn.Conv2d | nn.Linear, _: Any, y: Tensor) -> None:
-    used_at[name] += y.numel() // layer.weight.shape[0]
-
-
-class _AttentionError(Exception):
-    """Raised where a network multiplies activations with each other, as attention does."""
-
-
-class _ValueError(Exception):
-    """The network reads a value of a tensor."""
-
-
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operator that ran last, and stops at attention and where values are read."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.latest = "none"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the name of an operator and run it, unless it is attention's."""
-        self.latest = func.overloadpacket.__name__
-        if self.latest.startswith(_ATTENTION):
-            raise _AttentionError
-        if self.latest == "_local_scalar_dense":
-            raise _ValueError
-        return func(*args, **(kwargs or {}))
+def _check_cost(macs: int, known: int) -> None:
+    if macs != known:
+        raise UsageError(
+            f"S0 cannot be narrowed: of its {macs:,} multiply-adds only {known:,} are in nn.Conv2d and nn.Linear "
+            f"layers. {WAY_OUT}"
+        )
 
 
 class Pruned(Staged):
@@ -390,4 +306,8 @@ def narrowable(network: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
         )
     origin = network.without_head()
     pruner = Pruner(origin.network, input_size)
+    if pruner.output_channels(pruner.widths) != origin.channels and origin.layouts[-1].order == "NCHW":
+        # What the network does after its last map by functions stays in its forward: means beside largest values, say,
+        # as fastai's heads have them. Not always so, because a graph up to the map looks into norms of other classes.
+        pruner = Pruner(origin.network, input_size, origin.last_map)
     return Pruned(origin, pruner, pruner.widths, network.num_classes)

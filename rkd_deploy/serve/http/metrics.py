@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ ROWS = 256
 
 _COUNTS = len(ENDPOINTS) * len(CODES)
 _WIDTH = len(BUCKETS) + 2  # one more bucket, and the sum
+_STARTS = {name: _COUNTS + number * _WIDTH for number, name in enumerate(HISTOGRAMS)}
 _COLUMNS = _COUNTS + len(HISTOGRAMS) * _WIDTH
 
 
@@ -61,8 +63,8 @@ class Metrics:
 
     def observe(self, name: str, seconds: float) -> None:
         """One of `HISTOGRAMS` took so long."""
-        start = _COUNTS + list(HISTOGRAMS).index(name) * _WIDTH
-        self._row[start + int(np.searchsorted(BUCKETS, seconds))] += 1
+        start = _STARTS[name]
+        self._row[start + bisect_left(BUCKETS, seconds)] += 1
         self._row[start + _WIDTH - 1] += seconds
 
     def text(self) -> str:
@@ -75,8 +77,8 @@ class Metrics:
         for (endpoint, code), value in zip(itertools.product(ENDPOINTS, CODES), totals, strict=False):
             if value:
                 yield f'rkd_requests_total{{endpoint="{endpoint}",code="{code}"}} {value:.0f}'
-        for number, (name, meaning) in enumerate(HISTOGRAMS.items()):
-            *buckets, total = totals[_COUNTS + number * _WIDTH :][:_WIDTH]
+        for name, meaning in HISTOGRAMS.items():
+            *buckets, total = totals[_STARTS[name] :][:_WIDTH]
             full = f"rkd_{name}_seconds"
             yield f"# HELP {full} {meaning}"
             yield f"# TYPE {full} histogram"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rkd_deploy.serve.http.protocol import OUTPUTS, VERSION, TensorInterface
+from rkd_deploy.serve.http.protocol import SERVED_OUTPUTS, VERSION, TensorInterface
 from rkd_deploy.serve.http.settings import Limits
 
 _JSON = "application/json"
@@ -106,7 +106,11 @@ def _infer(interface: TensorInterface) -> dict[str, Any]:
             "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
             "outputs": {
                 "type": "array",
-                "items": {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}},
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {"name": {"enum": list(SERVED_OUTPUTS)}},
+                },
             },
             "parameters": {"type": "object"},
         },

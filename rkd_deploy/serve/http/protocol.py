@@ -20,19 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from rkd_deploy.backends import Array
 from rkd_deploy.card import ModelCard
 from rkd_deploy.decoding import DecodingError, decode, parse_object
 from rkd_deploy.errors import UsageError, shortened, unknown_name
 from rkd_deploy.text import slug
 
-Array = npt.NDArray[Any]
-
 HEADER_LENGTH = "inference-header-content-length"
 """Header with the length of the JSON in bytes, where tensors follow it as bytes."""
 VERSION = "1"
-OUTPUTS = ("logits", "probabilities")
+SERVED_OUTPUTS = ("logits", "probabilities")
 EXTENSIONS = ("binary_tensor_data", "classification")
 _TYPES = {"uint8": "UINT8", "float32": "FP32"}
 _LENGTH = struct.Struct("<I")
@@ -71,7 +69,7 @@ class TensorInterface:
 
     def metadata(self) -> dict[str, Any]:
         """The answer to a request for the model's metadata."""
-        outputs = [{"name": name, "datatype": "FP32", "shape": [-1, len(self.labels)]} for name in OUTPUTS]
+        outputs = [{"name": name, "datatype": "FP32", "shape": [-1, len(self.labels)]} for name in SERVED_OUTPUTS]
         images = {"name": self.input_name, "datatype": self.datatype, "shape": [-1, *self.shape]}
         return {
             "name": self.model,
@@ -285,9 +283,9 @@ def _finite(tensor: Array) -> Array:
 def _outputs(request: _Body, interface: TensorInterface) -> tuple[OutputChoice, ...]:
     usual = bool(request.parameters.binary_data_output)
     choices = []
-    for output in request.outputs or tuple(_Output(name) for name in OUTPUTS):
-        if output.name not in OUTPUTS:
-            raise UsageError(unknown_name("output", output.name, OUTPUTS))
+    for output in request.outputs or tuple(_Output(name) for name in SERVED_OUTPUTS):
+        if output.name not in SERVED_OUTPUTS:
+            raise UsageError(unknown_name("output", output.name, SERVED_OUTPUTS))
         binary, classes = output.parameters.binary_data, output.parameters.classification or 0
         if not 0 <= classes <= 65_536:
             raise UsageError(f"classification is {shortened(classes)}; it must be how many classes, from 1.")
@@ -306,7 +304,7 @@ def build_answer(
 
     Args:
         request: What was asked for.
-        answers: float32 [N, K] of each of `OUTPUTS`.
+        answers: float32 [N, K] of each of `SERVED_OUTPUTS`.
         interface: Of the model.
     """
     outputs, binary = [], []

@@ -19,14 +19,14 @@ _MODULES = ("card", "decoding", "errors", "fields", "image_folders", "images", "
 _KEEP = "An ensemble has no file of its own. Without this one, copies by object stores and git would lose the folder.\n"
 
 
-def names(model: str) -> tuple[str, str]:
+def stage_names(model: str) -> tuple[str, str]:
     """The model that prepares images for a model, and the ensemble of both."""
     return f"{model}-pixels", f"{model}-images"
 
 
 def configurations(model: str, signature: Signature, batching: Batching) -> dict[str, str]:
     """The text of config.pbtxt of both, by name."""
-    pixels, ensemble = names(model)
+    pixels, ensemble = stage_names(model)
     return {
         pixels: pixels_text(pixels, signature.input, batching.most),
         ensemble: ensemble_text(ensemble, pixels, model, signature, batching.most),

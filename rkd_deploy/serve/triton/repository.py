@@ -25,16 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_deploy.backends.files import check_files
-from rkd_deploy.backends.tensorrt.build import OnnxSource, read_source
+from rkd_deploy.backends.tensorrt.source import OnnxSource, read_source
 from rkd_deploy.errors import StorageError, UsageError
 from rkd_deploy.serve.kserve import file_name, service_text
 from rkd_deploy.serve.triton.config import LABELS_NAME, config_text, interface
-from rkd_deploy.serve.triton.ensemble import configurations, ensemble_files, names, pixels_files
+from rkd_deploy.serve.triton.ensemble import configurations, ensemble_files, pixels_files, stage_names
 from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.serve.triton.signature import Plan, Signature, choose_batching, read_plan, read_signature
 from rkd_deploy.storage import new_folder, read_text, write_bytes, write_text
 
-RUNTIME = "kserve-tritonserver"
+TRITON_RUNTIME = "kserve-tritonserver"
 """The cluster serving runtime that KServe brings for Triton."""
 
 _FORMATS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "python": "triton"}
@@ -51,14 +51,14 @@ def inference_service(model: str, serving: Serving) -> str:
     return service_text(
         model,
         comment=f"Upload the model repository (the folder that holds {model}/) to storageUri",
-        runtime=RUNTIME,
+        runtime=TRITON_RUNTIME,
         model_format=_FORMATS[serving.backend],
         storage_uri=serving.storage_uri,
         gpu=serving.where.kind == "gpu",
     )
 
 
-CONFIG_NAME = "config.pbtxt"
+TRITON_CONFIG = "config.pbtxt"
 _VERSION = re.compile(r"[0-9]{1,18}")
 """Names of folders that are versions, as Triton reads them."""
 MODEL_CODE = Path(__file__).with_name("model.py")
@@ -102,19 +102,19 @@ def export_triton(path: str | os.PathLike[str], repository: Path, serving: Servi
     folder = repository / name
     batching = choose_batching(serving, plan)
     texts = {
-        folder / CONFIG_NAME: config_text(name, signature, serving, batching),
+        folder / TRITON_CONFIG: config_text(name, signature, serving, batching),
         repository / file_name(name): inference_service(name, serving),
     }
     if source.card is not None:  # without one, nothing is known of what is done to images
         texts |= {
-            repository / each / CONFIG_NAME: text for each, text in configurations(name, signature, batching).items()
+            repository / each / TRITON_CONFIG: text for each, text in configurations(name, signature, batching).items()
         }
     version = _next_version(folder, interface(name, serving.backend, signature), signature)
     unchanged = _unchanged(texts, serving)
     with ExitStack() as opened:
         # What is entered last appears first: the ensemble after its parts, for a server that polls the repository.
         if source.card is not None:
-            pixels, ensemble = names(name)
+            pixels, ensemble = stage_names(name)
             if not (repository / ensemble).exists():
                 _write_model(opened, repository / ensemble, 1, texts, _labels(signature), ensemble_files())
             _write_model(opened, repository / pixels, version, texts, "", pixels_files(source.card))
@@ -149,11 +149,11 @@ def _next_version(folder: Path, wanted: str, signature: Signature) -> int:
         raise StorageError(
             f"{folder} cannot be read as a model's folder: {error.strerror}. Remove it first."
         ) from error
-    config, labels = folder / CONFIG_NAME, folder / LABELS_NAME
+    config, labels = folder / TRITON_CONFIG, folder / LABELS_NAME
     if not versions or not config.is_file():
         raise StorageError(
-            f"{folder} exists already and holds no model with a version and a {CONFIG_NAME}. Remove it first, or give "
-            "another --model-name or --repository."
+            f"{folder} exists already and holds no model with a version and a {TRITON_CONFIG}. Remove it first, or "
+            "give another --model-name or --repository."
         )
     standing = _text_of(config)
     named = _text_of(labels) if os.path.lexists(labels) else ""
@@ -216,7 +216,7 @@ def _write_model(
     whole = not folder.exists()
     temporary = opened.enter_context(new_folder(folder if whole else folder / str(version)))
     if whole:
-        write_text(temporary / CONFIG_NAME, texts.pop(folder / CONFIG_NAME))
+        write_text(temporary / TRITON_CONFIG, texts.pop(folder / TRITON_CONFIG))
         if labels:
             write_text(temporary / LABELS_NAME, labels)
     for name, content in files.items():

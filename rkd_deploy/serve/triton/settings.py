@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rkd_deploy.errors import UsageError
 from rkd_deploy.fields import check_fields, option
 
-BACKENDS = ("onnxruntime", "tensorrt", "python")
+TRITON_BACKENDS = ("onnxruntime", "tensorrt", "python")
 """Triton's backends: onnxruntime and python read model.onnx; tensorrt reads a plan, for the TensorRT that built it."""
 
 LARGEST_BATCH = 65_536
@@ -86,7 +86,7 @@ class Serving:
     """
 
     backend: str = option(
-        "--triton-backend", "onnxruntime, tensorrt (a plan) or python.", default="onnxruntime", choices=BACKENDS
+        "--triton-backend", "onnxruntime, tensorrt (a plan) or python.", default="onnxruntime", choices=TRITON_BACKENDS
     )
     name: str | None = option("--model-name", "Of the model in the repository. Default: by its card.", default=None)
     max_batch: int | None = option(

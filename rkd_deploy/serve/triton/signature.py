@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rkd_deploy.backends.tensorrt.build import OnnxSource
 from rkd_deploy.backends.tensorrt.record import EngineRecord, engine_path, read_engine
 from rkd_deploy.backends.tensorrt.settings import Profile
+from rkd_deploy.backends.tensorrt.source import OnnxSource
 from rkd_deploy.errors import ModelFileError, UsageError, command_line, require
 from rkd_deploy.serve.triton.settings import Serving
 from rkd_deploy.text import slug

@@ -20,6 +20,7 @@ from rkd_deploy.train.methods.base import BaseLoss, View, match_size, pair_stage
 
 def attention(f_NCHW: Tensor) -> Tensor:
     """Attention map Q(f) of stage maps, [N, H W] of norm 1."""
+    # Squares before the mean: in float16 they would overflow, in bfloat16 their differences vanish; hence promoted.
     return normalize(promoted(f_NCHW).square().mean(1).flatten(1))
 
 

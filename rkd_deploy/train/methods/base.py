@@ -78,6 +78,7 @@ class WeightedLoss(nn.Module):
 
     def forward(self, teacher: View, student: View, y_N: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted loss b X, and X itself for the log."""
+        # Maps stay as they are: autocast runs mse_loss in float32 by itself, and losses that do more promote them.
         teacher, student = (View(view.maps, promoted(view.logits_NK)) for view in (teacher, student))
         value: Tensor = self.loss(teacher, student, y_N)
         return self.weight * value, value.detach()
@@ -178,6 +179,8 @@ class Method(nn.Module, ABC):
     def train(self, mode: bool = True) -> Method:
         """Set the mode of what is trained; what is frozen stays in eval mode."""
         super().train(mode)
+        # `train` has just set everything to training: batch norm of a frozen network would take this batch's
+        # statistics, and keep them.
         for module in self._frozen:
             module.eval()
         return self

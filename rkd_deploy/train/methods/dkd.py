@@ -32,6 +32,8 @@ def dkd_loss(z_T: Tensor, z_S: Tensor, y_N: Tensor, alpha: float, beta: float, t
 def _log_parts(z_NK: Tensor, is_y: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of b [N, 2], label against the rest, and of q [N, K], the rest alone."""
     all_N1 = z_NK.logsumexp(1, keepdim=True)
+    # By logsumexp of the others and not as log(1 - p_y): where T is sure, 1 - p_y is 0 in float32 and its logarithm
+    # infinite.
     others_N1 = z_NK.masked_fill(is_y, -torch.inf).logsumexp(1, keepdim=True)
     z_y = z_NK.masked_fill(~is_y, 0).sum(1, keepdim=True)
     log_b = torch.cat([z_y, others_N1], dim=1) - all_N1

@@ -88,10 +88,14 @@ class EndToEnd(Method):
             r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
             f_A = model.compared_maps(i, model.stage_maps(i, x_NCHW, shared))
             _, resized_f_A = match_sizes(r, f_A)
+            # Without detach, A's error would also pull S towards maps whose residual is easy, which is not what r is
+            # for.
             target = [residual.detach() for residual in r] if self.detach else r
             error, last = staged_distance(self.distance, w.stage, target, resized_f_A, f_T)
+            # Over k: the weight of all assistants together does not grow with their number.
             total = total + w.assistant * w.feature / k * w.step_decay ** (i - 1) * error
             parts["assistant" if i == 1 else f"assistant_{i}"] = last.detach()
+            # Both sums go on: losses compare at the smaller size, the head pools the sum at S's own.
             s, resized_s = sum_maps(s, f_A), sum_maps(resized_s, resized_f_A)
         parts["explained"] = explained_variance(f_T[-1], resized_s[-1])
 

@@ -64,6 +64,8 @@ class ProgressiveStep(Method):
         """The loss L_S^k of S's stage, or L_i^k of an assistant's, of a batch."""
         rows, step = self.model.rows(), self._learning[0]
         with torch.no_grad():
+            # Everything before the step that learns stands still, so no gradient has to pass through it: that is what
+            # makes a stage cheap to train.
             s_before = self.model.summed_map(x_NCHW, self.stage - 1)
             done = [other(s_before) for other in rows[self.stage - 1][: self.branch]]
         f = step.map(s_before)

@@ -153,6 +153,7 @@ class StudentStep(Method):
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:
         """The loss L_S = w D(f_T, P_S f_S) [+ b X] of a batch."""
+        # S before T: T is frozen, and may be computed meanwhile on another stream (`passes.py`).
         maps = self.model.stage_maps(0, x_NCHW, self.model.shared(x_NCHW))
         s = self.model.compared_maps(0, maps)
         teacher_view = view_teacher(self.inferring(self.teacher), x_NCHW)
@@ -220,6 +221,7 @@ class AssistantStep(Method):
             s = functools.reduce(sum_maps, before)
             f_T, resized_s = match_sizes(model.targets(self.inferring(self.teacher).features(x_NCHW)), s)
             r = [t - m for t, m in zip(f_T, resized_s, strict=True)]
+        # r has the smaller of T's and S's sizes already; A's maps have S's, so only they are pooled here.
         _, resized_f_A = match_sizes(r, f_A)
         error, last = staged_distance(self.distance, self.stage_weight, r, resized_f_A, f_T)
         with torch.no_grad():
@@ -255,6 +257,8 @@ class HeadStep(Method):
     def __init__(self, model: ResidualStudent | ProgressiveStudent) -> None:
         super().__init__()
         self.model = model.requires_grad_(True)
+        # All but the head, and not S and A by name: adapters, a trunk and the exchanges of scheme progressive stand
+        # still too.
         self.freeze(*(child for child in model.children() if child is not model.head))
 
     def forward(self, x_NCHW: Tensor, y_N: Tensor) -> Losses:

@@ -30,6 +30,8 @@ def hierarchical_context_loss(u_NCHW: Tensor, f_NCHW: Tensor) -> Tensor:
     """Hierarchical context loss HCL of two maps of the same shape."""
     total, weights, weight = mse_loss(u_NCHW, f_NCHW), 1.0, 1.0
     for size in (4, 2, 1):
+        # By the height alone, as in the authors' code: at this size and below, pooling would be the map itself or
+        # enlarge it.
         if size >= f_NCHW.shape[-2]:
             continue
         weight /= 2

@@ -59,6 +59,8 @@ class ReusedClassifier(FeatureNetwork):
 
     def features(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
         """Stage maps of S0, the last one as R f_S, [N, C_T, H', W']."""
+        # The last map is R's, so that everything else (pooling, losses, export) sees a network that simply ends in C_T
+        # channels.
         *maps, f_S = self.backbone.features(x_NCHW)
         return (*maps, self.projector(f_S))
 

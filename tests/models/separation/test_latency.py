@@ -20,7 +20,7 @@ from rkd_deploy.models.separation import latency
 from rkd_deploy.models.separation.latency import (
     CONFIRMATIONS,
     ROUNDING,
-    STEPS,
+    WIDTH_STEPS,
     Candidate,
     Fitting,
     Reading,
@@ -64,13 +64,13 @@ def search(stopwatch: Formula, width: int, narrowest: int = 1, target: float = 1
     """Candidates whose cost is a multiple of `width` steps, from `narrowest` on; what is found, in steps."""
 
     def make(fraction: float) -> Candidate:
-        steps = round(fraction * STEPS) // width * width
+        steps = round(fraction * WIDTH_STEPS) // width * width
         if steps < narrowest:
             raise BudgetError("too small")
 
         def build() -> nn.Module:
             network = nn.Module()
-            network.cost = steps / STEPS
+            network.cost = steps / WIDTH_STEPS
             return network
 
         return Candidate(((steps,),), build)
@@ -84,7 +84,7 @@ def search(stopwatch: Formula, width: int, narrowest: int = 1, target: float = 1
 def test_without_noise_the_widest_that_fits_is_found_and_its_neighbour_refused(
     overhead: float, width: int, target: float
 ) -> None:
-    fitting = [n for n in range(width, STEPS + 1, width) if overhead + n / STEPS <= target + ROUNDING]
+    fitting = [n for n in range(width, WIDTH_STEPS + 1, width) if overhead + n / WIDTH_STEPS <= target + ROUNDING]
     stopwatch = Formula(overhead)
     if not fitting:
         with pytest.raises(BudgetError, match="nothing narrower is left to try"):
@@ -92,13 +92,13 @@ def test_without_noise_the_widest_that_fits_is_found_and_its_neighbour_refused(
         return
     steps, chosen = search(stopwatch, width, narrowest=width, target=target)
     assert steps == fitting[-1]
-    assert chosen.record["worst_ratio"] == pytest.approx(overhead + steps / STEPS)
+    assert chosen.record["worst_ratio"] == pytest.approx(overhead + steps / WIDTH_STEPS)
     assert len(stopwatch.calls) <= 12
     confirmed = {
         row["widths"][0][0]: max(row["ratios"].values()) for row in chosen.record["readings"] if row["confirm"]
     }
     assert confirmed[steps] <= target + ROUNDING
-    if steps + width <= STEPS:
+    if steps + width <= WIDTH_STEPS:
         assert confirmed[steps + width] > target + ROUNDING
     json.dumps(chosen.record, allow_nan=False)
 
@@ -113,9 +113,9 @@ def test_with_noise_nothing_too_slow_is_returned_and_little_is_given_away(
     steps, fitting = search(stopwatch, width, narrowest=width)
     latest = [row for row in fitting.record["readings"] if row["widths"] == [[steps]] and row["confirm"]][-1]
     assert max(latest["ratios"].values()) == fitting.record["worst_ratio"] <= 1 + ROUNDING
-    assert overhead + steps / STEPS <= 1 + ROUNDING + 4 * noise / 3  # a long reading is off by its noise at most
+    assert overhead + steps / WIDTH_STEPS <= 1 + ROUNDING + 4 * noise / 3  # a long reading is off by its noise at most
     wider = steps + width
-    assert wider > STEPS or overhead + wider / STEPS > 1 - 4 * noise / 3
+    assert wider > WIDTH_STEPS or overhead + wider / WIDTH_STEPS > 1 - 4 * noise / 3
 
 
 def test_where_nothing_fits_the_fastest_is_stated_in_numbers() -> None:
@@ -204,7 +204,7 @@ def test_s_and_a_fill_what_their_second_branch_leaves(per_branch: float) -> None
         )
         if all(w <= width_of_s0 for w, width_of_s0 in zip(wider, full, strict=True))
     ]
-    assert min(prices) / cut.budget > allowed - 2 / STEPS
+    assert min(prices) / cut.budget > allowed - 2 / WIDTH_STEPS
     assistant = cut.parts["assistant"] + cut.parts["assistant_adapter"]
     assert assistant <= 0.2 * cut.budget
     narrowest = cut.assistant.widths == (8, 8, 8, 8)

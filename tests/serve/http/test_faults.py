@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from serving import PATIENCE_S, served
+from real_servers import PATIENCE_S, served
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 PLACES = 2

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.errors import UsageError
 from rkd_deploy.serve.http.metrics import BUCKETS, CODES, ENDPOINTS, SharedCounts
-from rkd_deploy.serve.http.protocol import OUTPUTS, TensorInterface, build_answer, parse_request
+from rkd_deploy.serve.http.protocol import SERVED_OUTPUTS, TensorInterface, build_answer, parse_request
 
 LABELS = ("red", "green", "a:b")
 SHAPE = (2, 3, 3)
@@ -112,7 +112,12 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
         parse_request(json.dumps({"inputs": [huge]}).encode(), None, FLOATS)
 
 
-@given(st.integers(1, 3), st.permutations(OUTPUTS), st.lists(st.booleans(), min_size=2, max_size=2), st.integers(0, 5))
+@given(
+    st.integers(1, 3),
+    st.permutations(SERVED_OUTPUTS),
+    st.lists(st.booleans(), min_size=2, max_size=2),
+    st.integers(0, 5),
+)
 def test_an_answer_read_by_its_own_rules_holds_every_output(
     count: int, order: list[str], in_binary: list[bool], classes: int
 ) -> None:
@@ -122,7 +127,7 @@ def test_an_answer_read_by_its_own_rules_holds_every_output(
     ]
     tensor = {"name": "input", "shape": [1, *SHAPE], "datatype": "UINT8", "data": [0] * 18}
     request = parse_request(json.dumps({"inputs": [tensor], "outputs": outputs}).encode(), None, PIXELS)
-    answers = {name: np.random.default_rng(0).standard_normal((count, 3)).astype(np.float32) for name in OUTPUTS}
+    answers = {name: np.random.default_rng(0).standard_normal((count, 3)).astype(np.float32) for name in SERVED_OUTPUTS}
     body, headers = build_answer(request, answers, PIXELS)
     length = int(headers.get("inference-header-content-length", len(body)))
     head, place = json.loads(body[:length]), length
