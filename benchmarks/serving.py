@@ -6,7 +6,8 @@ Clients and servers do not share cores: the last core sends requests, the others
 there too. So a ratio is what HTTP, JSON and hand-over cost of the server's cores. On a busy machine wall time is the
 neighbours': the CPU time of a request stands beside it. A ResNet-20 for 32 x 32 with random weights is about as small
 as models come, and the hardest case; a ResNet-18 for 224 x 224 is a usual one. Both get the golden photo (18 kB, 360
-pixels wide). Ways take turns in every round; one process or replica each, one thread inside an operator. Ray Serve and
+pixels wide). "httptools": by that package uvicorn reads HTTP where it is installed. Ways
+take turns in every round; one process or replica each, one thread inside an operator. Ray Serve and
 BentoML run our application; Triton runs the ensemble of `export --format triton`, whose model is in its python backend
 too, because that is the only one in a wheel.
 """
@@ -145,6 +146,13 @@ def main() -> None:
                     way: asking(server.place, request, server.process.pid) for way, request in requests.items()
                 }
                 sizes += memory(f"{name}: rkd-deploy serve", server.process.pid)
+            (folder / "httptools-log").mkdir()
+            fast = running.enter_context(
+                served(bundles["resnet20"], folder / "httptools-log", packages=engines.httptools_folder())
+            )
+            for way, request in our_requests(bundles["resnet20"], "resnet20").items():
+                ways["resnet20"][f"{way}, httptools"] = asking(fast.place, request, fast.process.pid)
+            sizes += memory("resnet20: rkd-deploy serve, httptools", fast.process.pid)
             bundle, requests = bundles["resnet20"], our_requests(bundles["resnet20"], "resnet20")
             for engine in engines.NAMES:
                 server = running.enter_context(
@@ -204,7 +212,9 @@ def measure(network: str, ways: dict[str, Way]) -> list[Claim]:
             what = f"{network}, {name}, {clients} clients"
             rates = [load.rate for load in ours]
             if name != "bare":
-                claims.append(over_bare(what, loads["bare"], ours, LIMIT if name in ("classify", "infer") else None))
+                claims.append(
+                    over_bare(what, loads["bare"], ours, LIMIT if name.startswith(("classify", "infer")) else None)
+                )
             p99 = float(np.percentile([each for load in ours for each in load.milliseconds], 99))
             claims.append(Claim(f"{what}: throughput", median(rates), "per s", None, {"rates": rates}))
             cpu = median(load.cpu_milliseconds for load in ours)

@@ -177,6 +177,8 @@ SERVERS = {
     "bare": ("ONNX Runtime and `rkd_deploy.images`, called by as many threads", ""),
     "classify": ("`rkd-deploy serve`, `/v1/classify`", "rkd-deploy serve"),
     "infer": ("`rkd-deploy serve`, `/v2/.../infer`", "rkd-deploy serve"),
+    "classify, httptools": ("with httptools installed, `/v1/classify`", "rkd-deploy serve, httptools"),
+    "infer, httptools": ("with httptools installed, `/v2/.../infer`", "rkd-deploy serve, httptools"),
     "ray, classify": ("Ray Serve, `/v1/classify`", "ray"),
     "bentoml, classify": ("BentoML, `/v1/classify`", "bentoml"),
     "triton, infer": ("Triton, python backend, `/v2/.../infer`", "triton"),

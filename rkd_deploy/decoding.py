@@ -140,19 +140,23 @@ def _items(origin: Any, kinds: tuple[Any, ...], value: list[Any], where: str) ->
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         return _refuse("an object", value, where)
-    hints, fields = _hints(kind), {}
-    for field in dataclasses.fields(kind):
-        place = f"{where}.{field.name}" if where else field.name
-        if field.name in value:
-            fields[field.name] = _decode(hints[field.name], value[field.name], place)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise DecodingError(f"{place} is missing")
+    fields = {}
+    for name, field_kind, required in _fields(kind):
+        if name in value:
+            fields[name] = _decode(field_kind, value[name], f"{where}.{name}" if where else name)
+        elif required:
+            raise DecodingError(f"{where}.{name} is missing" if where else f"{name} is missing")
     return kind(**fields)
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _fields(kind: type[Any]) -> tuple[tuple[str, Any, bool], ...]:
+    """Name and type of each field of a dataclass, and whether it has no default."""
+    hints, missing = typing.get_type_hints(kind), dataclasses.MISSING
+    return tuple(
+        (field.name, hints[field.name], field.default is missing and field.default_factory is missing)
+        for field in dataclasses.fields(kind)
+    )
 
 
 def _union(kinds: Sequence[Any], value: Any, where: str) -> Any:

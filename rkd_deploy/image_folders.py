@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,36 +72,96 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not is_hidden(name)
 
 
-def images_below(folder: Path, visited: dict[tuple[int, int], str] | None = None) -> ImagesBelow:
+class Visited:
+    """What was looked through so far: folders, and links to image files, which may lie in one of them."""
+
+    def __init__(self) -> None:
+        self._folders: dict[tuple[int, int], str] = {}
+        self._links: list[tuple[str, str]] = []
+
+    def add_folder(self, folder: str) -> None:
+        """Note a folder, by device and inode.
+
+        Raises:
+            DataError: It cannot be read, or was looked through already, which only a link can cause.
+        """
+        earlier = self._folders.setdefault(_identity(folder), folder)
+        if earlier != folder:
+            raise DataError(
+                f"{folder} is a link to a folder that is read as {earlier} already: its images would count twice. "
+                "Remove the link."
+            )
+
+    def add_link(self, link: str) -> None:
+        """Note a link to a file."""
+        self._links.append((link, os.path.join(os.path.dirname(link), os.readlink(link))))
+
+    def check_links(self) -> None:
+        """Refuse links to images that are read anyway; to be called when all folders were looked through.
+
+        Raises:
+            DataError: There is such a link.
+        """
+        read_as: dict[str, str | None] = {}
+        linked: dict[str, str] = {}
+        for link, target in self._links:
+            parent, name = os.path.split(target)
+            if parent not in read_as:
+                read_as[parent] = self._folders.get(_identity(parent)) if os.path.isdir(parent) else None
+            folder = read_as[parent]
+            twin = linked.setdefault(target, link) if folder is None else os.path.join(folder, name)
+            if twin != link and is_image(name) and os.path.isfile(link):
+                raise DataError(
+                    f"{link} is a link to a file that is read as {twin} already: it would count twice, and may be "
+                    "learnt from and tested on. Remove the link."
+                )
+
+
+def images_below(folder: Path, visited: Visited | None = None) -> ImagesBelow:
     """Find the images of a folder; links to folders are followed.
 
     Args:
         folder: Where to look.
-        visited: Folders that were looked through before, by device and inode, which this one is added to: give the same
-            one for all classes of a split.
+        visited: What was looked through before, which this folder is added to: give the same one for all classes of a
+            split, and call its `check_links` after the last.
 
     Raises:
-        DataError: A folder cannot be read, or a link leads to a folder that was looked through already.
+        DataError: A folder cannot be read, or a link leads to what is read anyway.
     """
-    visited = {} if visited is None else visited
+    seen = Visited() if visited is None else visited
     paths: list[str] = []
     left_out: Counter[str] = Counter()
-
-    def stop(error: OSError) -> None:
-        raise _unreadable(folder, error) from error  # a folder passed over would be one whose images nobody misses
-
-    rows = []
-    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        _visit(parent, visited)
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        rows.append((parent, names))
-    for parent, names in sorted(rows):  # the order of torchvision's ImageFolder: subsets by seed depend on it
+    for parent, names in sorted(
+        _rows(folder, seen)
+    ):  # the order of torchvision's ImageFolder: subsets by seed depend on it
         for name in sorted(names):
             if is_image(name):
                 paths.append(os.path.join(parent, name))
             elif not is_hidden(name):
                 left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    if visited is None:
+        seen.check_links()
     return ImagesBelow(tuple(paths), left_out)
+
+
+def _rows(folder: Path, visited: Visited) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those in it, each with the names of its files."""
+    open_ends = [str(folder)]
+    while open_ends:
+        visited.add_folder(parent := open_ends.pop())
+        names = []
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if not entry.is_dir():
+                        names.append(entry.name)
+                        if entry.is_symlink() and is_image(entry.name):
+                            visited.add_link(entry.path)
+                    elif not is_hidden(entry.name):
+                        open_ends.append(entry.path)
+        except OSError as error:  # a folder passed over would be one whose images nobody misses
+            raise _unreadable(folder, error) from error
+        yield parent, names
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -151,7 +211,7 @@ def left_out_below(folder: Path) -> Counter[str]:
     Raises:
         DataError: As for `images_below`.
     """
-    visited: dict[tuple[int, int], str] = {}
+    visited = Visited()
     return sum((images_below(path, visited).left_out for path in subfolders(folder)), Counter[str]())
 
 
@@ -168,17 +228,13 @@ def _name(path: Path) -> str:
     return path.name
 
 
-def _visit(folder: str, visited: dict[tuple[int, int], str]) -> None:
+def _identity(folder: str) -> tuple[int, int]:
+    """Device and inode of a folder."""
     try:
         status = os.stat(folder)
     except OSError as error:
         raise _unreadable(Path(folder), error) from error
-    earlier = visited.setdefault((status.st_dev, status.st_ino), folder)
-    if earlier != folder:
-        raise DataError(
-            f"{folder} is a link to a folder that is read as {earlier} already: its images would count twice. "
-            "Remove the link."
-        )
+    return status.st_dev, status.st_ino
 
 
 def _split_of(words: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ Letters: N batch, C channels, H height, W width.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -135,18 +136,25 @@ def decoded(
     Raises:
         DataError: The file is missing, broken, no image, too large, or not 8 bits per channel.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with ExitStack() as opened:
             if isinstance(source, str | os.PathLike):
                 source = opened.enter_context(open_regular(source, limit=FILE_LIMIT))
             # Without a list Pillow tries all formats it knows, and starts Ghostscript for an EPS, whatever its suffix.
-            return _upright(
-                opened.enter_context(Image.open(source, formats=tuple(IMAGE_FORMATS))), channels, max_pixels
-            )
+            try:
+                image = opened.enter_context(Image.open(source, formats=tuple(IMAGE_FORMATS)))
+            except UnidentifiedImageError as error:
+                source.seek(0)
+                raise OSError(_content(source)) from error
+            return _upright(image, channels, max_pixels)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
+    except OSError as error:
+        # What the system says of a file has its own way out; what a decoder says has none, and no number.
+        way_out = "" if error.errno is not None else f" {_WAY_OUT}"
+        raise DataError(f"{name} cannot be read as an image: {_reason(error)}.{way_out}") from error
     except Exception as error:  # what Pillow's decoders raise on broken files is of any type
         raise DataError(f"{name} cannot be read as an image: {_reason(error)}. {_WAY_OUT}") from error
 
@@ -217,9 +225,26 @@ def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     return max(wide, int(high * width / height)), high
 
 
+_FOREIGN: Mapping[str, bytes] = {
+    "it is a HEIC or AVIF image": rb".{4}ftyp",
+    "it is a JPEG 2000 image": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "it is a web page": rb"\s*<(!doctype html|html)",
+    "it is a PDF": rb"%PDF-",
+    "it is an SVG or another XML file": rb"\s*<(svg|\?xml)",
+}
+"""How the content of files that often have an image's name and are none begins."""
+
+
+def _content(stream: IO[bytes]) -> str:
+    """What a file holds in place of an image, in words."""
+    head = stream.read(64)
+    if not head:
+        return "it is empty"
+    kinds = (kind for kind, beginning in _FOREIGN.items() if re.match(beginning, head, re.IGNORECASE | re.DOTALL))
+    return next(kinds, "its content is in no image format")
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "its content is in no image format"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

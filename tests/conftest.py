@@ -65,6 +65,7 @@ LONGEST = (
     "train/test_phases.py",
     "test_cifar100.py",
     "test_cli.py",
+    "test_docs.py",
     "export/fusion/test_families.py",
     "test_quickstart.py",
     "train/test_inherited.py",

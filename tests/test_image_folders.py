@@ -92,6 +92,34 @@ def test_a_link_to_a_folder_that_is_read_anyway_is_named(tmp_path: Path, link: s
         scan_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("link", "target"), [("ant/3.png", "1.png"), ("ant/3.png", "../bee/1.png"), ("bee/3.png", "../ant/1.png")]
+)
+def test_a_link_to_an_image_that_is_read_anyway_is_named(tmp_path: Path, link: str, target: str) -> None:
+    classes_in(tmp_path, "")
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DataError, match=rf"{link} is a link to a file that is read as \S*1\.png already"):
+        scan_folder(tmp_path)
+
+
+def test_links_to_images_elsewhere_are_images_once(tmp_path: Path) -> None:
+    classes_in(tmp_path / "root", "")
+    elsewhere = fill(tmp_path / "elsewhere", "3.png")
+    for name in ("ant", "bee"):
+        (tmp_path / "root" / name / "dangling.png").symlink_to("absent.png")
+    (tmp_path / "root" / "ant" / "3.png").symlink_to(elsewhere / "3.png")
+    assert scan_folder(tmp_path / "root").splits["train"].labels_N.tolist() == [0] * 4 + [1] * 3
+    (tmp_path / "root" / "bee" / "4.png").symlink_to(elsewhere / "3.png")
+    with pytest.raises(DataError, match=r"bee/4\.png is a link to a file that is read as \S*ant/3\.png already"):
+        scan_folder(tmp_path / "root")
+
+
+def test_a_folder_around_the_class_folders_is_named(tmp_path: Path) -> None:
+    classes_in(tmp_path, "data")
+    with pytest.raises(DataError, match=rf"holds only data/.* Name the folder that holds them: {tmp_path}/data\."):
+        scan_folder(tmp_path)
+
+
 def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
     classes_in(tmp_path / "root", "")
     (tmp_path / "root" / "ant" / "more").symlink_to(fill(tmp_path / "elsewhere", "3.png"))

@@ -265,3 +265,22 @@ def test_arrays_of_the_right_size_need_no_pillow():
         "    assert to_array(np.zeros(shape, np.uint8), p).shape == (2, 2, 3)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"\0\0\0\x18ftypheic", "it is a HEIC or AVIF image"),
+        (b"\0\0\0\x0cjP  \r\n", "it is a JPEG 2000 image"),
+        (b"\n<!DOCTYPE html><html>", "it is a web page"),
+        (b"%PDF-1.7", "it is a PDF"),
+        (b"<svg xmlns=", "it is an SVG"),
+        (b"\x89HDF", "its content is in no image format"),
+    ],
+)
+def test_what_has_an_images_name_and_is_none_is_called_what_it_is(tmp_path, content, words):
+    (tmp_path / "photo.jpg").write_bytes(content)
+    rule = Preprocess(height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(DataError, match=rf"photo\.jpg cannot be read as an image: {words}.*\. Give a JPEG"):
+        to_array(tmp_path / "photo.jpg", rule)

@@ -20,7 +20,7 @@ from rkd_deploy.backends import Array, Backend, infer_many
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.card import ModelCard
 from rkd_deploy.errors import DataError, UsageError
-from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below, subfolders
+from rkd_deploy.image_folders import SUFFIXES, Visited, images_below, left_out_in_words, splits_below, subfolders
 from rkd_deploy.serve.classifier import Classifier
 
 _AT_ONCE = 64
@@ -131,8 +131,9 @@ def labelled_images(folder: Path, labels: Iterable[str]) -> tuple[list[Path], np
             f"{folder} was given for the model's accuracy: {holds}. It must hold one folder for each class, named by "
             f"the card's labels ({', '.join(names[:5])}, ..: rkd-deploy info MODEL shows them)."
         )
-    visited: dict[tuple[int, int], str] = {}
+    visited = Visited()
     below = {path.name: images_below(path, visited) for path in classes}
+    visited.check_links()
     files = [(Path(file), index[name]) for name, images in below.items() for file in images.paths]
     if not files:
         left_out = left_out_in_words(sum((images.left_out for images in below.values()), Counter[str]()))

@@ -98,24 +98,34 @@ def compare_logits(reference_logits: Array, candidate_logits: Array, tolerance: 
     )
 
 
-def _advice(parity: Parity, precision: str) -> str:
+_ROUNDING = 1e-5
+"""Share of the largest logit up to which a difference is rounding: float32 has 7 digits, and layers add theirs up."""
+
+
+def _advice(parity: Parity, precision: str, largest: float) -> str:
     if precision not in ("fp32", "unknown"):
         return f"Export again with --precision fp32 to see whether {precision} is the cause."
     if math.isnan(parity.max_abs_diff):
         return "The file is float32: look at which of the two gives them, and at its weights."
+    if parity.max_abs_diff <= _ROUNDING * largest:
+        return (
+            f"Logits reach {largest:.3g}, and float32 has 7 digits: this is rounding of a network that was trained for "
+            "too few steps or too fast. Train for more train.epochs, or with a lower train.lr."
+        )
     return (
         "The file is float32, so precision is not the cause: try rkd-deploy verify on another backend, then a simpler "
         "level (--fuse sum)."
     )
 
 
-def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
+def gate(parity: Parity, what: str, precision: str = "fp32", *, largest: float = 0.0) -> None:
     """Let a parity that passed through, and stop at any other.
 
     Args:
         parity: What `compare_logits` or `verify` gave.
         what: What was compared, for the message: "model.onnx on onnxruntime against PyTorch".
         precision: Precision of the file, for advice that fits it.
+        largest: Largest size of a reference logit, for advice too; 0 where it is not known.
 
     Raises:
         GateError: The parity did not pass.
@@ -130,7 +140,7 @@ def gate(parity: Parity, what: str, precision: str = "fp32") -> None:
     raise GateError(
         f"Parity failed for {what}: {difference} over {parity.n} inputs, the tolerance is {parity.tolerance:.3g}; "
         f"the same class comes first for {parity.agreement:.1%} of them. "
-        f"{_advice(parity, precision)} Where the difference is acceptable, state a larger tolerance."
+        f"{_advice(parity, precision, largest)} Where the difference is acceptable, state a larger tolerance."
     )
 
 

@@ -126,7 +126,8 @@ def read_image(source: ImageSource, position: int) -> Image:
         with source.open(position) as stream:
             return decoded(stream, name)
     except OSError as error:
-        raise DataError(f"{name} cannot be opened: {error.strerror or error}. Was it moved or removed?") from error
+        moved = " Was it moved or removed?" if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"{name} cannot be opened: {error.strerror or error}.{moved}") from error
 
 
 def map_in_threads(

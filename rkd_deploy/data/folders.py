@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkd_deploy.data.files import ImageFiles, ImageSource
 from rkd_deploy.errors import DataError
-from rkd_deploy.image_folders import SUFFIXES, images_below, left_out_in_words, splits_below, subfolders
+from rkd_deploy.image_folders import SUFFIXES, Visited, images_below, left_out_in_words, splits_below, subfolders
 from rkd_deploy.storage import read_text
 
 TEST_FOLDERS = ("test", "val", "valid")
@@ -96,7 +96,11 @@ def scan_folder(root: Path) -> SplitsOnDisk:
     classes = [folder.name for folder in subfolders(folders["train"])]
     if len(classes) < 2:
         holds = f"only {classes[0]}/" if classes else "no folders"
-        raise DataError(f"{folders['train']} holds {holds}; there must be one folder for each of at least two classes.")
+        inner = [folder for name in classes for folder in subfolders(folders["train"] / name)]
+        deeper = f" Name the folder that holds them: {folders['train'] / classes[0]}." if len(inner) > 1 else ""
+        raise DataError(
+            f"{folders['train']} holds {holds}; there must be one folder for each of at least two classes.{deeper}"
+        )
     left_out: Counter[str] = Counter()
     if folders["train"] != root:
         left_out.update(f"{folder.name}/" for folder in subfolders(root) if folder not in folders.values())
@@ -127,8 +131,9 @@ def _scan_split(name: str, folder: Path, classes: list[str], left_out: Counter[s
         )
     if not names:
         raise DataError(f"{folder} holds no class folders, so there is nothing for {name}. Remove it, or fill it.")
-    visited: dict[tuple[int, int], str] = {}
+    visited = Visited()
     below = {label: images_below(folder / name, visited) for label, name in enumerate(classes) if name in names}
+    visited.check_links()
     split_left_out = sum((images.left_out for images in below.values()), Counter[str]())
     if empty := [classes[label] for label, images in below.items() if not images.paths]:
         instead = f" What they hold instead: {left_out_in_words(split_left_out)}." if split_left_out else ""

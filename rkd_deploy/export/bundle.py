@@ -62,7 +62,7 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import normalise
-from rkd_deploy.models.foreign import check_ends_in_logits, check_finite, check_independent_rows, check_real, plain
+from rkd_deploy.models.foreign import check_classifier, check_finite, check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -199,8 +199,7 @@ def _checked(model: nn.Module, card: ModelCard) -> nn.Module:
     check_real(model, name)
     model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))
-    check_ends_in_logits(model, noise_NCHW, name)
-    check_independent_rows(model, noise_NCHW, name)
+    check_classifier(model, noise_NCHW, name)
     return model
 
 

@@ -99,7 +99,7 @@ def prove(
             labels.append(labels_n)
     expected_NK, exported_NK, labels_N = np.concatenate(expected), np.concatenate(exported), np.concatenate(labels)
     parity = compare_logits(expected_NK, exported_NK, tolerance)
-    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch")
+    gate(parity, f"{ONNX_NAME} on onnxruntime against PyTorch", largest=float(np.abs(expected_NK).max()))
     proof = Proof(
         parity=parity,
         images=parity.n,

@@ -11,14 +11,14 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from rkd_deploy.errors import UsageError
-from rkd_deploy.models.foreign import check_ends_in_logits, check_independent_rows, plain
+from rkd_deploy.models.foreign import check_classifier, plain
 from rkd_deploy.models.hooks import Hooked
 from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_stages, layouts_of
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
@@ -41,10 +41,12 @@ class External(FeatureNetwork):
             extraction has them. Default: the last map of each resolution.
         input_size: Height and width of the images in pixels, or one number for both.
         head: Whether it classifies; False for a feature extractor, of which nothing after the last stage is run.
+        layouts: How the maps of these stages lie, where another network of this topology has shown it; else found.
 
     Attributes:
         network: The wrapped classifier itself, not a copy.
         stages: Names of the stages.
+        layouts: How their maps lie in the network's tensors.
         input_size: Height and width.
         num_classes: K, or None without a head.
 
@@ -60,20 +62,32 @@ class External(FeatureNetwork):
         *,
         input_size: int | tuple[int, int] = 224,
         head: bool = True,
+        layouts: tuple[Layout, ...] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.training = network.training
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        _materialise(network, self.input_size)
         source = _source(network)
         x_NCHW = _images(network, self.input_size)
         with torch.no_grad():
-            self.stages = _stages(source, x_NCHW) if stages is None else tuple(stages)
-            self._layouts = _layouts(source, x_NCHW, self.stages, head)
+            if stages is None:
+                self.stages, layouts = _stages(source, x_NCHW)
+            else:
+                self.stages = tuple(stages)
+            self.layouts = layouts or _layouts(source, x_NCHW, self.stages, head)
             self._read_maps = source.reader(self.stages, answer=False)
             self._read_all = source.reader(self.stages, answer=True) if head else None
-            self._channels, self.num_classes = self._measured(source, x_NCHW)
-            self._head = self._proven_head(source) if head else None
+            if head:
+                values, logits_NK = self._answer(network, x_NCHW)
+                self.num_classes: int | None = self._checked(source, x_NCHW, logits_NK)
+                self._head = self._proven_head(source, values, logits_NK)
+            else:
+                with in_mode(self, False):
+                    values = list(self._read_maps(self, x_NCHW))
+                self.num_classes, self._head = None, None
+            self._channels = self._as_maps(values)[-1].shape[1]
 
     @property
     def channels(self) -> int:
@@ -122,19 +136,20 @@ class External(FeatureNetwork):
                 "as modules that are called; as a teacher it may stay as it is."
             ) from error
 
+    def last_map(self, network: nn.Module, x_NCHW: Tensor) -> Tensor:
+        """The last stage map [N, C, H, W] of another network of this topology, in eval mode; nothing after it runs."""
+        return self._as_maps(self._read_maps(Holder(network).eval(), x_NCHW))[-1]
+
     def rewrapped(self, network: nn.Module) -> External:
         """Another network of the same topology, e.g. a pruned copy of this one's, seen in the same way."""
-        return External(network, self.stages, input_size=self.input_size, head=self._read_all is not None)
+        has_head = self._read_all is not None
+        return External(network, self.stages, input_size=self.input_size, head=has_head, layouts=self.layouts)
 
     def _as_maps(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(layout.to_map(value) for layout, value in zip(self._layouts, values, strict=True))
+        return tuple(layout.to_map(value) for layout, value in zip(self.layouts, values, strict=True))
 
-    def _measured(self, source: Source, x_NCHW: Tensor) -> tuple[int, int | None]:
-        """Channels C of the last map and number of classes K, measured by one pass."""
-        with in_mode(self, False):
-            if self._read_all is None:
-                return self.features(x_NCHW)[-1].shape[1], None
-            maps, logits_NK = self.maps_and_logits(x_NCHW)
+    def _checked(self, source: Source, x_NCHW: Tensor, logits_NK: Any) -> int:
+        """Number of classes K of an answer, once it is known to be logits."""
         shape = tuple(logits_NK.shape) if isinstance(logits_NK, Tensor) else ()
         if len(shape) != 2 or shape[0] != len(x_NCHW) or not source.single_output:
             raise UsageError(
@@ -142,23 +157,22 @@ class External(FeatureNetwork):
                 f"{len(x_NCHW)} images it gave {f'a tensor {shape}' if shape else 'something else, or more'}. "
                 "Wrap it in a module that gives the logits alone."
             )
-        check_ends_in_logits(source.network, x_NCHW, _name(source))
-        check_independent_rows(source.network, x_NCHW, _name(source))
-        return maps[-1].shape[1], shape[1]
+        check_classifier(source.network, x_NCHW, _name(source))
+        return shape[1]
 
-    def _proven_head(self, source: Source) -> str | tuple[nn.Module] | None:
+    def _proven_head(self, source: Source, values: list[Tensor], logits_NK: Tensor) -> str | tuple[nn.Module] | None:
         """The head that reproduces the logits: path of a linear layer, or a module; None where there is none.
 
         The module comes in a tuple, because its weights are registered with the network already.
         """
         x_NCHW = _images(self.network, self.input_size)
         with torch.no_grad():
-            network, values, logits_NK = self.network, *self._answer(self.network, x_NCHW)
+            network = self.network
             if torch.allclose(logits_NK[0], logits_NK[1]):
                 # Some networks start with a head of zeros, with which every claim agrees: judged by other weights.
                 network = _shaken(self.network)
                 values, logits_NK = self._answer(network, x_NCHW)
-            pooled_NC = pool(self._layouts[-1].to_map(values[-1]))
+            pooled_NC = pool(self.layouts[-1].to_map(values[-1]))
 
             def right(head: nn.Module) -> bool:
                 try:
@@ -168,18 +182,18 @@ class External(FeatureNetwork):
                 tolerance = 1e-4 * float(logits_NK.abs().max())
                 return answer_NK.shape == logits_NK.shape and torch.allclose(answer_NK, logits_NK, 1e-4, tolerance)
 
-            shape = (logits_NK.shape[1], self.channels)
+            shape = (logits_NK.shape[1], pooled_NC.shape[1])
             # From the end: of several layers that give these logits the last one is the head, by its own right.
             for path, module in reversed(list(network.named_modules())):
                 if type(module) is nn.Linear and module.weight.shape == shape and right(module):
                     return str(path)
             tail = _source(network).tail(self.stages[-1])
-            if tail is None or not right(PooledHead(tail, self._layouts[-1]).eval()):
+            if tail is None or not right(PooledHead(tail, self.layouts[-1]).eval()):
                 return None
-        return (PooledHead(cast(nn.Module, source.tail(self.stages[-1])), self._layouts[-1]),)
+        return (PooledHead(cast(nn.Module, source.tail(self.stages[-1])), self.layouts[-1]),)
 
-    def _answer(self, network: nn.Module, x_NCHW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Stage values and logits of another network of this topology, in eval mode."""
+    def _answer(self, network: nn.Module, x_NCHW: Tensor) -> tuple[list[Tensor], Any]:
+        """Stage values and answer of a network of this topology, in eval mode."""
         assert self._read_all is not None
         with in_mode(network, False):
             *values, logits_NK = self._read_all(Holder(network).eval(), x_NCHW)
@@ -225,21 +239,33 @@ def _size(x_NCHW: Tensor) -> Size:
     return height, width
 
 
-def _stages(source: Source, x_NCHW: Tensor) -> tuple[str, ...]:
+def _materialise(network: nn.Module, size: Size) -> None:
+    """Let layers that wait for their first input, such as nn.LazyLinear, take their shape from images of this size."""
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        with torch.no_grad(), in_mode(network, False):
+            try:
+                network(torch.zeros(2, 3, *size))
+            except Exception as error:
+                raise _does_not_run(network, size, error) from error
+
+
+def _stages(source: Source, x_NCHW: Tensor) -> tuple[tuple[str, ...], tuple[Layout, ...] | None]:
+    """Where the stages end, and how their maps lie where the same run shows it."""
     size = _size(x_NCHW)
     factor = math.ceil(_ENLARGED / min(size))
-    stages: list[str] = []
     if factor > 1:
         with contextlib.suppress(Exception):  # a network for one size only
             larger = interpolate(x_NCHW, scale_factor=factor)
-            stages = find_stages(source.steps(larger, (), answer=True), _size(larger))
-    stages = stages or find_stages(_steps(source, x_NCHW, (), answer=True), size)
-    if not stages:
-        raise UsageError(
-            f"No stage map was found in {_name(source)}: nothing that it computes has the layout [N, C, H, W], "
-            "[N, H, W, C] or [N, tokens, C]. Name its stages, or give another network."
-        )
-    return tuple(stages)
+            if stages := find_stages(source.steps(larger, (), answer=True), _size(larger)):
+                return tuple(stages), None
+    steps = _steps(source, x_NCHW, (), answer=True)
+    if stages := find_stages(steps, size):
+        layouts = layouts_of(steps, size)
+        return tuple(stages), tuple(layouts[stage] for stage in stages)
+    raise UsageError(
+        f"No stage map was found in {_name(source)}: nothing that it computes has the layout [N, C, H, W], "
+        "[N, H, W, C] or [N, tokens, C] and the proportions of its images. Name its stages, or give another network."
+    )
 
 
 def _layouts(source: Source, x_NCHW: Tensor, stages: tuple[str, ...], head: bool) -> tuple[Layout, ...]:
@@ -260,11 +286,16 @@ def _steps(source: Source, x_NCHW: Tensor, stages: Sequence[str], answer: bool) 
     try:
         return source.steps(x_NCHW, stages, answer)
     except Exception as error:
-        height, width = x_NCHW.shape[-2:]
-        raise UsageError(
-            f"{_name(source)} does not run on RGB images of {height} x {width} pixels: {error}. "
-            "Give it images of the size that it was made for."
-        ) from error
+        raise _does_not_run(source.network, _size(x_NCHW), error) from error
+
+
+def _does_not_run(network: nn.Module, size: Size, error: Exception) -> UsageError:
+    # torch.fx tells after an empty line which of its nodes it was at, which says nothing of the user's code.
+    reason = str(error).partition("\n\nWhile executing")[0] or type(error).__name__
+    return UsageError(
+        f"the network {type(network).__name__} does not run on RGB images of {size[0]} x {size[1]} pixels: {reason}. "
+        "Give it images of the size that it was made for."
+    )
 
 
 def _name(source: Source) -> str:

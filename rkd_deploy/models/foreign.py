@@ -115,9 +115,9 @@ order are those of the logits."""
 
 _UNCHANGED = (
     "view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand",
-    "clone", "contiguous", "_to_copy", "alias", "detach",
+    "clone", "contiguous", "_to_copy", "alias", "detach", "clamp", "clamp_min", "clamp_max",
 )  # fmt: skip
-"""Names of operations that keep every value."""
+"""Names of operations that keep every value; bounds, which are put around probabilities before a logarithm, most."""
 
 
 class _LastOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -140,43 +140,32 @@ class _LastOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._origins.get(id(tensor), (None, None))[1]
 
 
-def check_ends_in_logits(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
-    """Refuse a classifier whose last operation makes probabilities.
+def check_classifier(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
+    """Refuse a network whose answers are no logits, or depend on what else is in the batch.
 
     Args:
-        network: Images to logits, as it claims.
-        x_NCHW: One image or a few.
+        network: Images to logits [N, K], as it claims.
+        x_NCHW: Two images or more.
         name: What messages call the network.
 
     Raises:
-        UsageError: The network ends in a softmax or a sigmoid.
-    """
-    with torch.no_grad(), in_mode(network, False), _LastOperation() as operations:
-        answer = network(x_NCHW)
-    if (kind := _PROBABILITIES.get(operations.of(answer))) is not None:
-        raise UsageError(_refusal(name, f"its last operation is a {kind}"))
-
-
-def check_independent_rows(network: nn.Module, x_NCHW: Tensor, name: str) -> None:
-    """Refuse a classifier whose answer for an image depends on what else is in the batch.
-
-    Args:
-        network: Images to its answer [N, K].
-        x_NCHW: Two images or more.
-        name: What messages call it.
-
-    Raises:
-        UsageError: One image alone is answered in another way, or by another shape.
+        DivergenceError: A logit is NaN or infinite.
+        UsageError: The network gives probabilities; one image alone is answered in another way, or by another shape.
     """
     with torch.no_grad(), in_mode(network, False):
+        with _LastOperation() as operations:
+            together_NK = network(x_NCHW)
         # The first alone and in company: whatever looks at the whole batch (statistics, a random draw, a squeeze) shows
         # in it.
-        together_NK, alone_NK = network(x_NCHW), network(x_NCHW[:1])
+        alone_NK = network(x_NCHW[:1])
+    if (kind := _PROBABILITIES.get(operations.of(together_NK))) is not None:
+        raise UsageError(_refusal(name, f"its last operation is a {kind}"))
     if alone_NK.shape != together_NK[:1].shape:
         raise UsageError(
             f"{name} gives a tensor {tuple(alone_NK.shape)} for one image, and {tuple(together_NK.shape)} for "
             f"{len(x_NCHW)}. A squeeze() that names no dimension drops that of the batch: use flatten(1)."
         )
+    check_logits(together_NK, name)
     # Not exactly equal: kernels for one image and for several sum in another order.
     if not torch.allclose(alone_NK, together_NK[:1], rtol=1e-3, atol=1e-3 * float(together_NK.abs().max())):
         raise UsageError(
@@ -195,7 +184,7 @@ def check_logits(answer_NK: Tensor, name: str) -> None:
 
     Raises:
         DivergenceError: A number is NaN or infinite.
-        UsageError: No number is negative, and every row sums to 1.
+        UsageError: No number is negative, and every row sums to 1, or to another number that all rows share, e.g. 100.
     """
     finite_N = answer_NK.isfinite().all(1)
     if not bool(finite_N.all()):
@@ -205,9 +194,20 @@ def check_logits(answer_NK: Tensor, name: str) -> None:
             "the sum of the maps of S and A may be negative where T's own map never is, and T's head may take a "
             'root of it. Then use method.head = "trained".'
         )
-    # A network that has learnt nothing may answer with zeros, whose sum is 0, or with anything else but this.
-    if bool((answer_NK >= 0).all()) and bool(((answer_NK.sum(1) - 1).abs() < 1e-3).all()) and answer_NK.shape[1] > 1:
+    if answer_NK.shape[1] == 1 or bool((answer_NK < 0).any()):
+        return
+    # A network that has learnt nothing may answer with zeros, whose sum is 0, or with one row for all images. Percent
+    # are told from logits by the sums: they vary by far less than the numbers do, which in few rows chance does too.
+    sums_N, spread = answer_NK.double().sum(1), float(answer_NK.max(0).values.sub(answer_NK.min(0).values).max())
+    if bool(((sums_N - 1).abs() < 1e-3).all()):
         raise UsageError(_refusal(name, "every row of what it gives is without negative numbers and sums to 1"))
+    if len(answer_NK) >= _TELLING_ROWS and float(sums_N.max() - sums_N.min()) < 1e-3 * spread:
+        reason = f"every row of what it gives is without negative numbers and sums to {float(sums_N.mean()):.4g}"
+        raise UsageError(_refusal(name, reason))
+
+
+_TELLING_ROWS = 4
+"""Rows from which on equal sums are no chance."""
 
 
 def _refusal(name: str, reason: str) -> str:

@@ -269,9 +269,21 @@ def softmax(logits_NK: Floats) -> Floats:
     return probabilities_NK
 
 
-def _not_finite(peak: float) -> BackendError:
+def check_finite(logits_NK: Floats) -> Floats:
+    """The logits, all of which are finite.
+
+    Raises:
+        BackendError: One is not.
+    """
+    finite_NK = np.isfinite(logits_NK)
+    if not finite_NK.all():
+        raise _not_finite(float(logits_NK[~finite_NK][0]))
+    return logits_NK
+
+
+def _not_finite(logit: float) -> BackendError:
     return BackendError(
-        f"The model's largest logit is {peak}; it must be finite. A reduced precision has probably overflowed: "
+        f"A logit of the model is {logit}; it must be finite. A reduced precision has probably overflowed: "
         "check the model with rkd-deploy verify, and export it in fp32 or bf16."
     )
 

@@ -48,7 +48,6 @@ class Explanation:
     answers: Mapping[str, tuple[tuple[str, float], ...]]
 
 
-@torch.inference_mode()
 def explain(run: Run, image: ImageLike) -> Explanation:
     """Run T, S and A of a finished run on one image.
 
@@ -60,12 +59,20 @@ def explain(run: Run, image: ImageLike) -> Explanation:
         UsageError: The run has no T, or no S + A whose maps are summed once.
         ImageError: The image cannot be read.
     """
-    T, model = load_part(run, "teacher"), load_part(run, "fused")
+    # Outside of inference mode: narrowing a network by its graph, as S0 was cut, needs gradients.
+    T, model, student = (load_part(run, part) for part in ("teacher", "fused", "student"))
     if not isinstance(model, ResidualStudent) or not isinstance(T, FeatureNetwork):
         raise UsageError(
             f"{run.folder} was trained by scheme progressive, where S and A exchange their maps at every stage: there "
             "is no one map that A corrects. Explain a run of scheme sequential or end_to_end."
         )
+    with torch.inference_mode():
+        return _explanation(run, image, T, model, student)
+
+
+def _explanation(
+    run: Run, image: ImageLike, T: FeatureNetwork, model: ResidualStudent, student: nn.Module
+) -> Explanation:
     facts = run.facts
     crop = 1.0 if facts.crop_fraction is None else facts.crop_fraction
     height, width = facts.image_size
@@ -73,7 +80,7 @@ def explain(run: Run, image: ImageLike) -> Explanation:
     pixels_HWC = to_array(image, preprocess)
     x_NCHW = torch.from_numpy(normalise(pixels_HWC[None], preprocess))
     maps_T, z_T = T.maps_and_logits(x_NCHW)
-    networks: dict[str, nn.Module] = {"student": load_part(run, "student"), "fused": model}
+    networks: dict[str, nn.Module] = {"student": student, "fused": model}
     logits = {"teacher": z_T} | {part: cast(Tensor, network(x_NCHW)) for part, network in networks.items()}
     f_T, s = match_size(maps_T[-1], model.student_map(x_NCHW))
     _, whole = match_size(maps_T[-1], model.summed_map(x_NCHW))

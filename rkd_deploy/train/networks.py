@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rkd_deploy.errors import CheckpointError, ModelFileError, UsageError, command_line, unknown_name
 from rkd_deploy.models import zoo
@@ -184,7 +185,7 @@ def build_s0(recipe: Recipe, facts: RunFacts, originals: Originals | None = None
 
 
 def build_residual(
-    recipe: Recipe, facts: RunFacts, originals: Originals | None = None
+    recipe: Recipe, facts: RunFacts, originals: Originals | None = None, head: nn.Module | None = None
 ) -> ResidualStudent | ProgressiveStudent:
     """Build S and its assistants with fresh weights, at the widths of the facts.
 
@@ -192,6 +193,7 @@ def build_residual(
         recipe: The whole run.
         facts: Classes, image size, channels and widths.
         originals: T and S0, where they are built already; both are left as they are.
+        head: The head h, where it is known already; else it is made as the recipe says, from T where it is T's.
 
     Raises:
         ModelFileError: The facts lack widths or channels of a stage.
@@ -206,7 +208,7 @@ def build_residual(
         if recipe.method.scheme == "progressive":
             channels = _present("stage_channels", facts.stage_channels)
             return progressive_student(student, assistants, channels, classes, size)
-        head, shared = _head(recipe, facts, originals), facts.shared_stages
+        head, shared = head or _head(recipe, facts, originals), facts.shared_stages
         if shared is None:
             model = ResidualStudent(student, assistants, facts.channels, classes, head)
         else:
@@ -215,12 +217,14 @@ def build_residual(
         return model
 
 
-def build_control(recipe: Recipe, facts: RunFacts, originals: Originals | None = None) -> ResidualStudent:
+def build_control(
+    recipe: Recipe, facts: RunFacts, originals: Originals | None = None, head: nn.Module | None = None
+) -> ResidualStudent:
     """Build S0 as a student without assistants, with fresh weights; arguments and errors as for `build_residual`."""
     with seeded(recipe.train.seed, "init/control"):
         s0 = narrowable(_source_of_s0(recipe, facts), facts.image_size)
         student = s0.rebuilt(_present("given_widths", facts.given_widths), None)
-        head = _head(recipe, facts, originals)
+        head = head or _head(recipe, facts, originals)
         model = ResidualStudent(student, (), facts.channels, len(facts.classes), head)
         _add_stage_adapters(model, recipe, facts)
         return model
@@ -289,9 +293,12 @@ def load_part(run: Run, part: str, other: str | None = None) -> nn.Module:
     if part in ("teacher", "s0"):
         classes, size = len(facts.classes), facts.image_size
         module = build_teacher(recipe, classes, size) if part == "teacher" else build_s0(recipe, facts)
-        return _restored(run, _weights_name(part, other), module)
-    build = build_control if part == "control" else build_residual
-    model = _restored(run, _weights_name(phase_of(recipe, part), other), build(recipe, facts))
+        phase = _weights_name(part, other)
+        return _with_weights(module, *_stored(run, phase), phase)
+    build, phase = build_control if part == "control" else build_residual, _weights_name(phase_of(recipe, part), other)
+    path, state = _stored(run, phase)
+    # Its weights replace whatever is drawn here, so that T need not be built again for a head of one linear layer.
+    model = _with_weights(build(recipe, facts, head=_linear_head(state, facts)), path, state, phase)
     assert isinstance(model, ResidualStudent | ProgressiveStudent)
     if isinstance(model, ResidualStudent):
         model.stage_adapters = None  # learnt along, for training only
@@ -307,7 +314,14 @@ def _weights_name(phase: str, other: str | None) -> str:
     return phase if other is None else f"{phase}_{other}"
 
 
-def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
+def _linear_head(state: Mapping[str, Tensor], facts: RunFacts) -> nn.Linear | None:
+    """A fresh head for stored weights; None where theirs is more than one linear layer."""
+    is_linear = {name for name in state if name.startswith("head.")} == {"head.weight", "head.bias"}
+    return nn.Linear(facts.channels, len(facts.classes)) if is_linear and state["head.weight"].dim() == 2 else None
+
+
+def _stored(run: Run, phase: str) -> tuple[Path, dict[str, Tensor]]:
+    """The file with the weights of a phase, and what is in it."""
     path = run.weights(phase)
     if not path.exists():
         raise CheckpointError(
@@ -315,6 +329,9 @@ def _restored(run: Run, phase: str, module: nn.Module) -> nn.Module:
             f"{command_line('train', run.folder, '--resume')}"
         )
     run.check_file(path)
-    state, _ = load_tensors(path)
+    return path, load_tensors(path)[0]
+
+
+def _with_weights(module: nn.Module, path: Path, state: dict[str, Tensor], phase: str) -> nn.Module:
     load_weights(module, with_norms(state, module), str(path), phase)
     return module.eval()

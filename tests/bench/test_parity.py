@@ -53,6 +53,14 @@ def test_a_tolerance_that_says_nothing_is_refused(tolerance):
         compare_logits(REFERENCE, REFERENCE, tolerance)
 
 
+def test_rounding_of_large_logits_is_called_so():
+    large = 1e6 * REFERENCE
+    with pytest.raises(GateError, match=r"Logits reach 6e\+06, .* rounding .* lower train\.lr"):
+        gate(compare_logits(large, large * (1 + 1e-6), 1e-4), "a model", largest=float(large.max()))
+    with pytest.raises(GateError, match="precision is not the cause"):
+        gate(compare_logits(large, large * (1 + 1e-3), 1e-4), "a model", largest=float(large.max()))
+
+
 def test_the_gate_states_the_numbers_the_tolerance_and_the_way_out():
     gate(compare_logits(REFERENCE, REFERENCE, 0), "a model")
     with pytest.raises(GateError) as caught:

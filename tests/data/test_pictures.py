@@ -46,7 +46,7 @@ def pipe(path: Path, photo: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "truncated.jpg": (truncated, "cannot be read as an image: .*truncated"),
-    "empty.jpg": (empty, "cannot be read as an image"),
+    "empty.jpg": (empty, "cannot be read as an image: it is empty"),
     "text.jpg": (text, "its content is in no image format"),
     "dangling.jpg": (dangling, "cannot be opened: it is a link to absent.jpg, which is not there"),
     "pipe.jpg": (pipe, "cannot be opened: it is a named pipe"),

@@ -15,7 +15,7 @@ from torch.nn.functional import linear, normalize
 from torch.nn.utils import parametrizations
 
 from rkd_deploy.card import ModelCard, Preprocess
-from rkd_deploy.errors import BudgetError, UsageError
+from rkd_deploy.errors import BudgetError, DivergenceError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.models.cost import count
@@ -23,7 +23,7 @@ from rkd_deploy.models.external import External
 from rkd_deploy.models.foreign import check_real, plain, with_current_norms
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.separation.separate import Separation, separate
-from tests.support.networks import GeM, Hidden, Shared, Tutorial, body
+from tests.support.networks import ConcatPooled, GeM, Hidden, Lazy, Loose, Shared, Tutorial, Wrapped, body
 
 SIZE, K = (32, 48), 5
 
@@ -171,6 +171,8 @@ SEPARATES: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     ),
     "the largest of a map": (lambda: network(head=(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, K))), OTHER),
     "a root of the mean": (lambda: network(head=(Pooling(lambda x: x.mean((2, 3)).sqrt()), nn.Linear(64, K))), POOLED),
+    "a child called network": (lambda: Wrapped(K), POOLED),
+    "largest values beside means": (lambda: ConcatPooled(K), OTHER),
     "log-softmax": (lambda: network(head=(*network()[6:], nn.LogSoftmax(1))), POOLED),
     "flattened, a hidden layer": (
         lambda: network(head=(nn.Flatten(), nn.Linear(64 * 8 * 12, 20), nn.ReLU(), nn.Linear(20, K))),
@@ -214,6 +216,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one weight of two layers": (Tied, "network.3.weight and network.4.weight are one weight of two layers"),
     "a head that reads weights": (Cosine, "its forward reads the weights of some itself"),
     "a way chosen by values": (lambda: Wrapping(chooses_by_value), "reads a value of a map, and chooses its way by it"),
+    "a weight of no layer": (lambda: Loose(K), r"multiply-adds only [\d,]+ are in nn\.Conv2d and nn\.Linear layers"),
+    "logits that are not finite": (
+        lambda: network(head=(Pooling(lambda x: (x.mean((2, 3)) - 100).sqrt()), nn.Linear(64, K))),
+        "gives logits that are not finite, for 2 of the 2 images",
+    ),
+    "images of one channel": (
+        lambda: nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), *list(network())[1:]),
+        r"does not run on RGB images of 32 x 48 pixels: Given groups=1[^\n]*\. Give it images of the size",
+    ),
     "transposed convolution": (
         lambda: network(nn.ConvTranspose2d(32, 32, 2, 2)),
         r"^S0 cannot be narrowed: layer 3 is a ConvTranspose2d, whose channels cannot be removed\. Give another S0: a "
@@ -231,7 +242,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_with_the_reason(name: str) -> None:
     make, reason = REFUSED[name]
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises((UsageError, DivergenceError), match=reason):
         cut(make())
 
 
@@ -247,6 +258,13 @@ def test_a_flattened_map_leaves_no_head_and_the_advice_works(make: Callable[[int
     s0, separation = cut(network, (32, 32), assistant_share=share, round_to=4 if advice else 8)
     assert s0.fc is None
     assert separation.cost <= separation.budget == count(network, 32).macs
+
+
+def test_a_layer_that_waits_for_its_first_images_takes_the_shape_of_those_given() -> None:
+    """Stages are looked for on enlarged images too, which once came first and gave the layer their shape."""
+    s0 = External(Lazy(K), input_size=(32, 32))
+    assert s0.num_classes == K
+    assert s0.network.fc.weight.shape == (K, 32 * 8 * 8)
 
 
 def test_no_advice_is_given_where_nothing_helps() -> None:

@@ -10,7 +10,7 @@ from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import DivergenceError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.models.external import External
-from rkd_deploy.models.foreign import check_ends_in_logits, check_logits
+from rkd_deploy.models.foreign import check_classifier, check_logits
 from rkd_deploy.train.evaluation import predictions
 from tests.support.networks import Answering, GeM, Normalised
 
@@ -24,9 +24,23 @@ class Reshaped(nn.Module):
         return z_NK.unsqueeze(2).softmax(1).flatten(1).clone()
 
 
+class Bounded(nn.Module):
+    """Sigmoid, kept away from 0 and 1, as before a logarithm."""
+
+    def forward(self, z_NK):
+        return z_NK.sigmoid().clamp(1e-6, 1 - 1e-6)
+
+
 @pytest.mark.parametrize(
     ("last", "kind"),
-    [(nn.Softmax(1), "softmax"), (nn.Sigmoid(), "sigmoid"), (nn.Hardsigmoid(), "hardsigmoid"), (Reshaped(), "softmax")],
+    [
+        (nn.Softmax(1), "softmax"),
+        (nn.Softmin(1), "softmax"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Hardsigmoid(), "hardsigmoid"),
+        (Reshaped(), "softmax"),
+        (Bounded(), "sigmoid"),
+    ],
 )
 def test_a_network_that_ends_in_probabilities_is_refused(last, kind, tmp_path):
     network = Answering(4, last).eval()
@@ -43,7 +57,7 @@ def test_a_network_that_ends_in_probabilities_is_refused(last, kind, tmp_path):
 )
 def test_other_endings_are_logits(last):
     network = Answering(4, last).train()
-    check_ends_in_logits(network, IMAGES, "the network")
+    check_classifier(network, IMAGES, "the network")
     assert network.training
     with torch.no_grad():
         check_logits(network.eval()(IMAGES), "the network")
@@ -52,6 +66,19 @@ def test_other_endings_are_logits(last):
 def test_untrained_answers_are_no_probabilities():
     for answer_NK in (torch.zeros(3, 4), torch.full((3, 4), 0.3), torch.ones(3, 1)):
         check_logits(answer_NK, "the network")
+
+
+def test_rows_that_share_another_sum_than_one_are_probabilities_too():
+    shares = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)).softmax(1)
+    with pytest.raises(UsageError, match=r"the network gives probabilities .* sums to 100\."):
+        check_logits(100 * shares, "the network")
+    check_logits(100 * shares + torch.rand(8, 1), "the network")  # logits may be positive
+    check_logits(shares[:2] * 100, "the network")  # of two rows it may be chance
+
+
+def test_probabilities_that_no_operation_shows_are_refused_before_training():
+    with pytest.raises(UsageError, match=r"gives probabilities .* sums to 1\."):
+        External(Answering(4, Normalised()).eval(), input_size=16)
 
 
 def evaluated(network):

@@ -54,6 +54,21 @@ def environment() -> Path:
     return python
 
 
+def httptools_folder() -> Path:
+    """A folder with httptools, by which uvicorn reads HTTP where it is installed; made once.
+
+    Raises:
+        OSError: There is no uv, or the folder cannot be written.
+        subprocess.CalledProcessError: A package cannot be had.
+    """
+    folder = REPO / ".data" / f"httptools-{sys.version_info.minor}"
+    if not (folder / ".ready").exists():
+        command = [UV, "pip", "install", "--python", sys.executable, "--target", folder, "httptools==0.9.0"]
+        subprocess.run(command, cwd="/", check=True, capture_output=True, text=True)
+        (folder / ".ready").touch()
+    return folder
+
+
 @contextmanager
 def engine(name: str, python: Path, bundle: Path, log: Path) -> Iterator[Running]:
     """One of `NAMES` with serve/'s file for it, ready when the block begins; its processes end with the block."""

@@ -119,6 +119,46 @@ class Wrapped(nn.Module):
         return self.network(x)
 
 
-def softmaxed(num_classes: int) -> nn.Module:
-    """A network that ends in softmax."""
-    return Answering(num_classes, nn.Softmax(1))
+class Softmaxed(Answering):
+    """Ends in softmax: its rows are probabilities."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, nn.Softmax(1))
+
+
+class ConcatPooled(nn.Module):
+    """Largest values beside means, joined by a function, as fastai's heads have them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features, self.norm, self.fc = body(), nn.BatchNorm1d(128), nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.features(x)
+        return self.fc(self.norm(torch.cat([f.amax((2, 3)), f.mean((2, 3))], 1)))
+
+
+class Loose(nn.Module):
+    """A convolution by a function, with a weight that no layer has, run twice."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features, self.fc = body(), nn.Linear(64, num_classes)
+        self.weight = nn.Parameter(torch.randn(64, 64, 3, 3) / 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.features(x)
+        for _ in range(2):
+            f = relu(nn.functional.conv2d(f, self.weight, padding=1) + f)
+        return self.fc(f.mean((2, 3)))
+
+
+class Lazy(nn.Module):
+    """A head that takes its shape from the first images."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features, self.fc = body(8), nn.LazyLinear(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).flatten(1))

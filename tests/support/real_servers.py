@@ -76,11 +76,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(bundle: Path, folder: Path, *options: object, command: Sequence[object] = COMMAND) -> Iterator[Running]:
-    """A server of a bundle until the block ends, ready when it begins."""
+def served(
+    bundle: Path, folder: Path, *options: object, command: Sequence[object] = COMMAND, packages: Path | None = None
+) -> Iterator[Running]:
+    """A server of a bundle until the block ends, ready when it begins; it finds packages in that folder too."""
     log = folder / "server.log"
     command = [*command, "serve", bundle, "--port", 0, "--threads", 1, "--json", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if packages is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(packages))))
     with (
         log.open("w") as stream,
         subprocess.Popen(

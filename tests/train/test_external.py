@@ -194,7 +194,7 @@ def test_a_head_that_takes_a_root_is_refused_for_a_sum_that_has_a_sign(tiny_reci
 
 def test_a_network_that_ends_in_probabilities_is_refused_before_training(tiny_recipe, tmp_path):
     with pytest.raises(UsageError, match="probabilities in place of logits: its last operation is a softmax"):
-        fit(tiny_recipe(*FEW, f"teacher.name={BROUGHT}:softmaxed"), root=tmp_path / "runs")
+        fit(tiny_recipe(*FEW, f"teacher.name={BROUGHT}:Softmaxed"), root=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

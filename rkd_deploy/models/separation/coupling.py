@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,16 @@ tp: Any = require("torch_pruning", "train")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
+def trace_channels(
+    network: nn.Module, input_size: tuple[int, int], output: Callable[[nn.Module, Tensor], Tensor] | None = None
+) -> Channels:
     """Find the channels of a network that can be removed, and which of them go together.
 
     Args:
         network: RGB images to the output that is used; layers that do not run are not narrowed. It is left as it is: a
             copy is run once, on the CPU. Its weights decide on the importances alone.
         input_size: Height and width in pixels.
+        output: Gives the output that is used. Default: the network's own answer.
 
     Raises:
         UsageError: A layer's channels cannot be removed; the message names the layer.
@@ -42,6 +45,7 @@ def trace_channels(network: nn.Module, input_size: tuple[int, int]) -> Channels:
         graph = ChannelGraph().build_dependency(
             network,
             [torch.zeros(1, 3, *input_size)],  # a bare tensor would be unpacked, and lose its batch
+            forward_fn=None if output is None else lambda model, inputs: output(model, *inputs),
             output_transform=lambda y: y * 1,  # else the last layer stands for the output
             verbose=False,
         )

@@ -8,7 +8,7 @@ business of `inheritance.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Pruner:
     Args:
         network: RGB images to the output that is used; not changed. Layers that do not run stay as they are.
         input_size: Height and width in pixels.
+        output: From a copy of the network and images to the output that is used. Default: the network's answer.
 
     Attributes:
         channels: Groups of channels that can only be removed together.
@@ -38,19 +39,32 @@ class Pruner:
         UsageError: The network cannot be narrowed; the message names the module and the operator.
     """
 
-    def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        input_size: tuple[int, int],
+        output: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
         self._network = network
         check_untied(network)
         used_at = used_positions(network, input_size, "S0 cannot be narrowed")
+        macs = count(network, input_size).macs
         # Imported here: it needs Torch-Pruning, and a family that can be built at other widths does not.
         from rkd_deploy.models.separation.coupling import trace_channels
 
-        self.channels: Channels = trace_channels(network, input_size)
+        try:
+            self.channels: Channels = trace_channels(network, input_size, output)
+        except UsageError as error:
+            if error.__cause__ is not None:  # channels were lost; through an operation that no layer does, perhaps
+                _check_cost(
+                    macs, sum(weight.numel() * used_at.get(name, 0) for name, weight in network.named_parameters())
+                )
+            raise
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
         self._cost_of = _CostOfWidths(network, self.channels, used_at)
-        self._check_cost(input_size)
+        _check_cost(macs, self.cost(self.widths)[0])
         # What the graph did not show (a size that stands in the code) shows where as much as can be is removed.
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
         used_positions(narrowest, input_size, "S0 cannot be narrowed: with fewer channels it does not run")
@@ -62,14 +76,6 @@ class Pruner:
     def steps(self, round_to: int) -> Widths:
         """The step of each width: a multiple of `round_to`, and whole groups of grouped convolutions."""
         return self.channels.steps(round_to)
-
-    def _check_cost(self, input_size: tuple[int, int]) -> None:
-        macs, known = count(self._network, input_size).macs, self.cost(self.widths)[0]
-        if macs != known:
-            raise UsageError(
-                f"S0 cannot be narrowed: of its {macs:,} multiply-adds only {known:,} are in nn.Conv2d and nn.Linear "
-                f"layers. {WAY_OUT}"
-            )
 
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
         """MACs of one image, and parameters, of the network at some widths."""
@@ -175,6 +181,14 @@ def _describe(module: nn.Module) -> None:
         module.num_parameters = len(module.weight)
 
 
+def _check_cost(macs: int, known: int) -> None:
+    if macs != known:
+        raise UsageError(
+            f"S0 cannot be narrowed: of its {macs:,} multiply-adds only {known:,} are in nn.Conv2d and nn.Linear "
+            f"layers. {WAY_OUT}"
+        )
+
+
 class Pruned(Staged):
     """A pruned copy of an external network, with a linear head of its own.
 
@@ -251,4 +265,8 @@ def narrowable(network: FeatureNetwork, input_size: tuple[int, int]) -> Staged:
         )
     origin = network.without_head()
     pruner = Pruner(origin.network, input_size)
+    if pruner.output_channels(pruner.widths) != origin.channels and origin.layouts[-1].order == "NCHW":
+        # What the network does after its last map by functions stays in its forward: means beside largest values, say,
+        # as fastai's heads have them. Not always so, because a graph up to the map looks into norms of other classes.
+        pruner = Pruner(origin.network, input_size, origin.last_map)
     return Pruned(origin, pruner, pruner.widths, network.num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -91,14 +92,14 @@ class _Application:
         name = self._model.interface.model
         documents = [Route(path, partial(self._document, path), methods=["GET"]) for path in self._documents]
         infer = [
-            Route(f"/v2/models/{name}{version}/infer", self._infer, methods=["POST"])
+            Route(f"/v2/models/{name}{version}/infer", _Posted(self._infer), methods=["POST"])
             for version in ("", f"/versions/{VERSION}")
         ]
         pages = [Route(path, partial(_page, *file), methods=["GET"]) for path, file in _page_files().items()]
         app = Starlette(
             middleware=[Middleware(_Counting, metrics=self._metrics)],
             routes=[
-                Route("/v1/classify", self._classify, methods=["POST"]),
+                Route("/v1/classify", _Posted(self._classify), methods=["POST"]),
                 Route("/metrics", self._show_metrics, methods=["GET"]),
                 *documents,
                 *infer,
@@ -122,17 +123,18 @@ class _Application:
     async def _show_metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _classify(self, request: Request) -> Response:
-        text = request.query_params.get("top", "5")
+    async def _classify(self, scope: Scope, receive: Receive) -> Response:
+        query = QueryParams(scope["query_string"]) if scope["query_string"] else {}
+        text = query.get("top", "5")
         if not text.isdecimal() or not 1 <= len(text) <= 9 or int(text) < 1:
             raise UsageError(f"top is {text[:20]!r}; it must be how many classes, from 1.")
-        return await self._run(request, lambda body: self._model.classify(body, int(text)))
+        return await self._run(scope, receive, lambda body: self._model.classify(body, int(text)))
 
-    async def _infer(self, request: Request) -> Response:
-        header_length = request.headers.get(HEADER_LENGTH)
-        return await self._run(request, lambda body: self._model.infer(body, header_length))
+    async def _infer(self, scope: Scope, receive: Receive) -> Response:
+        header_length = _header(scope, HEADER_LENGTH)
+        return await self._run(scope, receive, lambda body: self._model.infer(body, header_length))
 
-    async def _run(self, request: Request, work: Callable[[bytes], Reply]) -> Response:
+    async def _run(self, scope: Scope, receive: Receive, work: Callable[[bytes], Reply]) -> Response:
         """Read the body and let a thread work on it; a place is taken before a byte is read."""
         if self._running >= self._limits.requests:
             raise _overloaded(f"All {self._limits.requests} places for requests are taken")
@@ -140,7 +142,7 @@ class _Application:
         waiting: asyncio.Future[Reply] | None = None
         try:
             async with asyncio.timeout(self._limits.seconds):
-                body = await self._body(request)
+                body = await self._body(scope, receive)
                 waiting = asyncio.get_running_loop().create_future()
                 self._threads.submit(self._work, work, body, waiting)
                 reply = await waiting
@@ -181,25 +183,41 @@ class _Application:
         elif reply is not None:
             waiting.set_result(reply)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, no byte more than the limit.
 
         Raises:
             HTTPException: 413, it is too large; 415, it is compressed.
+            ClientDisconnect: The client left.
         """
         limit = self._limits.body
-        if request.headers.get("content-encoding", "identity") != "identity":
+        if (_header(scope, "content-encoding") or "identity") != "identity":
             raise HTTPException(415, "Compressed requests are not taken: send the body as it is.")
         with suppress(ValueError):
-            if int(request.headers.get("content-length", "0")) > limit:
+            if int(_header(scope, "content-length") or "0") > limit:
                 raise HTTPException(413, f"The body is larger than {limit:,} bytes. Send less, or raise --max-body.")
-        parts, size = [], 0
-        async for part in request.stream():
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            part, more = message.get("body", b""), message.get("more_body", False)
             size += len(part)
             if size > limit:
                 raise HTTPException(413, f"The body is larger than {limit:,} bytes. Send less, or raise --max-body.")
             parts.append(part)
         return b"".join(parts)
+
+
+class _Posted:
+    """An endpoint that takes ASGI's messages as they come, which is a third less than through Starlette's Request."""
+
+    def __init__(self, answer: Callable[[Scope, Receive], Awaitable[Response]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._answer(scope, receive)
+        await response(scope, receive, send)
 
 
 class _Counting:
@@ -229,6 +247,12 @@ class _Counting:
             self._metrics.count(endpoint, code)
             if endpoint != "other":
                 self._metrics.observe("request", perf_counter() - start)
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    """Value of a header, of the first where it comes twice."""
+    wanted = name.encode()
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), None)
 
 
 def _page_files() -> dict[str, tuple[str, bytes]]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rkd_deploy.images import Pixels, decoded, fitted
-from rkd_deploy.serve.classifier import Classifier, softmax
+from rkd_deploy.serve.classifier import Classifier, check_finite, softmax
 from rkd_deploy.serve.http.protocol import TensorInterface, build_answer, parse_request
 from rkd_deploy.serve.http.settings import Limits
 
@@ -73,7 +73,9 @@ class ServedModel:
             logits, seconds["inference"] = _timed(lambda: self.classifier.logits(pixels))
         else:
             logits, seconds["inference"] = _timed(lambda: self.classifier.infer(tensor))
-        answers = {"logits": logits, "probabilities": softmax(logits)}
+        answers = {"logits": check_finite(logits)}
+        if any(choice.name == "probabilities" for choice in request.outputs):
+            answers["probabilities"] = softmax(logits)
         return Reply(*build_answer(request, answers, self.interface), seconds)
 
     def _pixels(self, images: Sequence[bytes]) -> Pixels:
