@@ -30,6 +30,9 @@ PASSES = ((1, 32), (8, 128))
 """Batch sizes, in the order of their worth."""
 TOLERANCES = {"fp32": 1e-4}
 """On the largest difference over the largest logit, where a precision is held to one."""
+IN_FULL = 5
+"""Ways that every network runs in; the others have `FEW`: loading and comparing takes most of the time of a way."""
+FEW = ("S0", "side_by_side, wide", "trunk, wide", "trunk, tail")
 _LIVE = {"pytorch": PyTorchBackend, "pytorch:cuda-graphs": GraphedPyTorchBackend}
 
 
@@ -90,7 +93,7 @@ def run(rows: Rows, case: str) -> None:
         Networks(case, TINY if rows.tiny else tuple(LEVELS), Path(folder)) as networks,
     ):
         began = time.monotonic()
-        networks.export(*dict.fromkeys(way.precision for way in ways[:5] if way.backend not in _LIVE))
+        networks.export(*dict.fromkeys(way.precision for way in ways[:IN_FULL] if way.backend not in _LIVE))
         rows.add("exported", seconds=time.monotonic() - began)
         precisions = [*dict.fromkeys(way.precision for way in ways)]
         _work(rows, networks, precisions, [batch for batches in passes for batch in batches])
@@ -100,13 +103,15 @@ def run(rows: Rows, case: str) -> None:
                 if left and f"{way}" not in rows:
                     with rows.attempt(f"{way}"), ExitStack() as stack:
                         check_time(rows, 3.0)
-                        _way(way, networks, left, rows, stack)
+                        _way(way, networks, networks.names if way in ways[:IN_FULL] else FEW, left, rows, stack)
 
 
-def _way(way: Way, networks: Networks, batches: Sequence[int], rows: Rows, stack: ExitStack) -> None:
+def _way(
+    way: Way, networks: Networks, names: Sequence[str], batches: Sequence[int], rows: Rows, stack: ExitStack
+) -> None:
     if way.backend not in _LIVE:
         networks.export(way.precision)
-    loaded = dict(_loaded(way, networks, rows, stack))
+    loaded = dict(_loaded(way, networks, names, rows, stack))
     if not loaded:
         raise RuntimeError("no network could be loaded")
     for batch in batches:
@@ -140,9 +145,13 @@ def _work(rows: Rows, networks: Networks, precisions: Sequence[str], batches: Se
             rows.add(key, precision=precision, work=work)
 
 
-def _loaded(way: Way, networks: Networks, rows: Rows, stack: ExitStack) -> Iterator[tuple[str, Backend]]:
+def _loaded(
+    way: Way, networks: Networks, names: Sequence[str], rows: Rows, stack: ExitStack
+) -> Iterator[tuple[str, Backend]]:
     """The backends that answer; each with a row of parity, or of why there is none."""
     for name, network in networks.measured.items():
+        if name not in names:
+            continue
         key = f"{way}: {name}"
         with rows.attempt(key):
             began = time.monotonic()

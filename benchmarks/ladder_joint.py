@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -113,7 +114,8 @@ def search(rung: Rung, rows: Sequence[Row], epochs: int, until: float) -> list[d
         for learner in joint.learners:
             top1 = right(learner.network, rung.held, rung.device).float().mean().item() * 100
             line = {**asdict(learner.row), "kind": learner.row.kind, "held_out": top1, "macs": rung.macs(learner.row)}
-            lines.append(line | {"loss": learner.loss.item() / joint.images.steps})
+            loss = learner.loss.item() / joint.images.steps
+            lines.append(line | {"loss": loss if math.isfinite(loss) else None})  # JSON has no NaN
             print(f"{top1:6.2f} held out  {line['macs'] / 1e6:6.2f} MMAC  {learner.row.name}", flush=True)
         print(f"recorded in {recorded:.1f} s; epochs took {[round(s, 2) for s in seconds]} s", flush=True)
     return lines

@@ -198,23 +198,25 @@ def serving() -> str:
     columns = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
     text = []
     for network, title in (("resnet20", "ResNet-20, 32 x 32"), ("resnet18", "ResNet-18, 224 x 224")):
-        text += [f"| {title}: images per s (p99, ms) | {' | '.join(columns)} | CPU of an image, ms | memory, MB |"]
+        text += [f"| {title}: images per s, of bare, p99 | {' | '.join(columns)} | CPU of an image, ms | memory, MB |"]
         text += ["| --- |" + " ---: |" * (len(clients) + 2)]
         for way, (words, server) in SERVERS.items():
             what = f"{network}, {way}, "
             if f"{what}{clients[0]} clients: throughput" not in values:
                 continue
-            cells = [
-                f"{values[f'{what}{count} clients: throughput']:.0f} "
-                f"({values[f'{what}{count} clients: p99 of a request']:.3g})"
-                for count in clients
-            ]
+            cells = [_served(values, f"{what}{count} clients: ") for count in clients]
             cells.append(f"{values[f'{what}{clients[-2]} clients: CPU of a request']:.2f}")
             memory = values.get(f"{network}: {server}: memory of its own")
             text.append(f"| {words} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
         text.append("")
     text.append(f"{record['provenance']['cpu']}, one core for the server and one for the clients.")
     return "\n".join(text) + "\n" + "".join(map(_soak, sorted(HERE.glob("serving_soak_*.json"))[-1:]))
+
+
+def _served(values: dict[str, float], what: str) -> str:
+    """Images per second, their share of what bare ONNX Runtime did, and the 99th percentile in ms."""
+    over, p99 = values.get(f"{what}bare throughput over it", 1.0), values[f"{what}p99 of a request"]
+    return f"{values[f'{what}throughput']:.0f}, {1 / over:.2f}, {p99:{'.3g' if p99 < 100 else '.0f'}} ms"
 
 
 def _soak(path: Path) -> str:
@@ -224,6 +226,25 @@ def _soak(path: Path) -> str:
         f"answers wrong or lost, p99 {values['p99 of a request']:.0f} ms; resident memory "
         f"{values['resident memory at the end']:.0f} MB, at most {values[GROWTH]:.3f} times that of the first minute's "
         "end.\n"
+    )
+
+
+def recorded() -> str:
+    """Milliseconds of a training step on a GPU, eager and recorded, by the newest record of recorded_step.py."""
+    record = json.loads(max(HERE.glob("recorded_step_*.json")).read_text(encoding="utf-8"))
+    cases = [case for case in record["cases"] if case["case"] == "student step"]
+    batches = [case["batch"] for case in cases]
+    rows = ["| student step | " + " | ".join(f"batch {batch}, ms" for batch in batches) + " |"]
+    rows.append("| --- " + "| ---: " * len(batches) + "|")
+    for line in [key for key, value in cases[0].items() if isinstance(value, dict)]:
+        times = [
+            next(case[line][key] for key in ("floor_ms", "step_ms", "replay_ms") if key in case[line]) for case in cases
+        ]
+        rows.append(f"| {line} | " + " | ".join(f"{ms:.2f}" for ms in times) + " |")
+    whole = ", ".join(f"{case['recorded']['whole_ms']:.2f}" for case in cases)
+    return (
+        "\n".join(rows)
+        + f"\n\nThe host included, a recorded step takes {whole} ms. {record['gpu']}, torch {record['torch']}.\n"
     )
 
 
@@ -366,6 +387,7 @@ def render(text: str) -> str:
         "headlines": headlines,
         "quickstart": quickstart,
         "gpu": gpu,
+        "recorded": recorded,
         "recipes": recipes,
         "preprocessing": preprocessing,
         "runtimes": runtimes,

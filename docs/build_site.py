@@ -204,12 +204,21 @@ def python_names() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def without_a_place(stage: Path) -> list[str]:
+    """Staged pages that the navigation does not lead to; those that show a file need no place in it."""
+    settings = (stage / "zensical.toml").read_text(encoding="utf-8")
+    names = (path.relative_to(stage / "pages").as_posix() for path in (stage / "pages").rglob("*.md"))
+    return sorted(name for name in names if f'"{name}"' not in settings and not name.startswith("files/"))
+
+
 def build() -> None:
     """Stage the pages, run Zensical strictly, check the links of what it wrote."""
     shutil.rmtree(STAGE, ignore_errors=True)
     staging = Staging(STAGE / "pages")
     staging.fill()
     shutil.copyfile(DOCS / "zensical.toml", STAGE / "zensical.toml")
+    if strangers := without_a_place(STAGE):
+        sys.exit(f"docs/zensical.toml has no place in nav for {', '.join(strangers)}. Give each one.")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(STAGE / "zensical.toml")]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -114,13 +114,13 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_text(path: str | os.PathLike[str], *, limit: int = TEXT_LIMIT) -> str:
-    """The text of a file of unknown origin, with plain line ends.
+    """The text of a file of unknown origin, with plain line ends and without the mark that Windows puts before UTF-8.
 
     Raises:
         OSError: As for `open_regular`.
         UnicodeDecodeError: It is not UTF-8.
     """
-    text = read_bytes(path, limit=limit).decode()
+    text = read_bytes(path, limit=limit).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

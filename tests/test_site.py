@@ -76,6 +76,14 @@ def test_a_broken_link_is_noticed(tmp_path, body, wrong):
     assert [line for line in broken_links(tmp_path) if "// is" not in line][:1] == expected
 
 
+def test_a_page_without_a_place_in_the_navigation_is_noticed(tmp_path):
+    for name in ("guides/a.md", "guides/b.md", "files/c.py.md"):
+        (tmp_path / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pages" / name).write_text("# A page")
+    (tmp_path / "zensical.toml").write_text('nav = [{ "A" = "guides/a.md" }]')
+    assert build_site.without_a_place(tmp_path) == ["guides/b.md"]
+
+
 def test_a_link_out_of_the_docs_becomes_a_page_that_shows_the_file(tmp_path):
     staging = build_site.Staging(tmp_path)
     text = staging.page(

@@ -380,3 +380,9 @@ def test_leftovers_of_a_killed_process_are_removed_by_the_next_and_a_living_ones
         for holder in holders:
             holder.kill()
             holder.communicate()
+
+
+@pytest.mark.parametrize("content", [b"a\nb", b"a\r\nb", b"a\rb", b"\xef\xbb\xbfa\r\nb"])
+def test_text_is_the_same_whichever_editor_wrote_it(tmp_path, content):
+    (tmp_path / "text").write_bytes(content)
+    assert read_text(tmp_path / "text") == "a\nb"

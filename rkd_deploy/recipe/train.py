@@ -56,11 +56,11 @@ class TrainRecipe:
     """Keep maps and weights as NHWC in memory, which tensor cores want: for GPUs with amp. Not measured yet."""
     compile: bool = False
     """torch.compile of the method's forward and backward passes. Costs a minute per phase at the start and needs a C++
-    compiler on a CPU; of use for long runs."""
+    compiler on a CPU; of use for long runs. With recorded steps (cuda_graphs), of the passes of S, A and S0 alone."""
     cuda_graphs: bool | None = None
     """Record a whole training step as a CUDA graph and replay it, frozen networks folded, in the layout that is faster
-    by measurement; best with amp. Only on CUDA, one process, accumulate = 1, without compile. A step that
-    cannot be recorded is made eagerly, and the log says why. Default: wherever all that holds."""
+    by measurement; best with amp. Only on CUDA, one process, accumulate = 1. A step that cannot be recorded is made
+    eagerly, and the log says why. Default: wherever all that holds."""
     sync_batchnorm: bool = False
     """Batch norm over the images of all processes instead of each one's share. Only on CUDA."""
     device: str = "auto"
@@ -96,11 +96,10 @@ class TrainRecipe:
         """Whether steps are recorded as CUDA graphs on a device of this type, "cpu" or "cuda"."""
         if self.cuda_graphs is not None:
             return self.cuda_graphs
-        return device == "cuda" and processes == 1 and self.accumulate == 1 and not self.compile
+        return device == "cuda" and processes == 1 and self.accumulate == 1
 
     def _check_graphs(self) -> None:
         if self.device == "cpu":
             raise RecipeError('train.cuda_graphs = true needs CUDA, and train.device = "cpu". Leave one of them out.')
-        for name, value in (("compile", self.compile), ("accumulate", self.accumulate > 1)):
-            if value:
-                raise RecipeError(f"train.cuda_graphs = true does not go with train.{name}. Leave one of them out.")
+        if self.accumulate > 1:
+            raise RecipeError("train.cuda_graphs = true does not go with train.accumulate. Leave one of them out.")

@@ -6,8 +6,10 @@ anything but tensors and plain containers is refused, so that nothing is ever ex
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +27,8 @@ from rkd_deploy.train.weights import load_tensors, weights_facts
 _SETS = ("state_dict", "model", "model_state_dict", "net", "network", "weights")
 """Keys that hold the weights themselves, first choice first; any other set of tensors comes after them."""
 _PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
-"""Prefixes that nn.DataParallel, torch.compile, `External`, and Lightning and others (`model`) put before names."""
+"""Prefixes that nn.DataParallel, torch.compile, `External`, and Lightning and others (`model`) put before names.
+Others, an attribute of a Lightning module say, are stripped where a network's names are known and fit then."""
 _COUNTER = "n_averaged"
 """Name of the counter that torch.optim.swa_utils.AveragedModel stores beside the weights."""
 _DEEPEST = 4
@@ -83,7 +86,7 @@ def load_checkpoint(path: Path, wanted: Collection[str] = (), key: str | None = 
 
     Args:
         path: A .safetensors, .pth, .pt, .bin or .ckpt file.
-        wanted: Names of the network's weights. Empty: all prefixes are stripped.
+        wanted: Names of the network's weights. Empty: all of `_PREFIXES` are stripped.
         key: Which of several sets, with dots where they are nested. Default: the first of `_SETS`, else the first.
 
     Raises:
@@ -96,6 +99,13 @@ def load_checkpoint(path: Path, wanted: Collection[str] = (), key: str | None = 
     else:
         header, content = {}, _load_pytorch(path)
         sets = _sets(content)
+    needed = frozenset(name for name in wanted if not name.endswith("num_batches_tracked"))
+    if needed:
+        sets = {
+            name: part
+            for where, state in sets.items()
+            for name, part in (_fitting(state, where, needed) or {where: state}).items()
+        }
     if not sets:
         raise CheckpointError(
             f"{path} holds no state dict: expected tensors by name, found {_shown(content)}. "
@@ -105,7 +115,7 @@ def load_checkpoint(path: Path, wanted: Collection[str] = (), key: str | None = 
         raise CheckpointError(f"{path}: {unknown_name('set of weights', key, [name or '(the file)' for name in sets])}")
     chosen = _preferred(sets) if key is None else key
     others = tuple(name for name in sets if name != chosen)
-    state = _unwrapped(sets[chosen], frozenset(wanted))
+    state = _unwrapped(sets[chosen], needed, _COUNTER not in wanted)
     return Checkpoint(state, weights_facts(path, header), chosen if others else "", others)
 
 
@@ -132,11 +142,24 @@ def _preferred(sets: Collection[str]) -> str:
     return min(sets, key=lambda name: (name.count("."), ranks.get(name.split(".")[-1], len(ranks))))
 
 
-def _unwrapped(state: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
+def _fitting(
+    state: dict[str, Tensor], where: str, needed: frozenset[str], depth: int = 0
+) -> dict[str, dict[str, Tensor]]:
+    """A set of tensors whose names fit a network, by its key; else its parts that do, as a network among others."""
+    if needed <= _unwrapped(state, needed, True).keys():
+        return {where: state}
+    found: dict[str, dict[str, Tensor]] = {}
+    for prefix in dict.fromkeys(name.partition(".")[0] for name in state) if depth < _DEEPEST else ():
+        part = {name.removeprefix(f"{prefix}."): state[name] for name in state if name.startswith(f"{prefix}.")}
+        if len(part) >= len(needed):
+            found |= _fitting(part, f"{where}.{prefix}" if where else prefix, needed, depth + 1)
+    return found
+
+
+def _unwrapped(state: dict[str, Tensor], needed: frozenset[str], drops_counter: bool) -> dict[str, Tensor]:
     """The tensors under the network's names, as far as stripping prefixes gets there."""
-    needed = {name for name in wanted if not name.endswith("num_batches_tracked")}
     while not (needed and needed <= state.keys()):
-        if _COUNTER in state and _COUNTER not in wanted:
+        if _COUNTER in state and drops_counter:
             state = {name: value for name, value in state.items() if name != _COUNTER}
         prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
         if prefix is None or not state:
@@ -148,17 +171,26 @@ def _unwrapped(state: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Te
 def _load_pytorch(path: Path) -> dict[str, Any]:
     try:
         _check_sums(path)
-        with warnings.catch_warnings(action="ignore"):  # what they warn of either loads or is refused below
+        # The settings that timm's and torchvision's own training scripts store beside the weights: names and values.
+        settings = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(action="ignore"), settings:  # what they warn of either loads or is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path} is damaged, or holds Python objects that would have to be executed to be read, which is refused. "
-            f"Save only the weights: torch.save(model.state_dict(), path). ({str(error).splitlines()[0]})"
+            f"{path} is damaged, or holds Python objects {f'({kind[1]}) ' if kind else ''}that would have to be "
+            "executed to be read, which is refused. Save only the weights: torch.save(model.state_dict(), path)."
         ) from error
     except Exception as error:  # damage breaks the unpickler anywhere: IndexError, struct.error, AssertionError
-        raise CheckpointError(f"{path} is not a whole PyTorch file ({error}). Copy or download it again.") from error
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path} is a TorchScript program. Save its weights: torch.save(torch.jit.load(path).state_dict(), "
+                "file)."
+            ) from error
+        reason = "it is empty" if not path.stat().st_size else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is not a whole PyTorch file ({reason}). Copy or download it again.") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a state dict. Save torch.save(model.state_dict(), path)."

@@ -17,6 +17,7 @@ from rkd_deploy.recipe import TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import state
 from rkd_deploy.train.distributed import ALONE, Group, StopVote
+from rkd_deploy.train.passes import Speedups
 from rkd_deploy.train.recording import EagerSteps, RecordedSteps
 from rkd_deploy.train.runs import Run
 from rkd_deploy.train.state import EpochSums, Phase
@@ -93,7 +94,8 @@ class _PhaseRun:
         eager = EagerSteps(self.stepper, loader)
         self.steps: EagerSteps | RecordedSteps = eager
         if recipe.records_steps(next(phase.method.parameters()).device.type, group.size):
-            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, otherwise=eager)
+            speedups = Speedups(compiled=recipe.compile)
+            self.steps = RecordedSteps(phase.method, self.stepper.optimizer, recipe, loader, speedups, otherwise=eager)
         self.stop_vote = StopVote(group)
         self.saved_at = time.monotonic()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from rkd_deploy.decoding import DecodingError, decode, parse_object
@@ -97,6 +98,15 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, wha
             f"{where} does not fit {what}: {len(differing)} weights have other shapes ({shown}). "
             "Name the network the file was saved from."
         )
+    kept_as = {key: value.dtype for key, value in module.state_dict().items()}
+    other = [key for key, value in state.items() if not _fits(value, kept_as.get(key, value.dtype))]
+    if other:
+        kind = state[other[0]]
+        raise CheckpointError(
+            f"{where} does not fit {what}: {len(other)} weights are of another kind{_first(other)}: "
+            f"{str(kind.dtype).removeprefix('torch.')}, {str(kind.layout).removeprefix('torch.')}, on {kind.device}. "
+            "Save them as dense floating-point numbers."
+        )
     broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(
@@ -104,6 +114,12 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str, wha
             "checkpoint, or train again with a lower train.lr."
         )
     module.load_state_dict(dict(state), strict=False)
+
+
+def _fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor can be copied into one of a type and stay what it is, up to rounding."""
+    is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return is_plain and value.is_floating_point() == dtype.is_floating_point and value.is_complex() == dtype.is_complex
 
 
 def _first(keys: list[str]) -> str:

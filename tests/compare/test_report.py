@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -23,8 +24,9 @@ def comparison(finished):
 
 def test_every_network_is_timed(comparison):
     for row in comparison.rows:
-        assert 0 < row.p50_low_ms <= row.p50_ms <= row.p50_high_ms
-        assert row.p50_ms <= row.p90_ms
+        assert 0 < row.p50_ms <= row.p90_ms
+        # Of a hundredth of a second on a busy machine, an end of the interval may not exist.
+        assert (row.p50_low_ms or 0) <= row.p50_ms <= (row.p50_high_ms or math.inf)
 
 
 def test_the_files_hold_every_row(comparison, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rkd_deploy.errors import InterruptedTraining, UsageError
 from rkd_deploy.recipe import Recipe
@@ -77,6 +78,29 @@ def harmless_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def losses(run: Run) -> list[float]:
+    """The training loss of every epoch of every phase."""
+    return [row["loss"] for row in read_log(run.log.path) if "loss" in row]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("harmless_signals")
+def test_on_a_gpu_a_resumed_run_is_as_near_as_a_second_run(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """Sums on a GPU come in no fixed order, so two runs differ; another seed differs by far more."""
+    recipe = tiny_recipe(*QUICK, "train.device=cuda", "train.epochs=3")
+    first, second = (losses(fit(recipe, root=tmp_path / name)) for name in ("first", "second"))
+    other = losses(fit(tiny_recipe(*QUICK, "train.device=cuda", "train.epochs=3", "train.seed=1"), root=tmp_path / "o"))
+    with pytest.raises(InterruptedTraining):
+        fit(recipe, root=tmp_path / "stopped", display=Stopper(9, signal.SIGTERM))
+    stopped = newest_run(tmp_path / "stopped", finished=False)
+    resumed = losses(resume(stopped))
+    noise = max(abs(a - b) for a, b in zip(first, second, strict=True))
+    farthest = max(abs(a - b) for a, b in zip(first, resumed, strict=True))
+    assert farthest <= max(10 * noise, 1e-3)
+    assert max(abs(a - b) for a, b in zip(first, other, strict=True)) > 10 * max(noise, 1e-3)
 
 
 @pytest.mark.usefixtures("harmless_signals")

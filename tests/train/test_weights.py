@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import argparse
 import collections
 import pathlib
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from rkd_deploy.errors import CheckpointError, StorageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
-from rkd_deploy.train.checkpoints import load_checkpoint, reorder_classes
+from rkd_deploy.train.checkpoints import load_checkpoint, read_labels, reorder_classes
 from rkd_deploy.train.facts import WeightsFacts
 from rkd_deploy.train.weights import load_tensors, load_weights, save_tensors
 
@@ -151,6 +153,49 @@ def test_of_several_sets_the_choice_is_said_and_can_be_made(tmp_path: Path) -> N
         load_checkpoint(tmp_path / "f.pth", key="emma")
     torch.save(sets["ema"], tmp_path / "one.pth")
     assert load_checkpoint(tmp_path / "one.pth").others == ()
+
+
+@pytest.mark.parametrize("prefix", ["net.", "backbone.", "module.net.", "net.model.", "_orig_mod.student."])
+@pytest.mark.parametrize("companions", [{}, {"criterion.weight": torch.ones(3)}, {"train_acc.total": torch.ones(())}])
+def test_a_network_is_found_under_whatever_attribute_a_trainer_had_it(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, companions: dict[str, Tensor]
+) -> None:
+    """As Lightning writes them: the module's attribute before every name, and what else the module holds beside."""
+    tensors = {prefix + key: value for key, value in state.items()} | companions
+    torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / "f.ckpt")
+    read = load_checkpoint(tmp_path / "f.ckpt", state.keys())
+    assert (same(read.state, state), read.others) == (True, ())
+    safetensors.torch.save_file(tensors, tmp_path / "f.safetensors", {"format": "pt"})
+    assert same(load_checkpoint(tmp_path / "f.safetensors", state.keys()).state, state)
+
+
+def test_of_two_networks_in_one_set_the_choice_is_said_and_can_be_made(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    average = {key: value + 1 for key, value in state.items()}
+    tensors = {f"{name}.{key}": part[key] for name, part in (("ema", average), ("model", state)) for key in state}
+    torch.save({"state_dict": tensors}, tmp_path / "f.ckpt")
+    read = load_checkpoint(tmp_path / "f.ckpt", state.keys())
+    assert (read.chosen, read.others) == ("state_dict.model", ("state_dict.ema",))
+    assert same(read.state, state)
+    assert same(load_checkpoint(tmp_path / "f.ckpt", state.keys(), "state_dict.ema").state, average)
+
+
+def test_settings_that_training_scripts_store_beside_the_weights_are_no_objects_to_refuse(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    """timm's and torchvision's own scripts store the command line, an argparse.Namespace."""
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, model="resnet8")}, tmp_path / "f.pth")
+    assert same(load_checkpoint(tmp_path / "f.pth", state.keys()).state, state)
+
+
+def test_labels_are_read_as_editors_write_them(tmp_path: Path) -> None:
+    for content in (b"a\nb\n", b"a\r\nb\r\n", b"\xef\xbb\xbfa\r\n\r\nb", "a\nb".encode("utf-8-sig"), b"a\rb"):
+        (tmp_path / "labels.txt").write_bytes(content)
+        assert read_labels(tmp_path / "labels.txt") == ("a", "b")
+    (tmp_path / "labels.txt").write_bytes("a\nb".encode("utf-16"))
+    with pytest.raises(CheckpointError, match=r"labels\.txt cannot be read as a list of classes"):
+        read_labels(tmp_path / "labels.txt")
 
 
 def test_a_file_that_holds_itself_comes_to_an_end(tmp_path: Path) -> None:
@@ -307,6 +352,30 @@ def test_a_damaged_file_gives_tensors_or_an_error_of_checkpoints(
     assert all(isinstance(value, Tensor) for value in ours.values())
 
 
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: path.write_bytes(b""), "it is empty"),
+        (
+            lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 3)), path),
+            r"is a TorchScript program\. Save its weights: torch\.save\(torch\.jit\.load",
+        ),
+        (
+            lambda path: torch.save(nn.Linear(2, 3), path),
+            r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\) ",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_file_without_a_state_dict_is_called_what_it_is(
+    tmp_path: Path, write: Callable[[Path], object], words: str
+) -> None:
+    write(tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_checkpoint(tmp_path / "f.pt")
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x80\x02", bytes(1000), b"<html></html>"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_something_else_is_refused(tmp_path: Path, content: bytes, suffix: str) -> None:
@@ -362,6 +431,33 @@ def test_another_number_of_classes_is_said(state: dict[str, Tensor]) -> None:
 def test_other_widths_are_said(state: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match=r"does not fit teacher: \d+ weights .*layer3\S* is \(4, 4, 3, 3\), not"):
         load_weights(CifarResNet(8, (4, 4, 4, 6), 5), state, "f.pth", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda w: w.to(torch.complex64), "complex64"),
+        (lambda w: w.to(torch.int64), "int64"),
+        (lambda w: w.to_sparse(), "sparse_coo"),
+        (lambda w: torch.empty_like(w, device="meta"), "on meta"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_weights_that_would_be_others_as_floats_are_refused(
+    state: dict[str, Tensor], change: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    state["fc.weight"] = change(state["fc.weight"])
+    with pytest.raises(CheckpointError, match=rf"1 weights are of another kind \(first: fc\.weight\): .*{kind}"):
+        load_weights(CifarResNet(8, TINY, 5), state, "f.pth", "teacher")
+
+
+def test_half_weights_are_loaded_as_floats(state: dict[str, Tensor]) -> None:
+    target = CifarResNet(8, TINY, 5)
+    load_weights(
+        target, {key: v.half() if v.is_floating_point() else v for key, v in state.items()}, "f.pth", "teacher"
+    )
+    torch.testing.assert_close(target.fc.weight, state["fc.weight"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rkd_deploy.errors import UsageError
 from rkd_deploy.images import Pixels, decoded, fitted
 from rkd_deploy.serve.classifier import Classifier, check_finite, softmax
 from rkd_deploy.serve.http.protocol import TensorInterface, build_answer, parse_request
@@ -46,9 +47,12 @@ class ServedModel:
         """Labels and probabilities of one encoded image, best first.
 
         Raises:
+            UsageError: There is nothing.
             DataError: It is no image, or larger than the limit.
             BackendError: The run failed.
         """
+        if not body:
+            raise UsageError("The request has no body: send an image's bytes, as curl --data-binary @photo.jpg does.")
         pixels, decoding = _timed(lambda: self._pixels((body,)))
         (best,), inferring = _timed(lambda: self.classifier.predict_batch(pixels, top))
         answer = {

@@ -14,11 +14,6 @@ from rkd_deploy.backends.tensorrt.settings import EngineSettings, Profile, load_
 from rkd_deploy.errors import BackendError, MissingDependencyError, ModelFileError, UsageError
 
 
-@pytest.fixture
-def model(zoo, tmp_path):
-    return zoo.build(tmp_path / "model.onnx", card=zoo.card())
-
-
 def logged(gpu, name):
     return [entry[1:] for entry in gpu.device.log if entry[0] == name]
 

@@ -311,6 +311,10 @@ def test_images_that_are_none_are_refused(server, content):
     assert answer.json["error"].startswith("The image")
 
 
+def test_an_empty_body_is_told_from_a_broken_image(server):
+    assert server.ask("/v1/classify", b"").json["error"].startswith("The request has no body: send an image's bytes")
+
+
 def test_metrics_count_every_request(server, photo):
     def counts():
         lines = [line.rsplit(" ", 1) for line in server.ask("/metrics").body.decode().splitlines() if line[0] != "#"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 import torch
 import tritonserver
 
+from rkd_deploy.backends.tensorrt.record import EngineRecord, write_engine
+from rkd_deploy.backends.tensorrt.settings import Profile
+from rkd_deploy.backends.tensorrt.source import read_source
 from rkd_deploy.card import ModelCard, Preprocess
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
@@ -40,3 +45,22 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             parameter.data.uniform_(-0.4, 0.4)
         export_bundle(model.eval(), card, folder / name)
     return folder / "first", folder / "second"
+
+
+@pytest.fixture
+def with_plan(bundles: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the first bundle with a plan in it, as `rkd-deploy export --format tensorrt` records it."""
+
+    def make(*profiles: Profile) -> Path:
+        folder = shutil.copytree(bundles[0], tmp_path / "planned")
+        source = read_source(folder)
+        record = EngineRecord(
+            library="tensorrt", version="10.9.0.34", device="NVIDIA H200", compute_capability="9.0",
+            compute_capabilities=(), driver=12080, profiles=profiles, precision="fp32", settings={},
+            onnx_name="model.onnx", onnx_sha256=source.sha256, engine_bytes=4, build_seconds=1.0,
+            engine_sha256=hashlib.sha256(b"plan").hexdigest(),
+        )  # fmt: skip
+        write_engine(folder / "model.tensorrt.engine", b"plan", record)
+        return folder
+
+    return make

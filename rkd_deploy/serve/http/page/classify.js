@@ -41,6 +41,11 @@ function show(predictions) {
   }));
 }
 
+function showHint() {
+  preview.hidden = true;
+  at("hint").hidden = false;
+}
+
 function element(tag, kind, ...children) {
   const made = document.createElement(tag);
   if (kind) made.className = kind;
@@ -54,6 +59,11 @@ function say(text, wrong = false) {
 }
 
 async function startCamera() {
+  if (video.srcObject) {
+    stopCamera();
+    showHint();
+    return;
+  }
   if (!navigator.mediaDevices) {
     say("A browser gives its camera to pages of this machine or by https only.", true);
     return;
@@ -63,6 +73,7 @@ async function startCamera() {
     await video.play();
     video.hidden = at("capture").hidden = false;
     preview.hidden = at("hint").hidden = true;
+    at("camera").textContent = "Stop the camera";
   } catch (error) {
     say(`The camera cannot be used: ${error.message}`, true);
   }
@@ -72,6 +83,7 @@ function stopCamera() {
   video.srcObject?.getTracks().forEach((track) => track.stop());
   video.srcObject = null;
   video.hidden = at("capture").hidden = true;
+  at("camera").textContent = "Use the camera";
 }
 
 function takePicture() {
@@ -83,6 +95,7 @@ function takePicture() {
 
 const firstImage = (files) => [...files].find((one) => one.type.startsWith("image/"));
 
+preview.addEventListener("error", showHint); // an image that the browser cannot show; the server may
 file.addEventListener("change", () => { if (file.files[0]) classify(file.files[0]); file.value = ""; });
 drop.addEventListener("keydown", (event) => { if (["Enter", " "].includes(event.key)) { event.preventDefault(); file.click(); } });
 for (const kind of ["dragover", "dragleave", "drop"]) {
@@ -103,7 +116,7 @@ at("capture").addEventListener("click", takePicture);
 const card = await (await fetch("card.json")).json();
 document.title = at("model").textContent = card.name;
 const { height, width } = card.preprocess;
-const accuracy = card.metrics.accuracy === undefined ? "" : `, ${card.metrics.accuracy.toFixed(2)} % right on ${card.metrics.split ?? "test images"}`;
+const accuracy = card.metrics.accuracy === undefined ? "" : `, accuracy ${card.metrics.accuracy.toFixed(2)} % (${card.metrics.split ?? "test"})`;
 at("facts").textContent = `${card.labels.length} classes, ${height} x ${width} pixels, ${card.precision}${accuracy}`;
 at("labels").querySelector("p").textContent = card.labels.join(", ");
 at("card").querySelector("pre").textContent = JSON.stringify(card, null, 2);
