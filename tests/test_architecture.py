@@ -115,6 +115,18 @@ def test_where_to_add_names_what_is_there():
     ]  # fmt: skip
     assert len(re.findall(r"\[`\w+`\]\(", section)) > 12
     assert untrue(section) == []
+    files = re.findall(r"\]\((\.\./[^)#]+)", section)
+    assert len(files) > 20
+    assert [file for file in files if not (REPO / "docs/reference" / file).is_file()] == []
+
+
+def test_no_trip_passes_more_files_than_before_the_rooms():
+    """The page's numbers are counted by docs/pages.py, which CI holds it to."""
+    trips = re.findall(r"enters (\d+) files; before the rooms, (\d+)", PAGE)
+    assert len(trips) == 4
+    *others, predict = [(int(now), int(before)) for now, before in trips]
+    assert all(now < before for now, before in others)
+    assert predict[0] <= predict[1]
 
 
 def test_a_name_that_has_moved_is_noticed():

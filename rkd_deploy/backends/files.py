@@ -97,6 +97,7 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
         ModelFileError: There is a card and it cannot be read.
     """
     file = model_path(path)
+    # Inside the file first: that card cannot have been left behind, or copied beside another model.
     if METADATA_KEY in metadata:
         return ModelCard.from_json(metadata[METADATA_KEY], str(file))
     beside = file.with_suffix(".json")
@@ -147,6 +148,7 @@ def with_checksums(card: ModelCard, folder: Path) -> str:
     """The text of model.json for a folder that holds every other file of the bundle."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     sums = {name: _sha256_of(file) for name, file in files.items() if name != CARD_NAME}
+    # No file can hold its own checksum: the card's is that of its text with zeros in the place of the sum.
     blank = replace(card, checksums={**sums, CARD_NAME: _ZEROS}).to_json() + "\n"
     return replace(card, checksums={**sums, CARD_NAME: _sha256(blank.encode())}).to_json() + "\n"
 
@@ -202,6 +204,7 @@ def check_files(path: str | os.PathLike[str], *, complete: bool) -> dict[str, st
     if card_sum is None and not sums:
         return {}
     changed, missing = [], []
+    # By the text, not by what was read of it: keys that this version does not know are covered too.
     if card_sum is None or _sha256(text.replace(card_sum[1], _ZEROS).encode()) != card_sum[1]:
         changed.append(CARD_NAME)
     for name in sorted(sums.keys() - {CARD_NAME}):

@@ -119,6 +119,7 @@ class _Schedule:
             measured = [timings[name] for mode in self.modes if (name := _name(model.key, mode)) in timings]
             if measured:
                 facts = {
+                    # The same for every model: they are loaded together, and nothing tells whose a page is.
                     "resident_peak_bytes": peak,
                     "resident_growth_bytes": _less(peak, self.resident_before),
                     "device_growth_bytes": _less(device_after, device_before),

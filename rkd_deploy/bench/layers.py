@@ -89,6 +89,8 @@ def layer_times(
             if progress is not None:
                 progress(f"layers of {name} on {alone}", number / len(models))
             x = random_input(loaded, card, batch, seed, shape)
+            # The first runs allocate memory and choose kernels inside of layers, which would be taken for these layers'
+            # time.
             runs = loaded.layer_runs(x, _WARMUP + _RUNS)[_WARMUP:]
         if runs:
             profiles.append(

@@ -9,6 +9,7 @@ import typer
 
 from rkd_deploy.commands.app_formats import APP_FORMATS, require_libraries, write_app
 from rkd_deploy.commands.options import RUNS, Json, Root, batch_sizes, console_for, one_of, print_json, require_all
+from rkd_deploy.commands.proof import print_proof, proof_facts
 from rkd_deploy.commands.repositories import write_ovms, write_triton
 from rkd_deploy.commands.settings import SettingsOptions, changed_options, with_settings
 from rkd_deploy.errors import UsageError, command_line
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from rkd_deploy.backends.tensorrt.settings import EngineSettings
     from rkd_deploy.export.levels import Target
     from rkd_deploy.export.precision.options import PrecisionOptions
-    from rkd_deploy.pipeline import Exported
     from rkd_deploy.serve.triton.settings import Serving
 
 EXPORT_FORMATS = ("onnx", "tensorrt", "tensorrt-rtx", "triton", "ovms", *APP_FORMATS)
@@ -229,9 +229,9 @@ def export(
 
     if of_model:
         assert run is not None
-        added = _add(run)
+        outcome = _add(run)
         if as_json:
-            print_json(added)
+            print_json(outcome)
         return
     require_all("export", "torch", "safetensors", "onnx", "onnxscript")
     from rkd_deploy.commands.options import status
@@ -252,9 +252,9 @@ def export(
     standing = standing_bundle(source) if usual and output_format != "onnx" else None
     if standing is not None and (output_format != "executorch" or (standing / "model.pt2").is_file()):
         console_for(as_json).print(f"Bundle {standing} is of these weights and options, and is taken as it is.")
-        added = _add(standing)
+        outcome = _add(standing)
         if as_json:
-            print_json({"bundle": str(standing), "reused": True} | added)
+            print_json({"bundle": str(standing), "reused": True} | outcome)
         return
     if serving is not None and serving.backend == "tensorrt":
         raise UsageError(
@@ -279,58 +279,10 @@ def export(
             note=update,
             precision=lower,
         )
-    _print_proof(exported, lower.precision, as_json)
-    added = _add(exported.folder)
+    print_proof(exported, lower.precision, as_json)
+    outcome = _add(exported.folder)
     if as_json:
-        print_json(_facts(exported, lower.precision) | added)
-
-
-def _print_proof(exported: Exported, precision: str, as_json: bool) -> None:
-    """What was proven, in words."""
-    from rkd_deploy.backends import describe_model
-    from rkd_deploy.report.columns import print_exits
-
-    proof = exported.proof
-    console = console_for(as_json)
-    console.print(
-        f"Parity passed: logits differ from PyTorch's by at most {proof.parity.max_abs_diff:.2g} "
-        f"(tolerance {proof.parity.tolerance:g}) over {proof.images:,} images; {proof.differing} classified otherwise."
-    )
-    if proof.torch_top1 is not None and proof.onnx_top1 is not None:
-        console.print(f"Top-1 on them: PyTorch {proof.torch_top1:.2f} %, ONNX Runtime {proof.onnx_top1:.2f} %.")
-    if proof.conversion is not None:
-        console.print(f"{precision}: {proof.conversion.result.in_words()}.")
-        console.print(f"Left in float32: {', '.join(proof.conversion.float32_layers) or 'no layer'}.")
-        if proof.converted_top1 is not None:
-            console.print(f"Top-1 of the {precision} file on the test images: {proof.converted_top1:.2f} %.")
-    exits = describe_model(exported.folder).early_exit
-    if exits:
-        print_exits(exits, console)
-    console.print(f"Bundle {exported.folder}. Next: {command_line('bench', exported.folder)}", markup=False)
-
-
-def _facts(exported: Exported, precision: str) -> dict[str, Any]:
-    """What was proven, for --json."""
-    from rkd_deploy.backends import describe_model
-
-    proof = exported.proof
-    converted: dict[str, Any] = {}
-    if (conversion := proof.conversion) is not None:
-        converted = {
-            "precision": precision,
-            "gate": conversion.result.to_dict(),
-            "kept": list(conversion.float32_layers),
-        }
-    return {
-        "bundle": str(exported.folder),
-        "parity": proof.parity.to_dict(),
-        "images": proof.images,
-        "differing": proof.differing,
-        "torch_top1": proof.torch_top1,
-        "onnx_top1": proof.onnx_top1,
-        "early_exit": describe_model(exported.folder).early_exit,
-        **converted,
-    }
+        print_json(proof_facts(exported, lower.precision) | outcome)
 
 
 def _fusion_target(

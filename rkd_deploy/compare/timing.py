@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rkd_deploy.backends import describe_model
-from rkd_deploy.bench import BenchSettings, bench
+from rkd_deploy.backends import RunOn, describe_model
+from rkd_deploy.bench import BenchSettings, Result, bench
 from rkd_deploy.bench.roofline import Analysis
 from rkd_deploy.bench.timing import Progress
 from rkd_deploy.compare.exits import ExitCurve, exit_curve
@@ -46,23 +46,11 @@ def timed(
     """
     settings = settings or BenchSettings(batches=(1,), min_seconds=1.0)
     (run_on,), batches = settings.run_on, settings.batches or (1,)
+    if early_exit and run_on.backend.startswith("pytorch"):
+        raise UsageError(f"Early exit is timed on ONNX files, which {run_on.backend} does not run. Name a runtime.")
     with tempfile.TemporaryDirectory(prefix="rkd-compare-") as folder:
-        bundles, left_out = [], []
-        program = run_on.backend.startswith("pytorch")
-        if program and early_exit:
-            raise UsageError(f"Early exit is timed on ONNX files, which {run_on.backend} does not run. Name a runtime.")
-        for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
-            if progress is not None:
-                progress(f"exporting {row.name}", number / len(comparison.rows))
-            export = partial(export_run, run, part=part, with_pytorch=program, folder=Path(folder) / str(number))
-            try:
-                exported = export(test_images=early_exit, early_exit=early_exit and part == "fused")
-            except UsageError as error:
-                left_out.append(f"early exit of {row.name}: {error}")
-                exported = export(test_images=False)
-            bundles.append(exported.folder)
-        names = [row.name for row in comparison.rows]
-        analysis = Analysis(bundles, [run_on], batches, names=names)
+        bundles, left_out = _exported(comparison, Path(folder), run_on, early_exit, progress)
+        analysis = Analysis(bundles, [run_on], batches, names=[row.name for row in comparison.rows])
         if studied:
             analysis.predict(progress)
         results = bench(bundles, settings, progress=progress)
@@ -75,16 +63,7 @@ def timed(
         for result, row in zip(results, comparison.rows * len(batches), strict=True)
     ]
     rows = tuple(
-        dataclasses.replace(
-            row,
-            graph_macs=result.graph_macs,
-            graph_weights=result.graph_weights,
-            graph_zeros=result.graph_zeros,
-            p50_ms=result.p50_ms,
-            p50_low_ms=result.percentiles[50].low_ms,
-            p50_high_ms=result.percentiles[50].high_ms,
-            p90_ms=result.percentiles[90].ms,
-        )
+        _timed_row(row, result)
         for row, result in zip(comparison.rows, results, strict=False)  # those of the first batch size
     )
     medians = {row.name: row.p50_ms for row in rows}
@@ -102,6 +81,39 @@ def timed(
         verdicts=verdicts,
         exits=exits,
         missing=(*comparison.missing, *left_out),
+    )
+
+
+def _exported(
+    comparison: Comparison, folder: Path, run_on: RunOn, early_exit: bool, progress: Progress | None
+) -> tuple[list[Path], list[str]]:
+    """A bundle of each row's network, and a sentence for each S + A that cannot leave early."""
+    bundles, left_out = [], []
+    for number, (row, (run, part)) in enumerate(zip(comparison.rows, comparison.networks, strict=True)):
+        if progress is not None:
+            progress(f"exporting {row.name}", number / len(comparison.rows))
+        program = run_on.backend.startswith("pytorch")
+        export = partial(export_run, run, part=part, with_pytorch=program, folder=folder / str(number))
+        try:
+            exported = export(test_images=early_exit, early_exit=early_exit and part == "fused")
+        except UsageError as error:
+            left_out.append(f"early exit of {row.name}: {error}")
+            exported = export(test_images=False)
+        bundles.append(exported.folder)
+    return bundles, left_out
+
+
+def _timed_row(row: NetworkRow, result: Result) -> NetworkRow:
+    """A row with what was measured of its network, and what its file multiplies and stores."""
+    return dataclasses.replace(
+        row,
+        graph_macs=result.graph_macs,
+        graph_weights=result.graph_weights,
+        graph_zeros=result.graph_zeros,
+        p50_ms=result.p50_ms,
+        p50_low_ms=result.percentiles[50].low_ms,
+        p50_high_ms=result.percentiles[50].high_ms,
+        p90_ms=result.percentiles[90].ms,
     )
 
 

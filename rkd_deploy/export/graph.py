@@ -97,6 +97,7 @@ class ExportGraph(nn.Module):
             results["logits"], results[TRUNK_MAP] = self.network(x)
         else:
             results["logits"] = self.network(x)
+        # Whatever the network computes in: runtimes and NumPy do not agree on 16-bit outputs.
         results = {name: value.float() for name, value in results.items()}
         if "probabilities" in self.outputs:
             results["probabilities"] = results["logits"].softmax(dim=1)

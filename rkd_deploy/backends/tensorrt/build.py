@@ -118,19 +118,9 @@ def build_engine(
     network, parser = _parse(library, builder, source)
     profiles = settings.profiles if _dynamic_batch(network, source) else ()
     config = _configure(library, builder, network, settings, profiles)
-    watch = monitor(library.trt, progress)
-    if watch is not None:
-        config.progress_monitor = watch
     cache = _TimingCache.attach(library, config, settings)
-    # Ctrl-C between two lines of the monitor would be raised into the library: the monitor ends the build instead.
-    with nullcontext() if watch is None else handling(watch.stop):
-        built = builder.build_serialized_network(network, config)
-    if watch is not None and watch.interrupted:
-        raise KeyboardInterrupt
-    if built is None:
-        raise BackendError(f"{library.name} {library.version} could not build {source.file}: {library.drain()}.")
+    plan = _watched_build(library, builder, network, config, source.file, progress)
     cache.save(config)
-    plan = bytes(built)
     seconds = time.perf_counter() - started
     layers, layers_of = _layers(library, network, plan, gpu)
     del parser  # it owns the weights of the network until here
@@ -156,6 +146,28 @@ def build_engine(
             metadata=source.metadata,
         ),
     )
+
+
+def _watched_build(
+    library: Library, builder: Any, network: Any, config: Any, file: Path, progress: Progress | None
+) -> bytes:
+    """The engine's bytes; the build tells how far it is, and ends at Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+        BackendError: The build failed.
+    """
+    watch = monitor(library.trt, progress)
+    if watch is not None:
+        config.progress_monitor = watch
+    # Ctrl-C between two lines of the monitor would be raised into the library: the monitor ends the build instead.
+    with nullcontext() if watch is None else handling(watch.stop):
+        built = builder.build_serialized_network(network, config)
+    if watch is not None and watch.interrupted:
+        raise KeyboardInterrupt
+    if built is None:
+        raise BackendError(f"{library.name} {library.version} could not build {file}: {library.drain()}.")
+    return bytes(built)
 
 
 def create_network(library: Library, builder: Any) -> Any:

@@ -66,6 +66,7 @@ def merge_convs(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], channels: int, 
         grouped: Whether blocks of one size are grouped where the branches' convolutions are not.
     """
     sets = _sets(convs, p, grouped)
+    # Sorted by `unique`: the places of a block's channels are searched for below.
     inputs = [torch.cat([block.inputs for block in blocks]).unique() for blocks in sets]  # type: ignore[no-untyped-call]
     order = torch.cat(inputs)
     first = convs[0]
@@ -119,6 +120,7 @@ def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> lis
         # By their places: depthwise convolutions then take their input in any order.
         return sorted(([block] for block in blocks), key=lambda blocks: int(blocks[0].inputs.min()))
     if len(groups) == 1:
+        # Group k of every branch in one set: as many groups as before, each as wide as all branches' together.
         (g,) = groups
         return [blocks[k::g] for k in range(g)]
     return [blocks]
@@ -126,6 +128,7 @@ def _sets(convs: Sequence[nn.Conv2d], p: Sequence[Tensor], grouped: bool) -> lis
 
 def merge_norms(norms: Sequence[nn.BatchNorm2d], p: Sequence[Tensor], channels: int) -> nn.BatchNorm2d:
     """One batch norm: everything that it has is per channel. `p` and `channels` as for `merge_convs`."""
+    # eps is 0 here, because each branch's own is added to its variances.
     merged = nn.BatchNorm2d(channels, eps=0.0, dtype=_mean(norms[0]).dtype)
     with torch.no_grad():
         for norm, positions in zip(norms, p, strict=True):
