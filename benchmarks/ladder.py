@@ -25,10 +25,10 @@ from record import FOLDER, hardware
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.compare import compare_runs, timed
 from rkd_deploy.errors import InterruptedTraining
-from rkd_deploy.pipeline import embedded_recipe
 from rkd_deploy.recipe import Recipe, read_recipe
 from rkd_deploy.storage import write_json
 from rkd_deploy.train.display import ProgressDisplay
+from rkd_deploy.train.embedded import embedded_recipe
 from rkd_deploy.train.fitting import fit, resume
 from rkd_deploy.train.networks import PARTS
 from rkd_deploy.train.runs import Run, runs_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,10 @@ from rkd_deploy.export.levels import Target
 from rkd_deploy.export.precision.images import Calibration, PrecisionJob, calibration_from_folder, draw_indices
 from rkd_deploy.export.precision.options import QUANTISED, PrecisionOptions
 from rkd_deploy.export.proving import TOLERANCE, Proof
-from rkd_deploy.recipe import DataRecipe, Recipe, named_by_folder, read_recipe
+from rkd_deploy.recipe import DataRecipe
 from rkd_deploy.report.writing import Tables, write_tables
 from rkd_deploy.storage import sha256_of
+from rkd_deploy.train.embedded import embedded_recipe
 from rkd_deploy.train.fitting import fit
 from rkd_deploy.train.loop import Display
 from rkd_deploy.train.networks import PARTS, load_part, parts_of, phase_of
@@ -86,13 +87,6 @@ def precision_job(images: ImageSet, options: PrecisionOptions, preprocess: Prepr
     chosen_N = np.sort(np.random.default_rng(options.seed + 1).permutation(left_N)[:HELD_OUT])
     held_out = SplitBatches(pool.take(chosen_N))
     return PrecisionJob(options=options, held_out=held_out, held_out_source=source, calibration=calibration)
-
-
-def embedded_recipe(overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe inside the package: digits, no download; for other images, named by their folder."""
-    recipe = read_recipe(Path(__file__).parent / "train" / "digits.toml", overrides := list(overrides))
-    is_named = any(override.partition("=")[0].strip() == "name" for override in overrides)
-    return recipe if is_named else named_by_folder(recipe)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert code == sources
-    assert {"rkd_deploy/py.typed", "rkd_deploy/train/digits.toml"} <= code
+    assert {"rkd_deploy/py.typed", "rkd_deploy/train/digits.toml", "rkd_deploy/train/photos.toml"} <= code
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Train T, S0, S and A by a recipe.
 
-    Without one: the embedded example.
+    Without one: the embedded recipe, digits, or photos with --set data.name=imagefolder.
     """
     if keys:
         if recipe or overrides or budget or backend or device or resume or seeds:
@@ -110,10 +110,10 @@ def train(
         _print_keys(as_json)
         return
     require_all("train", "torch", "safetensors")
-    from rkd_deploy.pipeline import embedded_recipe
     from rkd_deploy.recipe import read_recipe
     from rkd_deploy.train.display import ProgressDisplay, print_parts, print_series
     from rkd_deploy.train.distributed import is_main_process
+    from rkd_deploy.train.embedded import embedded_recipe
     from rkd_deploy.train.fitting import fit
     from rkd_deploy.train.fitting import resume as resume_run
     from rkd_deploy.train.networks import PARTS

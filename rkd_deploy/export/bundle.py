@@ -62,7 +62,7 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import normalise
-from rkd_deploy.models.foreign import check_classifier, check_finite, check_real, plain
+from rkd_deploy.models.foreign import check_classifier, check_finite_weights, check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -197,7 +197,7 @@ def _checked(model: nn.Module, card: ModelCard) -> nn.Module:
     name = f"the network {type(model).__name__}"
     if fault := unlistable(card.labels):
         raise UsageError(f"{fault} Give it another name.")
-    check_finite(model)
+    check_finite_weights(model)
     check_real(model, name)
     model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))

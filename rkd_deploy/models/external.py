@@ -24,6 +24,7 @@ from rkd_deploy.models.stage_maps import Layout, Size, Step, candidates, find_st
 from rkd_deploy.models.staged import FeatureNetwork, in_mode, pool
 from rkd_deploy.models.tracing import Holder, Traced
 
+_NO_TRUNK = 'Use student.layout = "branches", or name other stages.'
 _ENLARGED = 64
 """Least height and width in pixels at which stages are looked for: on smaller images the deep maps of several
 resolutions all come down to one position."""
@@ -48,6 +49,7 @@ class External(FeatureNetwork):
         stages: Names of the stages.
         layouts: How their maps lie in the network's tensors.
         input_size: Height and width.
+        stage_channels: Channels of every stage map.
         num_classes: K, or None without a head.
 
     Raises:
@@ -87,12 +89,12 @@ class External(FeatureNetwork):
                 with in_mode(self, False):
                     values = list(self._read_maps(self, x_NCHW))
                 self.num_classes, self._head = None, None
-            self._channels = self._as_maps(values)[-1].shape[1]
+            self.stage_channels = tuple(stage_map.shape[1] for stage_map in self._as_maps(values))
 
     @property
     def channels(self) -> int:
         """Channels of the last stage map."""
-        return self._channels
+        return self.stage_channels[-1]
 
     @property
     def fc(self) -> nn.Module | None:
@@ -144,6 +146,43 @@ class External(FeatureNetwork):
         """Another network of the same topology, e.g. a pruned copy of this one's, seen in the same way."""
         has_head = self._read_all is not None
         return External(network, self.stages, input_size=self.input_size, head=has_head, layouts=self.layouts)
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The network cut after every stage map: the first part takes images, each gives its map.
+
+        One after the other they are `features`; they share the network's layers, each holding those that it uses.
+
+        Raises:
+            UsageError: The network cannot be traced, or what follows one of its maps needs more than that map.
+        """
+        source, name = _source(self.network), type(self.network).__name__
+        if isinstance(source, Hooked):
+            raise UsageError(f"{name} cannot be cut into stages: its forward pass looks at values. {_NO_TRUNK}")
+        parts: list[nn.Module] = []
+        for start, end, layout in zip((None, *self.stages), self.stages, self.layouts, strict=False):
+            part = source.part(start, end)
+            if part is None or layout.order != "NCHW":
+                reason = f"needs more than the map of {start}" if part is None else f"gives no map but {layout.order}"
+                raise UsageError(f"{name} cannot be cut into stages: what leads to {end} {reason}. {_NO_TRUNK}")
+            parts.append(part.train(self.training))
+        self._check_parts(parts)
+        return tuple(parts)
+
+    @torch.no_grad()
+    def _check_parts(self, parts: Sequence[nn.Module]) -> None:
+        """Refuse parts that do not give the maps of the whole, or overwrite the map that they take."""
+        with in_mode(self, False):
+            value = _images(self.network, self.input_size)
+            expected = [value.clone(), *(stage_map.clone() for stage_map in self.features(value))]
+            for part, stage, before, after in zip(parts, self.stages, expected, expected[1:], strict=False):
+                given = before.clone()
+                with in_mode(part, False):
+                    same = torch.equal(part(given), after)
+                if not (same and torch.equal(given, before)):
+                    raise UsageError(
+                        f"{type(self.network).__name__} cannot be cut into stages: what leads to stage {stage} "
+                        f"overwrites the map that it takes, or depends on more than that. {_NO_TRUNK}"
+                    )
 
     def _as_maps(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(layout.to_map(value) for layout, value in zip(self.layouts, values, strict=True))

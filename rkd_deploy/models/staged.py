@@ -6,6 +6,7 @@ and nothing else of it. Letters: N batch, C channels, H height, W width, K class
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,23 @@ class Staged(FeatureNetwork):
             '"end_to_end", or one of the built-in families (rkd_deploy.models.zoo.network_names).'
         )
 
+    def widths_before(self, stages: int) -> tuple[int, ...]:
+        """Indices of the widths that the first stages depend on, found by building the network at other widths."""
+        shapes, indices = _tensor_shapes(self, stages), []
+        for index, (width, step) in enumerate(zip(self.widths, self.steps(1), strict=True)):
+            with torch.device("meta"):
+                other = self.rebuilt((*self.widths[:index], width + step, *self.widths[index + 1 :]), None)
+            if _tensor_shapes(other, stages) != shapes:
+                indices.append(index)
+        return tuple(indices)
+
+    @torch.no_grad()
+    def channels_after(self, stages: int) -> int:
+        """Channels of the map that the first stages give."""
+        shadow = copy.deepcopy(nn.Sequential(*self.stages()[:stages])).to("meta").eval()
+        map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))  # channels do not depend on the size
+        return map_NCHW.shape[1]
+
     def steps(self, round_to: int) -> Widths:
         """The step of each width, for channel counts that are multiples of `round_to`."""
         return (math.lcm(round_to, self.multiple_of),) * len(self.widths)
@@ -111,6 +129,10 @@ class Staged(FeatureNetwork):
     def channels(self) -> int:
         """Channels of the last stage map."""
         return self.widths[-1]
+
+
+def _tensor_shapes(network: Staged, stages: int) -> list[torch.Size]:
+    return [value.shape for value in nn.ModuleList(network.stages()[:stages]).state_dict().values()]
 
 
 def pool(map_NCHW: Tensor) -> Tensor:

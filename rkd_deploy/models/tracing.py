@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -71,6 +71,17 @@ class Traced:
         """Paths of modules and tensors that are read on the way to some stages, in either mode."""
         return set().union(*(graph.used_modules(stages) for graph in self._graphs.values()))
 
+    def part(self, start: str | None, end: str) -> Part | None:
+        """What the network does between two of its stages; None where that needs more than the first one's map.
+
+        Args:
+            start: The stage whose map is taken. None: images are.
+            end: The stage whose map is given.
+        """
+        graphs = {mode: graph.between(start, end) for mode, graph in self._graphs.items()}
+        known = {mode: graph for mode, graph in graphs.items() if graph is not None}
+        return Part(Holder(self.network), known) if len(known) == len(graphs) else None
+
     def tail(self, stage: str) -> nn.Module | None:
         """A stage's map to the network's answer, in eval mode; None where the answer needs more than that map."""
         return self._graphs[False].tail(stage)
@@ -90,6 +101,43 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """The answer of the network."""
         return self.network(x)
+
+
+class Part(nn.Module):
+    """Some consecutive operations of a network as a module of its own: it holds the layers that they use, and no other.
+
+    Args:
+        root: Holds the network; its layers are used, not copied, under the same paths.
+        graphs: From one tensor to another, by mode: True in training.
+    """
+
+    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
+        super().__init__()
+        used = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op in _HOLDING}
+        for target in sorted(used):
+            self._hold(root, target)
+        self._functions = {mode: type(fx.GraphModule(root, graph)).forward for mode, graph in graphs.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last operation's result."""
+        return cast(Tensor, self._functions[self.training](self, x))
+
+    def _hold(self, root: nn.Module, target: str) -> None:
+        *path, name = target.split(".")
+        owner, source = cast(nn.Module, self), root
+        for step in path:
+            source = getattr(source, step)
+            if not hasattr(owner, step):
+                owner.add_module(step, nn.Module())
+            owner = getattr(owner, step)
+        value = getattr(source, name)
+        if isinstance(value, nn.Module | nn.Parameter):
+            setattr(owner, name, value)
+        else:
+            owner.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
+
+
+_HOLDING = ("call_module", "get_attr")
 
 
 class Trace:
@@ -180,19 +228,29 @@ class Trace:
 
     def tail(self, stage: str) -> fx.GraphModule | None:
         """A stage's map to the network's answer; None where the answer needs more than that map."""
-        # The walk back from the answer stops at the map; where it still reaches the images, a path goes round the map
-        # (a second head, a skip), and the answer is no function of this map alone.
         [start] = self.nodes([stage])
-        result = next(node for node in self.graph.nodes if node.op == "output")
-        needed = self._leading_to([result], stop=start)
-        if any(node.op == "placeholder" for node in needed):
+        graph = self._way(start, next(node for node in self.graph.nodes if node.op == "output"))
+        return None if graph is None else fx.GraphModule(self.root, graph)
+
+    def between(self, start: str | None, end: str) -> fx.Graph | None:
+        """A stage's map, or images, to another stage's map; None where that needs more than the first one's map."""
+        [last] = self.nodes([end])
+        return self._way(None if start is None else self.nodes([start])[0], last)
+
+    def _way(self, start: fx.Node | None, end: fx.Node) -> fx.Graph | None:
+        # The walk back from the end stops at the map; where it still reaches the images, a path goes round the map (a
+        # second head, a skip), and the end is no function of this map alone.
+        needed = self._leading_to([end], stop=start)
+        if start is not None and any(node.op == "placeholder" for node in needed):
             return None
         graph = fx.Graph()
-        env = {start: graph.placeholder("map_")}
+        env = {} if start is None else {start: graph.placeholder("map_")}
         for node in self.graph.nodes:
             if node in needed:
                 env[node] = graph.node_copy(node, env.__getitem__)
-        return fx.GraphModule(self.root, graph)
+        if end.op != "output":
+            graph.output(env[end])
+        return graph
 
     def _leading_to(self, nodes: Sequence[fx.Node], stop: fx.Node | None = None) -> set[fx.Node]:
         needed, open_ends = set[fx.Node](), list(nodes)

@@ -12,11 +12,9 @@ trunk and S alone.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rkd_deploy.errors import UsageError
 from rkd_deploy.models.residual import ResidualStudent
@@ -47,7 +45,7 @@ def parted(
     """
     stages = student.stages()
     check_parting(shared_stages, len(stages), type(student).__name__)
-    trunk = StageRun(stages[:shared_stages], _channels(student, shared_stages))
+    trunk = StageRun(stages[:shared_stages], student.channels_after(shared_stages))
     ends = [StageRun(network.stages()[shared_stages:], network.channels) for network in (student, *assistants)]
     return ResidualStudent(ends[0], ends[1:], channels, num_classes, head, trunk)
 
@@ -63,34 +61,3 @@ def check_parting(shared_stages: int, stages: int, name: str) -> None:
             f"student.shared_stages = {shared_stages}: {name} has {stages} stages, so S and A can share 1 to "
             f"{stages - 1} of them."
         )
-
-
-def trunk_widths(network: Staged, shared_stages: int) -> tuple[int, ...]:
-    """Indices of the widths that the first stages of a network depend on.
-
-    Found by building the network at other widths: what each width stands for is the family's own affair.
-
-    Args:
-        network: A network of the topology.
-        shared_stages: j.
-    """
-    shapes = _shapes(network, shared_stages)
-    indices = []
-    for index, (width, step) in enumerate(zip(network.widths, network.steps(1), strict=True)):
-        wider = (*network.widths[:index], width + step, *network.widths[index + 1 :])
-        with torch.device("meta"):
-            other = network.rebuilt(wider, None)
-        if _shapes(other, shared_stages) != shapes:
-            indices.append(index)
-    return tuple(indices)
-
-
-def _shapes(network: Staged, shared_stages: int) -> list[torch.Size]:
-    return [value.shape for value in nn.ModuleList(network.stages()[:shared_stages]).state_dict().values()]
-
-
-@torch.no_grad()
-def _channels(network: Staged, shared_stages: int) -> int:
-    shadow = copy.deepcopy(nn.Sequential(*network.stages()[:shared_stages])).to("meta").eval()
-    map_NCHW: Tensor = shadow(torch.empty(1, 3, 64, 64, device="meta"))  # channels do not depend on the size
-    return map_NCHW.shape[1]

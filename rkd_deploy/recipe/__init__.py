@@ -32,6 +32,8 @@ __all__ = [
     "StudentRecipe",
     "TeacherRecipe",
     "TrainRecipe",
+    "named_by_folder",
+    "override_values",
     "parse_recipe",
     "read_recipe",
 ]
@@ -201,6 +203,14 @@ def read_recipe(path: str | os.PathLike[str] | None = None, overrides: Iterable[
         content["method"] = of_file  # no table: refused with the others
     recipe = parse_recipe(content)
     return recipe if "name" in content else named_by_folder(recipe)
+
+
+def override_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """What overrides set, as nested mappings by table and key; errors as for `read_recipe`."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def named_by_folder(recipe: Recipe) -> Recipe:

@@ -123,15 +123,6 @@ class StudentRecipe:
         self._check_source()
         if self.latency_batches == ():
             raise RecipeError("student.latency_batches = [] names no batch size. Leave it out for 1 and 8.")
-        if self.layout == "trunk":
-            self._check_trunk()
-
-    def _check_trunk(self) -> None:
-        if self.inherits:
-            raise RecipeError(
-                'student.layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, '
-                'and on a trunk it has S\'s own. Set student.weights = "fresh".'
-            )
 
     def _check_source(self) -> None:
         is_teacher = self.name == "teacher"

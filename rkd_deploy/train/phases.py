@@ -93,7 +93,8 @@ class Planner:
         if self.recipe.student.inherits and isinstance(model, ResidualStudent):
             source = self._teacher() if self.recipe.student.fraction is not None else self.nets.s0
             assert isinstance(source, FeatureNetwork)
-            inherit_weights([branch for branch, _ in model.branches()], source, self.facts.image_size)
+            branches = [model.student_network(), *(branch for branch, _ in model.branches()[1:])]
+            inherit_weights(branches, source, self.facts.image_size, self.facts.shared_stages or 0)
         return method()
 
     def check(self) -> None:

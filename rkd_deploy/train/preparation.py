@@ -18,7 +18,6 @@ from rkd_deploy.export.stopwatch import ExportStopwatch
 from rkd_deploy.models.external import External
 from rkd_deploy.models.progressive import paired_channels
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.separate import narrow, separate
 from rkd_deploy.models.staged import FeatureNetwork, Staged, in_mode, stage_shapes
 from rkd_deploy.models.zoo import published_normalisation
@@ -139,7 +138,13 @@ def _named_files(recipe: Recipe) -> dict[str, NamedFile]:
 def _stage_channels(recipe: Recipe, images: ImageSet, T: FeatureNetwork, S0: FeatureNetwork) -> list[int]:
     """Channels of T's stage maps that have a partner among S's, counted from the deepest."""
     if recipe.method.scheme == "progressive":
-        narrowable(S0, images.image_size).stages()  # refuses here what cannot be cut
+        if not isinstance(S0, Staged):
+            raise RecipeError(
+                f'method.scheme = "progressive" needs an S0 of a built-in family, and {recipe.student.name} is none: '
+                'the adapters between its stages have no price at other widths. Use method.scheme = "sequential" or '
+                '"end_to_end".'
+            )
+        S0.stages()  # refuses here what cannot be cut
     maps_T, maps_S0 = (stage_shapes(network, images.image_size) for network in (T, S0))
     channels, stages, last = paired_channels(maps_T, maps_S0), recipe.method.stages, len(maps_S0)
     first = last - len(channels) + 1

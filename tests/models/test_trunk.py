@@ -13,10 +13,13 @@ from rkd_deploy.errors import BudgetError, UsageError
 from rkd_deploy.export.fusion import LEVELS, fuse
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
+from rkd_deploy.models.external import External
 from rkd_deploy.models.families.cifar_resnet import CifarResNet
 from rkd_deploy.models.residual import ResidualStudent, StudentAlone
+from rkd_deploy.models.separation.inheritance import inherit_weights
+from rkd_deploy.models.separation.pruning import Pruned
 from rkd_deploy.models.separation.separate import separate
-from rkd_deploy.models.trunk import parted, trunk_widths
+from rkd_deploy.models.trunk import parted
 from tests.support.adapters import adapted, learnt
 
 CHANNELS, CLASSES = 9, 4
@@ -96,7 +99,7 @@ def test_widths_of_a_trunk_are_those_that_its_stages_have(name: str) -> None:
     """Whatever they stand for in the family: the more stages, the more of them, and never those of the last one."""
     network = zoo.create(name, CLASSES)
     last = len(network.stages())
-    indices = [set(trunk_widths(network, j)) for j in range(1, last)]
+    indices = [set(network.widths_before(j)) for j in range(1, last)]
     assert indices[0]
     assert all(fewer <= other for fewer, other in pairwise(indices))
     assert indices[-1] < set(range(len(network.widths)))
@@ -130,10 +133,102 @@ def test_what_cannot_be_parted_is_refused() -> None:
         parting(shared_stages=3)
     with pytest.raises(UsageError, match=r'shared_stages = 1 is read with layout = "trunk" only'):
         parting(layout="branches", shared_stages=1)
-    with pytest.raises(UsageError, match=r"begins with fresh weights"):
-        parting(weights="inherited")
     with pytest.raises(BudgetError, match=r"too small for the assistant's end behind the trunk"):
         parting(assistant_share=0.01)
-    external = zoo.create("tv:resnet18", 4, input_size=(32, 32))
-    with pytest.raises(UsageError, match="cannot be cut into stages"):
-        separate(external, num_classes=4, input_size=32, layout="trunk")
+
+
+@pytest.mark.parametrize("name", ["tv:resnet18", "timm:test_resnet", "timm:test_efficientnet"])
+@torch.no_grad()
+def test_networks_that_are_not_ours_part_behind_a_trunk(name: str) -> None:
+    """S whole, and A whole with S's first stages put into it, against both on one trunk, at every level."""
+    s0 = zoo.create(name, CLASSES, input_size=(32, 32))
+    cut = separate(s0, num_classes=CLASSES, input_size=32, layout="trunk", assistant_share=0.4, channels=CHANNELS)
+    S, A = copy.deepcopy(cut.student), copy.deepcopy(cut.assistant)
+    assert isinstance(S, Pruned)
+    assert isinstance(A, Pruned)
+    model = parted(cut.student, cut.assistants, cut.shared_stages, CHANNELS, CLASSES)
+    assert count(model, 32).macs == cut.cost <= cut.budget
+    used(model)
+    for _, adapter in model.branches():
+        learnt(adapter, std=0.7)
+    model.double().eval()
+    assert model.trunk is not None
+    trained = {name.partition(".network.")[2]: value for name, value in model.trunk.state_dict().items()}
+    for whole, end in ((S, model.student), (A, model.assistants[0])):
+        ends = {name.partition(".network.")[2]: value for name, value in end.state_dict().items()}
+        assert not ends.keys() & trained.keys()
+        left_out = whole.double().eval().backbone.network.load_state_dict(trained | ends, strict=False)
+        assert left_out.unexpected_keys == []
+        assert set(left_out.missing_keys) <= {key for key in left_out.missing_keys if "num_batches" in key}
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    maps = [
+        adapted(adapter, whole.features(x)[-1]) for whole, (_, adapter) in zip((S, A), model.branches(), strict=True)
+    ]
+    expected = model.head(sum(maps).mean((2, 3)))
+    assert maps[1].abs().max() > 0.01
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+    for level in LEVELS:
+        torch.testing.assert_close(fuse(model, level)(x), expected, rtol=0, atol=1e-10)
+
+
+class Skip(nn.Module):
+    """Its last stage reads the first one's map too, or overwrites the map before it, or looks at a value."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
+        self.three, self.fc, self.fault = nn.Conv2d(16, 16, 3, 2, 1), nn.Linear(16, CLASSES), fault
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x)
+        two = self.two(one)
+        if self.fault == "value" and two.sum() > 1e9:
+            two = -two
+        x = nn.functional.relu(two, inplace=self.fault == "inplace")
+        if self.fault == "skip":
+            x = x + nn.functional.avg_pool2d(one, 2)
+        return self.fc(torch.relu(self.three(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("skip", "what leads to three needs more than the map of two"),
+        ("inplace", "overwrites the map that it takes"),
+        ("value", "its forward pass looks at values"),
+    ],
+)
+def test_a_network_that_is_no_chain_of_stages_is_refused(fault: str, why: str) -> None:
+    stages = ("one", "two", "three")
+    external = External(Skip(fault), stages, input_size=32)
+    with pytest.raises(UsageError, match=rf"Skip cannot be cut into stages: .*{why}"):
+        external.parts()
+    assert [
+        part(torch.rand(1, c, s, s)).shape[1:]
+        for part, c, s in zip(
+            External(Skip("none"), stages, input_size=32).parts(), (3, 16, 16), (32, 16, 8), strict=True
+        )
+    ] == [(16, 16, 16), (16, 8, 8), (16, 4, 4)]
+
+
+@torch.no_grad()
+def test_on_a_trunk_s_and_a_inherit_one_trunk_and_other_channels_behind_it() -> None:
+    """Behind the trunk A begins with the channels that S left; both read the same channels of the trunk's map."""
+    torch.manual_seed(0)
+    source = CifarResNet(8, (16, 16, 32, 64), CLASSES)
+    source.layer3[0].conv1.weight.copy_((torch.arange(64)[:, None] + torch.arange(32) / 100)[:, :, None, None])
+    S, A = CifarResNet(8, (16, 16, 12, 24), None), CifarResNet(8, (16, 16, 12, 20), None)
+    copies = [copy.deepcopy(S), copy.deepcopy(A)]
+    model = parted(S, [A], 2, 64, CLASSES)
+    inherit_weights([model.student_network(), model.assistants[0]], source, (32, 32), 2)
+    told = [end.stages[0][0].conv1.weight[:, :, 0, 0] for end in (model.student, model.assistants[0])]
+    outputs, inputs = zip(*(({int(v) for v in w.flatten()}, (w[0] % 1).tolist()) for w in told), strict=True)
+    assert (len(outputs[0]), len(outputs[1]), len(set(inputs[0]))) == (24, 20, 12)
+    assert not outputs[0] & outputs[1]
+    assert min(outputs[0]) > max(outputs[1])  # by their norms, which rise with the number here
+    assert inputs[0] == pytest.approx(inputs[1], abs=1e-4)
+    inherit_weights(copies, source, (32, 32), 2)
+    again = parted(copies[0], copies[1:], 2, 64, CLASSES)
+    for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        if not name.startswith(("head", "student_adapter", "assistant_adapters")):
+            assert torch.equal(one, other), name

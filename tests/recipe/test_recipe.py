@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkd_deploy.errors import RecipeError
-from rkd_deploy.pipeline import embedded_recipe
 from rkd_deploy.recipe import DataRecipe, MethodRecipe, Recipe, TeacherRecipe, TrainRecipe, parse_recipe, read_recipe
+from rkd_deploy.train.embedded import embedded_recipe
 
 REPO = Path(__file__).parents[2]
-TOMLS = [REPO / "rkd_deploy" / "train" / "digits.toml", *sorted((REPO / "train").glob("**/*.toml"))]
+TOMLS = [*sorted((REPO / "rkd_deploy" / "train").glob("*.toml")), *sorted((REPO / "train").glob("**/*.toml"))]
 TABLES = ("data", "teacher", "student", "method", "train")
 KEYS = [f"{table}.{key}" for table in TABLES for key in typing.get_type_hints(typing.get_type_hints(Recipe)[table])]
 

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rkd_deploy.data.sources import Split
 from rkd_deploy.errors import InterruptedTraining, RecipeError, RkdError, StorageError
 from rkd_deploy.models import zoo
 from rkd_deploy.models.residual import ResidualStudent
+from rkd_deploy.models.trunk import parted
 from rkd_deploy.recipe import Recipe, TrainRecipe
 from rkd_deploy.signals import StopRequest
 from rkd_deploy.train import fitting
@@ -38,7 +40,7 @@ from rkd_deploy.train.distributed import ALONE, Group, StopVote, process_group, 
 from rkd_deploy.train.log import read_log
 from rkd_deploy.train.loop import train_phase
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
-from rkd_deploy.train.methods.residual import mse
+from rkd_deploy.train.methods.residual import AssistantStep, mse
 from rkd_deploy.train.networks import Networks
 from rkd_deploy.train.runs import Run, create_run
 from rkd_deploy.train.state import Phase
@@ -122,15 +124,22 @@ def without_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
-def end_to_end(dtype: torch.dtype) -> EndToEnd:
+def end_to_end(dtype: torch.dtype, *, trunk: bool = False) -> EndToEnd:
     """S, A and the head learn at once from a frozen teacher, whose batch norm stays as it is."""
     torch.manual_seed(1)
     teacher, s0 = zoo.create("resnet8", 4), zoo.create("resnet8", 4)
     parts = [s0.rebuilt((8, 8, 8, 8), None) for _ in range(2)]
-    model = ResidualStudent(parts[0], [parts[1]], teacher.channels, 4)
+    join = (lambda *of: parted(*of[:2], 2, *of[2:])) if trunk else ResidualStudent
+    model = join(parts[0], [parts[1]], teacher.channels, 4)
     without_batchnorm(model)
     weights = Weights(feature=1.0, assistant=1.0, ce=1.0, student=1.0, step_decay=0.5)
     return EndToEnd(teacher.to(dtype), model.to(dtype), mse, weights, detach=True, train_head=True)
+
+
+def assistant_on_a_trunk(dtype: torch.dtype) -> AssistantStep:
+    """A's end alone learns: the trunk runs and stands still."""
+    joint = end_to_end(dtype, trunk=True)
+    return AssistantStep(joint.teacher, joint.model, 1.0, distance=mse)
 
 
 class StopAt(Silent):
@@ -145,7 +154,9 @@ class StopAt(Silent):
             self.stop.signal_name = "SIGTERM"
 
 
-def train(run: Run, group: Group, dtype: torch.dtype, stop_at: int = -1, **how: Any) -> dict[str, Tensor]:
+def train(
+    run: Run, group: Group, dtype: torch.dtype, stop_at: int = -1, make: Any = end_to_end, **how: Any
+) -> dict[str, Tensor]:
     """Train for two epochs; the weights at the end, and the averaged ones."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (IMAGES, 3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -156,7 +167,7 @@ def train(run: Run, group: Group, dtype: torch.dtype, stop_at: int = -1, **how: 
         split, normalise, batch_size=BATCH, augmentations=("flip",), crop_padding=0, seed=0, share=share
     )
     recipe = TrainRecipe(batch_size=BATCH, lr=0.05, weight_decay=1e-2, clip_norm=0.5, ema_decay=0.5, **how)
-    method = end_to_end(dtype)
+    method = make(dtype)
     phase = Phase("end_to_end", method, method.model, EPOCHS, lambda module: 42.0)
     stop = StopRequest()
     average = train_phase(phase, Typed(loader, dtype), recipe, run, StopAt(stop, stop_at), stop, group)
@@ -176,13 +187,20 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "how"),
-    [(torch.float64, 1e-12, {}), (torch.float32, 2e-6, {}), (torch.float64, 1e-12, {"accumulate": 2})],
-    ids=["float64", "float32", "accumulate"],
+    [
+        (torch.float64, 1e-12, {}),
+        (torch.float32, 2e-6, {}),
+        (torch.float64, 1e-12, {"accumulate": 2}),
+        (torch.float64, 1e-12, {"make": partial(end_to_end, trunk=True)}),
+        (torch.float64, 1e-12, {"make": assistant_on_a_trunk}),
+    ],
+    ids=["float64", "float32", "accumulate", "trunk", "assistant on a trunk"],
 )
 def test_two_processes_equal_one(tmp_path: Path, dtype: torch.dtype, tolerance: float, how: dict[str, Any]) -> None:
     alone, shared = (create_run(tmp_path, Recipe(name=name)) for name in ("alone", "shared"))
-    whole = train(alone, ALONE, dtype)
-    untrained = end_to_end(dtype).model.state_dict()
+    make = how.get("make", end_to_end)
+    whole = train(alone, ALONE, dtype, make=make)
+    untrained = make(dtype).model.state_dict()
     assert max((whole[key] - value).abs().max().item() for key, value in untrained.items()) > 1e-3  # it did learn
     outcomes = together(lambda group: train(shared, group, dtype, **how), tmp_path)
     for kind, weights in outcomes:

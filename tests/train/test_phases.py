@@ -231,6 +231,13 @@ def test_progressive_refuses_a_loss_that_mixes_stages(tiny_recipe: MakeRecipe, b
         tiny_recipe("method.scheme=progressive", f"method.base={base}")
 
 
+def test_progressive_refuses_a_network_that_is_not_ours(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(*LEAST, "method.scheme=progressive", "student.name=timm:test_resnet", "data.image_size=32")
+    with pytest.raises(RecipeError, match=r"needs an S0 of a built-in family, and timm:test_resnet is none"):
+        fit(recipe, root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_progressive_keeps_the_budget_with_all_its_adapters_and_ships(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     how = (*LEAST, *BUDGET, "method.scheme=progressive", "student.assistants=2", "student.baseline=false")
     run = fit(tiny_recipe(*how, "teacher.name=wrn_16_1"), root=tmp_path)

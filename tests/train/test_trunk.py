@@ -19,6 +19,7 @@ from rkd_deploy.recipe import Recipe
 from rkd_deploy.train.methods.end_to_end import EndToEnd, Weights
 from rkd_deploy.train.methods.residual import AssistantStep, StudentStep, relative
 from rkd_deploy.train.networks import load_part
+from rkd_deploy.train.weights import load_tensors
 from tests.support.adapters import learnt
 from tests.train.test_phases import LEAST, runs_and_resumes
 
@@ -42,6 +43,23 @@ def test_a_run_resumes_and_ships(tmp_path: Path, tiny_recipe: Callable[..., Reci
     for level in ("sum", "tail", "wide", "wide-grouped"):
         assert export_run(run, level=level).proof.parity.passed
     assert export_run(run, part="student").proof.parity.passed
+    assert export_run(run, exit_threshold=0.5).proof.parity.passed
+
+
+def test_a_run_on_a_network_of_timm_inherits_the_trunk_resumes_and_ships(
+    tmp_path: Path, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    half = ("teacher.name=timm:test_resnet", "data.image_size=32", "student.name=teacher", "student.fraction=0.6")
+    still = ("train.lr=1e-9", "train.weight_decay=0", "method.scheme=end_to_end", "student.baseline=false")
+    run = runs_and_resumes(tiny_recipe(*LEAST, *half, *still, *TRUNK[:2], "student.round_to=8"), tmp_path)
+    model = load_part(run, "fused")
+    assert isinstance(model, ResidualStudent)
+    assert model.trunk is not None
+    filters = model.trunk.state_dict()["stages.0.network.conv1.0.weight"]
+    source = load_tensors(run.weights("teacher"))[0]["network.conv1.0.weight"]
+    assert torch.cdist(filters.flatten(1)[:, :27], source.flatten(1)[:, :27]).min(dim=1).values.max() < 1e-5
+    for level in ("tail", "wide"):
+        assert export_run(run, level=level).proof.parity.passed
     assert export_run(run, exit_threshold=0.5).proof.parity.passed
 
 
@@ -72,7 +90,6 @@ def test_the_trunk_learns_with_s_and_stands_still_for_a() -> None:
     ("how", "message"),
     [
         (("student.shared_stages=1",), 'shared_stages = 1 has no effect .* only with student.layout = "trunk"'),
-        (("student.layout=trunk", "student.checkpoint=s.pth"), "begins with fresh weights"),
         (("student.layout=trunk", "method.scheme=progressive"), "exchange their maps"),
     ],
 )

@@ -5,7 +5,8 @@ A narrowed network's shapes say how many channels of each layer it keeps (`pruni
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,16 +17,24 @@ from rkd_deploy.models.external import External
 from rkd_deploy.models.foreign import plain
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.separation.pruning import Pruned, indices_of
-from rkd_deploy.models.staged import FeatureNetwork
+from rkd_deploy.models.stage_run import StageRun
+from rkd_deploy.models.staged import FeatureNetwork, Staged
 
 
-def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, input_size: tuple[int, int]) -> None:
+def inherit_weights(
+    branches: Sequence[FeatureNetwork],
+    source: FeatureNetwork,
+    input_size: tuple[int, int],
+    shared_stages: int = 0,
+) -> None:
     """Overwrite the weights of narrowed networks by a selection of the weights they were cut from.
 
     Args:
         branches: S, A_1, .., A_k, or S0 alone: each keeps other channels than those before it, as far as they go.
+            Stages cut from such a network (`StageRun`) are its last ones.
         source: The trained network.
         input_size: Height and width in pixels.
+        shared_stages: First stages that all branches share: what these give, all keep alike.
 
     Raises:
         UsageError: The family narrows its layers in a way in which weights cannot be inherited.
@@ -35,7 +44,35 @@ def inherit_weights(branches: Sequence[FeatureNetwork], source: FeatureNetwork, 
     from rkd_deploy.models.separation.coupling import trace_channels
 
     channels = trace_channels(network, input_size)
-    inherit([_state(branch, source) for branch in branches], network.state_dict(), channels)
+    in_runs = any(isinstance(branch, StageRun) for branch in branches)
+    stages = _tensors_of_stages(source, network) if in_runs or shared_stages else []
+    states = [
+        _state_of_run(branch, stages) if isinstance(branch, StageRun) else _state(branch, source) for branch in branches
+    ]
+    shared = frozenset(name for names in stages[:shared_stages] for name in names.values())
+    inherit(states, network.state_dict(), channels, shared)
+
+
+def _tensors_of_stages(source: FeatureNetwork, network: nn.Module) -> list[dict[str, str]]:
+    """For every stage of the trained network the names of its tensors, as the whole network has them."""
+    whole = {id(tensor): name for name, tensor in _named_tensors(network)}
+    seen = source.rewrapped(network).parts() if isinstance(source, External) else cast(Staged, network).stages()
+    return [{name: whole[id(tensor)] for name, tensor in _named_tensors(stage)} for stage in seen]
+
+
+def _named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters(remove_duplicate=False)
+    yield from network.named_buffers(remove_duplicate=False)
+
+
+def _state_of_run(run: StageRun, stages: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
+    """Tensors of the last stages of a narrowed network, by the names that the trained network gives them."""
+    own = stages[len(stages) - len(run.stages) :]
+    return {
+        names[name]: tensor
+        for stage, names in zip(run.stages, own, strict=True)
+        for name, tensor in stage.state_dict().items()
+    }
 
 
 def _state(branch: FeatureNetwork, source: FeatureNetwork) -> dict[str, Tensor]:
@@ -50,7 +87,12 @@ def _state(branch: FeatureNetwork, source: FeatureNetwork) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tensor], channels: Channels) -> None:
+def inherit(
+    branches: Sequence[Mapping[str, Tensor]],
+    source: Mapping[str, Tensor],
+    channels: Channels,
+    shared: Set[str] = frozenset(),
+) -> None:
     """Overwrite state dicts of narrower networks by channels of the one they were cut from.
 
     Args:
@@ -58,6 +100,7 @@ def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tenso
             the trained network, at any widths; tensors that it does not have keep their values.
         source: State dict of the trained network.
         channels: Channels of the trained network, with their importances.
+        shared: Tensors of a trunk: of the channels that are theirs, all branches keep the same.
 
     Raises:
         UsageError: A branch narrows a layer in a way of its own.
@@ -66,12 +109,15 @@ def inherit(branches: Sequence[Mapping[str, Tensor]], source: Mapping[str, Tenso
     # a channel only where there are not enough for all.
     ranked = [space.units[np.argsort(-space.importance, kind="stable")] for space in channels.spaces]
     begin = [0] * len(ranked)
+    trunk_units = {int(unit) for (name, _), axis in channels.axes.items() if name in shared for unit in axis}
+    is_shared = [bool(trunk_units.intersection(space.units.tolist())) for space in channels.spaces]
     for branch in branches:
         wanted = {name: tensor for name, tensor in branch.items() if name in source}
         selection = _Selection(channels, ranked, begin, wanted)
         for name, tensor in wanted.items():
             tensor.copy_(selection.of(name, source[name], tensor.shape))
-        begin = [first + count for first, count in zip(begin, selection.counts, strict=True)]
+        counts = zip(begin, selection.counts, is_shared, strict=True)
+        begin = [first if stays else first + count for first, count, stays in counts]
 
 
 class _Selection:

@@ -21,6 +21,7 @@ from rkd_deploy.models.external import External
 from rkd_deploy.models.separation.channels import STAYS, Channels, Indices
 from rkd_deploy.models.separation.trial_run import WAY_OUT, check_untied, used_positions
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths, he_initialised
+from rkd_deploy.models.tracing import ROOT
 
 
 class Pruner:
@@ -63,7 +64,9 @@ class Pruner:
         self.widths: Widths = self.channels.widths
         if not self.widths:
             raise UsageError(f"S0 cannot be narrowed: no channels of it can be removed. {WAY_OUT}")
+        self._used_at = used_at
         self._cost_of = _CostOfWidths(network, self.channels, used_at)
+        self._cost_within: dict[frozenset[str], _CostOfWidths] = {}
         _check_cost(macs, self.cost(self.widths)[0])
         # What the graph did not show (a size that stands in the code) shows where as much as can be is removed.
         narrowest = self.narrowed(tuple(map(min, self.widths, self.steps(1))))
@@ -80,6 +83,23 @@ class Pruner:
     def cost(self, widths: Sequence[int]) -> tuple[int, int]:
         """MACs of one image, and parameters, of the network at some widths."""
         return self._cost_of(widths)
+
+    def cost_within(self, widths: Sequence[int], names: frozenset[str]) -> tuple[int, int]:
+        """MACs of one image, and parameters, of some layers at some widths.
+
+        Args:
+            widths: Widths of the whole network.
+            names: Names of these layers' tensors.
+        """
+        if names not in self._cost_within:
+            self._cost_within[names] = _CostOfWidths(self._network, self.channels, self._used_at, names)
+        return self._cost_within[names](widths)
+
+    def widths_within(self, names: frozenset[str]) -> tuple[int, ...]:
+        """Indices of the widths that these tensors depend on."""
+        width_of = {int(unit): space.width for space in self.channels.spaces for unit in space.units}
+        units = {int(unit) for (name, _), axis in self.channels.axes.items() if name in names for unit in axis}
+        return tuple(sorted({width_of[unit] for unit in units - {STAYS}}))
 
     def output_channels(self, widths: Sequence[int]) -> int:
         """Channels of the network's output at some widths, before anything is flattened."""
@@ -112,10 +132,14 @@ class _CostOfWidths:
     which they are used.
     """
 
-    def __init__(self, network: nn.Module, channels: Channels, used_at: Mapping[str, int]) -> None:
+    def __init__(
+        self, network: nn.Module, channels: Channels, used_at: Mapping[str, int], names: Set[str] | None = None
+    ) -> None:
         width_of = {int(unit): space.width for space in channels.spaces for unit in space.units}
         stays, shares, tensors = [1], [np.zeros(len(channels.widths))], []  # axis 0 is none: its size is 1
         for name, parameter in network.named_parameters():
+            if names is not None and name not in names:
+                continue
             axes, rest = [0, 0], 1
             for dim, size in enumerate(parameter.shape):
                 units = channels.axes.get((name, dim))
@@ -237,6 +261,23 @@ class Pruned(Staged):
                 reset()
         he_initialised(network)
         return network
+
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The network cut after every stage map (`External.parts`)."""
+        return self.backbone.parts()
+
+    def widths_before(self, stages: int) -> tuple[int, ...]:
+        """Indices of the widths that the first stages depend on."""
+        return self.pruner.widths_within(self.tensors_of(stages))
+
+    def channels_after(self, stages: int) -> int:
+        """Channels of the map that the first stages give."""
+        return self.backbone.stage_channels[stages - 1]
+
+    def tensors_of(self, stages: int) -> frozenset[str]:
+        """Names that the origin gives the tensors of its first stages."""
+        parts = self._origin[0].parts()[:stages]
+        return frozenset(name.removeprefix(f"{ROOT}.") for part in parts for name in part.state_dict())
 
     def steps(self, round_to: int) -> Widths:
         """The step of each width: a multiple of `round_to`, and whole groups of grouped convolutions."""

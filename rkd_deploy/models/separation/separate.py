@@ -25,7 +25,7 @@ from rkd_deploy.models.separation.pruning import narrowable
 from rkd_deploy.models.separation.ways_out import way_out
 from rkd_deploy.models.separation.widths import CostModel, WidthBudget
 from rkd_deploy.models.staged import FeatureNetwork, Staged, Widths
-from rkd_deploy.models.trunk import check_parting, parted, trunk_widths
+from rkd_deploy.models.trunk import check_parting, parted
 
 FUSION_LEVELS = {"side_by_side": "wide", "branches": "tail", "trunk": "tail"}
 """The level of fusion (`rkd_deploy.export.fusion`) that each layout of S and A is cut for."""
@@ -122,7 +122,7 @@ def separate(
             module and the operator.
     """
     _check(budget, layout, assistants, fraction, weights, stopwatch)
-    _check_trunk(layout, shared_stages, weights)
+    _check_trunk(layout, shared_stages)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     model = zoo.create(model, num_classes) if isinstance(model, str) else model
     C_T = model.channels if channels is None else channels
@@ -156,7 +156,7 @@ def separate(
         latency=records or None,
     )
     if weights == "inherited":
-        inherit_weights([separation.student, *separation.assistants], model, size)
+        inherit_weights([separation.student, *separation.assistants], model, size, shared)
     return separation
 
 
@@ -167,7 +167,7 @@ def _cut(limits: WidthBudget, network: Staged, layout: str | None, shared: int) 
         if layout == "side_by_side":
             return limits.side_by_side(1.0)
         if layout == "trunk":
-            return limits.parted(limits.limit, shared, trunk_widths(network, shared))
+            return limits.parted(limits.limit, shared, network.widths_before(shared))
         return limits.split(limits.limit)
 
     try:
@@ -200,16 +200,9 @@ def narrow(
     return _narrowed(limits, network, model, fraction, stopwatch)[0].full
 
 
-def _check_trunk(layout: str | None, shared_stages: int | None, weights: str) -> None:
-    if layout != "trunk":
-        if shared_stages is not None:
-            raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
-        return
-    if weights == "inherited":
-        raise UsageError(
-            'layout = "trunk" begins with fresh weights: an assistant inherits the channels behind S\'s, and on a '
-            'trunk it has S\'s own. Set weights = "fresh".'
-        )
+def _check_trunk(layout: str | None, shared_stages: int | None) -> None:
+    if layout != "trunk" and shared_stages is not None:
+        raise UsageError(f'shared_stages = {shared_stages} is read with layout = "trunk" only. Leave it out.')
 
 
 def _check(
@@ -343,7 +336,7 @@ class _Fastest:
         )
 
     def _candidates(self, layout: str, level: str) -> Callable[[float], Candidate]:
-        limits, trunk = self.limits, trunk_widths(self.network, self.shared_stages) if layout == "trunk" else ()
+        limits, trunk = self.limits, self.network.widths_before(self.shared_stages) if layout == "trunk" else ()
 
         def candidate(fraction: float) -> Candidate:
             if layout == "side_by_side":

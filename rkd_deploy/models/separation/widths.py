@@ -56,6 +56,7 @@ class CostModel:
         self._stage_channels, self.fixed = stage_channels, network.fixed
         self._known: dict[tuple[Widths, int | None], tuple[int, int]] = {}
         self._trunks: dict[tuple[Widths, int], int] = {}
+        self._tensors: dict[int, frozenset[str]] = {}
         _, height, width = stage_shapes(network, size)[-1]
         self._positions = height * width
         self.head = num_classes * channels + (num_classes if unit == "params" else 0)
@@ -70,6 +71,11 @@ class CostModel:
     def trunk(self, widths: Widths, shared_stages: int) -> int:
         """Cost F of the first stages of a network of some widths."""
         key = (widths, shared_stages)
+        if isinstance(self._network, Pruned):
+            if shared_stages not in self._tensors:
+                self._tensors[shared_stages] = self._network.tensors_of(shared_stages)
+            macs, params = self._network.pruner.cost_within(widths, self._tensors[shared_stages])
+            return macs if self._unit == "macs" else params
         if key not in self._trunks:
             with torch.device("meta"):
                 stages = nn.Sequential(*self._network.rebuilt(widths, None).stages()[:shared_stages])
