@@ -40,6 +40,7 @@ DESCRIPTIONS = {
     "LICENSE": "Apache-2.0.",
     "README.md": "The front page.",
     "docs/results/ladder.png": "S + A beside S0 by every loss, as a picture (docs/results/ladder.md).",
+    "docs/results/photos.png": "Accuracy over latency on real photos, as a picture (docs/results/photos.md).",
     "examples/browser/icon.svg": "The icon of the page.",
     "examples/browser/index.html": "The page.",
     "pyproject.toml": "Package, extras, pins, every linter, the contracts of imports.",
