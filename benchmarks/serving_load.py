@@ -13,6 +13,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 PATIENCE_S = 60.0
@@ -85,6 +86,9 @@ class _Connection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.request, self.since, self._answer = HttpRequest(b"", b""), 0.0, b""
 
+    def close(self) -> None:
+        self.socket.close()
+
     def send(self, request: HttpRequest, since: float) -> None:
         self.request, self.since, self._answer = request, since, b""
         self.socket.sendall(request.wire)
@@ -122,10 +126,22 @@ def send_load(
     Raises:
         OSError: The server closed a connection, or did not answer for a minute.
     """
-    selector, idle = selectors.DefaultSelector(), deque(_Connection(place) for _ in range(clients))
-    for connection in idle:
-        selector.register(connection.socket, selectors.EVENT_READ, connection)
-    milliseconds: list[float] = []
+    with ExitStack() as opened:
+        selector = opened.enter_context(selectors.DefaultSelector())
+        idle = deque(opened.enter_context(closing(_Connection(place))) for _ in range(clients))
+        for connection in idle:
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+        return _sent(selector, idle, requests, seconds, rate)
+
+
+def _sent(
+    selector: selectors.BaseSelector,
+    idle: deque[_Connection],
+    requests: Sequence[HttpRequest],
+    seconds: float,
+    rate: float | None,
+) -> Load:
+    clients, milliseconds = len(idle), list[float]()
     wrong: list[bytes] = []
     sent, begin = 0, time.perf_counter()
     while True:
@@ -150,6 +166,4 @@ def send_load(
                 if not answer.startswith(b"HTTP/1.1 200") or connection.request.right not in answer:
                     wrong.append(answer)
                 idle.append(connection)
-    for connection in idle:
-        connection.socket.close()
     return Load(time.perf_counter() - begin, milliseconds, wrong)
