@@ -133,7 +133,7 @@ def measure(path: Path) -> Path:
 
 
 def left(trained: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the study that were to be trained and were not: network, kind and seed, each once; without the refused."""
+    """Rows of the study that its time did not suffice for: network, kind and seed, each once; without the refused."""
     done = {key for key, group in trained["groups"].items() if group["trained"]}
     rows = [
         (row.network, row.kind, group.seed)
