@@ -42,6 +42,7 @@ DESCRIPTIONS = {
     "docs/method/explain.png": "T, S and A on one digit, by rkd-deploy explain (docs/method/how-it-works.md).",
     "docs/method/residual.svg": "The method as a picture (docs/method/how-it-works.md).",
     "docs/results/ladder.png": "S + A beside S0 by every loss, as a picture (docs/results/ladder.md).",
+    "docs/results/photos.png": "Accuracy over latency on real photos, as a picture (docs/results/photos.md).",
     "examples/browser/icon.svg": "The icon of the page.",
     "examples/browser/index.html": "The page.",
     "pyproject.toml": "Package, extras, pins, every linter, the contracts of imports.",
