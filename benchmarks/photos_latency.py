@@ -25,7 +25,7 @@ import onnxruntime as ort
 import torch
 from ladder_early import THRESHOLDS, folded_head
 from photos_loop import Builder
-from photos_rows import TITLES, Row, best, row_of
+from photos_rows import TITLES, Row, Study, best, groups, row_of
 from record import FOLDER, hardware
 from torch import Tensor, nn
 
@@ -119,6 +119,7 @@ def measure(path: Path) -> Path:
     record["search"] = [{key: line[key] for key in keys if key in line} for line in lines if line["seed"] == 0]
     ours = [line for line in lines if chosen.get(row_of(line).place) == row_of(line)]
     record["refused"] = {place: reason for place, reason in trained["refused"].items() if place not in chosen}
+    record["left"] = left(trained)
     record["rows"] = [tested(line, trained["labels"], keys) for line in ours]
     record["early"] = [
         exit_curve(line, trained["labels"])
@@ -129,6 +130,19 @@ def measure(path: Path) -> Path:
     write_json(FOLDER / name, record)
     print(json.dumps({"record": name}))
     return FOLDER / name
+
+
+def left(trained: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the study that its time did not suffice for: network, kind and seed, each once; without the refused."""
+    done = {key for key, group in trained["groups"].items() if group["trained"]}
+    rows = [
+        (row.network, row.kind, group.seed)
+        for group in groups(Study(), trained["lines"], done)
+        if group.key not in done
+        for row in group.rows
+        if row.place not in trained["refused"]
+    ]
+    return [dict(zip(("network", "kind", "seed"), row, strict=True)) for row in dict.fromkeys(rows)]
 
 
 def timings(trained: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from photos_rows import TITLES
 from record import FOLDER
 
-from rkd_deploy.train.verdict import gain_of_seeds
+from rkd_deploy.train.verdict import gain_of_pairs, gain_of_seeds
 
 PICTURE = FOLDER.parent / "docs" / "results" / "photos.png"
 LOSS = "distilled"
@@ -82,22 +82,26 @@ def tables(record: Mapping[str, Any]) -> str:
             f"{ms:.2f}",
             ratio,
         )
-        over = "" if rival is None or lines is rival else gain(lines, rival)
+        over = "" if rival is None or lines is rival else gain(lines, rival, record["test_images"])
         text.append("| " + " | ".join((*cells, accuracy, over)) + " |")
         if "student_top1" in first and not first["kind"].startswith("early"):
             alone = top1(lines, "student")
             text.append(f"| | S of it alone | | | | {fmean(alone):.1f} | |")
-    return "\n".join(text) + f"\n\n{conditions(record, places)}\n" + refusals(record) + early(record)
+    return "\n".join(text) + f"\n\n{conditions(record, places)}\n" + refusals(record) + missing(record) + early(record)
 
 
-def gain(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
-    """What is gained over other lines, seed by seed; nothing where seeds are too few."""
+def gain(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], images: int) -> str:
+    """What is gained over other lines: seed by seed, or of one seed from the photos that one of the two has right."""
     seeds = sorted({line["seed"] for line in ours} & {line["seed"] for line in others})
-    if len(seeds) < 2:
+    if not seeds:
         return ""
-    pairs = [top1([line for line in lines if line["seed"] in seeds]) for lines in (ours, others)]
-    over = gain_of_seeds(*pairs)
-    return f"{over.points:+.1f} ({over.low:+.1f} to {over.high:+.1f})"
+    mine, theirs = ([line for line in lines if line["seed"] in seeds] for lines in (ours, others))
+    if len(seeds) > 1:
+        over = gain_of_seeds(top1(mine), top1(theirs))
+    else:
+        right, others_right = (int(lines[0]["sum_right"], 16) for lines in (mine, theirs))
+        over = gain_of_pairs((right & ~others_right).bit_count(), (others_right & ~right).bit_count(), images)
+    return f"{over.points:+.1f} ({over.low:+.1f} to {over.high:+.1f})" + (", one seed" if len(seeds) == 1 else "")
 
 
 def conditions(record: Mapping[str, Any], places: Mapping[str, Lines]) -> str:
@@ -117,7 +121,20 @@ def conditions(record: Mapping[str, Any], places: Mapping[str, Lines]) -> str:
 def refusals(record: Mapping[str, Any]) -> str:
     """What could not be cut, and why."""
     lines = [f"- {place}: {reason.split('. ')[0]}." for place, reason in record["refused"].items()]
-    return "\nNot trained:\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return "\nRefused:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def missing(record: Mapping[str, Any]) -> str:
+    """What the study was to train, and its time did not suffice for."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for row in record["left"]:
+        seeds.setdefault((row["network"], TITLES.get(row["kind"], row["kind"])), []).append(str(row["seed"]))
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for (network, title), numbers in seeds.items():
+        kinds.setdefault((network, ", ".join(numbers)), []).append(title)
+    lines = [f"| {network_name(name)} | {'; '.join(titles)} | {numbers} |" for (name, numbers), titles in kinds.items()]
+    head = ["", "| not trained, for want of time | as | seeds |", "| --- | --- | --- |"]
+    return "\n".join([*head, *lines]) + "\n" if lines else ""
 
 
 def early(record: Mapping[str, Any]) -> str:
@@ -193,8 +210,8 @@ def draw(record: Mapping[str, Any], path: Path = PICTURE) -> None:
     axes.set_ylabel("top-1 on the test photos, %")
     for kind in ("T", "cross-entropy", "distilled", "control"):
         axes.plot([], [], "o", color=COLOURS[kind], label=TITLES[kind])
-    axes.plot([], [], "o-", color="#d1495b", label="S + A; line: early exit")
-    axes.legend(fontsize=8, frameon=False)
+    axes.plot([], [], "o-" if curves else "o", color="#d1495b", label="S + A; line: early exit" if curves else "S + A")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 

@@ -36,6 +36,7 @@ PAGES = (
     HERE.parent / "docs" / "reference" / "networks.md",
     HERE.parent / "docs" / "results" / "ladder.md",
     HERE.parent / "docs" / "results" / "measurements.md",
+    HERE.parent / "docs" / "results" / "photos.md",
     HERE.parent / "docs" / "guides" / "serving.md",
 )
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -7,7 +7,7 @@ Standard library only: an app reads it without torch, and other languages read t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,18 @@ INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 
 _LARGEST_SIDE = 2**15
 _LARGEST_DEVIATION = 1e6
+
+
+def unlistable(labels: Iterable[str]) -> str:
+    """What is wrong with the first label that cannot be a line of labels.txt, as a sentence; empty where none is."""
+    for label in labels:
+        if len(label.splitlines()) != 1 or not label.strip():
+            return f"The class {label!r} cannot stand in labels.txt, which is one label a line."
+        try:
+            label.encode()
+        except UnicodeEncodeError:  # how Python reads a file name of other bytes than UTF-8
+            return f"The class {label!r} has a name that is not UTF-8 text."
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

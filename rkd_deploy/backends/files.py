@@ -106,6 +106,16 @@ def read_card(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Mode
     return ModelCard.from_json(_text(beside), str(beside))
 
 
+def stated_precision(metadata: Mapping[str, str], file: Path) -> str:
+    """The precision that the card inside an ONNX file states; "unknown" where there is no card.
+
+    Raises:
+        ModelFileError: The card cannot be read.
+    """
+    text = metadata.get(METADATA_KEY)
+    return ModelCard.from_json(text, str(file)).precision if text else "unknown"
+
+
 def broken_model(file: Path, reason: str) -> ModelFileError:
     """The error for a file whose content is no model that can be loaded."""
     return ModelFileError(

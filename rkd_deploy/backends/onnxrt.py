@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rkd_deploy.backends.files import broken_model, model_path
+from rkd_deploy.backends.files import broken_model, model_path, stated_precision
 from rkd_deploy.backends.onnxrt_cuda import CapturedRun, CapturedRuns, quiet_terminal
 from rkd_deploy.backends.onnxrt_session import (
     PROVIDERS,
@@ -38,7 +38,6 @@ from rkd_deploy.backends.protocol import (
     parse_device,
 )
 from rkd_deploy.backends.runtimes import RunOn, require_runtime
-from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
 SMALL_INPUT_BYTES = 1 << 20
@@ -80,8 +79,7 @@ class OnnxRuntimeBackend(Backend):
         except UnicodeDecodeError as error:  # a flipped bit in a name gets past ONNX Runtime
             raise broken_model(file, str(error)) from error
         self._logits = [outputs[0]]
-        card = metadata.get(METADATA_KEY)
-        self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
+        self.precision = stated_precision(metadata, file)
         self._info = ModelInfo(
             input_name=self._input.name,
             input_shape=self._input.shape,

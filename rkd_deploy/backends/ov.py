@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rkd_deploy.backends.files import failed_load, model_path, too_new
+from rkd_deploy.backends.files import failed_load, model_path, stated_precision, too_new
 from rkd_deploy.backends.onnx_bytes import opset
 from rkd_deploy.backends.protocol import (
     Array,
@@ -26,7 +26,6 @@ from rkd_deploy.backends.protocol import (
     logits_first,
 )
 from rkd_deploy.backends.runtimes import RunOn, require_runtime
-from rkd_deploy.card import METADATA_KEY, ModelCard
 from rkd_deploy.errors import BackendError
 
 _KNOWN_TO_ALL = 21
@@ -61,8 +60,7 @@ class OpenVinoBackend(Backend):
         outputs = logits_first(file, names)
         self._indices = [names.index(name) for name in outputs]
         metadata = _onnx_metadata(model)
-        card = metadata.get(METADATA_KEY)
-        self.precision = ModelCard.from_json(card, str(file)).precision if card else "unknown"
+        self.precision = stated_precision(metadata, file)
         self._options = compile_options(run_on.threads)
         self._compiled: Any = _compile(file, model, self._options)
         self._info = ModelInfo(

@@ -73,7 +73,7 @@ def report(
         print_json({"report": str(pages.page), "markdown": str(pages.markdown)})
 
 
-Backends = Annotated[list[str], typer.Option("--backend", help="Repeatable; rkd-deploy backends lists them.")]
+Backends = Annotated[list[str], typer.Option("--backend", help="Several with commas; rkd-deploy backends lists them.")]
 ShapeOption = Annotated[
     str | None, typer.Option("--shape", help="Of one input, e.g. 3,224,224, where the model leaves it open.")
 ]
@@ -164,7 +164,7 @@ def bench(
 
     settings = BenchSettings(
         run_on=combinations(
-            backends,
+            [name.strip() for names in backends for name in names.split(",")],
             device=device,
             threads=None if threads is None else parse_ints("--threads", threads),
             streams=parse_ints("--streams", streams),

@@ -49,7 +49,7 @@ def weights_sha256(run: Run, phase: str) -> str:
     return sha256_of(run.weights(phase))
 
 
-def distinct(networks: Iterable[TrainedNetwork]) -> list[TrainedNetwork]:
+def distinct_networks(networks: Iterable[TrainedNetwork]) -> list[TrainedNetwork]:
     """The networks without those whose weights came before: runs share a T or an S0 that was given to both."""
     known: dict[tuple[str, ...], TrainedNetwork] = {}
     for network in networks:

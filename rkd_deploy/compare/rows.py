@@ -23,7 +23,7 @@ from rkd_deploy.compare.exits import ExitCurve
 from rkd_deploy.compare.identity import (
     TrainedNetwork,
     check_same_test,
-    distinct,
+    distinct_networks,
     method_of,
     networks_of,
     phases_of,
@@ -134,7 +134,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         raise UsageError("compare was given no run. Name run folders: rkd-deploy compare runs/digits-001 ...")
     runs = list(dict.fromkeys(runs))
     check_same_test(runs)
-    networks = distinct(network for run in runs for network in networks_of(run))
+    networks = distinct_networks(network for run in runs for network in networks_of(run))
     groups: dict[str, list[TrainedNetwork]] = {}
     for network in networks:
         groups.setdefault(recipe_without_seed(network), []).append(network)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkd_deploy.card import Preprocess
+from rkd_deploy.card import Preprocess, unlistable
 from rkd_deploy.data.files import find_broken, refuse_broken, remember_broken
 from rkd_deploy.data.folders import LabelledImages, SplitsOnDisk, scan_folder, scan_imagenet
 from rkd_deploy.data.shards import scan_shards
@@ -56,6 +56,8 @@ def load_files(recipe: DataRecipe, seed: int, memory: Path) -> ImageSet:
         RecipeError: A key that these files have no use for.
     """
     on_disk, broken = _scan(recipe, memory)
+    if fault := unlistable(on_disk.classes):
+        raise DataError(f"{fault} Rename its folder.")
     drawn, sources = _draw(recipe, on_disk, seed)
     workers = min(8, os.cpu_count() or 1) if recipe.workers is None else recipe.workers
     preprocess = _preprocess(recipe)

@@ -37,7 +37,7 @@ from rkd_deploy.backends.pytorch import PyTorchBackend
 from rkd_deploy.bench.graph_cost import graph_facts
 from rkd_deploy.bench.parity import GOLDEN_NAME, gate, verify
 from rkd_deploy.bench.timing import Progress
-from rkd_deploy.card import ModelCard
+from rkd_deploy.card import ModelCard, unlistable
 from rkd_deploy.errors import UsageError, installed_version, require
 from rkd_deploy.export.early_exit import EarlyExit, ExitGraphs, require_branches
 from rkd_deploy.export.fusion import fuse
@@ -62,7 +62,7 @@ from rkd_deploy.export.proving import (
 )
 from rkd_deploy.fields import check_number
 from rkd_deploy.images import normalise
-from rkd_deploy.models.foreign import check_classifier, check_finite, check_real, plain
+from rkd_deploy.models.foreign import check_classifier, check_finite_weights, check_real, plain
 from rkd_deploy.storage import new_folder, write_bytes, write_json, write_text
 
 
@@ -195,7 +195,9 @@ def _checked(model: nn.Module, card: ModelCard) -> nn.Module:
     """The network as everything here takes it; what would fail after minutes of converting is refused in a moment."""
     require("onnx", "export")
     name = f"the network {type(model).__name__}"
-    check_finite(model)
+    if fault := unlistable(card.labels):
+        raise UsageError(f"{fault} Give it another name.")
+    check_finite_weights(model)
     check_real(model, name)
     model = plain(model.cpu())  # float32, and no parametrisation between a layer and its norm
     noise_NCHW = torch.from_numpy(normalise(random_batch(card, 2)[0], card.preprocess))

@@ -20,7 +20,7 @@ from rkd_deploy.errors import CheckpointError, DivergenceError, UsageError
 from rkd_deploy.models.staged import in_mode
 
 
-def check_finite(network: nn.Module) -> None:
+def check_finite_weights(network: nn.Module) -> None:
     """Refuse a network with a weight or a statistic that is NaN or infinite.
 
     Raises:

@@ -266,6 +266,7 @@ def test_accuracy_needs_a_card_and_a_folder_of_its_classes(bundle, tmp_path):
         (["--scenario", "server"], 2, "Did you mean 'Server'"),
         (["--device", "cuda"], 1, "built without it|does not fit"),
         (["--backend", "onnxrutime"], 2, "Did you mean 'onnxruntime'"),
+        (["--backend", "openvino, onnxrutime"], 2, "Unknown backend 'onnxrutime'"),
     ],
 )
 def test_the_command_says_so_with_its_exit_code(arguments, code, words, tmp_path, monkeypatch, capsys):

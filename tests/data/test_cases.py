@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import zlib
@@ -166,6 +167,37 @@ def test_what_is_broken_is_left_out_where_that_was_asked_for(
         DataRecipe(name="imagefolder", root=str(folder), image_size=32, workers=1, broken="skip"), seed=0
     )
     assert (len(images.train) + len(images.val) + len(images.test), len(images.skipped)) == (ALL, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["10", " lead", "a b", "a,b", '"q"', "=1+1", "-x", "naïve", "猫", "cafe\u0301", "x" * 200]
+)
+def test_a_class_may_be_called_so(name: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain(tmp_path / "photos", photos)
+    (tmp_path / "photos" / "ant").rename(tmp_path / "photos" / name)
+    images = load_images(DataRecipe(name="imagefolder", root="photos", image_size=32, workers=1), seed=0)
+    assert images.classes == tuple(sorted(["bee", "cat", name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (b"a\nb", "labels.txt, which is one label a line"),
+        (b"a\x0bb", "labels.txt"),
+        (b" ", "labels.txt"),
+        (b"\xff\xfe", "not UTF-8 text"),
+    ],
+)
+def test_a_class_whose_name_is_no_line_is_refused_before_training(
+    name: bytes, words: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads labels.txt would give every class after it the name of another."""
+    monkeypatch.chdir(tmp_path)
+    plain(tmp_path / "photos", photos)
+    (tmp_path / "photos" / "ant").rename(tmp_path / "photos" / os.fsdecode(name))
+    with pytest.raises(DataError, match=rf"^The class .* {words}.* Rename its folder\."):
+        load_images(DataRecipe(name="imagefolder", root="photos", image_size=32, workers=1), seed=0)
 
 
 def test_a_strip_of_60_000_pixels_is_read_within_the_memory_of_a_photo(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import rkd_deploy.export.bundle as bundle_module
 from rkd_deploy.bench.parity import verify
 from rkd_deploy.card import ModelCard
-from rkd_deploy.errors import GateError, StorageError
+from rkd_deploy.errors import GateError, StorageError, UsageError
 from rkd_deploy.export.bundle import export_bundle
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.pipeline import export_run
@@ -53,6 +53,15 @@ def test_everything_an_app_needs_is_there(model, card, tmp_path):
     assert written.parity["onnx_top1"] == 90.0
     assert (tmp_path / "bundle/labels.txt").read_text() == "a\nb\nc\nd\ne\n"
     assert json.loads((tmp_path / "bundle/preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize("label", ["a\nb", "a\rb", "", " ", "\udcff"])
+def test_a_label_that_is_no_line_is_refused(model, card, tmp_path, label):
+    """Whoever reads labels.txt by lines would give every class after it the name of another."""
+    labels = (label, *card.labels[1:])
+    with pytest.raises(UsageError, match=r"^The class .* Give it another name\.$"):
+        export_bundle(model, replace(card, labels=labels), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "pytorch"])
