@@ -165,6 +165,7 @@ def test_a_gate_that_fails_leaves_the_report_and_the_bundle_before_it(rkd, tiny_
     assert after == before
     searched = rkd(*request, "--keep", "auto", "--json")
     assert searched.code == 0, searched.err
+    assert "Left in float32: layer2.0.conv2." in searched.err
     card = rkd("info", runs / "bundle-teacher", "--json").json
     assert card["lowering"]["kept"] == ["layer2.0.conv2"]
     assert card["lowering"]["calibration"] == {
