@@ -40,7 +40,7 @@ from real_servers import PATIENCE_S, served
 
 CLIENTS = (1, 8, 32)
 ROUNDS = int(os.environ.get("RKD_BENCH_ROUNDS", "5"))
-SECONDS = float(os.environ.get("RKD_BENCH_SECONDS", "1.5"))
+SECONDS = float(os.environ.get("RKD_BENCH_SECONDS", "1.2"))
 LIMIT = 1 / 0.8
 """Of the bare throughput over ours."""
 

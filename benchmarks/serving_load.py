@@ -155,8 +155,9 @@ def _sent(
             now = time.perf_counter()
         if len(idle) == clients and now >= begin + seconds:
             break
-        ready = selector.select(due - now if idle and due > now else PATIENCE_S)
-        if not ready and len(idle) < clients and not idle:
+        wait = due - now if idle and due > now else PATIENCE_S
+        ready = selector.select(wait)
+        if not ready and wait == PATIENCE_S:
             raise TimeoutError(f"No answer for {PATIENCE_S:g} s")
         for key, _ in ready:
             connection = key.data

@@ -149,6 +149,37 @@ def test_accuracies_and_exits_are_those_of_the_logits() -> None:
     assert curve["chosen"] == 1.01
 
 
+def test_what_the_time_did_not_suffice_for_is_listed_and_what_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(photos_latency, "Study", lambda: TINY)
+    (T, *_) = groups(TINY, [], set())
+    nothing = {"groups": {T.key: {"trained": 0}}, "lines": [], "refused": {}}
+    everything = photos_latency.left(nothing)
+    assert {(row["network"], row["kind"]) for row in everything} >= {("resnet8", "T"), (TINY.s0[0], "trunk")}
+    trained = {
+        "groups": {T.key: {"trained": 2}},
+        "lines": [line(row, 50) for row in T.rows],
+        "refused": {f"{TINY.s0[0]}, trunk": "no"},
+    }
+    left = photos_latency.left(trained)
+    assert not any(row["kind"] == "trunk" or (row["kind"], row["seed"]) == ("T", 0) for row in left)
+    assert {"network": TINY.s0[0], "kind": "branches", "seed": 0} in left
+    text = photos_shown.missing({"left": left})
+    assert f"| {TINY.s0[0].partition(':')[2]} | S0, cross-entropy;" in text
+    assert photos_shown.missing({"left": []}) == ""
+
+
+def test_a_gain_of_one_seed_is_that_of_the_photos_which_one_of_the_two_has_right() -> None:
+    ours = {"seed": 0, "sum_top1": 75.0, "sum_right": "f0f0"}  # 8 of 16
+    others = {"seed": 0, "sum_top1": 25.0, "sum_right": "f00f"}  # 4 shared, 4 gained, 4 lost
+    assert photos_shown.gain([ours], [others], 16).startswith("+0.0 (")
+    assert photos_shown.gain([ours], [{**others, "sum_right": "f000"}], 16).startswith("+25.0 (")
+    assert photos_shown.gain([ours], [{**others, "seed": 1}], 16) == ""
+    seeds = [[{"seed": seed, "sum_top1": top1 + seed} for seed in range(3)] for top1 in (60.0, 58.0)]
+    assert photos_shown.gain(*seeds, 16) == "+2.0 (+2.0 to +2.0)"
+
+
 def test_an_interval_holds_the_photos_binomial_variance_and_that_of_the_seeds() -> None:
     assert photos_shown.half_width([50.0], 100) == pytest.approx(9.8)
     assert photos_shown.half_width([40.0, 60.0], 100) == pytest.approx(1.96 * (25 + 100) ** 0.5)
