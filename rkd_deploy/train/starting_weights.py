@@ -46,7 +46,7 @@ def load_weights_from(
     load_weights(network, read.state, checkpoint, f"{table} {settings.name}")
     names = read.facts.classes if settings.labels is None else read_labels(weights_path(settings.labels))
     if names is not None and names != facts.classes:
-        _match_classes(module, checkpoint, names, facts)
+        _match_classes(module, checkpoint, names, facts, settings.labels or "by its header")
         note(f"{checkpoint} has the classes in another order than the data: its classifier was put into theirs.")
     stated = {key: getattr(recipe.teacher, key) if table == "teacher" else None for key in ("mean", "std")}
     known = {key: getattr(read.facts, key) or stated[key] for key in ("mean", "std")}
@@ -54,8 +54,13 @@ def load_weights_from(
     return all(value is not None for value in known.values())
 
 
-def _match_classes(module: nn.Module, checkpoint: str, names: Sequence[str], facts: RunFacts) -> None:
+def _match_classes(module: nn.Module, checkpoint: str, names: Sequence[str], facts: RunFacts, source: str) -> None:
     """Put a classifier whose classes have these names into the order of the data."""
+    if len(names) != len(facts.classes):
+        raise CheckpointError(
+            f"{checkpoint} is for {len(names)} classes ({source}); the data have {len(facts.classes)}. Name each class "
+            "of the data once, in the order of the logits, or use the data it was trained on."
+        )
     if sorted(names) != sorted(facts.classes):
         pairs = zip_longest(names, facts.classes, fillvalue="none")
         index, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])

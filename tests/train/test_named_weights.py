@@ -112,6 +112,9 @@ def test_classes_in_another_order_are_matched_by_name(
         (tmp_path / "labels.txt").write_text("\n".join([*names[:9], "x"]))
         with pytest.raises(CheckpointError, match="other classes than the data"):
             fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
+        (tmp_path / "labels.txt").write_text("\n".join(names[:9]))
+        with pytest.raises(CheckpointError, match=r"is for 9 classes \(.*labels\.txt\); the data have 10"):
+            fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
         (tmp_path / "labels.txt").write_text("\n".join([*names, "3"]))
         with pytest.raises(CheckpointError, match="names class '3' twice"):
             fit(tiny_recipe(*keys, *labels), root=tmp_path / "runs")
