@@ -53,7 +53,8 @@ class TrainRecipe:
     amp: bool = False
     """bfloat16 autocast of the forward passes. Of use on GPUs, and on CPUs with AMX or AVX512-BF16."""
     channels_last: bool = False
-    """Keep maps and weights as NHWC in memory, which tensor cores want: for GPUs with amp. Not measured yet."""
+    """Keep maps and weights as NHWC in memory, which tensor cores want: for GPUs with amp. Recorded steps (cuda_graphs)
+    measure both layouts, and this takes the choice from them."""
     compile: bool = False
     """torch.compile of the method's forward and backward passes. Costs a minute per phase at the start and needs a C++
     compiler on a CPU; of use for long runs. With recorded steps (cuda_graphs), of the passes of S, A and S0 alone."""
