@@ -38,7 +38,7 @@ class Brightest(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_largest_logit_of_every_image_in_order(count: int, training: bool) -> None:
     labels_N = torch.randint(0, 7, (count,))
-    images_NCHW = torch.zeros(count, 3, 2, 7, dtype=torch.uint8)
+    images_NCHW = torch.randint(0, 100, (count, 3, 2, 7), dtype=torch.uint8)
     images_NCHW[torch.arange(count), 0, 0, labels_N] = 200
     module = Brightest().train(training)
     predicted = predictions(module, Split(images_NCHW=images_NCHW, labels_N=labels_N), PIXELS)
