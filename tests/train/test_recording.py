@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,8 @@ PLAIN = Speedups(
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(capture, "_REPLAYS", 1)
     monkeypatch.setattr(capture, "_WARM_UPS", 2)
+    # Nothing is captured here, and a collection takes a second in a process that has run a thousand tests.
+    monkeypatch.setattr(capture, "gc", SimpleNamespace(collect=lambda: 0))
     return simulated_graphs.install(monkeypatch)
 
 
