@@ -11,6 +11,7 @@ batch 1, one thread, taken in turn with S0's: of the graph of trunk and S, and o
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -26,50 +27,21 @@ from ladder_rows import EARLY, Row
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rkd_deploy.export.fusion import fuse_branch
 from rkd_deploy.models import zoo
 from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import pool
 from rkd_deploy.storage import write_json
 
 THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)
 PASSES = 400
 
 
-def folded_head(model: ResidualStudent, branch: int) -> nn.Linear:
-    """What a branch's pooled map adds to the logits: adapter and head as one matrix, the head's bias with S's."""
-    adapter, head = model.branches()[branch][1].folded(), cast(nn.Linear, model.head)
-    linear = nn.Linear(adapter.in_channels, head.out_features)
-    with torch.no_grad():
-        linear.weight.copy_(head.weight @ adapter.weight[:, :, 0, 0])
-        linear.bias.copy_(head.weight @ cast(Tensor, adapter.bias) + (head.bias if branch == 0 else 0))
-    return linear
-
-
-class First(nn.Module):
-    """Trunk and S: its logits, and the trunk's map that A's end takes."""
-
-    def __init__(self, model: ResidualStudent) -> None:
-        super().__init__()
-        self.trunk, self.student, self.head = model.trunk, model.student, folded_head(model, 0)
-
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_S [N, K], trunk map)."""
-        assert self.trunk is not None
-        trunk_NCHW = self.trunk.features(x_NCHW)[-1]
-        return self.head(pool(self.student.features(trunk_NCHW)[-1])), trunk_NCHW
-
-
-class Second(nn.Module):
-    """A's end: what it adds to the logits."""
-
-    def __init__(self, model: ResidualStudent) -> None:
-        super().__init__()
-        self.assistant, self.head = model.branches()[1][0], folded_head(model, 1)
-
-    def forward(self, trunk_NCHW: Tensor, z_NK: Tensor) -> Tensor:
-        """Z [N, K] from the trunk's map and S's logits."""
-        return cast(Tensor, z_NK + self.head(pool(self.assistant.features(trunk_NCHW)[-1])))
+def exit_graphs(model: ResidualStudent) -> tuple[nn.Module, nn.Module]:
+    """The graphs that early exit ships: S's, images to (z_S and) the trunk's map; A's, what it adds to z_S."""
+    unbiased = copy.deepcopy(cast(nn.Linear, model.head))
+    nn.init.zeros_(unbiased.bias)  # z_S has it
+    return fuse_branch(model, 0, model.head), fuse_branch(model, 1, unbiased)
 
 
 def main() -> None:
@@ -112,13 +84,13 @@ def main() -> None:
 def _curve(model: ResidualStudent, split: Split) -> list[tuple[float, float]]:
     """Accuracy in % and share of images that asked A, at each threshold."""
     mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (MEAN, STD))
-    first, second = First(model).eval(), Second(model).eval()
+    first, second = exit_graphs(model)
     S, Z = [], []
     for pixels in split.pixels.split(500):  # type: ignore[no-untyped-call]
         x = (pixels.permute(0, 3, 1, 2).float() - mean) / std
         z, trunk = first(x)
         S.append(z)
-        Z.append(second(trunk, z))
+        Z.append(z + second(trunk))
     z_S, z = torch.cat(S), torch.cat(Z)
     sure = z_S.softmax(1).amax(1)
     points = []
@@ -132,11 +104,11 @@ def _curve(model: ResidualStudent, split: Split) -> list[tuple[float, float]]:
 def _costs(row: Row, model: ResidualStudent, s0_name: str, head: nn.Module) -> dict[str, float]:
     """MACs of S0, of trunk and S, and of A's end; their times over S0's."""
     s0 = build(Row("S0", own_head=True), s0_name, nn.Identity(), 0).eval()
-    first, second = First(model).eval(), Second(model).eval()
+    first, second = exit_graphs(model)
     x = torch.zeros(1, 3, 32, 32)
     with torch.inference_mode():
-        z, trunk = first(x)
-    graphs = {"s0": (s0, (x,)), "first": (first, (x,)), "second": (second, (trunk, z))}
+        _, trunk = first(x)
+    graphs = {"s0": (s0, (x,)), "first": (first, (x,)), "second": (second, (trunk,))}
     sessions = {name: _session(module, inputs) for name, (module, inputs) in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(PASSES):

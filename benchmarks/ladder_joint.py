@@ -215,7 +215,11 @@ def main() -> None:
     how.out.mkdir(parents=True, exist_ok=True)
     rung = rung_of(how)
     record: dict[str, Any] = {"theme": "ladder_joint", "provenance": asdict(provenance()), "batch": how.batch}
-    record["settings"] = {key: str(value) for key, value in vars(how).items() if key not in ("data", "teacher", "out")}
+    record["settings"] = {
+        key: value.name if isinstance(value, Path) else str(value)
+        for key, value in vars(how).items()
+        if key not in ("data", "teacher", "out")
+    }
 
     def write() -> None:
         write_json(how.out / f"ladder_joint_{how.pair}.json", record)

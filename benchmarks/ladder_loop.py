@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from ladder_rows import Row
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rkd_deploy.export.fusion import fuse
 from rkd_deploy.models import zoo
@@ -19,6 +18,7 @@ from rkd_deploy.models.cost import count
 from rkd_deploy.models.residual import ResidualStudent
 from rkd_deploy.models.staged import FeatureNetwork, Staged
 from rkd_deploy.models.trunk import parted
+from rkd_deploy.train.frozen import folded_copy
 from rkd_deploy.train.methods.base import Method, WeightedLoss
 from rkd_deploy.train.methods.baseline import CrossEntropy, Distilled
 from rkd_deploy.train.methods.dkd import DKD
@@ -192,16 +192,19 @@ class Learner:
             base.weight.fill_(self.row.x * min(1.0, (epoch + 1) / max(1.0, epochs / 12)))
 
 
-def folded(T: nn.Module) -> FeatureNetwork:
-    """T with its batch norms in its convolutions."""
-    T = copy.deepcopy(T).eval()
-    for module in list(T.modules()):
-        for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):
-            conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
-    return cast(FeatureNetwork, T)
+def step_together(steps: Sequence[Callable[[], None]], streams: Sequence[torch.cuda.Stream]) -> None:
+    """Take a step of each row, each on a stream of its own; one after the other where there are no streams."""
+    if not streams:
+        for step in steps:
+            step()
+        return
+    main = torch.cuda.current_stream()
+    for step, stream in zip(steps, streams, strict=True):
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            step()
+    for stream in streams:
+        main.wait_stream(stream)
 
 
 class Joint:
@@ -210,11 +213,12 @@ class Joint:
     def __init__(self, rows: Sequence[Row], s0_name: str, seed: int, T: nn.Module, images: Images) -> None:
         device, self.images, self.seed = images.device, images, seed
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.fast = folded(T).to(device, kind).requires_grad_(False)
-        self.fast.to(memory_format=torch.channels_last)
+        fast = folded_copy(cast(FeatureNetwork, T.eval()), kind, False)
+        assert fast is not None  # networks of the zoo can be traced
+        self.fast = fast.to(device).to(memory_format=torch.channels_last)
         with torch.no_grad():
             images.take()
-            maps, z = self.fast.maps_and_logits(images.x.to(kind))
+            maps, z = self.fast.maps_and_logits(images.x)
         self.given = Given([torch.zeros_like(m) for m in maps[-1:]], torch.zeros_like(z, dtype=torch.float32))
         with torch.no_grad():
             self._teach()
@@ -225,7 +229,7 @@ class Joint:
     @torch.no_grad()
     def _teach(self) -> None:
         self.images.take()
-        maps, z = self.fast.maps_and_logits(self.images.x.to(next(self.fast.parameters()).dtype))
+        maps, z = self.fast.maps_and_logits(self.images.x)
         self.given.maps[0].copy_(maps[-1])
         self.given.logits_NK.copy_(z)
 
@@ -250,14 +254,4 @@ class Joint:
         for learner in self.learners:
             learner.lr.fill_(learner.row.lr * share)
         self.shared()
-        if not self.streams:
-            for learner in self.learners:
-                learner.step()
-            return
-        main = torch.cuda.current_stream()
-        for learner, stream in zip(self.learners, self.streams, strict=True):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                learner.step()
-        for stream in self.streams:
-            main.wait_stream(stream)
+        step_together([learner.step for learner in self.learners], self.streams)

@@ -23,20 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from ladder_early import THRESHOLDS, folded_head
+from ladder_early import THRESHOLDS, exit_graphs
 from photos_loop import Builder
 from photos_rows import TITLES, Row, Study, best, groups, row_of
 from record import FOLDER, hardware
-from torch import Tensor, nn
 
 from rkd_deploy.bench.machine import provenance
 from rkd_deploy.card import Preprocess
 from rkd_deploy.errors import RkdError
 from rkd_deploy.export.fusion import fuse
-from rkd_deploy.export.fusion.batch_norm import fold_batch_norms
 from rkd_deploy.export.graph import ExportGraph, to_onnx
 from rkd_deploy.models.residual import ResidualStudent
-from rkd_deploy.models.staged import pool
 from rkd_deploy.storage import write_json
 
 Array = npt.NDArray[np.float32]
@@ -45,33 +42,6 @@ CLASSES = 10
 LEVELS = ("tail", "wide")
 ROUNDS, TURN_S = 40, 0.05
 """Turns of each network, and seconds of one."""
-
-
-class First(nn.Module):
-    """S from the images on: its logits, and the trunk's map where S and A share a trunk."""
-
-    def __init__(self, model: ResidualStudent) -> None:
-        super().__init__()
-        self.trunk, self.student, self.head = model.trunk, model.student, folded_head(model, 0)
-
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """(z_S [N, K],) or (z_S, trunk map)."""
-        if self.trunk is None:
-            return (self.head(pool(self.student.features(x_NCHW)[-1])),)
-        trunk_NCHW = self.trunk.features(x_NCHW)[-1]
-        return self.head(pool(self.student.features(trunk_NCHW)[-1])), trunk_NCHW
-
-
-class Second(nn.Module):
-    """A behind the trunk, or from the images on: what it adds to S's logits."""
-
-    def __init__(self, model: ResidualStudent) -> None:
-        super().__init__()
-        self.assistant, self.head = model.branches()[1][0], folded_head(model, 1)
-
-    def forward(self, map_NCHW: Tensor, z_NK: Tensor) -> Tensor:
-        """Z [N, K] from the trunk's map, or the images, and S's logits."""
-        return cast(Tensor, z_NK + self.head(pool(self.assistant.features(map_NCHW)[-1])))
 
 
 class Timed:
@@ -189,14 +159,15 @@ def graph_of(row: Row) -> str:
 
 def add_exits(timed: Timed, graph: str, network: ResidualStudent, x: Array) -> None:
     """Load the graph of S and that of A as early exit runs them."""
-    first, second = First(network).eval(), Second(network).eval()
-    with torch.inference_mode():
-        z, *rest = first(torch.from_numpy(x))
-    inputs = {"first": (torch.from_numpy(x),), "second": (rest[0] if rest else torch.from_numpy(x), z.clone())}
-    for (name, tensors), module in zip(inputs.items(), (first, second), strict=True):
-        program = torch.onnx.export(fold_batch_norms(module), tensors, dynamo=True, verbose=False)
+    first, second = exit_graphs(network)
+    images = taken = torch.from_numpy(x)
+    if network.trunk is not None:
+        with torch.inference_mode():
+            taken = first(images)[1].clone()
+    for name, module, tensor in (("first", first, images), ("second", second, taken)):
+        program = torch.onnx.export(module, (tensor,), dynamo=True, verbose=False)
         assert program is not None
-        timed.add(f"{graph} @{name}", program.model_proto.SerializeToString(), [value.numpy() for value in tensors])
+        timed.add(f"{graph} @{name}", program.model_proto.SerializeToString(), [tensor.numpy()])
 
 
 def decoded(text: str) -> Array:

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from ladder_loop import Given, method_of
+from ladder_loop import Given, method_of, step_together
 from photos_rows import Row
 from torch import Tensor, nn
 
@@ -286,17 +286,7 @@ class Joint:
             self._teach()
         for learner in self.learners:
             learner.lr.fill_(learner.row.lr * share)
-        if not self.streams:
-            for learner in self.learners:
-                learner.step()
-            return
-        main = torch.cuda.current_stream()
-        for learner, stream in zip(self.learners, self.streams, strict=True):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                learner.step()
-        for stream in self.streams:
-            main.wait_stream(stream)
+        step_together([learner.step for learner in self.learners], self.streams)
 
 
 @torch.inference_mode()
